@@ -1,0 +1,247 @@
+"""``fusedrnn::rnn_forward`` and ``fusedrnn::rnn_backward``: a stack of layers as one operator.
+
+One name for CPU and CUDA, with fake kernels (so that compilers see one node with symbolic T and
+B) and autograd. Backward under ``create_graph=True`` differentiates the reference instead, so
+derivatives of every order are right.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from .reference import differentiable_stack
+from .stack import Config, Saved, group_weights, stack_backward, stack_forward
+
+_CONFIG = "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision"
+torch.library.define(
+    "fusedrnn::rnn_forward",
+    "(Tensor input, Tensor h_0, Tensor? c_0, Tensor[] params, Tensor[] dropout_masks, "
+    f"{_CONFIG}, bool save)"
+    " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cs, Tensor hidden)",
+)
+torch.library.define(
+    "fusedrnn::rnn_backward",
+    "(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor input, Tensor h_0, Tensor? c_0, "
+    "Tensor[] params, Tensor[] dropout_masks, Tensor output, Tensor gates, Tensor cs, "
+    f"Tensor hidden, {_CONFIG}, bool needs_input, bool needs_params)"
+    " -> (Tensor d_input, Tensor d_h_0, Tensor d_c_0, Tensor[] d_params)",
+)
+
+
+def rnn_stack(
+    input: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    dropout_masks: Sequence[Tensor],
+    *,
+    cell: str,
+    backend: str,
+    has_bias: bool,
+    num_layers: int,
+    bidirectional: bool,
+    precision: str,
+) -> tuple[Tensor, list[Tensor]]:
+    """Runs a stack of layers through the operator.
+
+    Args:
+        input: ``[T, B, I]``, any strides.
+        states: h_0, and c_0 for an LSTM, each ``[L*D, B, H]``.
+        params: flat, in torch's order; without biases if not ``has_bias``.
+        dropout_masks: for each layer but the last ``[T, B, D*H]``, scaled by 1/(1-p); or empty.
+        cell: a name in ``kernels.spec.SPECS``.
+        backend: ``"triton"`` or ``"torch"``.
+        precision: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``, of fp32 on triton.
+
+    Returns:
+        output ``[T, B, D*H]`` and the final states, like ``states``.
+    """
+    h_0, c_0 = states[0], states[1] if len(states) == 2 else None
+    # Decided by requires_grad and never by a module's training flag: backward in eval() works.
+    save = torch.is_grad_enabled() and any(
+        t.requires_grad for t in (input, *states, *params)
+    )
+    output, h_n, c_n, *_ = torch.ops.fusedrnn.rnn_forward(
+        input,
+        h_0,
+        c_0,
+        list(params),
+        list(dropout_masks),
+        cell,
+        backend,
+        has_bias,
+        num_layers,
+        bidirectional,
+        precision,
+        save,
+    )
+    return output, [h_n] if c_0 is None else [h_n, c_n]
+
+
+@torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"))
+def _forward(input, h_0, c_0, params, dropout_masks, *config_and_save):
+    *config, save = config_and_save
+    output, h_n, c_n, saved = stack_forward(
+        input, h_0, c_0, params, dropout_masks, Config(*config), save
+    )
+    return output, h_n, input.new_empty(0) if c_n is None else c_n, *saved[1:]
+
+
+@torch.library.register_fake("fusedrnn::rnn_forward")
+def _forward_fake(input, h_0, c_0, params, dropout_masks, *config_and_save):
+    *config, save = config_and_save
+    config = Config(*config)
+    (T, B, _), H, L, D = (
+        input.shape,
+        h_0.shape[-1],
+        config.num_layers,
+        config.directions,
+    )  # noqa: N806
+    empty = input.new_empty
+    return (
+        empty(T, B, D * H),
+        empty(h_0.shape),
+        empty(0) if c_0 is None else empty(c_0.shape),
+        empty(L, D, T, B, config.spec.saved * H) if save else empty(0),
+        empty(L, D, T, B, H) if save and c_0 is not None else empty(0),
+        empty(L - 1, T, B, D * H) if save else empty(0),
+    )
+
+
+@torch.library.impl("fusedrnn::rnn_backward", ("cpu", "cuda"))
+def _backward(
+    d_output,
+    d_h_n,
+    d_c_n,
+    input,
+    h_0,
+    c_0,
+    params,
+    dropout_masks,
+    output,
+    gates,
+    cs,
+    hidden,
+    *rest,
+):
+    *config, needs_input, needs_params = rest
+    d_h_n = torch.zeros_like(h_0) if d_h_n is None else d_h_n
+    if c_0 is not None:
+        d_c_n = torch.zeros_like(c_0) if d_c_n is None else d_c_n
+    d_input, d_h_0, d_c_0, d_params = stack_backward(
+        d_output,
+        d_h_n,
+        d_c_n,
+        input,
+        h_0,
+        c_0,
+        params,
+        dropout_masks,
+        Saved(output, gates, cs, hidden),
+        Config(*config),
+        needs_input,
+        needs_params,
+    )
+    none = input.new_empty(0)
+    return (
+        none if d_input is None else d_input,
+        d_h_0,
+        none if d_c_0 is None else d_c_0,
+        d_params,
+    )
+
+
+@torch.library.register_fake("fusedrnn::rnn_backward")
+def _backward_fake(
+    d_output,
+    d_h_n,
+    d_c_n,
+    input,
+    h_0,
+    c_0,
+    params,
+    dropout_masks,
+    output,
+    gates,
+    cs,
+    hidden,
+    *rest,
+):
+    *_, needs_input, needs_params = rest
+    return (
+        input.new_empty(input.shape if needs_input else 0),
+        h_0.new_empty(h_0.shape),
+        h_0.new_empty(0 if c_0 is None else c_0.shape),
+        [p.new_empty(p.shape) for p in params] if needs_params else [],
+    )
+
+
+def _setup_context(ctx, inputs, output):
+    input, h_0, c_0, params, dropout_masks, *config, _ = inputs
+    out, _, _, gates, cs, hidden = output
+    ctx.mark_non_differentiable(gates, cs, hidden)
+    ctx.set_materialize_grads(False)
+    ctx.config = Config(*config)
+    ctx.counts = len(params), len(dropout_masks)
+    ctx.save_for_backward(
+        input, h_0, c_0, *params, *dropout_masks, out, gates, cs, hidden
+    )
+
+
+def _autograd(ctx, d_output, d_h_n, d_c_n, *_):
+    input, h_0, c_0, *rest = ctx.saved_tensors
+    n_params, n_masks = ctx.counts
+    params, masks = rest[:n_params], rest[n_params : n_params + n_masks]
+    grads = (d_output, d_h_n, None if c_0 is None else d_c_n)
+    needs = ctx.needs_input_grad
+    if all(grad is None for grad in grads):
+        d_input = d_h_0 = d_c_0 = None
+        d_params: list[Tensor | None] = [None] * n_params
+    elif torch.is_grad_enabled():
+        d_input, d_h_0, d_c_0, d_params = _differentiable_grads(
+            grads, input, h_0, c_0, params, masks, ctx.config
+        )
+    else:
+        d_input, d_h_0, d_c_0, d_params = torch.ops.fusedrnn.rnn_backward(
+            *grads,
+            input,
+            h_0,
+            c_0,
+            params,
+            masks,
+            *rest[n_params + n_masks :],
+            *ctx.config,
+            needs[0],
+            any(needs[3]),
+        )
+        d_input = d_input if needs[0] else None
+        d_params = d_params or [None] * n_params
+    d_c_0 = None if c_0 is None else d_c_0
+    return d_input, d_h_0, d_c_0, d_params, [None] * n_masks, *(None,) * 7
+
+
+def _differentiable_grads(grads, input, h_0, c_0, params, masks, config: Config):
+    """The gradients as differentiable functions of everything, by autograd over the reference."""
+    inputs = [input, h_0, c_0, *params]
+    wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
+    results = differentiable_stack(
+        config.cell, input, h_0, c_0, group_weights(params, config), masks
+    )
+    pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
+    found = torch.autograd.grad(
+        [r for r, _ in pairs],
+        [inputs[i] for i in wanted],
+        [g for _, g in pairs],
+        create_graph=True,
+        allow_unused=True,
+    )
+    by_index = dict(zip(wanted, found, strict=True))
+    all_grads = [by_index.get(i) for i in range(len(inputs))]
+    return *all_grads[:3], all_grads[3:]
+
+
+torch.library.register_autograd(
+    "fusedrnn::rnn_forward", _autograd, setup_context=_setup_context
+)

@@ -1,0 +1,180 @@
+"""The error budget, the odd cases, and how an RNN is run for comparison.
+
+A fixed tolerance is a guess: ``atol=0.1`` accepts an LSTM without ``b_hh``. The budget asks
+instead that a kernel err no more than torch itself does in the same dtype, against the same
+fp64 truth, times four. (A plain re-ordered fp32 loop stays within 3.83 times torch's own maximal
+error on every output and gradient.) It is used by the tests and by the benchmark's gate alike.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+#: How many times torch's own maximal error against fp64 is allowed.
+FACTOR = 4.0
+#: The floor of the maximal error, in units of eps * rms(truth).
+FLOOR_EPS = 8.0
+#: The largest relative RMS error in fp32. Measured honest worst case: 6.6e-7.
+RMS_FP32 = 5e-6
+
+
+class Case(NamedTuple):
+    """One shape: T steps, B sequences, I inputs, H units."""
+
+    T: int
+    B: int
+    I: int  # noqa: E741
+    H: int
+
+    @property
+    def id(self) -> str:
+        return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
+
+
+#: Odd shapes: lengths 1 to 65, batches 1 to 33, sizes beside every power of two, I of every kind,
+#: and a tiny H under a huge batch.
+CASES = (
+    Case(1, 1, 1, 1),
+    Case(2, 3, 1, 5),
+    Case(7, 17, 5, 16),
+    Case(4, 2, 1, 5),
+    Case(20, 5, 1, 32),
+    Case(65, 1, 3, 20),
+    Case(9, 33, 20, 20),
+    Case(5, 16, 33, 33),
+    Case(6, 4, 65, 50),
+    Case(3, 18, 100, 64),
+    Case(2, 9, 7, 100),
+    Case(3, 700, 2, 1),
+)
+
+
+class Budget(NamedTuple):
+    """One tensor's verdict. Errors are absolute, against the fp64 truth; rms is relative."""
+
+    name: str
+    ok: bool
+    max_err: float
+    allowed: float
+    rms: float
+    rms_allowed: float
+    ref_err: float
+    where: str
+
+    def __str__(self) -> str:
+        verdict = "within" if self.ok else "OVER"
+        return (
+            f"{self.name}: {verdict} budget, max error {self.max_err:.3g} of {self.allowed:.3g} "
+            f"(torch's own {self.ref_err:.3g}), relative rms {self.rms:.3g} of "
+            f"{self.rms_allowed:.3g}, worst at {self.where}"
+        )
+
+
+def error_budget(
+    name: str, got: Tensor, ref: Tensor, truth: Tensor, *, eps: float | None = None
+) -> Budget:
+    """Compares ``got`` with what torch makes of the same numbers in the same dtype.
+
+    ``max|got - truth| <= 4 max|ref - truth| + 8 eps rms(truth)``, and the relative RMS error is at
+    most 5e-6 in fp32 (fp64: 1e-12); in coarser arithmetic at most four times torch's, plus eps.
+
+    Args:
+        name: what the tensor is, for the message.
+        got: the result under test, in the tested dtype.
+        ref: torch's result in that dtype.
+        truth: the fp64 result.
+        eps: the unit roundoff of the arithmetic if it is coarser than the dtype's, as under
+            tf32 (2**-11).
+
+    Raises:
+        ValueError: the shapes differ.
+    """
+    if not got.shape == ref.shape == truth.shape:
+        raise ValueError(
+            f"{name}: got, ref and truth have shapes {tuple(got.shape)}, {tuple(ref.shape)}, "
+            f"{tuple(truth.shape)}; they must be equal"
+        )
+    if got.numel() == 0:
+        return Budget(name, True, 0.0, 0.0, 0.0, 0.0, 0.0, "nowhere: it is empty")
+    eps = torch.finfo(ref.dtype).eps if eps is None else eps
+    truth = truth.detach().double().cpu()
+    error = (got.detach().double().cpu() - truth).abs()
+    ref_error = (ref.detach().double().cpu() - truth).abs()
+    scale = truth.square().mean().sqrt().item()
+
+    # Tensors that are zero throughout (a gradient nothing reaches) are compared exactly.
+    size = max(scale, torch.finfo(torch.float64).tiny)
+    max_err, ref_err = error.max().item(), ref_error.max().item()
+    allowed = FACTOR * ref_err + FLOOR_EPS * eps * scale
+    rms = error.square().mean().sqrt().item() / size
+    if eps <= torch.finfo(torch.float64).eps:
+        rms_allowed = 1e-12
+    elif eps <= torch.finfo(torch.float32).eps:
+        rms_allowed = RMS_FP32
+    else:
+        rms_allowed = FACTOR * ref_error.square().mean().sqrt().item() / size + eps
+    finite = bool(torch.isfinite(error).all())
+    ok = finite and max_err <= allowed and rms <= rms_allowed
+    return Budget(
+        name, ok, max_err, allowed, rms, rms_allowed, ref_err, _worst(error, got, truth)
+    )
+
+
+def assert_budget(
+    name: str, got: Tensor, ref: Tensor, truth: Tensor, *, eps: float | None = None
+) -> None:
+    """Raises ``AssertionError`` with one line if ``error_budget`` is exceeded."""
+    budget = error_budget(name, got, ref, truth, eps=eps)
+    if not budget.ok:
+        raise AssertionError(str(budget))
+
+
+def _worst(error: Tensor, got: Tensor, truth: Tensor) -> str:
+    flat = int(error.nan_to_num(nan=float("inf")).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
+    return f"{index}: {got.reshape(-1)[flat].item():.9g} for {truth.reshape(-1)[flat].item():.9g}"
+
+
+def run_module(
+    module: torch.nn.Module,
+    input: Tensor,
+    hx: Tensor | tuple[Tensor, Tensor] | None = None,
+    cotangents: Sequence[Tensor] | None = None,
+) -> dict[str, Tensor]:
+    """Runs an RNN module and, given cotangents, its backward; returns every tensor by name.
+
+    Args:
+        module: any module with the call signature of ``nn.LSTM`` or ``nn.GRU``.
+        input: ``[T, B, I]`` (``[B, T, I]`` if the module is batch_first).
+        hx: the initial state, or None.
+        cotangents: gradients of output, h_n and, for an LSTM, c_n; or None for no backward.
+
+    Returns:
+        ``output, h_n, c_n``, and ``d_input, d_h_0, d_c_0, d_<parameter>``, all detached.
+    """
+    input = input.detach().clone().requires_grad_(cotangents is not None)
+    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
+    states = tuple(
+        s.detach().clone().requires_grad_(cotangents is not None) for s in states
+    )
+    output, final = module(
+        input, None if hx is None else states[0] if len(states) == 1 else states
+    )
+    final = (final,) if isinstance(final, Tensor) else tuple(final)
+    named = dict(zip(("output", "h_n", "c_n"), (output, *final), strict=False))
+    if cotangents is not None:
+        params = dict(module.named_parameters())
+        grads = torch.autograd.grad(
+            (output, *final), (input, *states, *params.values()), tuple(cotangents)
+        )
+        names = (
+            "d_input",
+            *("d_h_0", "d_c_0")[: len(states)],
+            *(f"d_{n}" for n in params),
+        )
+        named.update(zip(names, grads, strict=True))
+    return {name: tensor.detach() for name, tensor in named.items()}

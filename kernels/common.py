@@ -1,0 +1,244 @@
+"""Device functions that every cell and schedule shares.
+
+*Rows of tiles* are how a schedule holds ``[BLOCK_B, H]`` values: H is cut into blocks
+``BLOCKS = ((start, width), ...)``, each a power of two wide, and the tiles stand in a tuple
+``tiles[block][n]``. So H = 160 is 128 + 32 columns and not 256. Tuples are unrolled at compile
+time; each tile is one tensor to the compiler.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def tanh(x):
+    # As a sigmoid: the quotient of exponentials is inf/inf below -44, and libdevice is absent
+    # from the interpreter. Max abs error 1.2e-7 in fp32.
+    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+
+
+@triton.jit
+def columns(START: tl.constexpr, WIDTH: tl.constexpr):
+    return START + tl.arange(0, WIDTH)
+
+
+@triton.jit
+def load_rows(
+    row_ptrs, mask_row, N: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr
+):
+    """Loads ``tiles[block][n]`` from rows of N*H columns; zero beyond H and where masked."""
+    tiles = ()
+    for j in tl.static_range(len(BLOCKS)):
+        cols = columns(BLOCKS[j][0], BLOCKS[j][1])
+        mask = mask_row[:, None] & (cols < H)[None, :]
+        block = ()
+        for n in tl.static_range(N):
+            ptrs = row_ptrs[:, None] + (n * H + cols)[None, :]
+            block = block + (tl.load(ptrs, mask=mask, other=0.0),)
+        tiles = tiles + (block,)
+    return tiles
+
+
+@triton.jit
+def store_rows(
+    row_ptrs,
+    mask_row,
+    tiles,
+    FIRST: tl.constexpr,
+    H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """Stores ``tiles[block][n]`` as tile FIRST + n of each row, rounded to the pointer's dtype."""
+    for j in tl.static_range(len(BLOCKS)):
+        cols = columns(BLOCKS[j][0], BLOCKS[j][1])
+        mask = mask_row[:, None] & (cols < H)[None, :]
+        for n in tl.static_range(len(tiles[j])):
+            ptrs = row_ptrs[:, None] + ((FIRST + n) * H + cols)[None, :]
+            tl.store(ptrs, tiles[j][n].to(row_ptrs.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def to_float(tiles):
+    """Every tile in fp32, the dtype of all arithmetic outside the dots."""
+    out = ()
+    for j in tl.static_range(len(tiles)):
+        block = ()
+        for n in tl.static_range(len(tiles[j])):
+            block = block + (tiles[j][n].to(tl.float32),)
+        out = out + (block,)
+    return out
+
+
+@triton.jit
+def pick(tiles, N: tl.constexpr):
+    """Tile N of every block, ``[block]``."""
+    out = ()
+    for j in tl.static_range(len(tiles)):
+        out = out + (tiles[j][N],)
+    return out
+
+
+@triton.jit
+def only(tiles, N: tl.constexpr):
+    """Rows that hold nothing but tile N, ``[block][0]``."""
+    out = ()
+    for j in tl.static_range(len(tiles)):
+        out = out + ((tiles[j][N],),)
+    return out
+
+
+@triton.jit
+def join(left, right):
+    """The tiles of both, block by block: ``left[block] + right[block]`` as tuples."""
+    out = ()
+    for j in tl.static_range(len(left)):
+        out = out + (left[j] + right[j],)
+    return out
+
+
+@triton.jit
+def no_tiles(BLOCKS: tl.constexpr):
+    """Rows with no tile in them, to ``join`` to."""
+    out = ()
+    for _ in tl.static_range(len(BLOCKS)):
+        out = out + ((),)
+    return out
+
+
+@triton.jit
+def add_first(tiles, terms):
+    """Adds ``terms[block]`` to tile 0 of every block."""
+    out = ()
+    for j in tl.static_range(len(tiles)):
+        out = out + ((tiles[j][0] + terms[j],) + tiles[j][1:],)
+    return out
+
+
+@triton.jit
+def load_weight(
+    w_ptr,  # [G*H, K]
+    G: tl.constexpr,
+    H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    K: tl.constexpr,
+    K_BLOCKS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):
+    """``w[gate][block of H][block of K]``: tiles ``[H, K]``, or ``[K, H]`` when TRANSPOSE."""
+    w = ()
+    for g in tl.static_range(G):
+        blocks = ()
+        for j in tl.static_range(len(BLOCKS)):
+            offs_h = columns(BLOCKS[j][0], BLOCKS[j][1])
+            tiles = ()
+            for k in tl.static_range(len(K_BLOCKS)):
+                offs_k = columns(K_BLOCKS[k][0], K_BLOCKS[k][1])
+                if TRANSPOSE:
+                    ptrs = w_ptr + (g * H + offs_h)[None, :] * K + offs_k[:, None]
+                    mask = (offs_h < H)[None, :] & (offs_k < K)[:, None]
+                else:
+                    ptrs = w_ptr + (g * H + offs_h)[:, None] * K + offs_k[None, :]
+                    mask = (offs_h < H)[:, None] & (offs_k < K)[None, :]
+                tiles = tiles + (tl.load(ptrs, mask=mask, other=0.0),)
+            blocks = blocks + (tiles,)
+        w = w + (blocks,)
+    return w
+
+
+@triton.jit
+def load_bias(
+    b_ptr,  # [G*H]
+    HAS_BIAS: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):
+    """``b[gate][block]`` in fp32, one row each: spread when used, 16 times fewer registers."""
+    b = ()
+    for g in tl.static_range(G):
+        blocks = ()
+        for j in tl.static_range(len(BLOCKS)):
+            cols = columns(BLOCKS[j][0], BLOCKS[j][1])
+            if HAS_BIAS:
+                row = tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(
+                    tl.float32
+                )
+            else:
+                row = tl.zeros_like(cols).to(tl.float32)
+            blocks = blocks + (row[None, :],)
+        b = b + (blocks,)
+    return b
+
+
+@triton.jit
+def _spread(row, BLOCK_B: tl.constexpr, WIDTH: tl.constexpr):
+    return tl.broadcast_to(row, [BLOCK_B, WIDTH])
+
+
+@triton.jit
+def products(
+    u,  # [block of K], tiles [BLOCK_B, K]
+    w,  # [gate][block of H][block of K], tiles [K, H]
+    b,  # [gate][block of H], rows [1, H]
+    PHASES: tl.constexpr,
+    PHASE: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``out[block of H][gate] = u W[gate] + b[gate]`` in fp32, for the gates of PHASES[PHASE].
+
+    (A slice of a constexpr tuple cannot itself be passed on in Triton 3.6, hence tuple and index.)
+    """
+    out = ()
+    for j in tl.static_range(len(BLOCKS)):
+        block = ()
+        for g in tl.static_range(len(PHASES[PHASE])):
+            acc = _spread(b[PHASES[PHASE][g]][j], BLOCK_B, BLOCKS[j][1])
+            for k in tl.static_range(len(u)):
+                tile = w[PHASES[PHASE][g]][j][k]
+                acc = tl.dot(
+                    u[k].to(tile.dtype), tile, acc, input_precision=INPUT_PRECISION
+                )
+            block = block + (acc,)
+        out = out + (block,)
+    return out
+
+
+@triton.jit
+def adjoint_products(
+    grads,  # [block of H][tile]
+    w,  # [gate][block of H][block of K], tiles [H, K]
+    PHASES: tl.constexpr,
+    FACTORS: tl.constexpr,  # for each gate of each phase the tile of ``grads``
+    PHASE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``out[block of K] = sum over gates and blocks of grads W[gate]`` in fp32, for PHASES[PHASE].
+
+    The gates have accumulators of their own: one chain over all of them would be G times as many
+    dependent mma instructions, 24 cycles each.
+    """
+    out = ()
+    for k in tl.static_range(len(w[0][0])):
+        for g in tl.static_range(len(PHASES[PHASE])):
+            tile = w[PHASES[PHASE][g]][0][k]
+            acc = tl.dot(
+                grads[0][FACTORS[PHASE][g]].to(tile.dtype),
+                tile,
+                input_precision=INPUT_PRECISION,
+            )
+            for j in tl.static_range(1, len(grads)):
+                tile = w[PHASES[PHASE][g]][j][k]
+                acc = tl.dot(
+                    grads[j][FACTORS[PHASE][g]].to(tile.dtype),
+                    tile,
+                    acc,
+                    input_precision=INPUT_PRECISION,
+                )
+            if g == 0:
+                total = acc
+            else:
+                total = total + acc
+        out = out + (total,)
+    return out

@@ -1,0 +1,490 @@
+"""Schedule *resident*: one program owns BLOCK_B sequences for all T; its weights never leave it.
+
+Axes: T time, B batch, I input, H hidden, G gates, D directions, S saved tiles, N gradient tiles
+(``spec.py``). Grid ``(cdiv(B, BLOCK_B), D)``: both directions of a layer run in one launch, and no
+program waits for another.
+
+On chip for the whole launch: W_hh (and W_ih when PROJECT), the biases, and h and c in fp32. Only
+dot operands and stores are rounded to the dtype of the tensors. What a step reads from memory does
+not depend on h, so it is loaded one step ahead and overlaps the dots. Backward writes only
+``dgates``; the weight gradients are library GEMMs over all T at once (``ops.py``): no atomics, and
+two runs agree bit for bit.
+
+Offsets are int64, T and B are run-time values: no binary depends on either.
+
+Limits: W_hh must fit one SM (``plan.py`` says which H). One layer a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+
+import torch
+import triton
+import triton.language as tl
+
+from .cells import CELLS
+from .common import (
+    add_first,
+    adjoint_products,
+    join,
+    load_bias,
+    load_rows,
+    load_weight,
+    no_tiles,
+    only,
+    pick,
+    products,
+    store_rows,
+    to_float,
+)
+from .plan import Plan, Tiles
+from .spec import SPECS, Weights
+
+RUN_TIME_SIZES = ["T", "B", "stride_x_t", "stride_x_b"]
+
+
+@triton.jit
+def _time_of(step, T, pid_d):
+    """The step-th time in the order of this direction; direction 1 runs from T-1 down to 0."""
+    return (step + pid_d * (T - 1 - 2 * step)).to(tl.int64)
+
+
+@triton.jit
+def _load_x(
+    rows,
+    mask_b,
+    PROJECT: tl.constexpr,
+    I: tl.constexpr,
+    G: tl.constexpr,
+    H: tl.constexpr,
+    I_BLOCKS: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # noqa: E501,E741
+    if PROJECT:
+        return load_rows(rows, mask_b, 1, I, I_BLOCKS)
+    else:
+        return load_rows(rows, mask_b, G, H, BLOCKS)
+
+
+@triton.jit
+def _load_state(
+    h_rows, c_rows, mask_b, STATES: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr
+):  # noqa: E501
+    state = load_rows(h_rows, mask_b, 1, H, BLOCKS)
+    if STATES == 2:
+        state = join(state, load_rows(c_rows, mask_b, 1, H, BLOCKS))
+    return state
+
+
+@triton.jit(do_not_specialize=RUN_TIME_SIZES)
+def _resident_fwd_kernel(
+    # inputs
+    x_ptr,  # PROJECT: x [T, B, I], else gx [D, T, B, G*H] = x @ W_ih.T + b_ih
+    w_ih_ptr,  # [G*H, I] of direction 0, read when PROJECT
+    w_ih_reverse_ptr,  # of direction 1
+    b_ih_ptr,  # [G*H]
+    b_ih_reverse_ptr,
+    w_hh_ptr,  # [G*H, H]
+    w_hh_reverse_ptr,
+    b_hh_ptr,  # [G*H]
+    b_hh_reverse_ptr,
+    h_0_ptr,  # [D, B, H]
+    c_0_ptr,  # [D, B, H], read when STATES == 2
+    aux_ptr,  # what the cell's own functions read
+    # outputs
+    out_ptr,  # [T, B, D*H]
+    gates_ptr,  # [D, T, B, S*H], written when SAVE
+    cs_ptr,  # [D, T, B, H], written when SAVE and STATES == 2
+    h_n_ptr,  # [D, B, H]
+    c_n_ptr,  # [D, B, H]
+    # run-time sizes and strides, in elements
+    T,
+    B,
+    stride_x_t,
+    stride_x_b,
+    # the cell
+    OPERAND: tl.constexpr,
+    FORWARD: tl.constexpr,
+    PHASES: tl.constexpr,
+    SAVED: tl.constexpr,
+    STATES: tl.constexpr,
+    # compile-time sizes and switches
+    D: tl.constexpr,
+    I: tl.constexpr,  # noqa: E741
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    I_BLOCKS: tl.constexpr,
+    PROJECT: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    SAVE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    G: tl.constexpr = len(GATES)
+    pid_d = tl.program_id(1)
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < B
+    if not PROJECT:
+        x_ptr += pid_d.to(tl.int64) * T * B * (G * H)
+    state_rows = (pid_d.to(tl.int64) * B + offs_b) * H
+
+    if D == 2:
+        w_hh_ptr = tl.where(pid_d == 0, w_hh_ptr, w_hh_reverse_ptr)
+        b_hh_ptr = tl.where(pid_d == 0, b_hh_ptr, b_hh_reverse_ptr)
+        w_ih_ptr = tl.where(pid_d == 0, w_ih_ptr, w_ih_reverse_ptr)
+        b_ih_ptr = tl.where(pid_d == 0, b_ih_ptr, b_ih_reverse_ptr)
+    w_hh = load_weight(w_hh_ptr, G, H, BLOCKS, H, BLOCKS, True)
+    b_hh = load_bias(b_hh_ptr, HAS_BIAS, G, H, BLOCKS)
+    if PROJECT:
+        w_ih = load_weight(w_ih_ptr, G, H, BLOCKS, I, I_BLOCKS, True)
+        b_ih = load_bias(b_ih_ptr, HAS_BIAS, G, H, BLOCKS)
+
+    state = to_float(
+        _load_state(
+            h_0_ptr + state_rows, c_0_ptr + state_rows, mask_b, STATES, H, BLOCKS
+        )
+    )
+    x_rows = x_ptr + offs_b * stride_x_b
+    x = _load_x(
+        x_rows + _time_of(0, T, pid_d) * stride_x_t,
+        mask_b,
+        PROJECT,
+        I,
+        G,
+        H,
+        I_BLOCKS,
+        BLOCKS,
+    )
+
+    for step in range(T):
+        t = _time_of(step, T, pid_d)
+        t_next = _time_of(tl.minimum(step + 1, T - 1), T, pid_d)
+        x_next = _load_x(
+            x_rows + t_next * stride_x_t, mask_b, PROJECT, I, G, H, I_BLOCKS, BLOCKS
+        )
+        ctx = (aux_ptr, t, offs_b, mask_b)
+        if PROJECT:
+            gx = products(
+                pick(x, 0), w_ih, b_ih, (GATES,), 0, BLOCK_B, BLOCKS, INPUT_PRECISION
+            )
+        else:
+            gx = to_float(x)
+
+        gh = no_tiles(BLOCKS)
+        for p in tl.static_range(len(PHASES)):
+            u = OPERAND(p, ctx, gx, gh, state)
+            gh = join(
+                gh, products(u, w_hh, b_hh, PHASES, p, BLOCK_B, BLOCKS, INPUT_PRECISION)
+            )
+        state, saved = FORWARD(ctx, gx, gh, state)
+
+        row = (t * B + offs_b) * (D * H) + pid_d * H
+        store_rows(out_ptr + row, mask_b, only(state, 0), 0, H, BLOCKS)
+        if SAVE:
+            row = (pid_d.to(tl.int64) * T + t) * B + offs_b
+            store_rows(gates_ptr + row * (len(SAVED) * H), mask_b, saved, 0, H, BLOCKS)
+            if STATES == 2:
+                store_rows(cs_ptr + row * H, mask_b, only(state, 1), 0, H, BLOCKS)
+        x = x_next
+
+    store_rows(h_n_ptr + state_rows, mask_b, only(state, 0), 0, H, BLOCKS)
+    if STATES == 2:
+        store_rows(c_n_ptr + state_rows, mask_b, only(state, 1), 0, H, BLOCKS)
+
+
+@triton.jit
+def _load_step(
+    gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
+    step, T, B, pid_d, offs_b, mask_b,
+    SAVED: tl.constexpr, STATES: tl.constexpr, HAS_D_OUT: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """All that step reads and no dot produces: saved tiles, the states before it, dy_t."""
+    t = _time_of(step, T, pid_d)
+    t_prev = _time_of(tl.maximum(step - 1, 0), T, pid_d)
+    row = (pid_d.to(tl.int64) * T + t) * B + offs_b
+    saved = load_rows(gates_ptr + row * (len(SAVED) * H), mask_b, len(SAVED), H, BLOCKS)
+
+    first = (pid_d.to(tl.int64) * B + offs_b) * H
+    h_rows = out_ptr + (t_prev * B + offs_b) * (D * H) + pid_d * H
+    h_rows = tl.where(step > 0, h_rows, h_0_ptr + first)
+    c_rows = cs_ptr + ((pid_d.to(tl.int64) * T + t_prev) * B + offs_b) * H
+    c_rows = tl.where(step > 0, c_rows, c_0_ptr + first)
+    prev = _load_state(h_rows, c_rows, mask_b, STATES, H, BLOCKS)
+
+    if HAS_D_OUT:
+        rows = d_out_ptr + (t * B + offs_b) * (D * H) + pid_d * H
+        d_out = load_rows(rows, mask_b, 1, H, BLOCKS)
+    else:
+        d_out = no_tiles(BLOCKS)
+    return saved, prev, d_out
+
+
+@triton.jit(do_not_specialize=["T", "B"])
+def _resident_bwd_kernel(
+    # inputs
+    d_out_ptr,  # [T, B, D*H], read when HAS_D_OUT
+    d_h_n_ptr,  # [D, B, H]
+    d_c_n_ptr,  # [D, B, H], read when STATES == 2
+    w_hh_ptr,  # [G*H, H] of direction 0
+    w_hh_reverse_ptr,  # of direction 1
+    h_0_ptr,  # [D, B, H]
+    c_0_ptr,
+    out_ptr,  # [T, B, D*H]
+    gates_ptr,  # [D, T, B, S*H]
+    cs_ptr,  # [D, T, B, H]
+    aux_ptr,
+    # outputs
+    dgates_ptr,  # [D, T, B, N*H]
+    d_h_0_ptr,  # [D, B, H]
+    d_c_0_ptr,
+    # run-time sizes
+    T,
+    B,
+    # the cell
+    ADJOINT: tl.constexpr,
+    PHASES: tl.constexpr,
+    FIRST_TILE: tl.constexpr,  # of each phase, where its gradient tiles are stored
+    FACTORS: tl.constexpr,  # for each gate of each phase, which gradient tile W multiplies
+    GRAD_TILES: tl.constexpr,
+    SAVED: tl.constexpr,
+    STATES: tl.constexpr,
+    # compile-time sizes and switches
+    D: tl.constexpr,
+    H: tl.constexpr,
+    GATES: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCKS: tl.constexpr,
+    HAS_D_OUT: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    pid_d = tl.program_id(1)
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    mask_b = offs_b < B
+    state_rows = (pid_d.to(tl.int64) * B + offs_b) * H
+
+    if D == 2:
+        w_hh_ptr = tl.where(pid_d == 0, w_hh_ptr, w_hh_reverse_ptr)
+    w_hh = load_weight(w_hh_ptr, len(GATES), H, BLOCKS, H, BLOCKS, False)
+
+    d_state = to_float(
+        _load_state(
+            d_h_n_ptr + state_rows, d_c_n_ptr + state_rows, mask_b, STATES, H, BLOCKS
+        )
+    )
+    last = _time_of(T - 1, T, pid_d)
+    h_rows = out_ptr + (last * B + offs_b) * (D * H) + pid_d * H
+    c_rows = cs_ptr + ((pid_d.to(tl.int64) * T + last) * B + offs_b) * H
+    new = to_float(_load_state(h_rows, c_rows, mask_b, STATES, H, BLOCKS))
+    loaded = _load_step(
+        gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
+        T - 1, T, B, pid_d, offs_b, mask_b, SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
+    )  # fmt: skip
+
+    for back in range(T):
+        step = T - 1 - back
+        t = _time_of(step, T, pid_d)
+        earlier = _load_step(
+            gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
+            tl.maximum(step - 1, 0), T, B, pid_d, offs_b, mask_b,
+            SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
+        )  # fmt: skip
+        saved = to_float(loaded[0])
+        prev = to_float(loaded[1])
+        if HAS_D_OUT:
+            d_state = add_first(d_state, pick(to_float(loaded[2]), 0))
+
+        ctx = (aux_ptr, t, offs_b, mask_b)
+        row = ((pid_d.to(tl.int64) * T + t) * B + offs_b) * (GRAD_TILES * H)
+        du = no_tiles(BLOCKS)
+        carry = no_tiles(BLOCKS)
+        for later in tl.static_range(len(PHASES)):
+            grads, d_state, carry = ADJOINT(
+                len(PHASES) - 1 - later, ctx, d_state, du, saved, prev, new, carry
+            )
+            store_rows(
+                dgates_ptr + row,
+                mask_b,
+                grads,
+                FIRST_TILE[len(PHASES) - 1 - later],
+                H,
+                BLOCKS,
+            )
+            du = adjoint_products(
+                grads, w_hh, PHASES, FACTORS, len(PHASES) - 1 - later, INPUT_PRECISION
+            )
+        d_state = add_first(d_state, du)
+        new = prev
+        loaded = earlier
+
+    store_rows(d_h_0_ptr + state_rows, mask_b, only(d_state, 0), 0, H, BLOCKS)
+    if STATES == 2:
+        store_rows(d_c_0_ptr + state_rows, mask_b, only(d_state, 1), 0, H, BLOCKS)
+
+
+def resident_fwd(
+    cell: str,
+    plan: Plan,
+    x: torch.Tensor,
+    weights: Sequence[Weights],
+    h_0: torch.Tensor,
+    c_0: torch.Tensor | None,
+    out: torch.Tensor,
+    h_n: torch.Tensor,
+    c_n: torch.Tensor | None,
+    gates: torch.Tensor | None,
+    cs: torch.Tensor | None,
+) -> None:
+    """Runs one layer, all directions, and fills ``out``, ``h_n``, ``c_n`` and what is saved.
+
+    x: ``[T, B, I]`` if the plan projects in the kernel, else ``gx [D, T, B, G*H]``; weights: one
+    entry a direction; h_0, c_0, h_n, c_n: ``[D, B, H]``; out: ``[T, B, D*H]``; gates
+    ``[D, T, B, S*H]`` and cs ``[D, T, B, H]``: None when nothing is saved. All but x contiguous.
+    """
+    tiles = plan.forward
+    D, B, H = h_0.shape
+    first, other = weights[0], weights[-1]
+    with _on_device(out):
+        _resident_fwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
+            # A pointer that the switches below leave unread is any tensor of that dtype.
+            x,
+            first.w_ih,
+            other.w_ih,
+            first.w_hh if first.b_ih is None else first.b_ih,
+            other.w_hh if other.b_ih is None else other.b_ih,
+            first.w_hh,
+            other.w_hh,
+            first.w_hh if first.b_hh is None else first.b_hh,
+            other.w_hh if other.b_hh is None else other.b_hh,
+            h_0,
+            h_0 if c_0 is None else c_0,
+            None,
+            out,
+            out if gates is None else gates,
+            out if cs is None else cs,
+            h_n,
+            h_n if c_n is None else c_n,
+            out.shape[0],
+            B,
+            x.stride(-3),
+            x.stride(-2),
+            **fwd_constants(
+                cell, plan, D, x.shape[-1], H, first.b_hh is not None, gates is not None
+            ),
+            **launch_options(tiles),
+        )
+
+
+def resident_bwd(
+    cell: str,
+    plan: Plan,
+    d_out: torch.Tensor | None,
+    d_h_n: torch.Tensor,
+    d_c_n: torch.Tensor | None,
+    weights: Sequence[Weights],
+    h_0: torch.Tensor,
+    c_0: torch.Tensor | None,
+    out: torch.Tensor,
+    gates: torch.Tensor,
+    cs: torch.Tensor | None,
+    dgates: torch.Tensor,
+    d_h_0: torch.Tensor,
+    d_c_0: torch.Tensor | None,
+) -> None:
+    """Runs one layer backwards and fills ``dgates [D, T, B, N*H]`` and d_h_0, d_c_0 ``[D, B, H]``.
+
+    d_out: ``[T, B, D*H]``, None where no gradient reaches the outputs; the rest as in
+    ``resident_fwd``. All contiguous.
+    """
+    tiles = plan.backward
+    D, B, H = h_0.shape
+    with _on_device(out):
+        _resident_bwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
+            out if d_out is None else d_out,
+            d_h_n,
+            d_h_n if d_c_n is None else d_c_n,
+            weights[0].w_hh,
+            weights[-1].w_hh,
+            h_0,
+            h_0 if c_0 is None else c_0,
+            out,
+            gates,
+            out if cs is None else cs,
+            None,
+            dgates,
+            d_h_0,
+            d_h_0 if d_c_0 is None else d_c_0,
+            out.shape[0],
+            B,
+            **bwd_constants(cell, plan, D, H, d_out is not None),
+            **launch_options(tiles),
+        )
+
+
+def fwd_constants(
+    cell: str,
+    plan: Plan,
+    D: int,
+    I: int,
+    H: int,
+    has_bias: bool,
+    save: bool,  # noqa: E741
+) -> dict:
+    """The compile-time arguments of the forward kernel; together with dtypes, one binary each."""
+    tiles, spec = plan.forward, SPECS[cell]
+    return {
+        "OPERAND": CELLS[cell].operand,
+        "FORWARD": CELLS[cell].forward,
+        "PHASES": spec.phases,
+        "SAVED": tuple(range(spec.saved)),
+        "STATES": spec.states,
+        "D": D,
+        "I": I if plan.i_blocks else 0,
+        "H": H,
+        "GATES": tuple(range(spec.gates)),
+        "BLOCK_B": tiles.block_b,
+        "BLOCKS": tiles.blocks,
+        "I_BLOCKS": plan.i_blocks,
+        "PROJECT": bool(plan.i_blocks),
+        "HAS_BIAS": has_bias,
+        "SAVE": save,
+        "INPUT_PRECISION": tiles.input_precision,
+    }
+
+
+def bwd_constants(cell: str, plan: Plan, D: int, H: int, has_d_out: bool) -> dict:
+    """The compile-time arguments of the backward kernel."""
+    tiles, spec = plan.backward, SPECS[cell]
+    return {
+        "ADJOINT": CELLS[cell].adjoint,
+        "PHASES": spec.phases,
+        "FIRST_TILE": tuple(stored[0] for stored in spec.grads),
+        "FACTORS": tuple(
+            tuple(stored.index(spec.recurrent[g]) for g in gates)
+            for gates, stored in zip(spec.phases, spec.grads, strict=True)
+        ),
+        "GRAD_TILES": spec.grad_tiles,
+        "SAVED": tuple(range(spec.saved)),
+        "STATES": spec.states,
+        "D": D,
+        "H": H,
+        "GATES": tuple(range(spec.gates)),
+        "BLOCK_B": tiles.block_b,
+        "BLOCKS": tiles.blocks,
+        "HAS_D_OUT": has_d_out,
+        "INPUT_PRECISION": tiles.input_precision,
+    }
+
+
+def launch_options(tiles: Tiles) -> dict:
+    # Fusion is stated because its default changes between Triton 3.9 and 3.10. One stage: the
+    # kernels load a step ahead themselves, and the pipeliner would only add shared memory.
+    return {"num_warps": tiles.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+
+
+def _on_device(tensor: torch.Tensor):
+    """Triton launches on the current device, which need not be the tensors'."""
+    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

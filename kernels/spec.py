@@ -1,0 +1,68 @@
+"""What a schedule, the planner and the reference must know of a cell, in plain Python.
+
+The equations stand in ``cells.py`` (Triton) and, written independently, in
+``fusedrnn/reference.py`` (torch). This table only counts their tiles. Axes: ``G`` gates, i.e.
+``weight_hh`` is ``[G*H, H]``, in torch's gate order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+
+@dataclass(frozen=True)
+class CellSpec:
+    """The tile counts of one cell.
+
+    Attributes:
+        gates: G, the rows of ``weight_ih`` and ``weight_hh`` in units of H.
+        states: 2 with a cell state c beside h, else 1.
+        saved: tiles kept for backward in each step, besides h and c.
+        phases: for each recurrent product of a step the gates it serves, in ascending order.
+            One phase multiplies h itself; a later phase multiplies an operand that the cell
+            builds from the gates before it (``r * h`` in the textbook's GRU).
+        grads: for each phase the gradient tiles the adjoint returns, as indices into the
+            stored ``dgates``. Tiles 0..G-1 are gradients of the input pre-activations.
+        recurrent: for each gate the tile that is the gradient of its recurrent pre-activation.
+        operands: for each phase the name of the left operand of its product ("h" or "r*h").
+    """
+
+    gates: int
+    states: int
+    saved: int
+    phases: tuple[tuple[int, ...], ...]
+    grads: tuple[tuple[int, ...], ...]
+    recurrent: tuple[int, ...]
+    operands: tuple[str, ...] = ("h",)
+
+    @property
+    def grad_tiles(self) -> int:
+        """Tiles of ``dgates`` per step: G, and one more for each gate whose two parts differ."""
+        return 1 + max(max(tiles) for tiles in self.grads)
+
+
+SPECS = {
+    # i, f, g, o are saved activated.
+    "lstm": CellSpec(4, 2, 4, ((0, 1, 2, 3),), ((0, 1, 2, 3),), (0, 1, 2, 3)),
+    # r, z, n and W_hn h + b_hn; d of the latter is tile 3, since it is r times d of n's input part.
+    "gru": CellSpec(3, 1, 4, ((0, 1, 2),), ((0, 1, 2, 3),), (0, 1, 3)),
+    # r, z, n; the product for n needs r * h, hence a second phase.
+    "gru_reset_before": CellSpec(
+        3, 1, 3, ((0, 1), (2,)), ((0, 1), (2,)), (0, 1, 2), operands=("h", "r*h")
+    ),
+    # h alone tells the derivative of both non-linearities.
+    "rnn_tanh": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,)),
+    "rnn_relu": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,)),
+}
+
+
+class Weights(NamedTuple):
+    """One layer's weights in one direction: ``[G*H, I]``, ``[G*H, H]``, and ``[G*H]`` or None."""
+
+    w_ih: torch.Tensor
+    w_hh: torch.Tensor
+    b_ih: torch.Tensor | None
+    b_hh: torch.Tensor | None
