@@ -60,9 +60,7 @@ def rnn_stack(
     """
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
     # Decided by requires_grad and never by a module's training flag: backward in eval() works.
-    save = torch.is_grad_enabled() and any(
-        t.requires_grad for t in (input, *states, *params)
-    )
+    save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *params))
     output, h_n, c_n, *_ = torch.ops.fusedrnn.rnn_forward(
         input,
         h_0,
@@ -185,9 +183,7 @@ def _setup_context(ctx, inputs, output):
     ctx.set_materialize_grads(False)
     ctx.config = Config(*config)
     ctx.counts = len(params), len(dropout_masks)
-    ctx.save_for_backward(
-        input, h_0, c_0, *params, *dropout_masks, out, gates, cs, hidden
-    )
+    ctx.save_for_backward(input, h_0, c_0, *params, *dropout_masks, out, gates, cs, hidden)
 
 
 def _autograd(ctx, d_output, d_h_n, d_c_n, *_):
@@ -242,6 +238,4 @@ def _differentiable_grads(grads, input, h_0, c_0, params, masks, config: Config)
     return *all_grads[:3], all_grads[3:]
 
 
-torch.library.register_autograd(
-    "fusedrnn::rnn_forward", _autograd, setup_context=_setup_context
-)
+torch.library.register_autograd("fusedrnn::rnn_forward", _autograd, setup_context=_setup_context)

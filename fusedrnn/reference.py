@@ -71,9 +71,7 @@ def _gru_reset_before_step(gx: Tensor, h: Tensor, c: Tensor | None, w: Weights):
     return (1 - z) * n + z * h, None, (r, z, n)
 
 
-def _gru_reset_before_bwd(
-    dh: Tensor, dc, saved: Tensor, h_prev, c_prev, h, c, w: Weights
-):
+def _gru_reset_before_bwd(dh: Tensor, dc, saved: Tensor, h_prev, c_prev, h, c, w: Weights):
     H = h.shape[-1]  # noqa: N806
     r, z, n = saved.chunk(3, -1)
     dn = dh * (1 - z) * (1 - n * n)

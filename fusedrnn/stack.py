@@ -99,9 +99,10 @@ def stack_forward(
             else torch.empty_like(saved.output)
         )
         layer_plan, run = _forward_schedule(config, input, H, save)
-        x = input
         if layer_plan is None or not layer_plan.i_blocks:
             x = _project(input, weights, config.precision)
+        else:  # the kernel takes any stride of T and B
+            x = input if input.stride(-1) == 1 else input.contiguous()
         run(
             x,
             weights,

@@ -16,11 +16,13 @@ Contract, with G gates in torch's order, ``s`` the states (h first, c second whe
     called with the phases in reverse. First ``d_state`` is the gradient of the new state, ``du``
     and ``carry`` are empty. Then ``du[block]`` is the gradient of the operand of the phase called
     before, and ``d_state``, ``carry`` are what that call returned. ``grads`` are the tiles named
-    by ``CellSpec.grads[PHASE]``; the last ``d_state`` lacks only the product of phase 0, which
-    the schedule adds to h's. Boundary: d_state at T is (dh_n, dc_n), plus dy_t in every step.
+    by ``CellSpec.grads[PHASE]``. Boundary: d_state at T is (dh_n, dc_n), plus dy_t in every step.
+``fold(ctx, d_state, du) -> d_state``
+    the adjoint of phase 0's operand, called last: adds du to the gradient of h.
 
-``ctx = (aux_ptr, t, offs_b, mask_b)`` is for cells with constants or masks of their own (gains of
-a normalisation, a dropout mask for each sequence); the cells below ignore it.
+``ctx = (aux_ptr, t, offs_b, mask_b, H, cols)``, with ``cols[block]`` the columns of each block, is
+for cells with constants or masks of their own (gains of a normalisation, a dropout mask for each
+sequence); the cells below ignore it. ``tests/test_extending.py`` has a cell that uses all of it.
 
 Equations: LSTM Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; GRU Cho et
 al. 2014 (arXiv 1406.1078) as ``gru_reset_before``, and with the reset after the product as torch
@@ -42,6 +44,14 @@ def _operand_h(PHASE: tl.constexpr, ctx, gx, gh, state):
     for j in tl.static_range(len(state)):
         u = u + (state[j][0],)
     return u
+
+
+@triton.jit
+def _fold_h(ctx, d_state, du):
+    out = ()
+    for j in tl.static_range(len(d_state)):
+        out = out + ((d_state[j][0] + du[j],) + d_state[j][1:],)
+    return out
 
 
 @triton.jit
@@ -138,9 +148,7 @@ def _gru_reset_before_forward(ctx, gx, gh, state):
 
 
 @triton.jit
-def _gru_reset_before_adjoint(
-    PHASE: tl.constexpr, ctx, d_state, du, saved, prev, new, carry
-):
+def _gru_reset_before_adjoint(PHASE: tl.constexpr, ctx, d_state, du, saved, prev, new, carry):
     """Phase 1 gives dn and dh z; with du of r h, phase 0 gives dr = du h, and adds du r to dh."""
     grads = ()
     d_prev = ()
@@ -211,6 +219,7 @@ class Cell(NamedTuple):
     operand: triton.JITFunction
     forward: triton.JITFunction
     adjoint: triton.JITFunction
+    fold: triton.JITFunction = _fold_h
 
 
 CELLS = {
@@ -222,10 +231,6 @@ CELLS = {
         _gru_reset_before_forward,
         _gru_reset_before_adjoint,
     ),
-    "rnn_tanh": Cell(
-        SPECS["rnn_tanh"], _operand_h, _rnn_tanh_forward, _rnn_tanh_adjoint
-    ),
-    "rnn_relu": Cell(
-        SPECS["rnn_relu"], _operand_h, _rnn_relu_forward, _rnn_relu_adjoint
-    ),
+    "rnn_tanh": Cell(SPECS["rnn_tanh"], _operand_h, _rnn_tanh_forward, _rnn_tanh_adjoint),
+    "rnn_relu": Cell(SPECS["rnn_relu"], _operand_h, _rnn_relu_forward, _rnn_relu_adjoint),
 }

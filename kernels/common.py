@@ -12,9 +12,20 @@ import triton.language as tl
 
 @triton.jit
 def tanh(x):
-    # As a sigmoid: the quotient of exponentials is inf/inf below -44, and libdevice is absent
-    # from the interpreter. Max abs error 1.2e-7 in fp32.
-    return 2.0 * tl.sigmoid(2.0 * x) - 1.0
+    """tanh to 1.4 ulp near zero, 1.2e-7 absolute elsewhere; never NaN for a number.
+
+    The quotient of exponentials is inf/inf below -44, and libdevice is absent from the
+    interpreter. The sigmoid form alone loses all relative precision near 0 (1e-4 at x = 1e-3), so
+    below 0.625 a polynomial in x^2 takes over: the least-squares fit of (tanh(x)/x - 1)/x^2 of
+    degree 4 at Chebyshev nodes. It runs on the FMA units, which idle while exp is computed.
+    """
+    z = x * x
+    p = -6.104945779e-3
+    p = p * z + 2.100363926e-2
+    p = p * z - 5.385249689e-2
+    p = p * z + 1.333278226e-1
+    p = p * z - 3.333332910e-1
+    return tl.where(z < 0.390625, x + x * z * p, 2.0 * tl.sigmoid(2.0 * x) - 1.0)
 
 
 @triton.jit
@@ -23,9 +34,16 @@ def columns(START: tl.constexpr, WIDTH: tl.constexpr):
 
 
 @triton.jit
-def load_rows(
-    row_ptrs, mask_row, N: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr
-):
+def all_columns(BLOCKS: tl.constexpr):
+    """The column numbers of every block, ``[block]``."""
+    out = ()
+    for j in tl.static_range(len(BLOCKS)):
+        out = out + (columns(BLOCKS[j][0], BLOCKS[j][1]),)
+    return out
+
+
+@triton.jit
+def load_rows(row_ptrs, mask_row, N: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr):
     """Loads ``tiles[block][n]`` from rows of N*H columns; zero beyond H and where masked."""
     tiles = ()
     for j in tl.static_range(len(BLOCKS)):
@@ -160,9 +178,7 @@ def load_bias(
         for j in tl.static_range(len(BLOCKS)):
             cols = columns(BLOCKS[j][0], BLOCKS[j][1])
             if HAS_BIAS:
-                row = tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(
-                    tl.float32
-                )
+                row = tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0).to(tl.float32)
             else:
                 row = tl.zeros_like(cols).to(tl.float32)
             blocks = blocks + (row[None, :],)
@@ -197,9 +213,7 @@ def products(
             acc = _spread(b[PHASES[PHASE][g]][j], BLOCK_B, BLOCKS[j][1])
             for k in tl.static_range(len(u)):
                 tile = w[PHASES[PHASE][g]][j][k]
-                acc = tl.dot(
-                    u[k].to(tile.dtype), tile, acc, input_precision=INPUT_PRECISION
-                )
+                acc = tl.dot(u[k].to(tile.dtype), tile, acc, input_precision=INPUT_PRECISION)
             block = block + (acc,)
         out = out + (block,)
     return out

@@ -57,6 +57,7 @@ class Tiles:
     block_b: int
     blocks: tuple[tuple[int, int], ...]
     num_warps: int
+    max_registers: int | None  # a thread's; None where the compiler has no such option
     input_precision: str
     shared_bytes: int  # estimate, an upper bound of the compiler's figure
 
@@ -79,16 +80,12 @@ class Plan:
         if self.backward:
             parts.append(f"backward {self.backward.describe()}")
         parts.append(
-            "input projected in the kernel"
-            if self.i_blocks
-            else "input projected by GEMM"
+            "input projected in the kernel" if self.i_blocks else "input projected by GEMM"
         )
         return f"{self.schedule}: " + "; ".join(parts) + " (modelled, not measured)"
 
 
-def blocks_of(
-    size: int, least: int = 16, most: int = 128
-) -> tuple[tuple[int, int], ...]:
+def blocks_of(size: int, least: int = 16, most: int = 128) -> tuple[tuple[int, int], ...]:
     """Cuts ``size`` columns into power-of-two blocks, rounding up to ``least`` and no further.
 
     >>> blocks_of(160)
@@ -126,13 +123,9 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     """
     spec = SPECS.get(problem.cell)
     if spec is None:
-        raise NoPlan(
-            f"no kernel knows the cell {problem.cell!r}; known are {', '.join(SPECS)}"
-        )
+        raise NoPlan(f"no kernel knows the cell {problem.cell!r}; known are {', '.join(SPECS)}")
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise NoPlan(
-            f"the kernels compute in float32, float16 or bfloat16, not {problem.dtype}"
-        )
+        raise NoPlan(f"the kernels compute in float32, float16 or bfloat16, not {problem.dtype}")
     amd = chip.warp_size == 64
     wide = problem.dtype == torch.float32
     # MIOpen has no tf32, and 16-bit operands are multiplied exactly whatever the switch says.
@@ -152,8 +145,10 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     padded = sum(width for _, width in blocks)
     num_warps = 2 if padded == 16 else 4 if amd or padded <= (32 if wide else 64) else 8
     # Latency, not occupancy: half the rows halve the special-function work of a step (10 per unit
-    # and row for an LSTM), as long as there are SMs for twice the programs.
-    block_b = 8 if -(-problem.batch // 8) * problem.directions <= chip.sms else 16
+    # and row for an LSTM), as long as there are SMs for twice the programs. The three products of
+    # tf32x3 leave no registers for 16 rows.
+    few = -(-problem.batch // 8) * problem.directions <= chip.sms
+    block_b = 8 if few or precision == "tf32x3" else 16
 
     i_blocks: tuple[tuple[int, int], ...] = ()
     if _projects_in_kernel(problem.input_size, padded, wide):
@@ -163,6 +158,7 @@ def plan(problem: Problem, chip: Chip) -> Plan:
             block_b,
             blocks,
             num_warps,
+            None if amd else 255,
             precision,
             _shared_bytes(spec.gates, padded, columns, block_b, wide, precision),
         )
@@ -203,6 +199,4 @@ def chip_of(device: torch.device) -> Chip:
         getattr(properties, "shared_memory_per_block_optin", 0)
         or properties.shared_memory_per_block
     )  # noqa: E501
-    return Chip(
-        properties.name, properties.multi_processor_count, shared, properties.warp_size
-    )
+    return Chip(properties.name, properties.multi_processor_count, shared, properties.warp_size)

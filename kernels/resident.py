@@ -28,6 +28,7 @@ from .cells import CELLS
 from .common import (
     add_first,
     adjoint_products,
+    all_columns,
     join,
     load_bias,
     load_rows,
@@ -42,13 +43,11 @@ from .common import (
 from .plan import Plan, Tiles
 from .spec import SPECS, Weights
 
-RUN_TIME_SIZES = ["T", "B", "stride_x_t", "stride_x_b"]
-
 
 @triton.jit
 def _time_of(step, T, pid_d):
     """The step-th time in the order of this direction; direction 1 runs from T-1 down to 0."""
-    return (step + pid_d * (T - 1 - 2 * step)).to(tl.int64)
+    return step + pid_d * (T - 1 - 2 * step)
 
 
 @triton.jit
@@ -78,7 +77,7 @@ def _load_state(
     return state
 
 
-@triton.jit(do_not_specialize=RUN_TIME_SIZES)
+@triton.jit(do_not_specialize=["T", "B", "stride_x_t", "stride_x_b"])
 def _resident_fwd_kernel(
     # inputs
     x_ptr,  # PROJECT: x [T, B, I], else gx [D, T, B, G*H] = x @ W_ih.T + b_ih
@@ -124,12 +123,12 @@ def _resident_fwd_kernel(
     INPUT_PRECISION: tl.constexpr,
 ):
     G: tl.constexpr = len(GATES)
-    pid_d = tl.program_id(1)
+    pid_d = tl.program_id(1).to(tl.int64)
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
     if not PROJECT:
-        x_ptr += pid_d.to(tl.int64) * T * B * (G * H)
-    state_rows = (pid_d.to(tl.int64) * B + offs_b) * H
+        x_ptr += pid_d * T * B * (G * H)
+    state_rows = (pid_d * B + offs_b) * H
 
     if D == 2:
         w_hh_ptr = tl.where(pid_d == 0, w_hh_ptr, w_hh_reverse_ptr)
@@ -143,9 +142,7 @@ def _resident_fwd_kernel(
         b_ih = load_bias(b_ih_ptr, HAS_BIAS, G, H, BLOCKS)
 
     state = to_float(
-        _load_state(
-            h_0_ptr + state_rows, c_0_ptr + state_rows, mask_b, STATES, H, BLOCKS
-        )
+        _load_state(h_0_ptr + state_rows, c_0_ptr + state_rows, mask_b, STATES, H, BLOCKS)
     )
     x_rows = x_ptr + offs_b * stride_x_b
     x = _load_x(
@@ -162,29 +159,23 @@ def _resident_fwd_kernel(
     for step in range(T):
         t = _time_of(step, T, pid_d)
         t_next = _time_of(tl.minimum(step + 1, T - 1), T, pid_d)
-        x_next = _load_x(
-            x_rows + t_next * stride_x_t, mask_b, PROJECT, I, G, H, I_BLOCKS, BLOCKS
-        )
-        ctx = (aux_ptr, t, offs_b, mask_b)
+        x_next = _load_x(x_rows + t_next * stride_x_t, mask_b, PROJECT, I, G, H, I_BLOCKS, BLOCKS)
+        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(BLOCKS))
         if PROJECT:
-            gx = products(
-                pick(x, 0), w_ih, b_ih, (GATES,), 0, BLOCK_B, BLOCKS, INPUT_PRECISION
-            )
+            gx = products(pick(x, 0), w_ih, b_ih, (GATES,), 0, BLOCK_B, BLOCKS, INPUT_PRECISION)
         else:
             gx = to_float(x)
 
         gh = no_tiles(BLOCKS)
         for p in tl.static_range(len(PHASES)):
             u = OPERAND(p, ctx, gx, gh, state)
-            gh = join(
-                gh, products(u, w_hh, b_hh, PHASES, p, BLOCK_B, BLOCKS, INPUT_PRECISION)
-            )
+            gh = join(gh, products(u, w_hh, b_hh, PHASES, p, BLOCK_B, BLOCKS, INPUT_PRECISION))
         state, saved = FORWARD(ctx, gx, gh, state)
 
         row = (t * B + offs_b) * (D * H) + pid_d * H
         store_rows(out_ptr + row, mask_b, only(state, 0), 0, H, BLOCKS)
         if SAVE:
-            row = (pid_d.to(tl.int64) * T + t) * B + offs_b
+            row = (pid_d * T + t) * B + offs_b
             store_rows(gates_ptr + row * (len(SAVED) * H), mask_b, saved, 0, H, BLOCKS)
             if STATES == 2:
                 store_rows(cs_ptr + row * H, mask_b, only(state, 1), 0, H, BLOCKS)
@@ -205,13 +196,13 @@ def _load_step(
     """All that step reads and no dot produces: saved tiles, the states before it, dy_t."""
     t = _time_of(step, T, pid_d)
     t_prev = _time_of(tl.maximum(step - 1, 0), T, pid_d)
-    row = (pid_d.to(tl.int64) * T + t) * B + offs_b
+    row = (pid_d * T + t) * B + offs_b
     saved = load_rows(gates_ptr + row * (len(SAVED) * H), mask_b, len(SAVED), H, BLOCKS)
 
-    first = (pid_d.to(tl.int64) * B + offs_b) * H
+    first = (pid_d * B + offs_b) * H
     h_rows = out_ptr + (t_prev * B + offs_b) * (D * H) + pid_d * H
     h_rows = tl.where(step > 0, h_rows, h_0_ptr + first)
-    c_rows = cs_ptr + ((pid_d.to(tl.int64) * T + t_prev) * B + offs_b) * H
+    c_rows = cs_ptr + ((pid_d * T + t_prev) * B + offs_b) * H
     c_rows = tl.where(step > 0, c_rows, c_0_ptr + first)
     prev = _load_state(h_rows, c_rows, mask_b, STATES, H, BLOCKS)
 
@@ -246,6 +237,7 @@ def _resident_bwd_kernel(
     B,
     # the cell
     ADJOINT: tl.constexpr,
+    FOLD: tl.constexpr,
     PHASES: tl.constexpr,
     FIRST_TILE: tl.constexpr,  # of each phase, where its gradient tiles are stored
     FACTORS: tl.constexpr,  # for each gate of each phase, which gradient tile W multiplies
@@ -261,23 +253,21 @@ def _resident_bwd_kernel(
     HAS_D_OUT: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
-    pid_d = tl.program_id(1)
+    pid_d = tl.program_id(1).to(tl.int64)
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
-    state_rows = (pid_d.to(tl.int64) * B + offs_b) * H
+    state_rows = (pid_d * B + offs_b) * H
 
     if D == 2:
         w_hh_ptr = tl.where(pid_d == 0, w_hh_ptr, w_hh_reverse_ptr)
     w_hh = load_weight(w_hh_ptr, len(GATES), H, BLOCKS, H, BLOCKS, False)
 
     d_state = to_float(
-        _load_state(
-            d_h_n_ptr + state_rows, d_c_n_ptr + state_rows, mask_b, STATES, H, BLOCKS
-        )
+        _load_state(d_h_n_ptr + state_rows, d_c_n_ptr + state_rows, mask_b, STATES, H, BLOCKS)
     )
     last = _time_of(T - 1, T, pid_d)
     h_rows = out_ptr + (last * B + offs_b) * (D * H) + pid_d * H
-    c_rows = cs_ptr + ((pid_d.to(tl.int64) * T + last) * B + offs_b) * H
+    c_rows = cs_ptr + ((pid_d * T + last) * B + offs_b) * H
     new = to_float(_load_state(h_rows, c_rows, mask_b, STATES, H, BLOCKS))
     loaded = _load_step(
         gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
@@ -297,8 +287,8 @@ def _resident_bwd_kernel(
         if HAS_D_OUT:
             d_state = add_first(d_state, pick(to_float(loaded[2]), 0))
 
-        ctx = (aux_ptr, t, offs_b, mask_b)
-        row = ((pid_d.to(tl.int64) * T + t) * B + offs_b) * (GRAD_TILES * H)
+        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(BLOCKS))
+        row = ((pid_d * T + t) * B + offs_b) * (GRAD_TILES * H)
         du = no_tiles(BLOCKS)
         carry = no_tiles(BLOCKS)
         for later in tl.static_range(len(PHASES)):
@@ -316,7 +306,7 @@ def _resident_bwd_kernel(
             du = adjoint_products(
                 grads, w_hh, PHASES, FACTORS, len(PHASES) - 1 - later, INPUT_PRECISION
             )
-        d_state = add_first(d_state, du)
+        d_state = FOLD(ctx, d_state, du)
         new = prev
         loaded = earlier
 
@@ -337,12 +327,14 @@ def resident_fwd(
     c_n: torch.Tensor | None,
     gates: torch.Tensor | None,
     cs: torch.Tensor | None,
+    aux: torch.Tensor | None = None,
 ) -> None:
     """Runs one layer, all directions, and fills ``out``, ``h_n``, ``c_n`` and what is saved.
 
     x: ``[T, B, I]`` if the plan projects in the kernel, else ``gx [D, T, B, G*H]``; weights: one
     entry a direction; h_0, c_0, h_n, c_n: ``[D, B, H]``; out: ``[T, B, D*H]``; gates
-    ``[D, T, B, S*H]`` and cs ``[D, T, B, H]``: None when nothing is saved. All but x contiguous.
+    ``[D, T, B, S*H]`` and cs ``[D, T, B, H]``: None when nothing is saved; aux: what a
+    cell's own functions read through ``ctx``. All but x contiguous.
     """
     tiles = plan.forward
     D, B, H = h_0.shape
@@ -361,7 +353,7 @@ def resident_fwd(
             other.w_hh if other.b_hh is None else other.b_hh,
             h_0,
             h_0 if c_0 is None else c_0,
-            None,
+            aux,
             out,
             out if gates is None else gates,
             out if cs is None else cs,
@@ -393,6 +385,7 @@ def resident_bwd(
     dgates: torch.Tensor,
     d_h_0: torch.Tensor,
     d_c_0: torch.Tensor | None,
+    aux: torch.Tensor | None = None,
 ) -> None:
     """Runs one layer backwards and fills ``dgates [D, T, B, N*H]`` and d_h_0, d_c_0 ``[D, B, H]``.
 
@@ -413,7 +406,7 @@ def resident_bwd(
             out,
             gates,
             out if cs is None else cs,
-            None,
+            aux,
             dgates,
             d_h_0,
             d_h_0 if d_c_0 is None else d_c_0,
@@ -460,6 +453,7 @@ def bwd_constants(cell: str, plan: Plan, D: int, H: int, has_d_out: bool) -> dic
     tiles, spec = plan.backward, SPECS[cell]
     return {
         "ADJOINT": CELLS[cell].adjoint,
+        "FOLD": CELLS[cell].fold,
         "PHASES": spec.phases,
         "FIRST_TILE": tuple(stored[0] for stored in spec.grads),
         "FACTORS": tuple(
@@ -482,7 +476,11 @@ def bwd_constants(cell: str, plan: Plan, D: int, H: int, has_d_out: bool) -> dic
 def launch_options(tiles: Tiles) -> dict:
     # Fusion is stated because its default changes between Triton 3.9 and 3.10. One stage: the
     # kernels load a step ahead themselves, and the pipeliner would only add shared memory.
-    return {"num_warps": tiles.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    options = {"num_warps": tiles.num_warps, "num_stages": 1, "enable_fp_fusion": True}
+    if tiles.max_registers:
+        # Otherwise ptxas stops at 128 and spills 8 bytes, so that two programs fit one SM.
+        options["maxnreg"] = tiles.max_registers
+    return options
 
 
 def _on_device(tensor: torch.Tensor):

@@ -1,0 +1,136 @@
+"""Compiles every kernel and tile size the plan can choose, for every chip; `make compile-all`.
+
+Writes one line per plan to a CSV file and fails if any binary spills, wants more shared memory
+than its chip has or its plan estimated, or lacks tensor-core instructions where they are meant.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from compiling import Job, every_job
+
+from fusedrnn.kernels.plan import CHIPS, plan
+
+HERE = Path(__file__).parent
+
+
+def compile_jobs(jobs: Sequence[Job], triton_dir: str | None = None) -> list[dict]:
+    """Compiles in a fresh process that does not interpret, with another Triton if one is named."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    paths = ([triton_dir] if triton_dir else []) + [str(HERE.parent)]
+    environment["PYTHONPATH"] = os.pathsep.join(paths)
+    done = subprocess.run(
+        [sys.executable, HERE / "compiling.py"],
+        input="".join(job.to_json() + "\n" for job in jobs),
+        env=environment,
+        capture_output=True,
+        text=True,
+    )
+    if done.returncode:
+        raise RuntimeError(f"the compiling process failed:\n{done.stderr[-2000:]}")
+    return [json.loads(line) for line in done.stdout.splitlines()]
+
+
+def faults(job: Job, usage: dict) -> list[str]:
+    """What is wrong with a binary, in words."""
+    chosen, chip = plan(job.problem, CHIPS[job.chip]), CHIPS[job.chip]
+    tiles = chosen.forward if job.direction == "forward" else chosen.backward
+    found = []
+    if usage["spills"]:
+        found.append(f"{usage['spills']} bytes spilled")
+    if usage["shared"] > min(chip.shared_bytes, tiles.shared_bytes):
+        found.append(f"{usage['shared']} bytes shared, {tiles.shared_bytes} estimated")
+    if usage["narrow"]:
+        found.append(f"{usage['narrow']} row offsets of 32 bits")
+    on_fma_units = job.chip != "gfx942" and job.problem.precision == "ieee"
+    if not usage["mma"] and not (on_fma_units and job.problem.dtype.itemsize == 4):
+        found.append("no tensor-core instruction")
+    return found
+
+
+def row(job: Job, usage: dict) -> dict:
+    chosen = plan(job.problem, CHIPS[job.chip])
+    tiles = chosen.forward if job.direction == "forward" else chosen.backward
+    return {
+        "triton": usage["triton"],
+        "chip": job.chip,
+        "cell": job.problem.cell,
+        "dtype": str(job.problem.dtype).removeprefix("torch."),
+        "precision": tiles.input_precision,
+        "H": "+".join(str(width) for _, width in tiles.blocks),
+        "I": "+".join(str(width) for _, width in chosen.i_blocks) or "GEMM",
+        "direction": job.direction,
+        "rows": tiles.block_b,
+        "warps": tiles.num_warps,
+        **{key: usage[key] for key in ("registers", "spills", "shared", "mma")},
+        "faults": "; ".join(faults(job, usage)),
+    }
+
+
+def run(jobs: Iterable[Job], tritons: Sequence[str | None], table: Path, workers: int) -> int:
+    chunk = 20
+    jobs = list(jobs)
+    work = [(t, jobs[i : i + chunk]) for t in tritons for i in range(0, len(jobs), chunk)]
+    rows: list[dict] = []
+    errors: list[BaseException] = []
+    lock = threading.Lock()
+
+    def worker() -> None:
+        while not errors:
+            with lock:
+                if not work:
+                    return
+                triton_dir, part = work.pop(0)
+            try:
+                answers = compile_jobs(part, triton_dir)
+            except BaseException as error:  # handed to the main thread below
+                errors.append(error)
+                return
+            with lock:
+                rows.extend(row(j, usage) for j, usage in zip(part, answers, strict=True))
+                sys.stdout.write(f"{len(rows)} of {len(jobs) * len(tritons)}\n")
+                sys.stdout.flush()
+
+    threads = [threading.Thread(target=worker) for _ in range(workers)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    rows.sort(key=lambda r: [str(value) for value in r.values()])
+    with table.open("w", newline="") as file:
+        writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    faulty = [r for r in rows if r["faults"]]
+    for r in faulty:
+        sys.stdout.write(", ".join(f"{k}={v}" for k, v in r.items()) + "\n")
+    sys.stdout.write(f"{len(rows)} kernels compiled, {len(faulty)} with faults; see {table}\n")
+    return 1 if faulty else 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--table", type=Path, required=True, help="the CSV file to write")
+    parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
+    parser.add_argument("--workers", type=int, default=2)
+    arguments = parser.parse_args()
+    tritons: list[str | None] = [None]
+    if os.environ.get("FUSEDRNN_TRITON_36"):
+        tritons.append(os.environ["FUSEDRNN_TRITON_36"])
+    jobs = [job for chip in arguments.chips for job in every_job(chip)]
+    return run(jobs, tritons, arguments.table, arguments.workers)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,246 @@
+"""Ring 1: every kernel against torch, under the interpreter, or on the GPU where there is one."""
+
+import copy
+
+import pytest
+import torch
+from models import (
+    CELLS,
+    WITH_TORCH,
+    Op,
+    assert_equals_torch,
+    double,
+    make_inputs,
+    torch_module,
+)
+
+from fusedrnn import stack
+from fusedrnn.kernels.plan import Chip, chip_of
+from fusedrnn.testing import CASES, Case, error_budget, run_module
+
+SMALL = Case(6, 5, 3, 20)
+# bf16 dots multiply bit patterns under the interpreter, so only a GPU can run them.
+HALF = [torch.float16] + [torch.bfloat16] * torch.cuda.is_available()
+
+
+def check(cell, case, device, *, layers=1, directions=1, dtype=torch.float32, bias=True):
+    module = torch_module(
+        cell,
+        case.I,
+        case.H,
+        num_layers=layers,
+        bidirectional=directions == 2,
+        bias=bias,
+    ).to(device, dtype)
+    inputs = make_inputs(
+        cell, case, layers=layers, directions=directions, dtype=dtype, device=device
+    )
+    assert_equals_torch(module, Op(module, cell, "triton"), *inputs)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: case.id)
+@pytest.mark.parametrize("cell", CELLS)
+def test_kernels_equal_torch(cell, case, device):
+    """In fp32, but in fp16 where only 16-bit weights fit one program."""
+    check(cell, case, device, dtype=torch.float32 if case.H <= 64 else torch.float16)
+
+
+def test_two_blocks_in_fp32(device):
+    """H = 90 is 64 + 32 columns: each gate is a sum over two blocks."""
+    check("gru", Case(4, 5, 2, 90), device, directions=2)
+
+
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize(("layers", "directions"), [(1, 2), (2, 1), (2, 2)])
+@pytest.mark.parametrize("cell", CELLS)
+def test_stacks_and_directions(cell, layers, directions, bias, device):
+    check(cell, SMALL, device, layers=layers, directions=directions, bias=bias)
+
+
+@pytest.mark.parametrize("dtype", HALF, ids=str)
+@pytest.mark.parametrize("case", [CASES[2], CASES[6], CASES[11]], ids=lambda case: case.id)
+@pytest.mark.parametrize("cell", WITH_TORCH)
+def test_half_precision(cell, case, dtype, device):
+    check(cell, case, device, dtype=dtype)
+
+
+@pytest.mark.parametrize("directions", [1, 2])
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_sixteen_rows_a_program(cell, directions, device, monkeypatch):
+    """Where SMs are scarce the plan gives a program 16 rows and not 8."""
+    crowded = Chip("crowded", 1, chip_of(device).shared_bytes)
+    monkeypatch.setattr(stack, "chip_of", lambda device: crowded)
+    check(cell, Case(4, 21, 3, 40), device, directions=directions)
+
+
+@pytest.mark.parametrize("input_size", [1, 16, 17, 64, 65])
+def test_input_projected_inside_and_outside_the_kernel(input_size, device):
+    check("gru", Case(4, 3, input_size, 20), device)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_bitwise_deterministic(cell, device):
+    op = Op(torch_module(cell, 3, 20, bidirectional=True).to(device), cell, "triton")
+    inputs = make_inputs(cell, SMALL, directions=2, device=device)
+    first, second = run_module(op, *inputs), run_module(op, *inputs)
+    for name in first:
+        assert torch.equal(first[name], second[name]), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_causal(cell, device):
+    """Inputs after t leave outputs up to t alone, bit for bit."""
+    op = Op(torch_module(cell, 3, 20).to(device), cell, "triton")
+    x, hx, _ = make_inputs(cell, SMALL, device=device)
+    changed = x.clone()
+    changed[4:] += 1.0
+    before, after = op(x, hx)[0], op(changed, hx)[0]
+    assert torch.equal(before[:4], after[:4])
+    assert not torch.equal(before[4], after[4])
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_rows_are_independent(cell, device):
+    """A permuted batch gives permuted results, and a sequence alone what it gives in company."""
+    op = Op(torch_module(cell, 3, 20).to(device), cell, "triton")
+    x, hx, cotangents = make_inputs(cell, Case(5, 19, 3, 20), device=device)
+    order = torch.randperm(19, device=device)
+
+    def rows(tree, index):
+        return (
+            tree[:, index]
+            if isinstance(tree, torch.Tensor)
+            else type(tree)(rows(t, index) for t in tree)
+        )
+
+    whole = run_module(op, x, hx, cotangents)
+    for index in (order, torch.tensor([13], device=device)):
+        part = run_module(op, rows(x, index), rows(hx, index), rows(cotangents, index))
+        for name in ("output", "h_n", "d_h_0"):
+            assert torch.equal(part[name], whole[name][:, index]), name
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_two_halves_with_carried_state_equal_one_run(cell, device):
+    op = Op(torch_module(cell, 3, 20).to(device), cell, "triton")
+    x, hx, _ = make_inputs(cell, SMALL, device=device)
+    output, final = op(x, hx)
+    first, state = op(x[:2], hx)
+    second, state = op(x[2:], state)
+    assert torch.equal(torch.cat((first, second)), output)
+    assert all(map(torch.equal, state, final))
+
+
+# The interpreter's exp warns where it is inf; the sigmoid of it is 0, as on a GPU.
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp:RuntimeWarning")
+@pytest.mark.parametrize("cell", CELLS)
+def test_saturated_inputs(cell, device):
+    """Pre-activations of several hundred: everything stays finite and equal to torch."""
+    module = torch_module(cell, 3, 20).to(device)
+    with torch.no_grad():
+        module.weight_ih_l0.mul_(1000.0)
+        module.weight_hh_l0.mul_(0.01 if cell == "rnn_relu" else 1.0)
+    inputs = make_inputs(cell, SMALL, device=device)
+    got = run_module(Op(module, cell, "triton"), *inputs)
+    assert all(tensor.isfinite().all() for tensor in got.values())
+    ref = run_module(module, *inputs)
+    truth = run_module(copy.deepcopy(module).double().cpu(), *map(double, inputs))
+    for name in truth:
+        # 1 - tanh^2 is all cancellation here, so torch's relative RMS is as large as ours; the
+        # rule on the maximal error still holds.
+        budget = error_budget(name, got[name], ref[name], truth[name])
+        assert budget.max_err <= budget.allowed, budget
+
+
+@pytest.mark.parametrize("what", ["expanded", "transposed", "sliced"])
+def test_strides_of_every_kind(what, device):
+    """x of any strides, and the stride-0 gradient that sum().backward() sends."""
+    op = Op(torch_module("lstm", 3, 20).to(device), "lstm", "triton")
+    x, hx, _ = make_inputs("lstm", SMALL, device=device)
+    odd = {
+        "expanded": x[:1].expand(6, -1, -1),
+        "transposed": x.transpose(0, 1).contiguous().transpose(0, 1),
+        "sliced": torch.stack((x, x), -1)[..., 0],
+    }[what]
+    assert what == "expanded" or odd.stride() != x.stride()
+
+    def results(x):
+        x = x.detach().requires_grad_()
+        output, _ = op(x, hx)
+        return output, torch.autograd.grad(output.sum(), x)[0]
+
+    for got, want in zip(results(odd), results(odd.contiguous()), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("cell", CELLS)
+def test_inputs_and_gradients_are_left_alone(cell, device):
+    op = Op(torch_module(cell, 3, 20).to(device), cell, "triton")
+    x, hx, cotangents = make_inputs(cell, SMALL, device=device)
+    states = list(hx) if isinstance(hx, tuple) else [hx]
+    tensors = [x, *states, *cotangents, *(p.data for p in op.module.parameters())]
+    copies = [t.clone() for t in tensors]
+    run_module(op, x, hx, cotangents)
+    assert all(map(torch.equal, tensors, copies))
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_gradient_of_one_result_alone(cell, device):
+    module = torch_module(cell, 3, 20).to(device)
+    x, hx, cotangents = make_inputs(cell, SMALL, device=device)
+    for alone in range(len(cotangents)):
+        only = [c if i == alone else torch.zeros_like(c) for i, c in enumerate(cotangents)]
+        assert_equals_torch(module, Op(module, cell, "triton"), x, hx, only)
+
+
+def test_no_output_gradient_at_all(device):
+    """A loss on h_n alone sends no dy; the kernel then reads none."""
+    module = torch_module("gru", 3, 20).to(device)
+    x, hx, _ = make_inputs("gru", SMALL, device=device)
+    x.requires_grad_()
+    ours, theirs = (
+        torch.autograd.grad(m(x, hx)[1].sum(), [x, *module.parameters()])
+        for m in (Op(module, "gru", "triton"), module)
+    )
+    for got, want in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_dropout_masks_reach_every_layer_but_the_last(device):
+    op = Op(torch_module("lstm", 3, 20, num_layers=3).to(device), "lstm", "triton")
+    reference = Op(op.module, "lstm", "torch")
+    x, hx, _ = make_inputs("lstm", SMALL, layers=3, device=device)
+    masks = [torch.rand(6, 5, 20, device=device).round() * 2 for _ in range(2)]
+
+    def gradients(m):
+        output, _ = m(x, hx, masks)
+        return output, *torch.autograd.grad(output.sin().sum(), list(op.module.parameters()))
+
+    for got, want in zip(gradients(op), gradients(reference), strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    unmasked = op(x, hx)[0]
+    assert not torch.allclose(unmasked, gradients(op)[0], atol=1e-3)
+
+
+def test_second_order_through_the_kernels(device):
+    """create_graph=True differentiates the reference: right, and not silently wrong."""
+    module = torch_module("gru", 3, 5).to(device)
+    x, hx, _ = make_inputs("gru", Case(3, 2, 3, 5), device=device)
+    x.requires_grad_()
+
+    def penalty(m):
+        gradient = torch.autograd.grad(m(x, hx)[0].sin().sum(), x, create_graph=True)[0]
+        return torch.autograd.grad(gradient.square().sum(), [x, *module.parameters()])
+
+    with torch.backends.cudnn.flags(enabled=False):  # cuDNN has no second derivative
+        want = penalty(module)
+    for got, expected in zip(penalty(Op(module, "gru", "triton")), want, strict=True):
+        torch.testing.assert_close(got, expected, atol=1e-5, rtol=1e-4)
+
+
+def test_empty_batch(device):
+    op = Op(torch_module("lstm", 3, 20).to(device), "lstm", "triton")
+    x, hx, _ = make_inputs("lstm", Case(4, 0, 3, 20), device=device)
+    output, (h_n, _) = op(x, hx)
+    assert output.shape == (4, 0, 20)
+    assert h_n.shape == (1, 0, 20)
