@@ -96,7 +96,7 @@ def _forward_fake(input, h_0, c_0, params, dropout_masks, *config_and_save):
         h_0.shape[-1],
         config.num_layers,
         config.directions,
-    )  # noqa: N806
+    )
     empty = input.new_empty
     return (
         empty(T, B, D * H),
@@ -221,14 +221,14 @@ def _autograd(ctx, d_output, d_h_n, d_c_n, *_):
 def _differentiable_grads(grads, input, h_0, c_0, params, masks, config: Config):
     """The gradients as differentiable functions of everything, by autograd over the reference."""
     inputs = [input, h_0, c_0, *params]
-    wanted = [i for i, t in enumerate(inputs) if t is not None and t.requires_grad]
+    wanted = {i: t for i, t in enumerate(inputs) if t is not None and t.requires_grad}
     results = differentiable_stack(
         config.cell, input, h_0, c_0, group_weights(params, config), masks
     )
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     found = torch.autograd.grad(
-        [r for r, _ in pairs],
-        [inputs[i] for i in wanted],
+        [r for r, _ in pairs if r is not None],
+        list(wanted.values()),
         [g for _, g in pairs],
         create_graph=True,
         allow_unused=True,

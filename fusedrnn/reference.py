@@ -4,27 +4,29 @@ Written from the equations, not from the kernels, and proved first: against ``to
 and by gradcheck. Any dtype, any device. Axes: T time, B batch, H hidden, G gates, D directions,
 S saved tiles, N gradient tiles (``kernels/spec.py``). Gates stand in torch's order.
 
-Each cell has three functions. ``fwd`` and ``bwd`` work in place on one step's rows and serve the
-backend; ``step`` is the same step out of place, for autograd to differentiate as often as it likes.
+Each cell has two functions: ``step``, which autograd can differentiate as often as it likes, and
+its hand-written adjoint ``bwd`` for the backend. c is None in a cell without one.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
-import torch.nn.functional as F  # noqa: N812
+import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.spec import Weights
+
+State = Any  # a Tensor, or None for the c of a cell without one
 
 
 def _linear_hh(h: Tensor, w: Weights, rows: slice = slice(None)) -> Tensor:
     return F.linear(h, w.w_hh[rows], None if w.b_hh is None else w.b_hh[rows])
 
 
-def _lstm_step(gx: Tensor, h: Tensor, c: Tensor | None, w: Weights):
+def _lstm_step(gx: Tensor, h: Tensor, c: State, w: Weights):
     """i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c')."""
     i, f, g, o = (gx + _linear_hh(h, w)).chunk(4, -1)
     i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
@@ -42,7 +44,7 @@ def _lstm_bwd(dh: Tensor, dc: Tensor, saved: Tensor, h_prev, c_prev, h, c, w: We
     return dgates, dgates @ w.w_hh, dc * f
 
 
-def _gru_step(gx: Tensor, h: Tensor, c: Tensor | None, w: Weights):
+def _gru_step(gx: Tensor, h: Tensor, c: State, w: Weights):
     """r, z = sigmoid(.); n = tanh(gx_n + r (W_hn h + b_hn)); h' = (1 - z) n + z h."""
     xr, xz, xn = gx.chunk(3, -1)
     hr, hz, hn = _linear_hh(h, w).chunk(3, -1)
@@ -61,9 +63,9 @@ def _gru_bwd(dh: Tensor, dc, saved: Tensor, h_prev, c_prev, h, c, w: Weights):
     return dgates, recurrent @ w.w_hh + dh * z, None
 
 
-def _gru_reset_before_step(gx: Tensor, h: Tensor, c: Tensor | None, w: Weights):
+def _gru_reset_before_step(gx: Tensor, h: Tensor, c: State, w: Weights):
     """r, z = sigmoid(.); n = tanh(gx_n + W_hn (r h) + b_hn); h' = (1 - z) n + z h."""
-    H = h.shape[-1]  # noqa: N806
+    H = h.shape[-1]
     xr, xz, xn = gx.chunk(3, -1)
     hr, hz = _linear_hh(h, w, slice(0, 2 * H)).chunk(2, -1)
     r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
@@ -72,7 +74,7 @@ def _gru_reset_before_step(gx: Tensor, h: Tensor, c: Tensor | None, w: Weights):
 
 
 def _gru_reset_before_bwd(dh: Tensor, dc, saved: Tensor, h_prev, c_prev, h, c, w: Weights):
-    H = h.shape[-1]  # noqa: N806
+    H = h.shape[-1]
     r, z, n = saved.chunk(3, -1)
     dn = dh * (1 - z) * (1 - n * n)
     dz = dh * (h_prev - n) * z * (1 - z)
@@ -82,7 +84,7 @@ def _gru_reset_before_bwd(dh: Tensor, dc, saved: Tensor, h_prev, c_prev, h, c, w
     return dgates, dgates[..., : 2 * H] @ w.w_hh[: 2 * H] + du * r + dh * z, None
 
 
-def _rnn_tanh_step(gx: Tensor, h: Tensor, c: Tensor | None, w: Weights):
+def _rnn_tanh_step(gx: Tensor, h: Tensor, c: State, w: Weights):
     """h' = tanh(.)."""
     return (gx + _linear_hh(h, w)).tanh(), None, ()
 
@@ -92,7 +94,7 @@ def _rnn_tanh_bwd(dh: Tensor, dc, saved, h_prev, c_prev, h, c, w: Weights):
     return da, da @ w.w_hh, None
 
 
-def _rnn_relu_step(gx: Tensor, h: Tensor, c: Tensor | None, w: Weights):
+def _rnn_relu_step(gx: Tensor, h: Tensor, c: State, w: Weights):
     """h' = max(., 0)."""
     return (gx + _linear_hh(h, w)).relu(), None, ()
 
@@ -103,6 +105,8 @@ def _rnn_relu_bwd(dh: Tensor, dc, saved, h_prev, c_prev, h, c, w: Weights):
 
 
 class _Cell(NamedTuple):
+    """The two functions of a cell."""
+
     step: Callable  # (gx, h, c, weights) -> (h, c, saved tiles)
     bwd: Callable  # (dh, dc, saved, h_prev, c_prev, h, c, weights) -> (dgates, dh_prev, dc_prev)
 
@@ -116,7 +120,7 @@ _CELLS = {
 }
 
 
-def _times(T: int, d: int) -> range:  # noqa: N803
+def _times(T: int, d: int) -> range:
     """The times in the order direction d runs through them."""
     return range(T) if d == 0 else range(T - 1, -1, -1)
 
@@ -126,16 +130,16 @@ def reference_fwd(
     gx: Tensor,
     weights: Sequence[Weights],
     h_0: Tensor,
-    c_0: Tensor | None,
+    c_0: State,
     out: Tensor,
     h_n: Tensor,
-    c_n: Tensor | None,
-    gates: Tensor | None,
-    cs: Tensor | None,
+    c_n: State,
+    gates: State,
+    cs: State,
 ) -> None:
     """One layer, all directions; the arguments of ``resident_fwd``, with gx ``[D, T, B, G*H]``."""
     step = _CELLS[cell].step
-    H = h_0.shape[-1]  # noqa: N806
+    H = h_0.shape[-1]
     for d, w in enumerate(weights):
         h, c = h_0[d], None if c_0 is None else c_0[d]
         columns = out[..., d * H : (d + 1) * H]
@@ -155,20 +159,20 @@ def reference_bwd(
     cell: str,
     d_out: Tensor | None,
     d_h_n: Tensor,
-    d_c_n: Tensor | None,
+    d_c_n: State,
     weights: Sequence[Weights],
     h_0: Tensor,
-    c_0: Tensor | None,
+    c_0: State,
     out: Tensor,
     gates: Tensor,
-    cs: Tensor | None,
+    cs: State,
     dgates: Tensor,
     d_h_0: Tensor,
-    d_c_0: Tensor | None,
+    d_c_0: State,
 ) -> None:
     """One layer backwards; the arguments of ``resident_bwd``."""
     bwd = _CELLS[cell].bwd
-    H = h_0.shape[-1]  # noqa: N806
+    H = h_0.shape[-1]
     for d, w in enumerate(weights):
         hs = out[..., d * H : (d + 1) * H]
         dh, dc = d_h_n[d], None if d_c_n is None else d_c_n[d]
@@ -190,7 +194,7 @@ def differentiable_stack(
     cell: str,
     input: Tensor,
     h_0: Tensor,
-    c_0: Tensor | None,
+    c_0: State,
     weights: Sequence[Sequence[Weights]],
     dropout_masks: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor | None]:
@@ -207,7 +211,8 @@ def differentiable_stack(
         output ``[T, B, D*H]``, h_n ``[L*D, B, H]``, and c_n or None.
     """
     step = _CELLS[cell].step
-    h_n, c_n = [], []
+    h_n: list[Tensor] = []
+    c_n: list[State] = []
     for layer, directions in enumerate(weights):
         outputs = []
         for d, w in enumerate(directions):

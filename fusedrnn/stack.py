@@ -42,7 +42,7 @@ class Config(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs besides the arguments: output, gates, cs, and the inner layers' outputs."""
+    """What backward needs besides the arguments."""
 
     output: Tensor  # [T, B, D*H]
     gates: Tensor  # [L, D, T, B, S*H]
@@ -58,7 +58,7 @@ def group_weights(params: Sequence[Tensor], config: Config) -> list[list[Weights
     each = 4 if config.has_bias else 2
     entries = [params[i : i + each] for i in range(0, len(params), each)]
     weights = [Weights(*(e if config.has_bias else (*e, None, None))) for e in entries]
-    D = config.directions  # noqa: N806
+    D = config.directions
     return [weights[i : i + D] for i in range(0, len(weights), D)]
 
 
@@ -71,20 +71,20 @@ def stack_forward(
     config: Config,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
-    """Runs all layers. Shapes as in ``ops.rnn_stack``; returns output, h_n, c_n and what is saved."""
+    """Runs all layers, shapes as in ``ops.rnn_stack``: output, h_n, c_n and what is saved."""
     (T, B, _), H, L, D = (
         input.shape,
         h_0.shape[-1],
         config.num_layers,
         config.directions,
-    )  # noqa: N806
+    )
     h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     empty = input.new_empty(0)
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    S = config.spec.saved  # noqa: N806
+    tiles = config.spec.saved
     saved = Saved(
         output=input.new_empty(T, B, D * H),
-        gates=input.new_empty(L, D, T, B, S * H) if save else empty,
+        gates=input.new_empty(L, D, T, B, tiles * H) if save else empty,
         cs=input.new_empty(L, D, T, B, H) if save and c_0 is not None else empty,
         hidden=input.new_empty(L - 1, T, B, D * H) if save else empty,
     )
@@ -133,7 +133,7 @@ def stack_backward(
     needs_params: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
     """Runs all layers backwards: d_input (None unless needed), d_h_0, d_c_0, and d_params or []."""
-    (T, B, _), H, D = input.shape, h_0.shape[-1], config.directions  # noqa: N806
+    (T, B, _), H, D = input.shape, h_0.shape[-1], config.directions
     h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     d_h_n, d_c_n = d_h_n.contiguous(), None if d_c_n is None else d_c_n.contiguous()
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
@@ -191,7 +191,7 @@ def _forward_schedule(
     config: Config,
     x: Tensor,
     H: int,
-    save: bool,  # noqa: N803
+    save: bool,
 ) -> tuple[Plan | None, Callable]:
     """The plan (None for the reference) and the launcher with everything but tensors bound."""
     if config.backend == "torch":
@@ -202,7 +202,7 @@ def _forward_schedule(
     return layer_plan, lambda *tensors: resident_fwd(config.cell, layer_plan, *tensors)
 
 
-def _backward_schedule(config: Config, x: Tensor, H: int) -> Callable:  # noqa: N803
+def _backward_schedule(config: Config, x: Tensor, H: int) -> Callable:
     if config.backend == "torch":
         return lambda *tensors: reference_bwd(config.cell, *tensors)
     from .kernels.resident import resident_bwd
@@ -211,7 +211,7 @@ def _backward_schedule(config: Config, x: Tensor, H: int) -> Callable:  # noqa: 
     return lambda *tensors: resident_bwd(config.cell, layer_plan, *tensors)
 
 
-def _plan(config: Config, x: Tensor, H: int, needs_grad: bool) -> Plan:  # noqa: N803
+def _plan(config: Config, x: Tensor, H: int, needs_grad: bool) -> Plan:
     problem = Problem(
         config.cell,
         x.shape[2],
@@ -227,7 +227,7 @@ def _plan(config: Config, x: Tensor, H: int, needs_grad: bool) -> Plan:  # noqa:
 
 def _project(x: Tensor, weights: Sequence[Weights], precision: str) -> Tensor:
     """gx ``[D, T, B, G*H]``, written without a temporary."""
-    T, B, I = x.shape  # noqa: N806,E741
+    T, B, I = x.shape
     rows = x.reshape(T * B, I)
     gx = x.new_empty(len(weights), T, B, weights[0].w_ih.shape[0])
     with _gemm_precision(precision, x):
@@ -242,7 +242,7 @@ def _project(x: Tensor, weights: Sequence[Weights], precision: str) -> Tensor:
 
 def _input_grad(dgates: Tensor, weights: Sequence[Weights]) -> Tensor:
     """dx ``[T, B, I]``: the sum over directions of the input pre-activations' gradients W_ih."""
-    _, T, B, _ = dgates.shape  # noqa: N806
+    _, T, B, _ = dgates.shape
     rows, columns = weights[0].w_ih.shape
     dx = dgates.new_empty(T * B, columns)
     for d, w in enumerate(weights):
@@ -262,7 +262,7 @@ def _weight_grads(
     dgates: Tensor,
 ) -> list[Tensor]:
     """dW_ih, dW_hh and, with biases, db_ih, db_hh of direction d, each summed over all T and B."""
-    T, B, H = *out.shape[:2], h_0.shape[-1]  # noqa: N806
+    T, B, H = *out.shape[:2], h_0.shape[-1]
     flat = dgates.view(T * B, -1)
     dgx = flat[:, : spec.gates * H]
     dw_ih = dgx.t() @ x.reshape(T * B, -1)

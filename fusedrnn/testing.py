@@ -27,7 +27,7 @@ class Case(NamedTuple):
 
     T: int
     B: int
-    I: int  # noqa: E741
+    I: int
     H: int
 
     @property

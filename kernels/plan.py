@@ -16,7 +16,7 @@ import torch
 from .spec import SPECS
 
 
-class NoPlan(Exception):
+class NoPlan(Exception):  # noqa: N818, it is an answer and no error
     """No schedule takes the problem; the message is the reason, in one sentence."""
 
 
@@ -132,7 +132,7 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     precision = problem.precision if wide and not amd else "ieee"
     kind = precision if wide else "16-bit"
     largest = LARGEST_H_GFX[kind] if amd else LARGEST_H[kind][spec.gates]
-    H = problem.hidden_size  # noqa: N806
+    H = problem.hidden_size
     if largest < H:
         raise NoPlan(
             f"schedule resident holds W_hh in one program, which for {problem.cell} in {kind} "
@@ -198,5 +198,5 @@ def chip_of(device: torch.device) -> Chip:
     shared = (
         getattr(properties, "shared_memory_per_block_optin", 0)
         or properties.shared_memory_per_block
-    )  # noqa: E501
+    )
     return Chip(properties.name, properties.multi_processor_count, shared, properties.warp_size)

@@ -60,7 +60,7 @@ def _load_x(
     H: tl.constexpr,
     I_BLOCKS: tl.constexpr,
     BLOCKS: tl.constexpr,
-):  # noqa: E501,E741
+):
     if PROJECT:
         return load_rows(rows, mask_b, 1, I, I_BLOCKS)
     else:
@@ -70,7 +70,7 @@ def _load_x(
 @triton.jit
 def _load_state(
     h_rows, c_rows, mask_b, STATES: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr
-):  # noqa: E501
+):
     state = load_rows(h_rows, mask_b, 1, H, BLOCKS)
     if STATES == 2:
         state = join(state, load_rows(c_rows, mask_b, 1, H, BLOCKS))
@@ -111,7 +111,7 @@ def _resident_fwd_kernel(
     STATES: tl.constexpr,
     # compile-time sizes and switches
     D: tl.constexpr,
-    I: tl.constexpr,  # noqa: E741
+    I: tl.constexpr,
     H: tl.constexpr,
     GATES: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -424,7 +424,7 @@ def fwd_constants(
     I: int,
     H: int,
     has_bias: bool,
-    save: bool,  # noqa: E741
+    save: bool,
 ) -> dict:
     """The compile-time arguments of the forward kernel; together with dtypes, one binary each."""
     tiles, spec = plan.forward, SPECS[cell]

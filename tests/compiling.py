@@ -11,10 +11,9 @@ import re
 import subprocess
 import sys
 import tempfile
-from pathlib import Path
-
 from collections.abc import Iterator
 from itertools import product
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -62,7 +61,7 @@ def every_plan(chip: Chip) -> Iterator[tuple[Problem, Plan]]:
     kinds += [(torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")]
     seen = set()
     for cell, (dtype, precision) in product(SPECS, kinds):
-        for H, I, batch in product(range(16, 257, 16), (65, 1, 64), (8, 8 * chip.sms + 1)):  # noqa: E741,N806
+        for H, I, batch in product(range(16, 257, 16), (65, 1, 64), (8, 8 * chip.sms + 1)):
             problem = Problem(cell, I, H, batch, 2, dtype, precision, True)
             try:
                 chosen = plan(problem, chip)
@@ -88,7 +87,7 @@ def every_job(chip: str) -> Iterator[Job]:
 def compile_kernel(resident, job: Job) -> dict:
     """Compiles one kernel; returns its shared bytes, registers, spilled bytes and mma count."""
     problem, chosen = job.problem, plan(job.problem, CHIPS[job.chip])
-    cell, I, H, D = problem.cell, problem.input_size, problem.hidden_size, problem.directions  # noqa: E741,N806
+    cell, I, H, D = problem.cell, problem.input_size, problem.hidden_size, problem.directions
     if job.direction == "forward":
         kernel, tiles = resident._resident_fwd_kernel, chosen.forward
         constants = resident.fwd_constants(cell, chosen, D, I, H, True, problem.needs_grad)
@@ -165,7 +164,7 @@ def main() -> None:
     for line in sys.stdin:
         job = Job.from_json(line)
         usage = compile_kernel(resident, job)
-        print(json.dumps({"triton": triton.__version__, **usage}), flush=True)
+        sys.stdout.write(json.dumps({"triton": triton.__version__, **usage}) + "\n")
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def row_scale(tiles, mean, H: tl.constexpr):
 
 @triton.jit
 def masked(ctx, tiles):
-    aux_ptr, _, offs_b, mask_b, H, cols = ctx  # noqa: N806
+    aux_ptr, _, offs_b, mask_b, H, cols = ctx
     out = ()
     for j in tl.static_range(len(tiles)):
         ptrs = aux_ptr + offs_b[:, None] * H + cols[j][None, :]
@@ -105,14 +105,14 @@ def expected(gx, w_hh, b_hh, h, mask):
 
 
 @pytest.mark.parametrize("H", [20, 48])  # one block, and 32 + 16
-def test_a_new_cell_needs_no_new_schedule(H, device, monkeypatch):  # noqa: N803
+def test_a_new_cell_needs_no_new_schedule(H, device, monkeypatch):
     monkeypatch.setitem(spec.SPECS, "normed", SPEC)
     monkeypatch.setitem(
         cells.CELLS,
         "normed",
         cells.Cell(SPEC, normed_operand, normed_forward, normed_adjoint, normed_fold),
     )
-    T, B = 5, 6  # noqa: N806
+    T, B = 5, 6
     tiles = Tiles(16, blocks_of(H), 4, None, "ieee", 0)
     plan = Plan("resident", tiles, tiles, ())
     gx, w_hh, b_hh, h_0, dy = (

@@ -1,0 +1,23 @@
+"""Fused LSTM, GRU and RNN: drop-in modules for ``torch.nn``'s, on Triton kernels."""
+
+from .dispatch import explain, use_backend, use_precision
+from .functional import gru, lstm, rnn
+from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "GRU",
+    "LSTM",
+    "RNN",
+    "GRUCell",
+    "LSTMCell",
+    "RNNCell",
+    "__version__",
+    "explain",
+    "gru",
+    "lstm",
+    "rnn",
+    "use_backend",
+    "use_precision",
+]

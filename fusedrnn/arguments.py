@@ -1,0 +1,252 @@
+"""Checks the arguments of a call and brings every form of input into one, time-major.
+
+What is wrong gets one sentence that names the argument, what came and what was expected, in the
+exception type that torch's own module raises. Axes: T time, B batch, I input size, H hidden size,
+L layers, D directions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from .dispatch import Request
+from .kernels.spec import SPECS
+
+
+class Layers(NamedTuple):
+    """How layers are stacked, in the words of ``nn.LSTM``'s constructor."""
+
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+
+
+class Call(NamedTuple):
+    """A checked call: what dispatch decides on, and the tensors in the form all backends take."""
+
+    request: Request
+    layers: Layers
+    input: Tensor  # [T, B, I]; a PackedSequence's data [sum of lengths, I]; for a cell [B, I]
+    states: tuple[Tensor, ...]  # [L*D, B, H] each; for a cell [B, H]
+    params: Sequence[Tensor]
+    original: Tensor | PackedSequence  # says in which form the results go back
+
+
+def prepare(
+    cell: str,
+    input: Tensor | PackedSequence,
+    hx: Tensor | Sequence[Tensor] | None,
+    params: Sequence[Tensor],
+    layers: Layers,
+) -> Call:
+    """Checks the arguments of a stack and brings them into the one form that backends take."""
+    if not 0 <= layers.dropout <= 1:
+        raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
+    sizes = _sizes(cell, params, layers)
+    packed = isinstance(input, PackedSequence)
+    batched = packed or _ndim(input, (2, 3), "a PackedSequence") == 3
+    if packed:
+        data = input.data
+        if data.dim() != 2:
+            raise RuntimeError(f"the packed input's data is {data.dim()}-D; expected 2-D")
+        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+    else:
+        data = input.unsqueeze(1) if not batched else input
+        data = data.transpose(0, 1) if batched and layers.batch_first else data
+        steps, batch = data.shape[:2]
+    autocast = _autocast_dtype(data)
+    if autocast is None and data.dtype != params[0].dtype:
+        raise ValueError(
+            f"input is {data.dtype}, the weights are {params[0].dtype}; convert one with .to()"
+        )
+    _check_features(data, sizes.input_size)
+    if steps == 0:
+        raise RuntimeError(f"input has shape {tuple(input.shape)}: no time step; expected T >= 1")
+
+    directions = 2 if layers.bidirectional else 1
+    rows = layers.num_layers * directions
+    if hx is None:
+        states = tuple(data.new_zeros(rows, batch, size) for size in sizes.states)
+    else:
+        states = _as_tensors(hx, len(sizes.states), indexed=not packed)
+        middle = (batch,) if batched else ()
+        _check_shapes(states, [(rows, *middle, size) for size in sizes.states])
+        if not batched:
+            states = tuple(s.unsqueeze(1) for s in states)
+    check_alike(data, states, params, check_dtype=autocast is None)
+    if hx is not None and packed and input.sorted_indices is not None:
+        states = tuple(s.index_select(1, input.sorted_indices) for s in states)
+    request = Request(
+        cell=cell,
+        device=data.device,
+        dtype=_compute_dtype(data, autocast),
+        steps=steps,
+        batch=batch,
+        input_size=sizes.input_size,
+        hidden_size=sizes.hidden_size,
+        proj_size=sizes.proj_size,
+        num_layers=layers.num_layers,
+        directions=directions,
+        packed=packed,
+        needs_grad=_needs_grad(data, states, params),
+        autocast=autocast,
+    )
+    return Call(request, layers, data, states, params, input)
+
+
+def prepare_cell(
+    cell: str,
+    input: Tensor,
+    hx: Tensor | Sequence[Tensor] | None,
+    params: Sequence[Tensor],
+) -> Call:
+    """Checks the arguments of a single step, ``input [B, I]`` or ``[I]``."""
+    layers = Layers(bias=len(params) == 4)
+    sizes = _sizes(cell, params, layers)
+    batched = _ndim(input, (1, 2)) == 2
+    data = input if batched else input.unsqueeze(0)
+    _check_features(data, sizes.input_size)
+    if hx is None:
+        states = tuple(data.new_zeros(len(data), size) for size in sizes.states)
+    else:
+        states = _as_tensors(hx, len(sizes.states), indexed=False)
+        for name, state in zip(_hx_names(len(states)), states, strict=True):
+            if state.dim() not in (1, 2):
+                raise ValueError(f"{name} is {state.dim()}-D; expected 1-D or 2-D")
+        middle = (len(data),) if batched else ()
+        _check_shapes(states, [(*middle, size) for size in sizes.states])
+        if not batched:
+            states = tuple(s.unsqueeze(0) for s in states)
+    autocast = _autocast_dtype(data)
+    check_alike(data, states, params, check_dtype=autocast is None)
+    request = Request(
+        cell=cell,
+        device=data.device,
+        dtype=_compute_dtype(data, autocast),
+        steps=1,
+        batch=len(data),
+        input_size=sizes.input_size,
+        hidden_size=sizes.hidden_size,
+        needs_grad=_needs_grad(data, states, params),
+        autocast=autocast,
+        single_step=True,
+    )
+    return Call(request, layers, data, states, params, input)
+
+
+class _Sizes(NamedTuple):
+    input_size: int
+    hidden_size: int
+    proj_size: int  # 0 without a projection
+    states: tuple[int, ...]  # the columns of each state
+
+
+def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> _Sizes:
+    """Reads the sizes off the first layer's weights and checks how many tensors there are."""
+    spec = SPECS[cell]
+    if len(params) < 2:
+        raise ValueError(f"params has {len(params)} tensors; expected at least two weights")
+    hidden_size, columns = params[0].shape[0] // spec.gates, params[1].shape[1]
+    proj_size = columns if cell == "lstm" and columns != hidden_size else 0
+    each = (4 if layers.bias else 2) + (proj_size > 0)
+    expected = each * layers.num_layers * (2 if layers.bidirectional else 1)
+    if len(params) != expected:
+        raise ValueError(
+            f"params has {len(params)} tensors; expected {expected}, {each} for each layer and "
+            "direction"
+        )
+    states = (proj_size or hidden_size, hidden_size)[: spec.states]
+    return _Sizes(params[0].shape[1], hidden_size, proj_size, states)
+
+
+def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
+    """The input's ndim, checked."""
+    hint = f" or {otherwise}" if otherwise else ""
+    if not isinstance(input, Tensor):
+        raise AttributeError(f"input is a {type(input).__name__}; expected a tensor{hint}")
+    if input.dim() not in allowed:
+        low, high = allowed
+        raise ValueError(f"input is {input.dim()}-D; expected {low}-D or {high}-D{hint}")
+    return input.dim()
+
+
+def _check_features(data: Tensor, input_size: int) -> None:
+    if data.shape[-1] != input_size:
+        raise RuntimeError(
+            f"input has {data.shape[-1]} features in its last dimension; expected input_size, "
+            f"{input_size}"
+        )
+
+
+def _as_tensors(hx: object, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
+    """The states in hx. If ``indexed``, torch indexes hx before its operator sees it: hence the
+    different exceptions, which are torch's."""
+    if count == 1:
+        if not isinstance(hx, Tensor):
+            raise AttributeError(f"hx is a {type(hx).__name__}; expected a tensor, h_0")
+        return (hx,)
+    kind, expected = type(hx).__name__, "expected a tuple of two tensors, (h_0, c_0)"
+    if isinstance(hx, Tensor):
+        raise (RuntimeError if indexed else TypeError)(f"hx is a tensor; {expected}")
+    if not isinstance(hx, (tuple, list)):
+        raise TypeError(f"hx is a {kind}; {expected}")
+    if len(hx) != count:
+        error = IndexError if indexed and len(hx) < count else RuntimeError
+        raise error(f"hx is a {kind} of {len(hx)}; {expected}")
+    for i, state in enumerate(hx):
+        if not isinstance(state, Tensor):
+            raise AttributeError(f"hx[{i}] is a {type(state).__name__}; {expected}")
+    return tuple(hx)
+
+
+def _hx_names(count: int) -> tuple[str, ...]:
+    return ("hx",) if count == 1 else ("hx[0]", "hx[1]")
+
+
+def _check_shapes(states: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
+    for name, state, shape in zip(_hx_names(len(states)), states, shapes, strict=True):
+        if state.shape != shape:
+            raise RuntimeError(f"{name} has shape {tuple(state.shape)}; expected {shape}")
+
+
+def check_alike(
+    data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *, check_dtype: bool = True
+) -> None:
+    """Demands one device and, without autocast, one dtype of all tensors."""
+    device, dtype = data.device, data.dtype
+    for i, tensor in enumerate((*states, *params)):
+        if tensor.device == device and (tensor.dtype == dtype or not check_dtype):
+            continue
+        name = _hx_names(len(states))[i] if i < len(states) else f"params[{i - len(states)}]"
+        if tensor.device != device:
+            raise RuntimeError(f"{name} is on {tensor.device}; expected {device}, the input's")
+        raise RuntimeError(f"{name} is {tensor.dtype}; expected {dtype}, the input's")
+
+
+def _needs_grad(data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
+    return torch.is_grad_enabled() and any(t.requires_grad for t in (data, *states, *params))
+
+
+def _autocast_dtype(data: Tensor) -> torch.dtype | None:
+    """The dtype autocast asks for on the input's device, or None."""
+    kind = data.device.type
+    if kind == "meta" or not torch.is_autocast_enabled(kind):
+        return None
+    return torch.get_autocast_dtype(kind)
+
+
+def _compute_dtype(data: Tensor, autocast: torch.dtype | None) -> torch.dtype:
+    """Autocast leaves fp64 alone, here as everywhere in torch."""
+    return data.dtype if autocast is None or data.dtype == torch.float64 else autocast
+
+
+def as_hx(states: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    return states[0] if len(states) == 1 else (states[0], states[1])

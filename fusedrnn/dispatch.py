@@ -1,0 +1,350 @@
+"""Which backend runs a call, and why: the only place that decides, and the one that explains.
+
+Backends, best first:
+
+- ``triton``: the fused kernels, on CUDA tensors (or in Triton's interpreter, if named).
+- ``aten``: torch's own operator: cuDNN on CUDA, oneDNN or ATen on the CPU.
+- ``torch``: the recurrence step by step in plain torch, ``reference.py``; takes every cell.
+
+``auto`` runs the first that does not refuse. A named backend runs, or raises with its refusal.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+
+from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan
+
+BACKENDS = ("auto", "triton", "torch", "aten")
+PRECISIONS = ("ieee", "tf32", "tf32x3")
+ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
+
+_PREFERENCE = ("triton", "aten", "torch")
+_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
+# Looked up once, without importing it: TorchDynamo cannot trace the look-up.
+_HAS_TRITON = importlib.util.find_spec("triton") is not None
+
+
+class Request(NamedTuple):
+    """What the choice of a backend depends on. Everything but ``plan`` can be checked by hand."""
+
+    cell: str  # "lstm", "gru", "gru_reset_before", "rnn_tanh", "rnn_relu"
+    device: torch.device
+    dtype: torch.dtype  # of the computation: under autocast, autocast's
+    steps: int  # T
+    batch: int  # B
+    input_size: int  # I
+    hidden_size: int  # H
+    proj_size: int = 0
+    num_layers: int = 1
+    directions: int = 1
+    packed: bool = False
+    needs_grad: bool = False
+    autocast: torch.dtype | None = None
+    single_step: bool = False  # a module like nn.LSTMCell
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.cell}{' cell' if self.single_step else ''} on {self.device}",
+            str(self.dtype).removeprefix("torch."),
+            f"T={self.steps} B={self.batch} I={self.input_size} H={self.hidden_size}",
+            f"layers={self.num_layers}",
+            f"directions={self.directions}",
+        ]
+        parts += [f"proj_size={self.proj_size}"] if self.proj_size else []
+        parts += ["packed"] if self.packed else []
+        parts += ["with gradients" if self.needs_grad else "no gradients"]
+        return ", ".join(parts)
+
+
+@dataclass(frozen=True, repr=False)
+class Explanation:
+    """The choice for one call, in words; prints itself.
+
+    Attributes:
+        request: what was asked to run.
+        requested: ``"auto"`` or the named backend.
+        source: who named it: ``"default"``, ``"use_backend"`` or ``"FUSEDRNN_BACKEND"``.
+        backend: the backend that will run, or None if the named one refuses.
+        precision: of fp32 dots on triton, else None.
+        layers: for triton the schedule and tiles of each layer.
+        refused: the backends that were tried before, each with its reason.
+    """
+
+    request: Request
+    requested: str
+    source: str
+    backend: str | None
+    precision: str | None
+    layers: tuple[str, ...]
+    refused: tuple[tuple[str, str], ...]
+
+    def __str__(self) -> str:
+        chosen = self.backend or "none, the call would raise"
+        lines = [
+            str(self.request),
+            f"backend: {chosen} (asked for: {self.requested}, {self.source})",
+        ]
+        lines += [f"precision: {self.precision}"] if self.precision else []
+        lines += [f"layer {i}: {layer}" for i, layer in enumerate(self.layers)]
+        lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
+        return "\n".join(lines)
+
+    # So that a prompt or a notebook shows the text and not a dataclass.
+    __repr__ = __str__
+
+
+# A threading.local and not a ContextVar: TorchDynamo traces and guards the former (a compiled
+# module follows use_backend) and breaks the graph at the latter.
+_local = threading.local()
+
+
+def use_backend(name: str) -> AbstractContextManager[None]:
+    """Chooses the backend of every call of this thread inside the ``with`` block.
+
+    Blocks nest, and the former choice comes back when a block is left, by an exception too. It
+    takes precedence over the environment variable ``FUSEDRNN_BACKEND``.
+
+    Args:
+        name: ``"auto"``, ``"triton"``, ``"torch"`` or ``"aten"``. A named backend (all but
+            ``"auto"``) runs or raises ``NotImplementedError`` with the reason.
+
+    Raises:
+        ValueError: there is no backend of that name.
+
+    Example:
+        >>> with fusedrnn.use_backend("torch"):
+        ...     output, h_n = module(input)
+    """
+    _check_name("backend", name, BACKENDS)
+    return _set("backend", name)
+
+
+def use_precision(name: str) -> AbstractContextManager[None]:
+    """Chooses how this thread's triton backend multiplies fp32 inside the ``with`` block.
+
+    Without it torch's own switch decides, ``torch.backends.cudnn.rnn.fp32_precision`` (set also
+    by the older ``torch.backends.cudnn.allow_tf32``): by torch's default that is tf32. It has no
+    effect on other dtypes and other backends.
+
+    Args:
+        name: ``"ieee"`` (fp32 throughout), ``"tf32"`` (operands of products rounded to 10 bits of
+            mantissa), or ``"tf32x3"`` (three tf32 products: nearly fp32, on tensor cores).
+
+    Raises:
+        ValueError: there is no precision of that name.
+    """
+    _check_name("precision", name, PRECISIONS)
+    return _set("precision", name)
+
+
+def requested_backend() -> tuple[str, str]:
+    """The backend asked for and who asked: ``use_backend``, ``FUSEDRNN_BACKEND`` or ``default``.
+
+    Raises:
+        ValueError: ``FUSEDRNN_BACKEND`` names no backend.
+    """
+    name = getattr(_local, "backend", None)
+    if name is not None:
+        return name, "use_backend"
+    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    if not name:
+        return "auto", "default"
+    _check_name(ENVIRONMENT_VARIABLE, name, BACKENDS)
+    return name, ENVIRONMENT_VARIABLE
+
+
+def precision() -> str:
+    """How fp32 is multiplied on triton: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``.
+
+    Follows ``use_precision``, else the switch that torch's own RNNs follow. That one getter knows
+    torch's older and newer switches alike; ``cudnn.allow_tf32`` raises when the two were mixed.
+    """
+    name = getattr(_local, "precision", None)
+    if name is not None:
+        return name
+    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+
+
+def choose(request: Request) -> str:
+    """The backend that runs ``request``: ``"triton"``, ``"torch"`` or ``"aten"``.
+
+    Raises:
+        NotImplementedError: the named backend refuses; the message is the reason.
+        ValueError: ``FUSEDRNN_BACKEND`` names no backend.
+    """
+    requested, _ = requested_backend()
+    backend, refused = _weigh(request, requested)
+    if backend is None:
+        raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
+    return backend
+
+
+def explain(module: Any, *inputs: Any) -> Explanation:
+    """Says which backend would run ``module(*inputs)`` and why, without running it.
+
+    Args:
+        module: one of fusedrnn's modules or cells.
+        *inputs: what the module would be called with: the input and, if wanted, hx.
+
+    Returns:
+        An ``Explanation`` whose text names the backend, with triton the schedule and tile sizes,
+        and why the better backends were refused. At a prompt it shows itself; in a script write
+        ``print(fusedrnn.explain(module, input))``.
+
+    Raises:
+        TypeError: the module is not fusedrnn's.
+        ValueError, RuntimeError: whatever the call itself would raise for bad input.
+    """
+    prepare = getattr(module, "_prepare", None)
+    if prepare is None:
+        kind = f"{type(module).__module__}.{type(module).__qualname__}"
+        raise TypeError(f"explain takes one of fusedrnn's modules or cells; got {kind}")
+    request = prepare(*inputs).request
+    requested, source = requested_backend()
+    backend, refused = _weigh(request, requested)
+    is_triton = backend == "triton"
+    return Explanation(
+        request=request,
+        requested=requested,
+        source=source,
+        backend=backend,
+        precision=precision() if is_triton and request.dtype == torch.float32 else None,
+        layers=tuple(p.describe() for p in _plans(request)) if is_triton else (),
+        refused=refused,
+    )
+
+
+def cpu_prefers_reference(request: Request) -> str | None:
+    """Why ``auto`` should leave a call on the CPU to the reference although aten takes it.
+
+    Returns:
+        The reason, or None where aten is the better choice: so far everywhere.
+    """
+    return None
+
+
+def _weigh(request: Request, requested: str) -> tuple[str | None, tuple[tuple[str, str], ...]]:
+    """The first backend that does not refuse, or None, and the refusals before it."""
+    refused = []
+    for backend in _PREFERENCE if requested == "auto" else (requested,):
+        reason = _REFUSALS[backend](request, requested)
+        if reason is None:
+            return backend, tuple(refused)
+        refused.append((backend, reason))
+    return None, tuple(refused)
+
+
+def _triton_refusal(request: Request, requested: str) -> str | None:
+    """Why triton cannot run the request, or under ``auto`` should not; cheapest test first."""
+    named, device = requested == "triton", request.device.type
+    if device != "cuda" and not (device == "cpu" and named and _interpreting()):
+        hint = (
+            " (TRITON_INTERPRET=1 and a named backend run CPU tensors)" if device == "cpu" else ""
+        )
+        return f"the kernels need CUDA tensors, these are on {request.device}{hint}"
+    if not _HAS_TRITON:
+        return "the package triton is not installed"
+    if request.dtype not in _TRITON_DTYPES:
+        return f"the kernels take float32, float16 and bfloat16, not {_name(request.dtype)}"
+    if request.dtype == torch.bfloat16 and _interpreting():
+        return "Triton's interpreter multiplies the bit patterns of bfloat16"
+    if request.proj_size:
+        return "the kernels have no projection (proj_size > 0) yet"
+    if request.batch == 0:
+        return "an empty batch leaves nothing to launch"
+    if request.packed and not named and request.cell != "gru_reset_before":
+        return "a PackedSequence would take one launch per length; named, triton runs it so"
+    try:
+        _plans(request)
+    except NoPlan as no_plan:
+        return str(no_plan)
+    return None
+
+
+def _aten_refusal(request: Request, requested: str) -> str | None:
+    if request.cell == "gru_reset_before":
+        return "torch has no operator for GRU(reset_after=False)"
+    if request.device.type != "cpu":
+        return None
+    # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
+    in_onednn = request.autocast == request.dtype and request.cell == "lstm"
+    if in_onednn and not request.single_step and not _onednn_takes(request.dtype):
+        return f"oneDNN's LSTM under autocast needs a CPU with {_name(request.dtype)}"
+    if requested == "auto" and _torch_refusal(request, requested) is None:
+        return cpu_prefers_reference(request)
+    return None
+
+
+def _torch_refusal(request: Request, requested: str) -> str | None:
+    if request.proj_size:
+        return "the reference has no projection (proj_size > 0) yet"
+    if request.device.type not in ("cpu", "cuda", "meta"):
+        return f"the operators are registered for the CPU and CUDA, not for {request.device}"
+    return None
+
+
+_REFUSALS = {"triton": _triton_refusal, "aten": _aten_refusal, "torch": _torch_refusal}
+
+
+def _plans(request: Request) -> list[Plan]:
+    """The plan of each layer; raises ``NoPlan``."""
+    chip = chip_of(request.device)
+    sizes = [request.input_size]
+    sizes += [request.directions * request.hidden_size] * (request.num_layers - 1)
+    return [
+        plan(
+            Problem(
+                request.cell,
+                size,
+                request.hidden_size,
+                request.batch,
+                request.directions,
+                request.dtype,
+                precision(),
+                request.needs_grad,
+            ),
+            chip,
+        )
+        for size in sizes
+    ]
+
+
+def _onednn_takes(dtype: torch.dtype) -> bool:
+    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+        return True  # then ATen's own loop runs, and takes everything
+    if dtype == torch.bfloat16:
+        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+def _interpreting() -> bool:
+    """Whether Triton runs its kernels in its interpreter; the values are the ones it accepts."""
+    return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")
+
+
+@contextmanager
+def _set(name: str, value: str) -> Iterator[None]:
+    before = getattr(_local, name, None)
+    setattr(_local, name, value)
+    try:
+        yield
+    finally:
+        setattr(_local, name, before)
+
+
+def _check_name(what: str, name: str, allowed: tuple[str, ...]) -> None:
+    if name not in allowed:
+        raise ValueError(f"{what} is {name!r}; expected one of {', '.join(allowed)}")
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

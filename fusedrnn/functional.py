@@ -1,0 +1,339 @@
+"""``lstm``, ``gru`` and ``rnn`` as functions of input, states and weights.
+
+Here every form of input (batch first, unbatched, packed) becomes time-major, bad input gets its
+sentence, and the call goes to the backend that ``dispatch`` names. Axes: T time, B batch, I input
+size, H hidden size, L layers, D directions. The modules are a thin layer over this file.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import _VF, Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import dispatch
+from .arguments import Call, Layers, as_hx, check_alike, prepare
+from .ops import rnn_stack
+
+_ATEN = {
+    "lstm": _VF.lstm,
+    "gru": _VF.gru,
+    "rnn_tanh": _VF.rnn_tanh,
+    "rnn_relu": _VF.rnn_relu,
+}
+_ATEN_CELL = {
+    "lstm": _VF.lstm_cell,
+    "gru": _VF.gru_cell,
+    "rnn_tanh": _VF.rnn_tanh_cell,
+    "rnn_relu": _VF.rnn_relu_cell,
+}
+
+# cuDNN's advice to call flatten_parameters(), which does nothing here by design. Only warnings
+# raised by this file are silenced, so that nn.LSTM's remain.
+warnings.filterwarnings(
+    "ignore", "RNN module weights are not part of single contiguous", UserWarning, __name__
+)
+
+
+def lstm(
+    input: Tensor | PackedSequence,
+    hx: tuple[Tensor, Tensor] | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
+    r"""A stack of LSTM layers (Hochreiter & Schmidhuber 1997, with forget gates: Gers et al. 2000).
+
+    For each layer, direction and step, with x the input or the layer below:
+
+    .. code-block:: text
+
+        i, f, o = sigmoid(W_i{i,f,o} x + b_i{i,f,o} + W_h{i,f,o} h + b_h{i,f,o})
+        g       = tanh(W_ig x + b_ig + W_hg h + b_hg)
+        c'      = f * c + i * g
+        h'      = o * tanh(c')
+
+    Equivalent torch code: ``nn.LSTM`` with these weights. Names, shapes, gate order and results
+    are torch's. Which backend runs is decided by ``use_backend``, ``FUSEDRNN_BACKEND`` and what
+    the backends take; ``explain`` tells.
+
+    Args:
+        input: ``[T, B, I]``; ``[B, T, I]`` if ``batch_first``; ``[T, I]`` without a batch; or a
+            ``PackedSequence`` (for which ``batch_first`` means nothing). Floating point.
+        hx: ``(h_0, c_0)``, each ``[L*D, B, H]`` (without a batch ``[L*D, H]``), with the input's
+            dtype and device; None means zeros. With a projection h_0 has P columns, not H.
+        params: the weights in torch's flat order, for each layer, and in it for each direction:
+            ``weight_ih [4*H, I]`` (above the first layer ``[4*H, D*H]``), ``weight_hh [4*H, H]``,
+            if ``bias`` also ``bias_ih [4*H]`` and ``bias_hh [4*H]``. A ``weight_hh [4*H, P]``
+            with P != H announces a projection, and ``weight_hr [P, H]`` follows in each entry.
+        num_layers: L.
+        bias: whether ``params`` holds biases.
+        batch_first: whether input and output are ``[B, T, ...]``. States never are.
+        dropout: the probability of zeroing an element between layers, if ``training``. The masks
+            come from torch's generator; on the CPU one seed gives the same ones in every backend.
+        training: whether dropout is applied.
+        bidirectional: D = 2 instead of 1.
+
+    Returns:
+        output ``[T, B, D*H]`` in the form of the input, and ``(h_n, c_n)`` in the form of hx. Under
+        ``torch.autocast`` triton and the reference compute and return autocast's dtype, as cuDNN.
+
+    Raises:
+        ValueError: the input's ndim or dtype is wrong, or params has the wrong length.
+        RuntimeError: a size, or hx's shape, dtype or device is wrong, or there is no step.
+        AttributeError, TypeError, IndexError: input or hx is not what can hold tensors. All as
+            ``nn.LSTM`` raises.
+        NotImplementedError: a backend was named that does not take this call.
+
+    Example:
+        >>> module = torch.nn.LSTM(3, 4)
+        >>> input = torch.randn(7, 2, 3)
+        >>> output, (h_n, c_n) = fusedrnn.lstm(input, None, list(module.parameters()))
+        >>> assert output.shape == (7, 2, 4)
+        >>> torch.testing.assert_close(output, module(input)[0])
+    """
+    layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional)
+    return run(prepare("lstm", input, hx, params, layers))
+
+
+def gru(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    reset_after: bool = True,
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    r"""A stack of GRU layers (Cho et al. 2014).
+
+    For each layer, direction and step, with x the input or the layer below:
+
+    .. code-block:: text
+
+        r, z = sigmoid(W_i{r,z} x + b_i{r,z} + W_h{r,z} h + b_h{r,z})
+        n    = tanh(W_in x + b_in + r * (W_hn h + b_hn))      reset_after=True: torch, cuDNN, Keras
+        n    = tanh(W_in x + b_in + W_hn (r * h) + b_hn)      reset_after=False: Cho et al., ONNX
+        h'   = (1 - z) * n + z * h
+
+    z is torch's in both forms, the share of the *old* state. Where a source writes
+    ``h' = (1 - z) * h + z * n``, its z is 1 - torch's: negate the z rows of weights and biases.
+
+    Equivalent torch code: ``nn.GRU`` with these weights (for ``reset_after=True`` only).
+
+    Args:
+        input: as of ``lstm``.
+        hx: h_0 ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or None for zeros.
+        params: as of ``lstm``, with ``3*H`` rows (r, z, n) and no projection.
+        num_layers: as of ``lstm``.
+        bias: as of ``lstm``.
+        batch_first: as of ``lstm``.
+        dropout: as of ``lstm``.
+        training: as of ``lstm``.
+        bidirectional: as of ``lstm``.
+        reset_after: whether r applies after the recurrent product (torch's) or before it.
+
+    Returns:
+        output ``[T, B, D*H]`` in the form of the input, and h_n in the form of hx.
+
+    Raises:
+        ValueError, RuntimeError, AttributeError, NotImplementedError: as ``lstm``.
+    """
+    layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional)
+    cell = "gru" if reset_after else "gru_reset_before"
+    return run(prepare(cell, input, hx, params, layers))
+
+
+def rnn(
+    input: Tensor | PackedSequence,
+    hx: Tensor | None,
+    params: Sequence[Tensor],
+    *,
+    num_layers: int = 1,
+    bias: bool = True,
+    batch_first: bool = False,
+    dropout: float = 0.0,
+    training: bool = False,
+    bidirectional: bool = False,
+    nonlinearity: str = "tanh",
+) -> tuple[Tensor | PackedSequence, Tensor]:
+    r"""A stack of Elman layers (Elman 1990): ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``.
+
+    Equivalent torch code: ``nn.RNN`` with these weights.
+
+    Args:
+        input: as of ``lstm``.
+        hx: h_0 ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or None for zeros.
+        params: as of ``lstm``, with ``H`` rows and no projection.
+        num_layers: as of ``lstm``.
+        bias: as of ``lstm``.
+        batch_first: as of ``lstm``.
+        dropout: as of ``lstm``.
+        training: as of ``lstm``.
+        bidirectional: as of ``lstm``.
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+
+    Returns:
+        output ``[T, B, D*H]`` in the form of the input, and h_n in the form of hx.
+
+    Raises:
+        ValueError, RuntimeError, AttributeError, NotImplementedError: as ``lstm``; ValueError also
+            for another nonlinearity.
+    """
+    if nonlinearity not in ("tanh", "relu"):
+        raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
+    layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional)
+    return run(prepare(f"rnn_{nonlinearity}", input, hx, params, layers))
+
+
+def run(call: Call):
+    """Runs a prepared stack; returns output and states in the form of its input."""
+    backend = dispatch.choose(call.request)
+    output, states = _run_aten(call) if backend == "aten" else _run_stack(call, backend)
+    original = call.original
+    if isinstance(original, PackedSequence):
+        output = original._replace(data=output)
+        if original.unsorted_indices is not None:
+            states = tuple(s.index_select(1, original.unsorted_indices) for s in states)
+    elif original.dim() == 2:
+        output, states = output.squeeze(1), tuple(s.squeeze(1) for s in states)
+    elif call.layers.batch_first:
+        output = output.transpose(0, 1)
+    return output, as_hx(states)
+
+
+def run_cell(call: Call) -> Tensor | tuple[Tensor, Tensor]:
+    """Runs a prepared single step; returns the new states in the form of its input."""
+    backend = dispatch.choose(call.request)
+    if backend == "aten":
+        hx = as_hx(call.states)
+        biases = () if call.layers.bias else (None, None)
+        result = _ATEN_CELL[call.request.cell](call.input, hx, *call.params, *biases)
+        states = result if len(call.states) == 2 else (result,)
+    else:
+        stacked = call._replace(
+            input=call.input.unsqueeze(0), states=tuple(s.unsqueeze(0) for s in call.states)
+        )
+        _, states = _run_stack(stacked, backend)
+        states = tuple(s.squeeze(0) for s in states)
+    if call.original.dim() == 1:
+        states = tuple(s.squeeze(0) for s in states)
+    return as_hx(states)
+
+
+def _run_aten(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
+    layers, original = call.layers, call.original
+    packed = isinstance(original, PackedSequence)
+    output, *states = _ATEN[call.request.cell](
+        call.input,
+        *((original.batch_sizes,) if packed else ()),
+        as_hx(call.states),
+        call.params,
+        layers.bias,
+        layers.num_layers,
+        layers.dropout,
+        layers.training,
+        layers.bidirectional,
+        *(() if packed else (False,)),  # batch_first: the input is time-major by now
+    )
+    return output, tuple(states)
+
+
+def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:
+    request, layers = call.request, call.layers
+    input, states, params = call.input, call.states, call.params
+    if request.autocast:
+        # As cuDNN's path does: input, states and weights alike; fp64 is left alone.
+        input, *states = (_cast(t, request.autocast) for t in (input, *states))
+        params = [_cast(p, request.autocast) for p in params]
+        check_alike(input, states, params)
+    masks = _dropout_masks(
+        input,
+        request.directions * request.hidden_size,
+        layers.dropout if layers.training else 0.0,
+        layers.num_layers - 1,
+    )
+
+    def stack(input: Tensor, states: Sequence[Tensor], masks: Sequence[Tensor]):
+        return rnn_stack(
+            input,
+            states,
+            params,
+            masks,
+            cell=request.cell,
+            backend=backend,
+            has_bias=layers.bias,
+            num_layers=layers.num_layers,
+            bidirectional=layers.bidirectional,
+            precision=dispatch.precision(),
+        )
+
+    if isinstance(call.original, PackedSequence):
+        return _in_groups(stack, input, call.original.batch_sizes, states, masks)
+    return stack(input, states, masks)
+
+
+def _in_groups(
+    stack: Callable,
+    data: Tensor,
+    batch_sizes: Tensor,
+    states: Sequence[Tensor],
+    masks: Sequence[Tensor],
+) -> tuple[Tensor, list[Tensor]]:
+    """Runs a packed batch in groups of equal length, each a dense batch of its own.
+
+    Rows are sorted by falling length, so a group is a range of rows, and no row sees padding in
+    either direction.
+    """
+    valid = torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)  # [T, B], on the CPU
+    lengths, counts = valid.sum(0).unique_consecutive(return_counts=True)
+    valid = valid.to(data.device)
+
+    def padded(packed: Tensor) -> Tensor:
+        dense = packed.new_zeros(*valid.shape, packed.shape[-1])
+        dense[valid] = packed
+        return dense
+
+    data, masks = padded(data), [padded(mask) for mask in masks]
+    outputs, finals, start = [], [], 0
+    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
+        rows = slice(start, start + count)
+        output, final = stack(
+            data[:length, rows],
+            [state[:, rows] for state in states],
+            [mask[:length, rows] for mask in masks],
+        )
+        outputs.append(F.pad(output, (0, 0, 0, 0, 0, len(data) - length)))
+        finals.append(final)
+        start += count
+    return torch.cat(outputs, 1)[valid], [
+        torch.cat(parts, 1) for parts in zip(*finals, strict=True)
+    ]
+
+
+def _dropout_masks(input: Tensor, columns: int, p: float, count: int) -> list[Tensor]:
+    """Masks scaled by 1/(1-p), drawn as ``at::dropout`` draws them on the CPU, bit for bit."""
+    if p == 0:
+        return []
+    shape, kind = (*input.shape[:-1], columns), {"dtype": input.dtype, "device": input.device}
+    if p == 1:
+        return [torch.zeros(shape, **kind)] * count  # draws nothing, and 1/(1-p) is infinite
+    return [torch.empty(shape, **kind).bernoulli_(1 - p).div_(1 - p) for _ in range(count)]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if cast else tensor

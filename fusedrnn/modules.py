@@ -1,0 +1,309 @@
+"""``LSTM``, ``GRU``, ``RNN`` and their cells: torch's modules in names, weights, shapes and errors.
+
+They derive from ``nn.RNNBase`` and not from ``nn.LSTM``: TorchDynamo breaks the graph at every
+instance of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, subclasses included. Weights are read by
+attribute at every call, so whatever replaces them (weight_norm, parametrize, pruning,
+functional_call) is seen, and there is no flat copy to keep in step.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
+
+from . import arguments, functional
+
+_CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+class _Stack(torch.nn.RNNBase):
+    """What the three modules share."""
+
+    @property
+    def _cell(self) -> str:
+        return _CELLS[self.mode]
+
+    @property
+    def _flat_weights(self) -> list[Tensor | None]:
+        """The weights as they are now. RNNBase would keep a list, stale once one is replaced."""
+        return [getattr(self, name, None) for name in self._flat_weights_names]
+
+    def _init_flat_weights(self) -> None:
+        """Nothing: there is no list of weights to build."""
+
+    def flatten_parameters(self) -> None:
+        """Does nothing; here for code that calls it on ``nn.LSTM``. No backend needs one buffer."""
+
+    def _prepare(
+        self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> arguments.Call:
+        layers = arguments.Layers(
+            self.num_layers,
+            self.bias,
+            self.batch_first,
+            self.dropout,
+            self.training,
+            bool(self.bidirectional),
+        )
+        params = [getattr(self, name) for name in self._flat_weights_names]
+        return arguments.prepare(self._cell, input, hx, params, layers)
+
+    def forward(self, input: Tensor | PackedSequence, hx: Any = None):
+        """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
+        return functional.run(self._prepare(input, hx))
+
+    # RNNBase overrides the following four to keep its list of weights; Module's own suffice.
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        torch.nn.Module.__setattr__(self, name, value)
+
+    def _replicate_for_data_parallel(self):
+        return torch.nn.Module._replicate_for_data_parallel(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        torch.nn.Module.__setstate__(self, state)
+
+    def __getstate__(self) -> dict[str, Any]:
+        """The state for pickle and deepcopy, which refuse tensors that have a history.
+
+        weight_norm and pruning leave such a tensor in place of a weight; the next forward
+        computes it anew.
+        """
+        state = self.__dict__.copy()
+        for name in self._flat_weights_names:
+            if isinstance(state.get(name), Tensor):
+                state[name] = state[name].detach()
+        return state
+
+
+class LSTM(_Stack):
+    """Drop-in for ``torch.nn.LSTM``; equations, shapes and errors are ``fusedrnn.lstm``'s.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of h and c.
+        num_layers: L.
+        bias: whether the layers have ``bias_ih`` and ``bias_hh``.
+        batch_first: whether input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``.
+        dropout: the probability of zeroing an element between layers, in training.
+        bidirectional: whether a second direction runs from the end.
+        proj_size: P > 0 projects h to P features; so far this runs on torch's own operator only.
+        device: where the weights are made.
+        dtype: of the weights.
+
+    Raises:
+        TypeError, ValueError: as ``nn.LSTM``, for an argument of the wrong type or range.
+
+    Inputs: ``input, hx=None`` and outputs ``output, (h_n, c_n)`` are those of ``fusedrnn.lstm``.
+
+    Example:
+        >>> module = fusedrnn.LSTM(3, 4, batch_first=True)
+        >>> output, (h_n, c_n) = module(torch.randn(2, 7, 3))
+        >>> assert output.shape == (2, 7, 4)
+        >>> assert h_n.shape == (1, 2, 4)
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        dropout: float = 0.0,
+        bidirectional: bool = False,
+        proj_size: int = 0,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(
+            "LSTM",
+            input_size,
+            hidden_size,
+            num_layers,
+            bias,
+            batch_first,
+            dropout,
+            bidirectional,
+            proj_size,
+            device,
+            dtype,
+        )
+
+
+class GRU(_Stack):
+    """Drop-in for ``torch.nn.GRU``; equations, shapes and errors are ``fusedrnn.gru``'s.
+
+    The arguments are ``LSTM``'s without ``proj_size``, and:
+
+    Args:
+        reset_after: whether the reset gate applies after the recurrent product, as in torch and
+            cuDNN, or before it, as in the original paper and ONNX's default. Keyword only.
+
+    Raises:
+        ValueError: ``proj_size`` is given; and as ``LSTM``.
+        TypeError: as ``LSTM``.
+    """
+
+    # torch's signature: by position proj_size keeps its place between bidirectional and device.
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        _refuse_proj_size(args[7:8], kwargs)
+        super().__init__("GRU", *args, **kwargs)
+        self.reset_after = reset_after
+
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _reset_repr(self.reset_after)
+
+
+class RNN(_Stack):
+    """Drop-in for ``torch.nn.RNN``; equations, shapes and errors are ``fusedrnn.rnn``'s.
+
+    The arguments are ``LSTM``'s without ``proj_size``, and as the fourth:
+
+    Args:
+        nonlinearity: ``"tanh"`` or ``"relu"``.
+
+    Raises:
+        ValueError: another nonlinearity, or ``proj_size`` is given; and as ``LSTM``.
+        TypeError: as ``LSTM``.
+    """
+
+    # torch's signature: only RNN has an argument between num_layers and bias.
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        if len(args) > 3:
+            nonlinearity, args = args[3], args[:3] + args[4:]
+        else:
+            nonlinearity = kwargs.pop("nonlinearity", "tanh")
+        _refuse_proj_size(args[7:8], kwargs)
+        if nonlinearity not in ("tanh", "relu"):
+            raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
+        super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
+        self.nonlinearity = nonlinearity
+
+
+class _SingleStep(torch.nn.RNNCellBase):
+    """What the three cells share; a subclass says in ``_cell`` which equations it runs."""
+
+    _cell: str
+
+    def _prepare(
+        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
+    ) -> arguments.Call:
+        params = [self.weight_ih, self.weight_hh]
+        params += [self.bias_ih, self.bias_hh] if self.bias else []
+        return arguments.prepare_cell(self._cell, input, hx, params)
+
+    def forward(self, input: Tensor, hx: Any = None):
+        """Runs one step; see the class for shapes and errors."""
+        return functional.run_cell(self._prepare(input, hx))
+
+
+class LSTMCell(_SingleStep):
+    """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
+
+    Args:
+        input_size: I, the features of the input.
+        hidden_size: H, the features of h and c.
+        bias: whether the cell has ``bias_ih`` and ``bias_hh``.
+        device: where the weights are made.
+        dtype: of the weights.
+
+    Inputs are ``input [B, I]`` or ``[I]`` and ``hx=(h, c)``, each ``[B, H]`` or ``[H]`` (default
+    zeros); outputs the next ``(h, c)``. All of one floating dtype and device.
+
+    Raises:
+        ValueError: input or a state is neither 1-D nor 2-D.
+        RuntimeError: a size, dtype or device is wrong, or hx has not two tensors.
+        TypeError, AttributeError: input or hx is not what can hold tensors. All as ``nn.LSTMCell``.
+    """
+
+    _cell = "lstm"
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+
+
+class GRUCell(_SingleStep):
+    """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
+
+    The arguments are ``LSTMCell``'s, and keyword-only ``reset_after``, see ``GRU``. Inputs are
+    ``input [B, I]`` or ``[I]`` and ``hx [B, H]`` or ``[H]`` (default zeros); output the next h.
+
+    Raises:
+        ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        *,
+        reset_after: bool = True,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+        self.reset_after = reset_after
+
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + _reset_repr(self.reset_after)
+
+
+class RNNCell(_SingleStep):
+    """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
+
+    The arguments are ``LSTMCell``'s, and as the fourth ``nonlinearity``, ``"tanh"`` or ``"relu"``.
+    Inputs are ``input [B, I]`` or ``[I]`` and ``hx [B, H]`` or ``[H]`` (default zeros); output the
+    next h.
+
+    Raises:
+        RuntimeError: at the call, the nonlinearity is another (torch's constructor lets it pass).
+        ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
+    """
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        nonlinearity: str = "tanh",
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
+        self.nonlinearity = nonlinearity
+
+    @property
+    def _cell(self) -> str:
+        if self.nonlinearity not in ("tanh", "relu"):
+            raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
+        return f"rnn_{self.nonlinearity}"
+
+
+def _refuse_proj_size(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """As torch: not as a keyword at all; by position, where it must stand, only as 0."""
+    if "proj_size" in kwargs or (positional and isinstance(positional[0], int) and positional[0]):
+        raise ValueError("proj_size was given; only LSTM has a projection")
+
+
+def _reset_repr(reset_after: bool) -> str:
+    return "" if reset_after else ", reset_after=False"
