@@ -23,21 +23,23 @@ from fusedrnn.kernels.plan import CHIPS, plan
 HERE = Path(__file__).parent
 
 
-def compile_jobs(jobs: Sequence[Job], triton_dir: str | None = None) -> list[dict]:
-    """Compiles in a fresh process that does not interpret, with another Triton if one is named."""
+def run_script(name: str, triton_dir: str | None = None, lines: str = "") -> str:
+    """Runs a script of this folder where Triton compiles, by another Triton if one is named."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = ([triton_dir] if triton_dir else []) + [str(HERE.parent)]
     environment["PYTHONPATH"] = os.pathsep.join(paths)
     done = subprocess.run(
-        [sys.executable, HERE / "compiling.py"],
-        input="".join(job.to_json() + "\n" for job in jobs),
-        env=environment,
-        capture_output=True,
-        text=True,
+        [sys.executable, HERE / name], input=lines, env=environment, capture_output=True, text=True
     )
     if done.returncode:
-        raise RuntimeError(f"the compiling process failed:\n{done.stderr[-2000:]}")
-    return [json.loads(line) for line in done.stdout.splitlines()]
+        raise RuntimeError(f"{name} failed:\n{done.stderr[-2000:]}")
+    return done.stdout
+
+
+def compile_jobs(jobs: Sequence[Job], triton_dir: str | None = None) -> list[dict]:
+    """Compiles every job and returns what each binary needs."""
+    lines = "".join(job.to_json() + "\n" for job in jobs)
+    return [json.loads(line) for line in run_script("compiling.py", triton_dir, lines).splitlines()]
 
 
 def faults(job: Job, usage: dict) -> list[str]:
@@ -125,9 +127,8 @@ def main() -> int:
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    tritons: list[str | None] = [None]
-    if os.environ.get("FUSEDRNN_TRITON_36"):
-        tritons.append(os.environ["FUSEDRNN_TRITON_36"])
+    others = [os.environ.get(f"FUSEDRNN_TRITON_{version}") for version in (39, 36)]
+    tritons = [folder for folder in others if folder] or [None]
     jobs = [job for chip in arguments.chips for job in every_job(chip)]
     return run(jobs, tritons, arguments.table, arguments.workers)
 
