@@ -219,9 +219,8 @@ def run_cell(call: Call) -> Tensor | tuple[Tensor, Tensor]:
     """Runs a prepared single step; returns the new states in the form of its input."""
     backend = dispatch.choose(call.request)
     if backend == "aten":
-        hx = as_hx(call.states)
-        biases = () if call.layers.bias else (None, None)
-        result = _ATEN_CELL[call.request.cell](call.input, hx, *call.params, *biases)
+        cell = _ATEN_CELL[call.request.cell]
+        result = cell(call.input, as_hx(call.states), *call.params)
         states = result if len(call.states) == 2 else (result,)
     else:
         stacked = call._replace(
@@ -319,9 +318,8 @@ def _in_groups(
         outputs.append(F.pad(output, (0, 0, 0, 0, 0, len(data) - length)))
         finals.append(final)
         start += count
-    return torch.cat(outputs, 1)[valid], [
-        torch.cat(parts, 1) for parts in zip(*finals, strict=True)
-    ]
+    finals = [torch.cat(parts, 1) for parts in zip(*finals, strict=True)]
+    return torch.cat(outputs, 1)[valid], finals
 
 
 def _dropout_masks(input: Tensor, columns: int, p: float, count: int) -> list[Tensor]:

@@ -1,0 +1,68 @@
+# make demo   the main job: fusedrnn beside torch.nn on IMDB and sine
+# make test   every test            make lint   ruff and mypy
+# make help   the rest
+
+PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip --disable-pip-version-check
+READY := $(VENV)/.installed
+
+# Beside torch's own Triton the kernels are compiled by the oldest supported one and the newest.
+TRITONS := 3.6 3.9
+TRITONS_READY := $(TRITONS:%=.triton-%/.installed)
+TRITON_PATHS := FUSEDRNN_TRITON_36=$(CURDIR)/.triton-3.6 FUSEDRNN_TRITON_39=$(CURDIR)/.triton-3.9
+
+# Two processes on two cores: more threads in each only take turns.
+PYTEST := OMP_NUM_THREADS=1 $(TRITON_PATHS) $(PY) -m pytest -n 2 --dist loadgroup \
+	--benchmark-disable
+COMPILE_ALL := $(PY) tests/compile_all.py --table docs/compiled.csv
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help demo test lint format bench compile-all gpu clean
+
+help:  ## this list
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
+
+demo: $(READY)  ## environment, install, python -m bench (ARGS="sine --quick" is handed on)
+	$(PY) -m bench $(ARGS)
+
+test: $(READY) $(TRITONS_READY)  ## environment, install, every test (ARGS="-k lstm" is handed on)
+	$(PYTEST) $(ARGS)
+
+lint: $(READY)  ## ruff and mypy, changing nothing
+	$(PY) -m ruff check
+	$(PY) -m ruff format --check
+	$(PY) -m mypy
+
+format: $(READY)  ## what lint would complain about, repaired where a tool can
+	$(PY) -m ruff check --fix
+	$(PY) -m ruff format
+
+bench: $(READY)  ## the same cases, timed by pytest-benchmark
+	$(PY) -m pytest bench $(ARGS)
+
+compile-all: $(READY) $(TRITONS_READY)  ## every kernel and tile size, for every chip, by every Triton
+	mkdir -p docs
+	$(TRITON_PATHS) $(COMPILE_ALL)
+
+gpu:  ## kernel tests and benchmark on a CUDA device; no network, no install
+	PYTHONPATH=. $(PYTHON) -m bench gpu $(ARGS)
+
+clean:  ## everything that make made
+	rm -rf $(VENV) .triton-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +
+
+$(READY): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.version_info >= (3, 11) or sys.exit("The pinned \
+	environment needs Python 3.11 or newer; name one with make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+	$(PIP) install --constraint constraints.txt setuptools
+	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[bench,dev,test]'
+	@touch $@
+
+.triton-%/.installed: | $(READY)
+	rm -rf $(@D)
+	$(PIP) install --no-deps --target $(@D) triton==$*.0
+	@touch $@

@@ -1,0 +1,125 @@
+"""``python -m bench``: fusedrnn beside torch.nn, from the same weights and on the same inputs."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from . import gpu, imdb, plots
+from .archives import DataError
+from .cases import CELLS, Workload, lessons
+from .imdb import Corpus
+from .progress import Progress
+from .providers import names_for
+from .report import LEGEND, environment, header, table_head, table_line
+from .results import Results
+from .run import Settings, measure
+
+DEFAULT_FOLDER = Path(__file__).parent / "results" / "local"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit code: 0, 1 for a red gate, 2 for what the user can put right."""
+    options = _parser().parse_args(argv)
+    try:
+        if options.lesson == "gpu":
+            return gpu.run(options.minutes, options.out)
+        return run_lessons(options)
+    except (DataError, gpu.NoDeviceError) as error:
+        print(f"{options.prog}: {error}", file=sys.stderr)
+        return 2
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.set_defaults(prog=parser.prog)
+    add = parser.add_argument
+    add(
+        "lesson",
+        nargs="?",
+        choices=("all", "imdb", "sine", "gpu"),
+        default="all",
+        help="what to run; gpu is the kernel tests and a sweep on a CUDA machine (default: all)",
+    )
+    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
+    add("--imdb", metavar="PATH", help="imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB")
+    add("--download", action="store_true", help="fetch imdb.npz (17 MB) if it is not at hand")
+    add("--out", type=Path, metavar="DIR", help="where CSV and PNG go")
+    add("--seed", type=int, default=0, help="of weights, order of examples and dropout")
+    add("--quick", action="store_true", help="tiny sizes: tests the machinery, measures nothing")
+    add("--minutes", type=float, default=9, help="time for gpu (default: 9)")
+    return parser
+
+
+def run_lessons(options: argparse.Namespace) -> int:
+    """The lessons of IMDB and sine: header, table and files."""
+    started = time.monotonic()
+    device = pick_device(options.device)
+    names = ("imdb", "sine") if options.lesson == "all" else (options.lesson,)
+    workloads = lessons(names, options.quick)
+    corpus = _corpus(workloads, options)
+    settings = Settings(device, options.seed)
+    if options.quick:
+        settings = Settings(device, options.seed, seconds=0.0, least_rounds=2)
+    env = environment(device, corpus.source if corpus else "sine and price series, computed")
+    results = Results(options.out or DEFAULT_FOLDER, env)
+    cut = "\nquick    tiny sizes: none of these numbers means anything" if options.quick else ""
+    print(f"{header(env)}{cut}\n\n{table_head()}", flush=True)
+
+    progress = Progress(_steps(workloads, device))
+    complaints = []
+    for workload in workloads:
+        for cell in CELLS:
+            measured = measure(workload, cell, settings, corpus, progress)
+            results.add(measured.rows, measured.losses)
+            complaints += measured.complaints
+            for row in measured.rows:
+                progress.say(table_line(row))
+    progress.close()
+    print(f"\n{LEGEND}\n" + "\n".join(f"{w.name}: {w.shape}" for w in workloads))
+    print(f"\n{time.monotonic() - started:.0f} s; {plots.draw(results.folder)}")
+    for line in complaints:
+        print(line, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of ``--device``.
+
+    Raises:
+        gpu.NoDeviceError: CUDA was named and there is none.
+    """
+    if name == "cuda" and not torch.cuda.is_available():
+        raise gpu.NoDeviceError("--device cuda needs a GPU, and torch sees none")
+    has_gpu = name == "cuda" or (name == "auto" and torch.cuda.is_available())
+    return torch.device("cuda" if has_gpu else "cpu")
+
+
+def _corpus(workloads: Sequence[Workload], options: argparse.Namespace) -> Corpus | None:
+    if not any(w.vocabulary for w in workloads):
+        return None
+    # Twice what is used: the reviews of a split are drawn from more, as from the real file.
+    needed = 2 * max(max(w.train, w.test) for w in workloads)
+    return imdb.load(
+        options.imdb, download=options.download, seed=options.seed, reviews=min(needed, 25_000)
+    )
+
+
+def _steps(workloads: Sequence[Workload], device: torch.device) -> int:
+    """Training steps of the whole run, which is what the progress bar counts."""
+    cuda = device.type == "cuda"
+    return sum(
+        len(CELLS)
+        * (w.gpu_steps if cuda else w.steps)
+        * sum(w.train_reference or name != "fusedrnn torch" for name in names_for(w, device))
+        for w in workloads
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,6 @@
+class NoDeviceError(RuntimeError):
+    pass
+
+
+def run(minutes, out):
+    raise NoDeviceError("x")

@@ -1,0 +1,114 @@
+"""What was measured; the CSV files here are the single source of tables and plots."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+from .cases import Workload
+
+
+@dataclass(kw_only=True)
+class Row:
+    """One workload, cell and provider: a line of results.csv. None is an empty field.
+
+    ``gate`` is ``"yardstick"``, ``"ok"``, ``"red"``, ``"refused"`` or ``"failed"``; only the first
+    two have times. ``share`` is the largest error as a part of the allowed one.
+    """
+
+    workload: str
+    cell: str
+    provider: str
+    backend: str
+    dtype: str
+    T: int
+    B: int
+    I: int
+    H: int
+    layers: int
+    directions: int
+    gate: str
+    share: float | None = None
+    fw_ms: float | None = None
+    fw_ms_p20: float | None = None
+    fw_ms_p80: float | None = None
+    fw_speedup: float | None = None
+    fwbw_ms: float | None = None
+    fwbw_ms_p20: float | None = None
+    fwbw_ms_p80: float | None = None
+    fwbw_speedup: float | None = None
+    peak_mb: float | None = None
+    steps: int | None = None
+    final_loss: float | None = None
+    loss_difference: float | None = None
+    metric: str = ""
+    test: float | None = None
+    train_s: float | None = None
+    note: str = ""
+
+    @property
+    def has_numbers(self) -> bool:
+        return self.gate in ("yardstick", "ok")
+
+    @classmethod
+    def of(cls, workload: Workload, cell: str, provider: str, **values) -> Row:
+        return cls(
+            workload=workload.name,
+            cell=cell,
+            provider=provider,
+            dtype=workload.dtype,
+            T=workload.T,
+            B=workload.B,
+            I=workload.I,
+            H=workload.H,
+            layers=workload.layers,
+            directions=2 if workload.bidirectional else 1,
+            **values,
+        )
+
+
+@dataclass(frozen=True)
+class Loss:
+    """One point of a loss curve: a line of losses.csv."""
+
+    workload: str
+    cell: str
+    provider: str
+    step: int
+    loss: float
+
+
+class Results:
+    """The folder of results. Every line is on disk before the next is measured."""
+
+    def __init__(self, folder: Path, environment: dict[str, object]):
+        folder.mkdir(parents=True, exist_ok=True)
+        self.folder = folder
+        self.rows: list[Row] = []
+        for kind, name in ((Row, "results.csv"), (Loss, "losses.csv")):
+            with open(folder / name, "w", newline="") as file:
+                csv.writer(file).writerow(f.name for f in fields(kind))
+        self.note(environment)
+
+    def note(self, environment: dict[str, object]) -> None:
+        """Writes environment.json anew."""
+        text = json.dumps(environment, indent=2) + "\n"
+        (self.folder / "environment.json").write_text(text)
+
+    def add(self, rows: Iterable[Row], losses: Iterable[Loss] = ()) -> None:
+        rows = list(rows)
+        self.rows += rows
+        for name, lines in (("results.csv", rows), ("losses.csv", losses)):
+            with open(self.folder / name, "a", newline="") as file:
+                csv.writer(file).writerows(map(_cells, lines))
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _cells(line: Row | Loss) -> list[object]:
+    shown = (f"{v:.6g}" if isinstance(v, float) else v for v in asdict(line).values())
+    return ["" if value is None else value for value in shown]

@@ -1,0 +1,259 @@
+"""One workload and cell from the gate to the rows: equality, then speed, then training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence
+
+import fusedrnn
+
+from .cases import Workload
+from .gate import Gate, Input
+from .imdb import Corpus
+from .models import MODELS, Examples, examples_of
+from .progress import Progress
+from .providers import PROVIDERS, TORCH, build, names_for
+from .results import Loss, Row
+from .timing import Call, Times, interleaved
+from .train import Training, metric_name, train
+
+#: The gate of the sweep looks at the first steps only: no kernel knows T, and 512 steps of fp64 at
+#: H=1024 would take longer than all timings together.
+_SWEEP_GATE_STEPS = 64
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How a run measures. ``seconds`` is for one comparison of forward or forward+backward."""
+
+    device: torch.device
+    seed: int = 0
+    seconds: float = 1.5
+    least_rounds: int = 5
+
+
+class Measured(NamedTuple):
+    rows: list[Row]
+    losses: list[Loss]
+    complaints: list[str]  # of a red gate, one line a tensor
+
+
+def measure(
+    workload: Workload,
+    cell: str,
+    settings: Settings,
+    corpus: Corpus | None = None,
+    progress: Progress | None = None,
+) -> Measured:
+    """Gates, times and trains every provider on one workload.
+
+    Args:
+        workload: a lesson, or a point of the sweep.
+        cell: ``"lstm"`` or ``"gru"``.
+        settings: device, seed and time.
+        corpus: the reviews, for the workloads that read them.
+        progress: told what is being done.
+    """
+    progress = progress or Progress(0)
+    subject = Subject(workload, cell, settings, corpus)
+    rows: dict[str, Row] = {}
+    complaints: list[str] = []
+    progress.at(f"{workload.name} {cell}: gate")
+    gate = Gate(workload, cell, subject.weights, subject.gate_input())
+    for provider in names_for(workload, settings.device):
+        row, failures = _judged(gate, subject, provider)
+        rows[provider] = row
+        complaints += [f"{workload.name} {cell} {provider}: {line}" for line in failures]
+    del gate
+    able = [provider for provider, row in rows.items() if row.has_numbers]
+
+    progress.at(f"{workload.name} {cell}: speed")
+    for mode in ("fw", "fwbw"):
+        for provider, times in subject.times(able, mode).items():
+            _enter_times(rows[provider], mode, times)
+    if settings.device.type == "cuda":
+        for provider in able:
+            rows[provider].peak_mb = subject.peak_mb(provider)
+    losses = _trained(subject, able, rows, progress) if subject.steps else []
+    return Measured(list(rows.values()), losses, complaints)
+
+
+def _judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]]:
+    """The provider's row with the gate's verdict, and what failed."""
+    workload, cell = subject.workload, subject.cell
+
+    def row(**values) -> Row:
+        return Row.of(workload, cell, provider, backend=subject.backend(provider), **values)
+
+    if provider == TORCH:
+        return row(gate="yardstick"), []
+    try:
+        verdict = gate.judge(provider)
+    except NotImplementedError as error:
+        return Row.of(workload, cell, provider, backend="", gate="refused", note=str(error)), []
+    if verdict.ok:
+        return row(gate="ok", share=verdict.share), []
+    note = f"{len(verdict.failures)} tensors are over the error budget: no speed is shown"
+    return row(gate="red", share=verdict.share, note=note), verdict.failures
+
+
+def _enter_times(row: Row, mode: str, times: Times) -> None:
+    for field, value in (
+        ("ms", times.p50),
+        ("ms_p20", times.p20),
+        ("ms_p80", times.p80),
+        ("speedup", times.speedup),
+    ):
+        setattr(row, f"{mode}_{field}", value)
+
+
+def _trained(
+    subject: Subject, providers: list[str], rows: dict[str, Row], progress: Progress
+) -> list[Loss]:
+    workload, cell = subject.workload, subject.cell
+    losses, yardstick = [], None
+    for provider in providers:
+        if not subject.trains(provider):
+            continue
+        progress.at(f"{workload.name} {cell}: training {provider}")
+        training = subject.train(provider, progress.tick)
+        yardstick = training.losses if provider == TORCH else yardstick
+        row = rows[provider]
+        row.steps, row.train_s = subject.steps, training.seconds
+        row.final_loss = training.final_loss
+        row.metric, row.test = metric_name(workload), training.metric
+        if provider != TORCH:
+            pairs = zip(training.losses, yardstick, strict=True)
+            row.loss_difference = max(abs(ours - theirs) for ours, theirs in pairs)
+        losses += [
+            Loss(workload.name, cell, provider, step, loss)
+            for step, loss in enumerate(training.losses)
+        ]
+    return losses
+
+
+class Subject:
+    """A workload and a cell with their weights and inputs, from which all providers start."""
+
+    def __init__(
+        self, workload: Workload, cell: str, settings: Settings, corpus: Corpus | None = None
+    ):
+        self.workload, self.cell, self.settings = workload, cell, settings
+        self.dtype = getattr(torch, workload.dtype)
+        self.examples: Examples | None = None
+        torch.manual_seed(settings.seed)
+        if workload.task == "none":
+            rnn = build(TORCH, cell, workload)
+            self.weights = rnn.state_dict()
+            shape = (workload.B, workload.T, workload.I)
+            self.input: Input = torch.randn(shape).to(settings.device, self.dtype)
+        else:
+            self.examples = examples_of(workload, corpus, settings.seed)
+            model = MODELS[workload.task](build(TORCH, cell, workload), workload)
+            self.start = model.state_dict()
+            self.weights = model.rnn.state_dict()
+            rows = torch.arange(workload.B)
+            batch = self.examples.batch(rows, settings.device)
+            with torch.no_grad():
+                self.input = model.to(settings.device).features(batch)
+
+    @property
+    def steps(self) -> int:
+        """Optimiser steps of the short training."""
+        cuda = self.settings.device.type == "cuda"
+        return self.workload.gpu_steps if cuda else self.workload.steps
+
+    def gate_input(self) -> Input:
+        if self.workload.task == "none":
+            return self.input[:, :_SWEEP_GATE_STEPS]
+        return self.input
+
+    def rnn(self, provider: str) -> nn.Module:
+        rnn = build(provider, self.cell, self.workload)
+        rnn.load_state_dict(self.weights)
+        return rnn.to(self.settings.device, self.dtype)
+
+    def backend(self, provider: str) -> str:
+        """Which backend of fusedrnn runs the provider's forward+backward; empty for torch.nn."""
+        if provider == TORCH:
+            return ""
+        with PROVIDERS[provider].context():
+            return fusedrnn.explain(self.rnn(provider), self.input).backend or ""
+
+    def call(self, provider: str, mode: str) -> Call:
+        """What is timed: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train()."""
+        rnn, context, input = self.rnn(provider), PROVIDERS[provider].context, self.input
+        if mode == "fw":
+            rnn.eval()
+
+            def forward():
+                with context(), torch.no_grad():
+                    return rnn(input)
+
+            return forward
+
+        wanted = list(rnn.parameters())
+        if self.workload.needs_input_grad:
+            leaf = input.data.detach().clone().requires_grad_()
+            is_packed = isinstance(input, PackedSequence)
+            input = input._replace(data=leaf) if is_packed else leaf
+            wanted.append(leaf)
+        cotangents = None
+
+        def forward_and_backward():
+            nonlocal cotangents
+            with context():
+                outputs = _tensors(rnn(input))
+                if cotangents is None:
+                    cotangents = [torch.randn_like(output) for output in outputs]
+                return torch.autograd.grad(outputs, wanted, cotangents)
+
+        return forward_and_backward
+
+    def times(self, providers: list[str], mode: str) -> dict[str, Times]:
+        return interleaved(
+            {provider: self.call(provider, mode) for provider in providers},
+            self.settings.device,
+            seconds=self.settings.seconds,
+            least=self.settings.least_rounds,
+        )
+
+    def peak_mb(self, provider: str) -> float:
+        """CUDA memory of one forward+backward beyond what stood before, in MB."""
+        call = self.call(provider, "fwbw")
+        call()
+        torch.cuda.reset_peak_memory_stats(self.settings.device)
+        before = torch.cuda.memory_allocated(self.settings.device)
+        call()
+        return (torch.cuda.max_memory_allocated(self.settings.device) - before) / 1e6
+
+    def trains(self, provider: str) -> bool:
+        return self.workload.train_reference or provider != "fusedrnn torch"
+
+    def train(self, provider: str, tick: Callable[[], object]) -> Training:
+        """The short training, from the same start for every provider."""
+        model = MODELS[self.workload.task](build(provider, self.cell, self.workload), self.workload)
+        model.load_state_dict(self.start)
+        model.to(self.settings.device)
+        with PROVIDERS[provider].context():
+            return train(
+                model,
+                self.workload,
+                self.examples,
+                self.steps,
+                self.settings.device,
+                self.settings.seed,
+                tick,
+            )
+
+
+def _tensors(result: tuple) -> list[Tensor]:
+    """Output and final states of an RNN, flat."""
+    output, final = result
+    output = output.data if isinstance(output, PackedSequence) else output  # a Tensor's detaches
+    return [output, *((final,) if isinstance(final, Tensor) else final)]

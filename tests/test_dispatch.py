@@ -1,0 +1,390 @@
+"""The choice of a backend, its reasons in words, and that nothing but the kernels needs triton."""
+
+from __future__ import annotations
+
+import contextlib
+import subprocess
+import sys
+import textwrap
+import threading
+
+import pytest
+import torch
+from torch import nn
+from torch.nn.utils.rnn import pack_sequence
+
+import fusedrnn
+from fusedrnn import dispatch
+from fusedrnn.dispatch import Request, choose, explain, requested_backend, use_backend
+from fusedrnn.kernels import plan as planning
+from fusedrnn.kernels.plan import CHIPS, NoPlan
+
+
+@pytest.fixture(autouse=True)
+def _no_choice_from_outside(monkeypatch):
+    monkeypatch.delenv("FUSEDRNN_BACKEND", raising=False)
+    # Not by the environment: an import of triton during the test would remember it.
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: False)
+
+
+@pytest.fixture
+def cuda(monkeypatch):
+    """Makes requests on CUDA plannable without a GPU."""
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: CHIPS["sm_90"])
+    return torch.device("cuda", 0)
+
+
+def request(device="cpu", **changes) -> Request:
+    settings = {
+        "cell": "lstm",
+        "device": torch.device(device),
+        "dtype": torch.float32,
+        "steps": 7,
+        "batch": 2,
+        "input_size": 3,
+        "hidden_size": 16,
+    }
+    return Request(**settings | changes)
+
+
+def refusal(backend: str, asked: Request) -> str:
+    with use_backend(backend), pytest.raises(NotImplementedError) as caught:
+        choose(asked)
+    return str(caught.value)
+
+
+class TestUseBackend:
+    def test_nests_and_restores(self):
+        assert requested_backend() == ("auto", "default")
+        with use_backend("torch"):
+            with use_backend("aten"):
+                assert requested_backend() == ("aten", "use_backend")
+            assert requested_backend() == ("torch", "use_backend")
+        assert requested_backend() == ("auto", "default")
+
+    def test_restores_after_an_exception(self):
+        with pytest.raises(KeyError), use_backend("torch"):
+            raise KeyError
+        assert requested_backend() == ("auto", "default")
+
+    def test_a_thread_does_not_see_another_threads_choice(self):
+        seen = []
+        with use_backend("torch"):
+            thread = threading.Thread(target=lambda: seen.append(requested_backend()))
+            thread.start()
+            thread.join()
+        assert seen == [("auto", "default")]
+
+    def test_unknown_name_is_refused_at_once(self):
+        expected = "backend is 'cudnn'; expected one of auto, triton, torch, aten"
+        with pytest.raises(ValueError, match=expected):
+            use_backend("cudnn")
+
+    def test_decides_what_runs(self):
+        module, x = fusedrnn.GRU(3, 4), torch.randn(5, 2, 3)
+        ran = []
+        for backend in ("aten", "torch"):
+            with use_backend(backend), torch.profiler.profile() as profile:
+                module(x)
+            ran.append({event.name for event in profile.events()})
+        assert "aten::gru" in ran[0]
+        assert "fusedrnn::rnn_forward" not in ran[0]
+        assert "fusedrnn::rnn_forward" in ran[1]
+        assert "aten::gru" not in ran[1]
+
+
+class TestEnvironment:
+    def test_is_read_at_the_call_and_yields_to_use_backend(self, monkeypatch):
+        assert choose(request()) == "aten"
+        monkeypatch.setenv("FUSEDRNN_BACKEND", "torch")
+        assert choose(request()) == "torch"
+        assert requested_backend() == ("torch", "FUSEDRNN_BACKEND")
+        with use_backend("auto"):
+            assert choose(request()) == "aten"
+        monkeypatch.setenv("FUSEDRNN_BACKEND", "")
+        assert requested_backend() == ("auto", "default")
+
+    def test_unknown_name(self, monkeypatch):
+        monkeypatch.setenv("FUSEDRNN_BACKEND", "Triton")
+        expected = "FUSEDRNN_BACKEND is 'Triton'; expected one of auto, triton, torch, aten"
+        with pytest.raises(ValueError, match=expected):
+            fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))
+
+
+class TestPrecision:
+    @pytest.fixture(autouse=True)
+    def _restore(self):
+        rnn = torch.backends.cudnn.rnn
+        before = rnn.fp32_precision
+        yield
+        rnn.fp32_precision = before
+
+    def test_follows_torchs_newer_switch(self):
+        assert dispatch.precision() == "tf32"  # torch's default
+        torch.backends.cudnn.rnn.fp32_precision = "ieee"
+        assert dispatch.precision() == "ieee"
+        torch.backends.cudnn.rnn.fp32_precision = "tf32"
+        assert dispatch.precision() == "tf32"
+
+    @pytest.mark.parametrize(
+        ("code", "expected"),
+        [
+            ("b.cudnn.allow_tf32 = False", "ieee"),
+            ("b.fp32_precision = 'ieee'", "ieee"),
+            # Mixed: after this torch refuses to read allow_tf32 at all.
+            ("b.cudnn.conv.fp32_precision = 'ieee'", "tf32"),
+            ("b.cudnn.allow_tf32 = False; b.cudnn.rnn.fp32_precision = 'tf32'", "tf32"),
+        ],
+    )
+    def test_follows_every_switch(self, code, expected):
+        # In a process of its own: torch has no way back from some of them.
+        run_python(f"""
+            import torch
+            b = torch.backends
+            {code}
+            import fusedrnn.dispatch
+            assert fusedrnn.dispatch.precision() == {expected!r}
+        """)
+
+    def test_override_nests_and_restores(self):
+        with fusedrnn.use_precision("tf32x3"):
+            with fusedrnn.use_precision("ieee"):
+                assert dispatch.precision() == "ieee"
+            assert dispatch.precision() == "tf32x3"
+        assert dispatch.precision() == "tf32"
+        with pytest.raises(ValueError, match="precision is 'fp32'; expected one of ieee, tf32, "):
+            fusedrnn.use_precision("fp32")
+
+
+class TestAuto:
+    def test_on_the_cpu(self, monkeypatch):
+        assert choose(request()) == "aten"
+        assert choose(request(cell="gru_reset_before")) == "torch"
+        assert choose(request(dtype=torch.float64, packed=True, proj_size=2)) == "aten"
+        monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
+        assert choose(request()) == "aten"
+
+    def test_on_cuda(self, cuda, monkeypatch):
+        assert choose(request(cuda)) == "triton"
+        assert choose(request(cuda, cell="gru_reset_before", packed=True)) == "triton"
+        assert choose(request(cuda, dtype=torch.float64)) == "aten"
+        assert choose(request(cuda, proj_size=2)) == "aten"
+        assert choose(request(cuda, packed=True)) == "aten"
+        assert choose(request(cuda, batch=0)) == "aten"
+        assert choose(request(cuda, cell="gru_reset_before", dtype=torch.float64)) == "torch"
+        monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+        assert choose(request(cuda)) == "aten"
+        assert choose(request(cuda, cell="gru_reset_before")) == "torch"
+
+    def test_on_cuda_where_no_plan_exists(self, cuda, monkeypatch):
+        asked = []
+
+        def no_plan(problem, chip):
+            asked.append(problem)
+            if problem.input_size == 32:
+                raise NoPlan("H does not fit.")
+            return planning.plan(problem, chip)
+
+        monkeypatch.setattr(dispatch, "plan", no_plan)
+        assert choose(request(cuda, num_layers=1, directions=2)) == "triton"
+        assert choose(request(cuda, num_layers=3, directions=2)) == "aten"
+        assert [p.input_size for p in asked] == [3, 3, 32]
+        assert refusal("triton", request(cuda, num_layers=2, directions=2)) == (
+            "backend 'triton': H does not fit."
+        )
+
+    def test_plan_is_asked_the_whole_question(self, cuda, monkeypatch):
+        asked = []
+        monkeypatch.setattr(dispatch, "plan", lambda problem, chip: asked.append((problem, chip)))
+        half = request(cuda, cell="gru", dtype=torch.float16, directions=2, needs_grad=True)
+        with fusedrnn.use_precision("tf32x3"):
+            choose(half)
+        expected = planning.Problem("gru", 3, 16, 2, 2, torch.float16, "tf32x3", True)
+        assert asked == [(expected, CHIPS["sm_90"])]
+
+    def test_on_other_devices(self):
+        assert choose(request("meta")) == "aten"
+        assert choose(request("mps")) == "aten"
+        reason = refusal("auto", request("mps", cell="gru_reset_before"))
+        assert "the operators are registered for the CPU and CUDA, not for mps" in reason
+
+    def test_leaves_to_the_reference_what_it_runs_faster(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "cpu_prefers_reference", lambda request: "it is faster")
+        assert choose(request()) == "torch"
+        assert choose(request(proj_size=2)) == "aten"
+        with use_backend("aten"):
+            assert choose(request()) == "aten"
+
+
+class TestNamed:
+    @pytest.mark.parametrize(("value", "expected"), [("1", True), ("True", True), ("0", False)])
+    def test_interpreter_is_asked_for_as_triton_reads_it(self, monkeypatch, value, expected):
+        monkeypatch.undo()
+        monkeypatch.setenv("TRITON_INTERPRET", value)
+        assert dispatch._interpreting() is expected
+
+    def test_triton_on_the_cpu_needs_the_interpreter(self, monkeypatch):
+        expected = "backend 'triton': the kernels need CUDA tensors, these are on cpu "
+        assert refusal("triton", request()).startswith(expected)
+        monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
+        with use_backend("triton"):
+            assert choose(request()) == "triton"
+            assert choose(request(packed=True)) == "triton"
+        reason = refusal("triton", request(dtype=torch.bfloat16))
+        assert "interpreter multiplies the bit patterns of bfloat16" in reason
+        assert "these are on meta" in refusal("triton", request("meta"))
+
+    @pytest.mark.parametrize(
+        ("changes", "reason"),
+        [
+            ({"dtype": torch.float64}, "float32, float16 and bfloat16, not float64"),
+            ({"proj_size": 2}, "no projection"),
+            ({"batch": 0}, "an empty batch"),
+        ],
+    )
+    def test_triton_refuses(self, cuda, changes, reason):
+        assert reason in refusal("triton", request(cuda, **changes))
+
+    def test_triton_is_not_installed(self, cuda, monkeypatch):
+        monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+        assert "triton is not installed" in refusal("triton", request(cuda))
+
+    def test_torch_and_aten_refuse(self):
+        assert "no projection" in refusal("torch", request(proj_size=2))
+        assert "not for mps" in refusal("torch", request("mps"))
+        reason = refusal("aten", request(cell="gru_reset_before"))
+        assert reason == "backend 'aten': torch has no operator for GRU(reset_after=False)"
+
+    @pytest.mark.parametrize("packed", [False, True])
+    def test_a_module_raises_the_refusal(self, packed):
+        module = fusedrnn.GRU(3, 4, reset_after=False)
+        input = pack_sequence([torch.zeros(5, 3)]) if packed else torch.zeros(5, 3)
+        with use_backend("aten"), pytest.raises(NotImplementedError, match="no operator for GRU"):
+            module(input)
+        cell = fusedrnn.GRUCell(3, 4, reset_after=False)
+        with use_backend("aten"), pytest.raises(NotImplementedError, match="no operator for GRU"):
+            cell(torch.zeros(3))
+
+
+class TestAutocastOnTheCpu:
+    """There torch hands an LSTM, and only that, to oneDNN without asking what the CPU can do."""
+
+    @pytest.mark.parametrize(
+        ("changes", "backend"),
+        [
+            ({}, "torch"),
+            ({"cell": "gru"}, "aten"),
+            ({"single_step": True}, "aten"),
+            ({"autocast": None}, "aten"),
+            ({"dtype": torch.float64}, "aten"),
+        ],
+    )
+    def test_without_bfloat16_instructions(self, monkeypatch, changes, backend):
+        monkeypatch.setattr(dispatch, "_onednn_takes", lambda dtype: False)
+        settings = {"dtype": torch.bfloat16, "autocast": torch.bfloat16} | changes
+        assert choose(request(**settings)) == backend
+
+    def test_agrees_with_torch_on_this_cpu(self):
+        x = torch.zeros(5, 2, 3)
+        for dtype in (torch.bfloat16, torch.float16):
+            with torch.autocast("cpu", dtype):
+                takes = dispatch._onednn_takes(dtype)
+                refuses = pytest.raises(RuntimeError, match="primitive descriptor")
+                with contextlib.nullcontext() if takes else refuses:
+                    nn.LSTM(3, 4)(x)
+
+
+class TestExplain:
+    def test_on_the_cpu(self):
+        module = fusedrnn.LSTM(3, 16, 2, bidirectional=True, batch_first=True)
+        told = explain(module, torch.zeros(2, 7, 3))
+        assert (told.backend, told.requested, told.source) == ("aten", "auto", "default")
+        assert str(told).splitlines() == [
+            "lstm on cpu, float32, T=7 B=2 I=3 H=16, layers=2, directions=2, with gradients",
+            "backend: aten (asked for: auto, default)",
+            "not triton: the kernels need CUDA tensors, these are on cpu "
+            "(TRITON_INTERPRET=1 and a named backend run CPU tensors)",
+        ]
+        assert repr(told) == str(told)
+
+    def test_with_tiles(self, monkeypatch):
+        monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
+        module = fusedrnn.GRU(3, 16, 2, bidirectional=True)
+        with use_backend("triton"):
+            told = explain(module, torch.zeros(7, 2, 3), torch.zeros(4, 2, 16))
+        problem = planning.Problem("gru", 3, 16, 2, 2, torch.float32, "tf32", True)
+        chip = CHIPS["sm_90"]
+        layers = [
+            planning.plan(problem, chip).describe(),
+            planning.plan(problem._replace(input_size=32), chip).describe(),
+        ]
+        assert str(told).splitlines()[1:] == [
+            "backend: triton (asked for: triton, use_backend)",
+            "precision: tf32",
+            f"layer 0: {layers[0]}",
+            f"layer 1: {layers[1]}",
+        ]
+
+    def test_says_what_would_raise(self, monkeypatch):
+        monkeypatch.setenv("FUSEDRNN_BACKEND", "triton")
+        told = explain(fusedrnn.RNN(3, 16), torch.zeros(7, 3))
+        assert told.backend is None
+        assert "backend: none, the call would raise (asked for: triton, FUSEDRNN_B" in str(told)
+        assert "not triton: the kernels need CUDA tensors" in str(told)
+
+    def test_names_every_better_backend(self):
+        told = explain(fusedrnn.GRU(3, 16, reset_after=False), pack_sequence([torch.zeros(5, 3)]))
+        assert told.backend == "torch"
+        assert [name for name, _ in told.refused] == ["triton", "aten"]
+        assert "packed" in str(told)
+
+    @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+    def test_cells(self, name):
+        with torch.no_grad():
+            text = str(explain(getattr(fusedrnn, name)(3, 16), torch.zeros(2, 3)))
+        assert " cell on cpu, float32, T=1 B=2 I=3 H=16" in text
+        assert "no gradients" in text
+
+    def test_does_not_run_the_model(self):
+        with torch.profiler.profile() as profile:
+            explain(fusedrnn.LSTM(3, 16), torch.zeros(7, 2, 3))
+        assert not {"aten::lstm", "fusedrnn::rnn_forward"} & {e.name for e in profile.events()}
+
+    def test_of_something_else(self):
+        with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.rnn\.LSTM"):
+            explain(nn.LSTM(3, 4), torch.zeros(7, 2, 3))
+        with pytest.raises(RuntimeError, match="input has 5 features"):
+            explain(fusedrnn.LSTM(3, 4), torch.zeros(7, 2, 5))
+
+
+def run_python(code: str) -> None:
+    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+
+
+def test_without_triton_everything_but_the_kernels_works():
+    run_python("""
+        import sys
+        sys.modules["triton"] = None  # an import of it raises
+        import torch
+        import fusedrnn
+        module = fusedrnn.GRU(3, 4, reset_after=False)
+        module(torch.zeros(5, 2, 3))[0].sum().backward()
+        text = str(fusedrnn.explain(fusedrnn.LSTM(3, 4), torch.zeros(5, 2, 3)))
+        assert "backend: aten" in text
+        with fusedrnn.use_backend("torch"):
+            fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))
+        assert not fusedrnn.dispatch._HAS_TRITON
+    """)
+
+
+def test_importing_does_not_import_triton():
+    run_python("""
+        import sys
+        import torch
+        before = set(sys.modules)
+        import fusedrnn
+        new = set(sys.modules) - before
+        assert not [name for name in new if name.split(".")[0] == "triton"], new
+    """)

@@ -1,0 +1,126 @@
+"""The wheel and the sdist: what is in them, and that the wheel works in an empty environment.
+
+Everything is built from a copy of the checkout with the setuptools of this environment, so no
+network is needed. The wheel that is installed is the one built from the sdist.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+import sysconfig
+import tarfile
+import venv
+import zipfile
+from email.parser import HeaderParser
+from pathlib import Path
+
+import pytest
+
+import fusedrnn
+
+ROOT = Path(__file__).parent.parent
+# One group: under pytest-xdist the builds below are made once, in one process.
+pytestmark = pytest.mark.xdist_group("packaging")
+
+BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
+USE = """
+import importlib.metadata, torch, fusedrnn
+from fusedrnn.kernels.plan import plan
+print(fusedrnn.__file__)
+print(importlib.metadata.version("fusedrnn"), fusedrnn.__version__)
+print(tuple(fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))[0].shape))
+"""
+
+
+def run(*command: object, cwd: Path) -> str:
+    """Runs without this process's PYTHONPATH, which would find the checkout."""
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
+    done = subprocess.run(
+        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def build(kind: str, source: Path, target: Path) -> Path:
+    """Builds "wheel" or "sdist" of a source tree by setuptools' own hook."""
+    target.mkdir()
+    run(sys.executable, "-c", BUILD.format(kind), target, cwd=source)
+    (made,) = target.iterdir()
+    return made
+
+
+@pytest.fixture(scope="module")
+def sdist(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("sdist")
+    ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results")
+    shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=ignore)
+    return build("sdist", folder / "checkout", folder / "dist")
+
+
+@pytest.fixture(scope="module")
+def wheel(sdist, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("wheel")
+    with tarfile.open(sdist) as archive:
+        archive.extractall(folder, filter="data")
+    return build("wheel", folder / sdist.name.removesuffix(".tar.gz"), folder / "dist")
+
+
+def modules() -> set[str]:
+    """Every module of the checkout, by the name it is imported from."""
+    found = {f"fusedrnn/{path.name}" for path in (ROOT / "fusedrnn").glob("*.py")}
+    return found | {f"fusedrnn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+
+
+def test_wheel_holds_the_package_and_nothing_else(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        names = {name for name in archive.namelist() if ".dist-info/" not in name}
+        texts = {name: archive.read(name) for name in names}
+        licenses = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
+    assert names == modules()
+    assert texts == {name: (ROOT / name).read_bytes() for name in names}
+    assert len(licenses) == 1
+    assert wheel.name == f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"
+
+
+def test_wheel_needs_torch_alone(wheel):
+    with zipfile.ZipFile(wheel) as archive:
+        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
+        metadata = HeaderParser().parsestr(archive.read(name).decode())
+    always = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
+    assert [need.partition(">=")[0] for need in always] == ["torch"]
+    assert metadata["Version"] == fusedrnn.__version__
+    assert metadata["License-Expression"] == "Apache-2.0"
+
+
+def test_sdist_holds_kernels_as_files_and_no_tests(sdist):
+    with tarfile.open(sdist) as archive:
+        members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
+    files = {name for name, member in members.items() if member.isfile()}
+    assert not [name for name, member in members.items() if member.issym() or member.islnk()]
+    assert files >= modules() | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"}
+    assert not [name for name in files if name.startswith(("tests/", "bench/", "kernels/"))]
+
+
+def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
+    """A new virtual environment, which borrows this one's torch and nothing of its fusedrnn."""
+    venv.create(tmp_path / "venv", with_pip=False)
+    python = tmp_path / "venv" / "bin" / "python"
+    site = Path(
+        run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).strip()
+    )
+    borrowed = sysconfig.get_path("purelib")
+
+    pip = [sys.executable, "-m", "pip", "--python", python]
+    run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=tmp_path)
+    # A line in a .pth file adds the folder, but not what the .pth files in that folder add.
+    (site / "borrowed.pth").write_text(borrowed + "\n")
+    where, versions, shape = run(python, "-c", USE, cwd=tmp_path).splitlines()
+
+    assert where == str(site / "fusedrnn" / "__init__.py")
+    assert versions.split() == [fusedrnn.__version__] * 2
+    assert shape == "(5, 2, 4)"
+    assert not (site / "fusedrnn" / "kernels").is_symlink()
