@@ -37,7 +37,8 @@ class Call(NamedTuple):
     input: Tensor  # [T, B, I]; a PackedSequence's data [sum of lengths, I]; for a cell [B, I]
     states: tuple[Tensor, ...]  # [L*D, B, H] each; for a cell [B, H]
     params: Sequence[Tensor]
-    original: Tensor | PackedSequence  # says in which form the results go back
+    batched: bool  # else the results lose the batch dimension again
+    packing: PackedSequence | None = None  # the packed input
 
 
 def prepare(
@@ -51,15 +52,15 @@ def prepare(
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
     sizes = _sizes(cell, params, layers)
-    packed = isinstance(input, PackedSequence)
-    batched = packed or _ndim(input, (2, 3), "a PackedSequence") == 3
-    if packed:
-        data = input.data
+    packing = input if isinstance(input, PackedSequence) else None
+    if isinstance(input, PackedSequence):
+        data, batched = input.data, True
         if data.dim() != 2:
             raise RuntimeError(f"the packed input's data is {data.dim()}-D; expected 2-D")
         steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
     else:
-        data = input.unsqueeze(1) if not batched else input
+        batched = _ndim(input, (2, 3), "a PackedSequence") == 3
+        data = input if batched else input.unsqueeze(1)
         data = data.transpose(0, 1) if batched and layers.batch_first else data
         steps, batch = data.shape[:2]
     autocast = _autocast_dtype(data)
@@ -69,21 +70,21 @@ def prepare(
         )
     _check_features(data, sizes.input_size)
     if steps == 0:
-        raise RuntimeError(f"input has shape {tuple(input.shape)}: no time step; expected T >= 1")
+        raise RuntimeError("input has no time step (T = 0); expected at least one")
 
     directions = 2 if layers.bidirectional else 1
     rows = layers.num_layers * directions
     if hx is None:
         states = tuple(data.new_zeros(rows, batch, size) for size in sizes.states)
     else:
-        states = _as_tensors(hx, len(sizes.states), indexed=not packed)
+        states = _as_tensors(hx, len(sizes.states), indexed=packing is None)
         middle = (batch,) if batched else ()
         _check_shapes(states, [(rows, *middle, size) for size in sizes.states])
         if not batched:
             states = tuple(s.unsqueeze(1) for s in states)
     check_alike(data, states, params, check_dtype=autocast is None)
-    if hx is not None and packed and input.sorted_indices is not None:
-        states = tuple(s.index_select(1, input.sorted_indices) for s in states)
+    if hx is not None and packing is not None and packing.sorted_indices is not None:
+        states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
     request = Request(
         cell=cell,
         device=data.device,
@@ -95,11 +96,11 @@ def prepare(
         proj_size=sizes.proj_size,
         num_layers=layers.num_layers,
         directions=directions,
-        packed=packed,
+        packed=packing is not None,
         needs_grad=_needs_grad(data, states, params),
         autocast=autocast,
     )
-    return Call(request, layers, data, states, params, input)
+    return Call(request, layers, data, states, params, batched, packing)
 
 
 def prepare_cell(
@@ -139,7 +140,7 @@ def prepare_cell(
         autocast=autocast,
         single_step=True,
     )
-    return Call(request, layers, data, states, params, input)
+    return Call(request, layers, data, states, params, batched)
 
 
 class _Sizes(NamedTuple):

@@ -171,7 +171,8 @@ def precision() -> str:
     name = getattr(_local, "precision", None)
     if name is not None:
         return name
-    return "tf32" if torch.backends.cudnn.rnn.fp32_precision == "tf32" else "ieee"
+    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return "tf32" if switch == "tf32" else "ieee"
 
 
 def choose(request: Request) -> str:
@@ -234,7 +235,7 @@ def cpu_prefers_reference(request: Request) -> str | None:
 
 def _weigh(request: Request, requested: str) -> tuple[str | None, tuple[tuple[str, str], ...]]:
     """The first backend that does not refuse, or None, and the refusals before it."""
-    refused = []
+    refused: list[tuple[str, str]] = []
     for backend in _PREFERENCE if requested == "auto" else (requested,):
         reason = _REFUSALS[backend](request, requested)
         if reason is None:

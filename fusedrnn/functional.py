@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -19,13 +20,13 @@ from . import dispatch
 from .arguments import Call, Layers, as_hx, check_alike, prepare
 from .ops import rnn_stack
 
-_ATEN = {
+_ATEN: dict[str, Callable] = {
     "lstm": _VF.lstm,
     "gru": _VF.gru,
     "rnn_tanh": _VF.rnn_tanh,
     "rnn_relu": _VF.rnn_relu,
 }
-_ATEN_CELL = {
+_ATEN_CELL: dict[str, Callable] = {
     "lstm": _VF.lstm_cell,
     "gru": _VF.gru_cell,
     "rnn_tanh": _VF.rnn_tanh_cell,
@@ -199,46 +200,40 @@ def rnn(
     return run(prepare(f"rnn_{nonlinearity}", input, hx, params, layers))
 
 
-def run(call: Call):
+def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     backend = dispatch.choose(call.request)
     output, states = _run_aten(call) if backend == "aten" else _run_stack(call, backend)
-    original = call.original
-    if isinstance(original, PackedSequence):
-        output = original._replace(data=output)
-        if original.unsorted_indices is not None:
-            states = tuple(s.index_select(1, original.unsorted_indices) for s in states)
-    elif original.dim() == 2:
-        output, states = output.squeeze(1), tuple(s.squeeze(1) for s in states)
-    elif call.layers.batch_first:
-        output = output.transpose(0, 1)
-    return output, as_hx(states)
+    if call.packing is not None:
+        if call.packing.unsorted_indices is not None:
+            states = [s.index_select(1, call.packing.unsorted_indices) for s in states]
+        return call.packing._replace(data=output), as_hx(states)
+    if not call.batched:
+        return output.squeeze(1), as_hx([s.squeeze(1) for s in states])
+    return output.transpose(0, 1) if call.layers.batch_first else output, as_hx(states)
 
 
-def run_cell(call: Call) -> Tensor | tuple[Tensor, Tensor]:
+def run_cell(call: Call) -> Any:
     """Runs a prepared single step; returns the new states in the form of its input."""
     backend = dispatch.choose(call.request)
     if backend == "aten":
         cell = _ATEN_CELL[call.request.cell]
         result = cell(call.input, as_hx(call.states), *call.params)
-        states = result if len(call.states) == 2 else (result,)
+        states: Sequence[Tensor] = result if len(call.states) == 2 else (result,)
     else:
         stacked = call._replace(
             input=call.input.unsqueeze(0), states=tuple(s.unsqueeze(0) for s in call.states)
         )
         _, states = _run_stack(stacked, backend)
-        states = tuple(s.squeeze(0) for s in states)
-    if call.original.dim() == 1:
-        states = tuple(s.squeeze(0) for s in states)
-    return as_hx(states)
+        states = [s.squeeze(0) for s in states]
+    return as_hx(states if call.batched else [s.squeeze(0) for s in states])
 
 
-def _run_aten(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
-    layers, original = call.layers, call.original
-    packed = isinstance(original, PackedSequence)
+def _run_aten(call: Call) -> tuple[Tensor, Sequence[Tensor]]:
+    layers, packing = call.layers, call.packing
     output, *states = _ATEN[call.request.cell](
         call.input,
-        *((original.batch_sizes,) if packed else ()),
+        *(() if packing is None else (packing.batch_sizes,)),
         as_hx(call.states),
         call.params,
         layers.bias,
@@ -246,14 +241,14 @@ def _run_aten(call: Call) -> tuple[Tensor, tuple[Tensor, ...]]:
         layers.dropout,
         layers.training,
         layers.bidirectional,
-        *(() if packed else (False,)),  # batch_first: the input is time-major by now
+        *((False,) if packing is None else ()),  # batch_first: the input is time-major by now
     )
-    return output, tuple(states)
+    return output, states
 
 
 def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:
     request, layers = call.request, call.layers
-    input, states, params = call.input, call.states, call.params
+    input, states, params = call.input, list(call.states), list(call.params)
     if request.autocast:
         # As cuDNN's path does: input, states and weights alike; fp64 is left alone.
         input, *states = (_cast(t, request.autocast) for t in (input, *states))
@@ -280,8 +275,8 @@ def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:
             precision=dispatch.precision(),
         )
 
-    if isinstance(call.original, PackedSequence):
-        return _in_groups(stack, input, call.original.batch_sizes, states, masks)
+    if call.packing is not None:
+        return _in_groups(stack, input, call.packing.batch_sizes, states, masks)
     return stack(input, states, masks)
 
 
@@ -326,10 +321,10 @@ def _dropout_masks(input: Tensor, columns: int, p: float, count: int) -> list[Te
     """Masks scaled by 1/(1-p), drawn as ``at::dropout`` draws them on the CPU, bit for bit."""
     if p == 0:
         return []
-    shape, kind = (*input.shape[:-1], columns), {"dtype": input.dtype, "device": input.device}
+    masks = [input.new_zeros(*input.shape[:-1], columns) for _ in range(count)]
     if p == 1:
-        return [torch.zeros(shape, **kind)] * count  # draws nothing, and 1/(1-p) is infinite
-    return [torch.empty(shape, **kind).bernoulli_(1 - p).div_(1 - p) for _ in range(count)]
+        return masks  # at::dropout draws nothing here, and 1/(1-p) is infinite
+    return [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:

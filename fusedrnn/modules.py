@@ -27,7 +27,7 @@ class _Stack(torch.nn.RNNBase):
         return _CELLS[self.mode]
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:
+    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
         """The weights as they are now. RNNBase would keep a list, stale once one is replaced."""
         return [getattr(self, name, None) for name in self._flat_weights_names]
 
@@ -189,9 +189,12 @@ class RNN(_Stack):
 
 
 class _SingleStep(torch.nn.RNNCellBase):
-    """What the three cells share; a subclass says in ``_cell`` which equations it runs."""
+    """What the three cells share."""
 
-    _cell: str
+    @property
+    def _cell(self) -> str:
+        """The name of the equations."""
+        raise NotImplementedError
 
     def _prepare(
         self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
@@ -224,8 +227,6 @@ class LSTMCell(_SingleStep):
         TypeError, AttributeError: input or hx is not what can hold tensors. All as ``nn.LSTMCell``.
     """
 
-    _cell = "lstm"
-
     def __init__(
         self,
         input_size: int,
@@ -235,6 +236,10 @@ class LSTMCell(_SingleStep):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__(input_size, hidden_size, bias, 4, device, dtype)
+
+    @property
+    def _cell(self) -> str:
+        return "lstm"
 
 
 class GRUCell(_SingleStep):

@@ -146,9 +146,9 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     num_warps = 2 if padded == 16 else 4 if amd or padded <= (32 if wide else 64) else 8
     # Latency, not occupancy: half the rows halve the special-function work of a step (10 per unit
     # and row for an LSTM), as long as there are SMs for twice the programs. The three products of
-    # tf32x3 leave no registers for 16 rows.
+    # tf32x3 leave no registers for 16 rows; gfx942 has no matrix instruction for fewer.
     few = -(-problem.batch // 8) * problem.directions <= chip.sms
-    block_b = 8 if few or precision == "tf32x3" else 16
+    block_b = 16 if amd else 8 if few or precision == "tf32x3" else 16
 
     i_blocks: tuple[tuple[int, int], ...] = ()
     if _projects_in_kernel(problem.input_size, padded, wide):
@@ -185,7 +185,7 @@ def _shared_bytes(
     """An upper bound: all weights, and the operands of every dot on their way through memory."""
     bytes_each = 4 if wide else 2
     weights = gates * padded * columns * bytes_each
-    operands = gates * max(block_b, 16) * padded * 4
+    operands = max(block_b, 16) * (gates * padded + columns) * 4
     return (weights + operands) * (2 if precision == "tf32x3" else 1)
 
 

@@ -40,7 +40,7 @@ SEQUENCE = {
     "dtype": (lambda n: (zeros(5, 2, 3).double(),), "input is torch.float64, the weights are"),
     "integer": (lambda n: (zeros(5, 2, 3).long(),), "input is torch.int64"),
     "device": (lambda n: (zeros(5, 2, 3, device="meta"),), r"params\[0\] is on cpu; expected meta"),
-    "no step": (lambda n: (zeros(0, 2, 3),), r"input has shape \(0, 2, 3\): no time step"),
+    "no step": (lambda n: (zeros(0, 2, 3),), "input has no time step"),
     "no step unbatched": (lambda n: (zeros(0, 3),), "no time step"),
     "no step no batch": (lambda n: (zeros(0, 0, 3),), "no time step"),
     "hx 2-D": (lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 4))), r"hx.* \(2, 4\); .* \(2, 2, 4\)"),
@@ -66,7 +66,6 @@ SEQUENCE = {
     "hx of three": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4),) * 3), "hx is a tuple"),
     "hx with None": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4), None)), "hx.* is a "),
     "packed data 3-D": (lambda n: (packed((3, 3, 3)),), "packed input's data is 3-D"),
-    "packed data 1-D": (lambda n: (packed((3,)),), "packed input's data is 1-D"),
     "packed hx batch": (
         lambda n: (packed((3, 3), (2, 3)), wrap(n, zeros(2, 1, 4))),
         r"expected \(2, 2, 4\)",
@@ -217,6 +216,8 @@ def test_what_torch_lets_pass_for_packed_input():
     module = fusedrnn.LSTM(3, 4, 2)
     with pytest.raises(RuntimeError, match="input has 7 features"):
         module(packed((3, 7)))
+    with pytest.raises(RuntimeError, match="packed input's data is 1-D; expected 2-D"):
+        module(packed((3,)))
     with pytest.raises(ValueError, match=r"input is torch\.float64"):
         module(packed((3, 3), dtype=torch.float64))
     # A batch too large in hx loses rows without a word, in nn.GRU too.

@@ -69,6 +69,10 @@ def test_tiles_are_chosen_for_latency_while_programs_are_few():
     assert plan(problem(batch=8 * chip.sms, directions=2), chip).forward.block_b == 16
 
 
+def test_amd_gets_the_rows_of_its_matrix_instruction():
+    assert plan(problem(batch=1), CHIPS["gfx942"]).forward.block_b == 16
+
+
 def test_small_inputs_are_projected_in_the_kernel():
     chip = CHIPS["sm_90"]
     assert plan(problem(input_size=1), chip).i_blocks == ((0, 16),)
