@@ -91,12 +91,8 @@ def _forward(input, h_0, c_0, params, dropout_masks, *config_and_save):
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *config_and_save):
     *config, save = config_and_save
     config = Config(*config)
-    (T, B, _), H, L, D = (
-        input.shape,
-        h_0.shape[-1],
-        config.num_layers,
-        config.directions,
-    )
+    (T, B, _), H = input.shape, h_0.shape[-1]
+    L, D = config.num_layers, config.directions
     empty = input.new_empty
     return (
         empty(T, B, D * H),

@@ -72,12 +72,8 @@ def stack_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
     """Runs all layers, shapes as in ``ops.rnn_stack``: output, h_n, c_n and what is saved."""
-    (T, B, _), H, L, D = (
-        input.shape,
-        h_0.shape[-1],
-        config.num_layers,
-        config.directions,
-    )
+    (T, B, _), H = input.shape, h_0.shape[-1]
+    L, D = config.num_layers, config.directions
     h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     empty = input.new_empty(0)
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
@@ -88,16 +84,15 @@ def stack_forward(
         cs=input.new_empty(L, D, T, B, H) if save and c_0 is not None else empty,
         hidden=input.new_empty(L - 1, T, B, D * H) if save else empty,
     )
+    # A parametrisation may hand out weights of any strides; the kernels read rows.
+    params = [p.contiguous() for p in params]
     for layer, weights in enumerate(group_weights(params, config)):
         rows = slice(layer * D, (layer + 1) * D)
         last = layer == L - 1
-        out = (
-            saved.output
-            if last
-            else saved.hidden[layer]
-            if save
-            else torch.empty_like(saved.output)
-        )
+        if last:
+            out = saved.output
+        else:
+            out = saved.hidden[layer] if save else torch.empty_like(saved.output)
         layer_plan, run = _forward_schedule(config, input, H, save)
         if layer_plan is None or not layer_plan.i_blocks:
             x = _project(input, weights, config.precision)
@@ -140,7 +135,7 @@ def stack_backward(
     dgates = input.new_empty(D, T, B, config.spec.grad_tiles * H)
     d_params: list[Tensor] = []
     d_out = None if d_output is None else d_output.contiguous()
-    grouped = group_weights(params, config)
+    grouped = group_weights([p.contiguous() for p in params], config)
     for layer in reversed(range(config.num_layers)):
         rows, weights, out = (
             slice(layer * D, (layer + 1) * D),

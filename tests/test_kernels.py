@@ -173,6 +173,21 @@ def test_strides_of_every_kind(what, device):
         assert torch.equal(got, want)
 
 
+def test_weights_of_any_strides(device):
+    op = Op(torch_module("gru", 3, 20, num_layers=2).to(device), "gru", "triton")
+    x, hx, cotangents = make_inputs("gru", SMALL, layers=2, device=device)
+    want = run_module(op, x, hx, cotangents)
+    for parameter in op.module.parameters():
+        if parameter.dim() == 2:
+            parameter.data = parameter.data.t().contiguous().t()
+            assert not parameter.is_contiguous()
+        else:
+            parameter.data = torch.stack((parameter.data, parameter.data), -1)[:, 0]
+    got = run_module(op, x, hx, cotangents)
+    for name in want:
+        assert torch.equal(got[name], want[name]), name
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_inputs_and_gradients_are_left_alone(cell, device):
     op = Op(torch_module(cell, 3, 20).to(device), cell, "triton")
