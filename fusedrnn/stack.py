@@ -227,7 +227,7 @@ def _project(x: Tensor, weights: Sequence[Weights], precision: str) -> Tensor:
     gx = x.new_empty(len(weights), T, B, weights[0].w_ih.shape[0])
     with _gemm_precision(precision, x):
         for d, w in enumerate(weights):
-            target = gx[d].view(T * B, -1)
+            target = gx[d].flatten(0, 1)
             if w.b_ih is None:
                 torch.mm(rows, w.w_ih.t(), out=target)
             else:
@@ -241,7 +241,7 @@ def _input_grad(dgates: Tensor, weights: Sequence[Weights]) -> Tensor:
     rows, columns = weights[0].w_ih.shape
     dx = dgates.new_empty(T * B, columns)
     for d, w in enumerate(weights):
-        grads = dgates[d].view(T * B, -1)[:, :rows]
+        grads = dgates[d].flatten(0, 1)[:, :rows]
         torch.addmm(dx, grads, w.w_ih, beta=float(d > 0), out=dx)
     return dx.view(T, B, columns)
 
@@ -258,9 +258,9 @@ def _weight_grads(
 ) -> list[Tensor]:
     """dW_ih, dW_hh and, with biases, db_ih, db_hh of direction d, each summed over all T and B."""
     T, B, H = *out.shape[:2], h_0.shape[-1]
-    flat = dgates.view(T * B, -1)
+    flat = dgates.flatten(0, 1)
     dgx = flat[:, : spec.gates * H]
-    dw_ih = dgx.t() @ x.reshape(T * B, -1)
+    dw_ih = dgx.t() @ x.flatten(0, 1)
     dw_hh, db_hh = torch.empty_like(w.w_hh), dgx.new_empty(spec.gates * H)
 
     # Steps in the order of the direction: all but its first follow a row of `out`.
@@ -280,8 +280,8 @@ def _weight_grads(
             torch.mm(first.t(), u_first, out=target)
             torch.addmm(
                 target,
-                rest.reshape(-1, count * H).t(),
-                u_rest.reshape(-1, H),
+                rest.flatten(0, 1).t(),
+                u_rest.flatten(0, 1),
                 out=target,
             )
             torch.sum(grads, (0, 1), out=db_hh[rows])
