@@ -257,7 +257,7 @@ def _weight_grads(
     dgates: Tensor,
 ) -> list[Tensor]:
     """dW_ih, dW_hh and, with biases, db_ih, db_hh of direction d, each summed over all T and B."""
-    T, B, H = *out.shape[:2], h_0.shape[-1]
+    H = h_0.shape[-1]
     flat = dgates.flatten(0, 1)
     dgx = flat[:, : spec.gates * H]
     dw_ih = dgx.t() @ x.flatten(0, 1)
