@@ -17,7 +17,7 @@ from .imdb import Corpus
 from .progress import Progress
 from .providers import names_for
 from .report import LEGEND, environment, header, table_head, table_line
-from .results import Results
+from .results import FolderError, Results
 from .run import Settings, measure
 
 DEFAULT_FOLDER = Path(__file__).parent / "results" / "local"
@@ -28,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(argv)
     try:
         if options.lesson == "gpu":
-            return gpu.run(options.minutes, options.out)
+            return gpu.run(options.minutes, options.out, quick=options.quick, seed=options.seed)
         return run_lessons(options)
-    except (DataError, gpu.NoDeviceError) as error:
+    except (DataError, FolderError, gpu.NoDeviceError) as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
         return 2
 

@@ -14,15 +14,14 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
 
 import torch
 
 from . import imdb, plots
-from .cases import CELLS, LESSONS, Workload, sweep
-from .progress import Progress
+from .cases import CELLS, LESSONS, Workload, cut_down, sweep
 from .providers import TORCH, names_for
 from .report import LEGEND, environment, header, table_head, table_line
 from .results import Results, Row
@@ -31,6 +30,8 @@ from .run import Measured, Settings, measure
 ROOT = Path(__file__).resolve().parent.parent
 #: Part of the time that the kernel tests may take.
 _TEST_SHARE = 0.4
+#: The pictures take a second and can be drawn again from the CSV: not after every case.
+_REDRAW_SECONDS = 20
 #: For what cannot be stopped between two cases, above all a kernel that never ends.
 _GRACE_SECONDS = 20
 
@@ -51,12 +52,12 @@ class Deadline:
 
 
 def run(minutes: float, folder: Path | None = None, *, quick: bool = False, seed: int = 0) -> int:
-    """Tests, gates, times and writes until done or until ``minutes`` are over.
+    """Tests, gates, times and writes on the current GPU until done or the time is over.
 
     Args:
         minutes: for all of it.
         folder: of the results; default ``bench/results/<gpu>-<date>``.
-        quick: only the lessons, in tiny sizes.
+        quick: tiny sizes, which measure nothing.
         seed: of weights and data.
 
     Returns:
@@ -68,11 +69,26 @@ def run(minutes: float, folder: Path | None = None, *, quick: bool = False, seed
     if not torch.cuda.is_available():
         raise NoDeviceError("gpu needs a CUDA device, and torch sees none; nothing was run")
     device = torch.device("cuda", torch.cuda.current_device())
+    folder = folder or default_folder(torch.cuda.get_device_name(device))
     deadline = Deadline(60 * minutes)
+    workloads = [*LESSONS, *sweep()]
+    if quick:
+        workloads = [cut_down(workload) for workload in (*LESSONS, *sweep())]
+    _start_watchdog(deadline, folder)
+    return session(device, folder, deadline, workloads, seed)
+
+
+def session(
+    device: torch.device,
+    folder: Path,
+    deadline: Deadline,
+    workloads: Sequence[Workload],
+    seed: int = 0,
+) -> int:
+    """The kernel tests and then the workloads, for both cells; see ``run``."""
     corpus = imdb.load(seed=seed)
     env = environment(device, corpus.source)
-    results = Results(folder or default_folder(str(env["device"])), env)
-    _start_watchdog(deadline, results.folder)
+    results = Results(folder, env)
     print(header(env), flush=True)
 
     tests_ok, env["tests"] = run_tests(results.folder, _TEST_SHARE * deadline.left)
@@ -80,23 +96,23 @@ def run(minutes: float, folder: Path | None = None, *, quick: bool = False, seed
     results.note(env)
 
     settings = Settings(device, seed, seconds=0.4)
-    cases = [(workload, cell) for workload in LESSONS for cell in CELLS]
-    if not quick:
-        cases += [(workload, cell) for workload in sweep() for cell in CELLS]
-    done, failures = 0, 0
-    for row_set in measure_all(cases, deadline, settings, corpus):
-        results.add(row_set.rows, row_set.losses)
-        drawn = plots.draw(results.folder)
-        for row in row_set.rows:
+    cases = [(workload, cell) for workload in workloads for cell in CELLS]
+    failed = not tests_ok
+    last_drawn = 0.0
+    for done, measured in enumerate(measure_all(cases, deadline, settings, corpus), start=1):
+        env["cases"] = f"{done} of {len(cases)} cases"
+        results.add(measured.rows, measured.losses)
+        results.note(env)
+        for row in measured.rows:
             print(table_line(row), flush=True)
-            failures += row.gate in ("red", "failed")
-        for complaint in row_set.complaints:
+        for complaint in measured.complaints:
             print(complaint, file=sys.stderr)
-        done += 1
-    env["cases"] = f"{done} of {len(cases)} cases in {minutes:g} minutes"
-    results.note(env)
-    print(f"\n{LEGEND}\n{env['cases']}; {drawn if done else results.folder}")
-    return 0 if tests_ok and not failures else 1
+            failed = True
+        if time.monotonic() - last_drawn > _REDRAW_SECONDS:
+            plots.draw(folder)
+            last_drawn = time.monotonic()
+    print(f"\n{LEGEND}\n\n{env.get('cases', 'no case')}; {plots.draw(folder)}")
+    return 1 if failed else 0
 
 
 def default_folder(gpu: str, today: str | None = None) -> Path:
@@ -117,7 +133,7 @@ def measure_all(
         if not deadline.left:
             return
         try:
-            yield measure(workload, cell, settings, corpus, Progress(0))
+            yield measure(workload, cell, settings, corpus)
         except Exception as error:  # one broken case must not cost the others their turn
             note = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             yield Measured(

@@ -11,16 +11,18 @@ except ImportError:
 class Progress:
     """Counts steps of work of any kind; silent without tqdm or when stderr is no terminal."""
 
-    def __init__(self, total: int):
+    def __init__(self, total: int | None):
+        """``total`` None is silence."""
         form = "{percentage:3.0f}% |{bar}| {elapsed}<{remaining} {desc}"
-        self._bar = tqdm(total=total, disable=None, leave=False, bar_format=form) if tqdm else None
+        shown = tqdm is not None and total is not None
+        self._bar = tqdm(total=total, disable=None, leave=False, bar_format=form) if shown else None
 
     def at(self, what: str) -> None:
         """Says what is being done now."""
         if self._bar is not None:
             self._bar.set_description_str(what)
 
-    def tick(self, steps: float = 1) -> None:
+    def tick(self, steps: int = 1) -> None:
         if self._bar is not None:
             self._bar.update(steps)
 

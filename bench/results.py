@@ -12,6 +12,10 @@ from pathlib import Path
 from .cases import Workload
 
 
+class FolderError(ValueError):
+    """The folder for the results cannot be written; the message is one sentence."""
+
+
 @dataclass(kw_only=True)
 class Row:
     """One workload, cell and provider: a line of results.csv. None is an empty field.
@@ -86,13 +90,20 @@ class Results:
     """The folder of results. Every line is on disk before the next is measured."""
 
     def __init__(self, folder: Path, environment: dict[str, object]):
-        folder.mkdir(parents=True, exist_ok=True)
+        """Begins a folder anew.
+
+        Raises:
+            FolderError: it cannot be written.
+        """
         self.folder = folder
-        self.rows: list[Row] = []
-        for kind, name in ((Row, "results.csv"), (Loss, "losses.csv")):
-            with open(folder / name, "w", newline="") as file:
-                csv.writer(file).writerow(f.name for f in fields(kind))
-        self.note(environment)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            for kind, name in ((Row, "results.csv"), (Loss, "losses.csv")):
+                with open(folder / name, "w", newline="") as file:
+                    csv.writer(file).writerow(f.name for f in fields(kind))
+            self.note(environment)
+        except OSError as error:
+            raise FolderError(f"no results can be written to {folder}: {error.strerror}") from error
 
     def note(self, environment: dict[str, object]) -> None:
         """Writes environment.json anew."""
@@ -100,8 +111,6 @@ class Results:
         (self.folder / "environment.json").write_text(text)
 
     def add(self, rows: Iterable[Row], losses: Iterable[Loss] = ()) -> None:
-        rows = list(rows)
-        self.rows += rows
         for name, lines in (("results.csv", rows), ("losses.csv", losses)):
             with open(self.folder / name, "a", newline="") as file:
                 csv.writer(file).writerows(map(_cells, lines))

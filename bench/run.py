@@ -59,7 +59,7 @@ def measure(
         corpus: the reviews, for the workloads that read them.
         progress: told what is being done.
     """
-    progress = progress or Progress(0)
+    progress = progress or Progress(None)
     subject = Subject(workload, cell, settings, corpus)
     rows: dict[str, Row] = {}
     complaints: list[str] = []

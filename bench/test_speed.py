@@ -1,7 +1,6 @@
 """``pytest bench``: the lessons' workloads through pytest-benchmark.
 
-Each provider passes the equality gate before it is timed. ``--bench-device`` is not needed: a GPU
-is used where there is one.
+Each provider passes the equality gate before it is timed. A GPU is used where there is one.
 """
 
 from __future__ import annotations

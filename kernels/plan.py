@@ -102,13 +102,13 @@ def blocks_of(size: int, least: int = 16, most: int = 128) -> tuple[tuple[int, i
     return tuple(blocks)
 
 
-#: The largest H one program can hold, by number of gates. On sm_90 the next block size either
-#: spills registers or wants more shared memory than an SM has (``docs/compiled.md``).
+#: The largest H one program can hold, by number of gates. With the next block size a kernel on
+#: sm_80, sm_90 or sm_100 spills registers or wants more shared memory than an SM has.
 LARGEST_H = {
     "16-bit": {4: 128, 3: 128, 1: 256},
     "tf32": {4: 64, 3: 96, 1: 192},
     "tf32x3": {4: 64, 3: 64, 1: 128},
-    "ieee": {4: 64, 3: 96, 1: 128},
+    "ieee": {4: 64, 3: 64, 1: 128},
 }
 #: gfx942 has 64 KiB of shared memory a program, and its waves spill above this.
 LARGEST_H_GFX = {"16-bit": 64, "ieee": 32}
@@ -151,7 +151,7 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     block_b = 16 if amd else 8 if few or precision == "tf32x3" else 16
 
     i_blocks: tuple[tuple[int, int], ...] = ()
-    if _projects_in_kernel(problem.input_size, padded, wide):
+    if _projects_in_kernel(problem.input_size, padded, kind):
         i_blocks = blocks_of(problem.input_size)
     forward, backward = (
         Tiles(
@@ -174,9 +174,12 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     return Plan("resident", forward, backward if problem.needs_grad else None, i_blocks)
 
 
-def _projects_in_kernel(input_size: int, padded: int, wide: bool) -> bool:
+def _projects_in_kernel(input_size: int, padded: int, kind: str) -> bool:
     """Whether x W_ih^T is memory-bound as a GEMM and W_ih small enough to stay on chip."""
-    return input_size <= (16 if wide else 64) and padded <= 64
+    # Products on the FMA units keep their operands in registers: 48 bytes spill at H = 64.
+    return input_size <= (64 if kind == "16-bit" else 16) and padded <= (
+        32 if kind == "ieee" else 64
+    )
 
 
 def _shared_bytes(

@@ -47,7 +47,7 @@ def test_kernels_equal_torch(cell, case, device):
 
 def test_two_blocks_in_fp32(device):
     """H = 90 is 64 + 32 columns: each gate is a sum over two blocks."""
-    check("gru", Case(4, 5, 2, 90), device, directions=2)
+    check("rnn_tanh", Case(4, 5, 2, 90), device, directions=2)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
