@@ -201,6 +201,7 @@ def read_tar(blob: bytes, name: str) -> Splits:
         ):
             for split, label, number, text in _tar_reviews(tar, name):
                 texts[split, label].append((number, _words(text)))
+            unzipped.expect_only_zeros(name)
     except DataError:
         raise
     except (tarfile.TarError, OSError, EOFError, zlib.error, ValueError) as error:
@@ -228,10 +229,21 @@ def read_tar(blob: bytes, name: str) -> Splits:
 class _Bounded(gzip.GzipFile):
     """Refuses the huge reads that a forged extended header makes tarfile do in one piece."""
 
+    last = b""
+
     def read(self, size: int | None = -1) -> bytes:
         if size is None or not 0 <= size <= MAX_MEMBER_BYTES:
             raise DataError("a header of the tar announces more bytes than memory should hold")
-        return super().read(size)
+        self.last = super().read(size)
+        return self.last
+
+    def expect_only_zeros(self, name: str) -> None:
+        """Reads to the end: tarfile stops in silence at a broken header, and before the CRC."""
+        rest = 0
+        while rest <= MAX_TAR_BYTES and self.last:
+            if self.last.strip(b"\0"):
+                raise DataError(f"{name} is a damaged tar.gz file (what follows is no tar)")
+            rest += len(self.read(1 << 20))
 
 
 _REVIEW = re.compile(r"aclImdb/(train|test)/(neg|pos)/(\d{1,9})_\d{1,2}\.txt")

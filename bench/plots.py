@@ -26,8 +26,8 @@ def draw(folder: Path) -> str:
     rows = [row for row in _read(folder / "results.csv") if row["gate"] in ("yardstick", "ok")]
     env = json.loads((folder / "environment.json").read_text())
     caption = f"{env['device']}, torch {env['torch']}, triton {env['triton']}; {env['data']}"
-    lesson_rows = [row for row in rows if not row["workload"].startswith("sweep")]
-    sweep_rows = [row for row in rows if row["workload"].startswith("sweep")]
+    lesson_rows = [row for row in rows if row["lesson"] != "sweep"]
+    sweep_rows = [row for row in rows if row["lesson"] == "sweep"]
     losses = _read(folder / "losses.csv")
     for name, data, painter in (
         ("speed.png", lesson_rows, _speed),

@@ -25,6 +25,7 @@ class Row:
     """
 
     workload: str
+    lesson: str
     cell: str
     provider: str
     backend: str
@@ -62,6 +63,7 @@ class Row:
     def of(cls, workload: Workload, cell: str, provider: str, **values) -> Row:
         return cls(
             workload=workload.name,
+            lesson=workload.lesson,
             cell=cell,
             provider=provider,
             dtype=workload.dtype,

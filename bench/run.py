@@ -179,8 +179,8 @@ class Subject:
         return rnn.to(self.settings.device, self.dtype)
 
     def backend(self, provider: str) -> str:
-        """Which backend of fusedrnn runs the provider's forward+backward; empty for torch.nn."""
-        if provider == TORCH:
+        """Which backend of fusedrnn runs the provider's forward+backward; empty for others."""
+        if PROVIDERS[provider].classes is not fusedrnn:
             return ""
         with PROVIDERS[provider].context():
             return fusedrnn.explain(self.rnn(provider), self.input).backend or ""

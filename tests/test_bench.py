@@ -1,0 +1,442 @@
+"""The benchmark: the gate bites, times are honest, results survive, errors are clear."""
+
+from __future__ import annotations
+
+import csv
+import importlib.util
+import json
+import sys
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+
+import bench.__main__ as main_module
+from bench import gpu, imdb, plots, providers, run, timing
+from bench.cases import (
+    CELLS,
+    EMBEDDING,
+    LESSONS,
+    ONE_HOT,
+    PRICE,
+    SINE,
+    Workload,
+    cut_down,
+    lessons,
+    sweep,
+)
+from bench.gate import Gate
+from bench.models import MODELS, Examples, examples_of
+from bench.progress import Progress
+from bench.providers import PROVIDERS, TORCH, Provider
+from bench.report import WIDTH, environment, header, table_head, table_line
+from bench.results import FolderError, Loss, Results, Row
+from bench.run import Settings, Subject, measure
+from bench.timing import interleaved, quantile
+from bench.train import train
+
+CPU = torch.device("cpu")
+SETTINGS = Settings(CPU, seconds=0.0, least_rounds=2)
+SMALL = {workload.name: cut_down(workload) for workload in LESSONS}
+
+
+@pytest.fixture(scope="module")
+def corpus() -> imdb.Corpus:
+    return imdb.Corpus(imdb.generate(128, 64, seed=0), "generated for a test")
+
+
+@pytest.fixture
+def no_imdb(monkeypatch, tmp_path):
+    monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+
+
+class Wrong:
+    """torch.nn with a planted bug: a stand-in for the class of an RNN whose numbers are wrong."""
+
+    class LSTM(torch.nn.LSTM):
+        def forward(self, input, hx=None):
+            output, (h_n, c_n) = super().forward(input, hx)
+            return output, (h_n, c_n + (c_n.detach() - c_n))  # the gradient of c_n is lost
+
+    class GRU(torch.nn.GRU):
+        def forward(self, input, hx=None):
+            output, h_n = super().forward(input, hx)
+            return output, h_n * (1 + 1e-5)
+
+
+@pytest.fixture
+def wrong_provider(monkeypatch):
+    wrong = Provider(Wrong, PROVIDERS[TORCH].context)
+    monkeypatch.setitem(providers.PROVIDERS, "fusedrnn torch", wrong)
+
+
+# Workloads
+
+
+def test_the_lessons_are_the_ones_promised():
+    assert (ONE_HOT.T, ONE_HOT.B, ONE_HOT.I, ONE_HOT.H, ONE_HOT.layers) == (100, 64, 300, 16, 1)
+    assert (ONE_HOT.vocabulary, ONE_HOT.train, ONE_HOT.test) == (300, 15_000, 10_000)
+    assert (EMBEDDING.vocabulary, EMBEDDING.I, EMBEDDING.H, EMBEDDING.T) == (20_000, 64, 128, 200)
+    assert (EMBEDDING.layers, EMBEDDING.bidirectional, EMBEDDING.dropout) == (2, True, 0.3)
+    assert sorted(w.T for w in SINE) == [10, 20, 30, 50, 100]
+    assert {(w.I, w.H) for w in SINE} == {(1, 32)}
+    assert (PRICE.T, PRICE.H, PRICE.layers, PRICE.dropout, PRICE.B) == (30, 50, 2, 0.2, 32)
+    assert len({w.name for w in LESSONS}) == len(LESSONS)
+    assert {w.lesson for w in lessons(("imdb",))} == {"imdb"}
+
+
+def test_the_sweep_covers_sizes_batches_and_dtypes():
+    points = list(sweep())
+    assert {w.H for w in points} >= {16, 32, 64, 128, 256, 512, 1024}
+    assert {w.B for w in points} == {1, 16, 64, 128}
+    assert {w.dtype for w in points} == {"float32", "float16", "bfloat16"}
+    assert {w.T for w in points} == {512}
+    assert len({w.name for w in points}) == len(points)
+
+
+@pytest.mark.parametrize("workload", SMALL.values(), ids=lambda w: w.name)
+def test_models_take_the_batches_of_their_examples(workload, corpus):
+    examples = examples_of(workload, corpus, seed=0)
+    model = MODELS[workload.task](providers.build(TORCH, "gru", workload), workload)
+    batch = examples.batch(torch.arange(workload.B), CPU)
+    assert model(batch).shape == batch.targets.shape == (workload.B,)
+    features = model.features(batch)
+    assert features.data.shape[-1] == workload.I
+    assert 0 < examples.known < len(examples.targets)
+
+
+def test_one_hot_reviews_are_one_hot(corpus):
+    workload = SMALL["imdb-one-hot"]
+    model = MODELS["one-hot"](providers.build(TORCH, "lstm", workload), workload)
+    batch = examples_of(workload, corpus, 0).batch(torch.arange(3), CPU)
+    features = model.features(batch)
+    assert features.shape == (3, workload.T, 300)
+    assert torch.equal(features.argmax(-1), batch.inputs)
+    assert features.sum(-1).eq(1).all()
+
+
+def test_a_forecast_is_tested_on_what_comes_later():
+    examples = examples_of(PRICE, None, seed=0)
+    assert len(examples.targets) == 500 - 30
+    assert examples.known == 376
+    last_seen = examples.inputs[examples.known - 1, -1, 0]
+    assert last_seen == examples.targets[examples.known - 2]
+    known = torch.cat((examples.inputs[: examples.known].flatten(), examples.targets[:376]))
+    assert (known.min(), known.max()) == (0, 1)
+
+
+# The gate
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("name", ["imdb-one-hot", "imdb-embedding", "price-30"])
+def test_the_gate_passes_the_fallback_and_sees_every_tensor(name, cell, corpus):
+    workload = SMALL[name]
+    subject = Subject(workload, cell, SETTINGS, corpus)
+    verdict = Gate(workload, cell, subject.weights, subject.gate_input()).judge("fusedrnn torch")
+    assert verdict.ok, verdict.failures
+    assert 0 < verdict.share <= 1
+    names = [budget.name.replace("rnn.", "") for budget in verdict.budgets]
+    states = ["h", "c"] if cell == "lstm" else ["h"]
+    expected = {"output", "d_input", *(f"{s}_n" for s in states), *(f"d_{s}_0" for s in states)}
+    expected |= {f"d_{name}" for name in subject.weights}
+    assert set(names) == expected
+
+
+@pytest.mark.parametrize(("cell", "culprit"), [("lstm", "d_c_0"), ("gru", "h_n")])
+def test_a_red_gate_shows_no_speed(cell, culprit, wrong_provider):
+    measured = measure(SMALL["sine-20"], cell, SETTINGS)
+    row = measured.rows[-1]
+    assert (row.provider, row.gate) == ("fusedrnn torch", "red")
+    assert row.share > 1
+    assert row.fw_ms is row.fwbw_ms is row.final_loss is None
+    assert any(culprit in line for line in measured.complaints)
+    assert "no speed is shown" in table_line(row)
+    assert not any(loss.provider == row.provider for loss in measured.losses)
+    assert [r.gate for r in measured.rows[:2]] == ["yardstick", "ok"]
+
+
+def test_a_provider_that_refuses_says_why(monkeypatch):
+    monkeypatch.setattr(run, "names_for", lambda *_: (TORCH, "fusedrnn triton"))
+    measured = measure(replace(tiny_sweep(), dtype="float64"), "lstm", SETTINGS)
+    assert measured.rows[1].gate == "refused"
+    assert "the kernels take" in table_line(measured.rows[1])
+    assert not measured.complaints
+
+
+# Times
+
+
+def test_every_contender_is_timed_in_every_round():
+    order = []
+    calls = {name: (lambda name=name: order.append(name)) for name in "abc"}
+    times = interleaved(calls, CPU, seconds=0.0, least=4)
+    assert order[:6] == list("abcabc")  # warm-up
+    assert order[6:] == list("abcbcacababc")
+    assert [t.rounds for t in times.values()] == [4, 4, 4]
+    assert times["a"].speedup == 1
+
+
+def test_ratios_are_medians_of_ratios(monkeypatch):
+    clock = iter([1.0, 2.0, 8.0, 4.0, 2.0, 3.0])  # a b, b a, a b
+    monkeypatch.setattr(timing, "_cpu_clock", lambda call: next(clock))
+    calls = {"a": lambda: None, "b": lambda: None}
+    times = interleaved(calls, CPU, seconds=0.0, least=3)
+    # a: 1, 4, 2; b: 2, 8, 3: the machine slept in the second round, and the ratio stands.
+    assert times["a"].p50 == 2
+    assert times["b"].p50 == 3
+    assert times["b"].speedup == 0.5
+
+
+def test_a_slow_call_gets_the_least_and_a_fast_one_no_more_than_most():
+    calls = {"a": lambda: None}
+    assert interleaved(calls, CPU, seconds=0.0, least=3)["a"].rounds == 3
+    assert interleaved(calls, CPU, seconds=60.0, most=7)["a"].rounds == 7
+
+
+def test_quantiles_interpolate():
+    assert quantile([3.0, 1.0, 2.0], 0.5) == 2
+    assert quantile([0.0, 10.0], 0.2) == 2
+    assert quantile([5.0], 0.8) == 5
+
+
+def test_what_is_timed_is_forward_and_backward(corpus):
+    workload = SMALL["imdb-embedding"]
+    subject = Subject(workload, "lstm", SETTINGS, corpus)
+    output, _ = subject.call("fusedrnn", "fw")()
+    assert not output.data.requires_grad
+    gradients = subject.call("fusedrnn", "fwbw")()
+    assert len(gradients) == 1 + 4 * workload.layers * 2
+    assert gradients[-1].shape == subject.input.data.shape
+    one_hot = Subject(SMALL["imdb-one-hot"], "gru", SETTINGS, corpus)
+    assert len(one_hot.call("fusedrnn", "fwbw")()) == 4  # nothing trainable stands before it
+
+
+# Training
+
+
+def test_training_learns_and_both_start_alike(corpus):
+    workload = replace(SMALL["sine-20"], H=16, B=16, T=20, steps=60)
+    subject = Subject(workload, "gru", SETTINGS)
+    ticks = []
+    ours = subject.train("fusedrnn torch", lambda: ticks.append(1))
+    theirs = subject.train(TORCH, lambda: None)
+    assert len(ticks) == len(ours.losses) == 60
+    assert ours.losses[0] == pytest.approx(theirs.losses[0], rel=1e-5)
+    assert max(abs(a - b) for a, b in zip(ours.losses, theirs.losses, strict=True)) < 1e-4
+    assert ours.final_loss < ours.losses[0] / 10
+    assert ours.metric == pytest.approx(theirs.metric, abs=1e-3)
+
+
+def test_dropout_is_drawn_alike(corpus):
+    subject = Subject(SMALL["price-30"], "lstm", SETTINGS)
+    ours, theirs = (subject.train(name, lambda: None) for name in ("fusedrnn torch", TORCH))
+    assert ours.losses == pytest.approx(theirs.losses, rel=1e-5)
+
+
+def test_accuracy_and_rmse_are_of_the_test_part():
+    class Constant(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.value = torch.nn.Parameter(torch.tensor(2.0))
+
+        def forward(self, batch):
+            return self.value.expand(len(batch.targets))
+
+    targets = torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0, 0.0])
+    examples = Examples(torch.zeros(6, 1), torch.ones(6), targets, known=2)
+    workload = replace(SMALL["imdb-one-hot"], B=2, learning_rate=0.0)
+    assert train(Constant(), workload, examples, 1, CPU, 0).metric == 0.75
+    workload = replace(SMALL["sine-20"], B=2, learning_rate=0.0)
+    expected = ((3 * 1 + 4) / 4) ** 0.5
+    assert train(Constant(), workload, examples, 1, CPU, 0).metric == pytest.approx(expected)
+
+
+# Results
+
+
+def a_row(**values) -> Row:
+    base = {"backend": "aten", "gate": "ok", "share": 0.25}
+    times = {f"{m}_{k}": 12345.6789 for m in ("fw", "fwbw") for k in ("ms", "ms_p20", "ms_p80")}
+    return Row.of(EMBEDDING, "lstm", "fusedrnn", **(base | times | values))
+
+
+def test_the_table_fits_120_columns():
+    for row in (
+        a_row(fw_speedup=0.011, fwbw_speedup=99.99, final_loss=1e-9, loss_difference=1e-8),
+        a_row(metric="accuracy", test=1.0, final_loss=0.6931, loss_difference=0.0),
+        a_row(metric="rmse", test=0.0123, gate="red", share=1e9, note="word " * 50),
+        a_row(gate="failed", share=None, note="word " * 50),
+    ):
+        assert len(table_line(row)) <= WIDTH
+    assert len(table_head().splitlines()[0]) <= WIDTH
+    accuracy = table_line(a_row(metric="accuracy", test=0.7345, final_loss=0.5, fw_speedup=1.0))
+    assert "73.4%" in accuracy or "73.5%" in accuracy
+    assert "fusedrnn (aten)" in accuracy
+
+
+def test_the_header_names_device_versions_and_data():
+    env = environment(CPU, "made-up reviews")
+    text = header(env)
+    assert max(map(len, text.splitlines())) <= WIDTH
+    for part in ("CPU", torch.__version__, "made-up reviews", f"{torch.get_num_threads()} of"):
+        assert part in text
+    json.dumps(env)
+
+
+def test_results_are_on_disk_line_by_line(tmp_path):
+    results = Results(tmp_path / "a" / "b", {"device": "x"})
+    row = a_row(note='a "quoted", note', test=None)
+    results.add([row], [Loss("w", "lstm", "fusedrnn", 0, 0.5)])
+    with open(tmp_path / "a" / "b" / "results.csv", newline="") as file:
+        (read,) = csv.DictReader(file)
+    assert list(read) == list(asdict(row))
+    assert (read["note"], read["test"], read["H"]) == ('a "quoted", note', "", "128")
+    losses = (tmp_path / "a" / "b" / "losses.csv").read_text().splitlines()
+    assert losses == ["workload,cell,provider,step,loss", "w,lstm,fusedrnn,0,0.5"]
+    with pytest.raises(FolderError, match="no results can be written"):
+        Results(tmp_path / "a" / "b" / "results.csv", {})
+
+
+def test_pictures_come_from_the_csv_alone(tmp_path, monkeypatch):
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    results = Results(tmp_path, environment(CPU, "nothing"))
+    sweep_rows = [
+        Row.of(w, "lstm", provider, backend="", gate="ok", fw_ms=1.0, fw_ms_p20=1.0, fw_ms_p80=1.0)
+        for w in list(sweep())[:4]
+        for provider in (TORCH, "fusedrnn triton")
+    ]
+    for row in sweep_rows:
+        row.fw_speedup = row.fwbw_speedup = 2.0
+    shown = a_row()
+    results.add([shown, a_row(gate="red"), *sweep_rows], [Loss("w", "lstm", TORCH, 0, 0.5)])
+    assert "PNG" in plots.draw(tmp_path)
+    made = sorted(path.name for path in tmp_path.glob("*.png"))
+    assert made == ["losses.png", "speed.png", "sweep.png"]
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    assert "matplotlib is not installed" in plots.draw(tmp_path)
+
+
+def test_progress_is_silent_when_nobody_watches(capsys):
+    progress = Progress(10)
+    progress.at("work")
+    progress.tick()
+    progress.say("a line")
+    progress.close()
+    captured = capsys.readouterr()
+    assert (captured.out, captured.err) == ("a line\n", "")
+
+
+# The command
+
+
+def test_the_whole_command_in_small(tmp_path, capsys, no_imdb):
+    code = main_module.main(["imdb", "--quick", "--device", "cpu", "--out", str(tmp_path / "out")])
+    out, err = capsys.readouterr()
+    assert (code, err) == (0, "")
+    assert "generated reviews" in out
+    lines = [line for line in out.splitlines() if line.startswith("imdb-one-hot ")]
+    assert [line.split()[1] for line in lines] == ["lstm"] * 3 + ["gru"] * 3
+    assert max(map(len, out.splitlines())) <= max(WIDTH, len(str(tmp_path)) + 40)
+    files = {path.name for path in (tmp_path / "out").iterdir()}
+    assert files >= {"results.csv", "losses.csv", "environment.json"}
+
+
+def test_a_red_gate_is_exit_code_1(tmp_path, capsys, wrong_provider, monkeypatch):
+    monkeypatch.setattr(main_module, "lessons", lambda *_: (SMALL["sine-20"],))
+    code = main_module.main(["sine", "--quick", "--device", "cpu", "--out", str(tmp_path)])
+    assert code == 1
+    assert "OVER budget" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("argv", "sentence"),
+    [
+        (["imdb", "--imdb", "missing.npz"], "missing.npz cannot be read"),
+        (["sine", "--quick", "--out", "file"], "no results can be written to file"),
+        (["sine", "--device", "cuda"], "needs a GPU"),
+        (["gpu"], "needs a CUDA device"),
+    ],
+)
+def test_what_the_user_can_put_right_is_one_sentence(argv, sentence, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.chdir(tmp_path)
+    Path("file").touch()
+    assert main_module.main(argv) == 2
+    err = capsys.readouterr().err
+    assert sentence in err
+    assert err.count("\n") == 1
+
+
+# The GPU's run, as far as a CPU can tell
+
+
+def tiny_sweep() -> Workload:
+    return replace(next(iter(sweep(T=4))), B=2, I=3, H=5, dtype="float32")
+
+
+def test_a_session_tests_measures_and_writes(tmp_path, capsys, monkeypatch, no_imdb):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(gpu, "run_tests", lambda *_: (True, "3 passed"))
+    monkeypatch.setattr(gpu.imdb, "load", lambda **_: imdb.Corpus(imdb.generate(64, 32), "none"))
+    code = gpu.session(CPU, tmp_path, gpu.Deadline(600), [SMALL["imdb-one-hot"], tiny_sweep()])
+    out = capsys.readouterr().out
+    assert code == 0
+    env = json.loads((tmp_path / "environment.json").read_text())
+    assert (env["tests"], env["cases"]) == ("3 passed", "4 of 4 cases")
+    with open(tmp_path / "results.csv", newline="") as file:
+        rows = list(csv.DictReader(file))
+    triton = [row for row in rows if row["provider"] == "fusedrnn triton"]
+    assert [(row["backend"], row["gate"]) for row in triton] == [("triton", "ok")] * 2
+    assert "4 of 4 cases" in out
+
+
+def test_no_time_left_is_no_case_and_no_crash(tmp_path, monkeypatch, no_imdb):
+    monkeypatch.setattr(gpu, "run_tests", lambda *_: (True, "not run"))
+    monkeypatch.setattr(gpu.imdb, "load", lambda **_: imdb.Corpus(imdb.generate(64, 32), "none"))
+    assert gpu.session(CPU, tmp_path, gpu.Deadline(0), [tiny_sweep()]) == 0
+    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1
+
+
+def test_one_broken_case_costs_the_others_nothing(corpus, monkeypatch):
+    def breaks(workload, cell, *_):
+        if cell == "lstm":
+            raise RuntimeError("out of memory\nand a long story")
+        return run.Measured([a_row()], [], [])
+
+    monkeypatch.setattr(gpu, "measure", breaks)
+    cases = [(SMALL["sine-20"], cell) for cell in CELLS]
+    first, second = gpu.measure_all(cases, gpu.Deadline(60), SETTINGS, corpus)
+    assert {row.gate for row in first.rows} == {"failed"}
+    assert "RuntimeError: out of memory" in table_line(first.rows[0])
+    assert first.complaints
+    assert second.rows[0].gate == "ok"
+
+
+def test_the_kernel_tests_run_as_a_process_with_a_limit(tmp_path, monkeypatch):
+    found = importlib.util.find_spec
+    with monkeypatch.context() as patch:
+        patch.setattr(importlib.util, "find_spec", lambda n: None if n == "pytest" else found(n))
+        assert gpu.run_tests(tmp_path, 10) == (True, "not run: pytest is not installed")
+    monkeypatch.setattr(gpu, "ROOT", tmp_path)
+    (tmp_path / "tests").mkdir()
+    test = tmp_path / "tests" / "test_x.py"
+    head = "import time, pytest\npytestmark = pytest.mark.gpu\n"
+    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
+    for body, seconds, ok, line in (
+        ("def test(): pass\n", 60, True, "1 passed"),
+        ("def test(): assert False\n", 60, False, "1 failed"),
+        ("def test(): time.sleep(60)\n", 1, False, "stopped after 1 s"),
+    ):
+        test.write_text(head + body)
+        verdict, text = gpu.run_tests(tmp_path, seconds)
+        assert verdict is ok
+        assert line in text
+
+
+def test_the_folder_of_a_gpu_is_a_plain_name():
+    folder = gpu.default_folder("NVIDIA H100 80GB HBM3 (x/y)", today="2026-01-02")
+    assert folder.name == "nvidia-h100-80gb-hbm3-x-y-2026-01-02"
+    assert folder.parent.name == "results"
