@@ -81,7 +81,10 @@ def run_lessons(options: argparse.Namespace) -> int:
             for row in measured.rows:
                 progress.say(table_line(row))
     progress.close()
-    print(f"\n{LEGEND}\n" + "\n".join(f"{w.name}: {w.shape}" for w in workloads))
+    print(f"\n{LEGEND}")
+    for workload in workloads:
+        steps = workload.steps_on(device)
+        print(f"{workload.name}: {workload.shape}, {steps} training steps")
     print(f"\n{time.monotonic() - started:.0f} s; {plots.draw(results.folder)}")
     for line in complaints:
         print(line, file=sys.stderr)
@@ -112,10 +115,9 @@ def _corpus(workloads: Sequence[Workload], options: argparse.Namespace) -> Corpu
 
 def _steps(workloads: Sequence[Workload], device: torch.device) -> int:
     """Training steps of the whole run, which is what the progress bar counts."""
-    cuda = device.type == "cuda"
     return sum(
         len(CELLS)
-        * (w.gpu_steps if cuda else w.steps)
+        * w.steps_on(device)
         * sum(w.train_reference or name != "fusedrnn torch" for name in names_for(w, device))
         for w in workloads
     )

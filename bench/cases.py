@@ -8,6 +8,8 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
+import torch
+
 CELLS = ("lstm", "gru")
 DTYPES = {"float16": "fp16", "float32": "fp32", "bfloat16": "bf16"}
 
@@ -53,6 +55,10 @@ class Workload:
         layers = f"x{self.layers}" if self.layers > 1 else ""
         return f"T{self.T} B{self.B} I{self.I} H{self.H}{layers}{'bi' * self.bidirectional}"
 
+    def steps_on(self, device: torch.device) -> int:
+        """Optimiser steps of the short training."""
+        return self.gpu_steps if device.type == "cuda" else self.steps
+
     @property
     def needs_input_grad(self) -> bool:
         """Whether something trainable stands before the RNN: an embedding, or layers as usual."""
@@ -87,7 +93,7 @@ EMBEDDING = Workload(
     vocabulary=20_000,
     train=15_000,
     test=256,
-    steps=12,  # 1 s each on two CPU cores: enough for the curves, not for a good classifier
+    steps=8,  # 1 s each on two CPU cores: enough for the curves, not for a good classifier
     gpu_steps=300,
     learning_rate=2e-3,
     train_reference=False,

@@ -33,8 +33,8 @@ class Settings:
 
     device: torch.device
     seed: int = 0
-    seconds: float = 1.5
-    least_rounds: int = 5
+    seconds: float = 1.0
+    least_rounds: int = 3
 
 
 class Measured(NamedTuple):
@@ -145,6 +145,7 @@ class Subject:
     ):
         self.workload, self.cell, self.settings = workload, cell, settings
         self.dtype = getattr(torch, workload.dtype)
+        self.steps = workload.steps_on(settings.device)
         self.examples: Examples | None = None
         torch.manual_seed(settings.seed)
         if workload.task == "none":
@@ -161,12 +162,6 @@ class Subject:
             batch = self.examples.batch(rows, settings.device)
             with torch.no_grad():
                 self.input = model.to(settings.device).features(batch)
-
-    @property
-    def steps(self) -> int:
-        """Optimiser steps of the short training."""
-        cuda = self.settings.device.type == "cuda"
-        return self.workload.gpu_steps if cuda else self.workload.steps
 
     def gate_input(self) -> Input:
         if self.workload.task == "none":

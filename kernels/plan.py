@@ -176,9 +176,9 @@ def plan(problem: Problem, chip: Chip) -> Plan:
 
 def _projects_in_kernel(input_size: int, padded: int, kind: str) -> bool:
     """Whether x W_ih^T is memory-bound as a GEMM and W_ih small enough to stay on chip."""
-    # Products on the FMA units keep their operands in registers: 48 bytes spill at H = 64.
+    # Products on the FMA units keep their operands in registers: 40 bytes spill at H = 32.
     return input_size <= (64 if kind == "16-bit" else 16) and padded <= (
-        32 if kind == "ieee" else 64
+        16 if kind == "ieee" else 64
     )
 
 
