@@ -99,7 +99,7 @@ EMBEDDING = Workload(
     train_reference=False,
 )
 SINE = tuple(
-    Workload(f"sine-{T}", "sine", "sine", T=T, B=32, I=1, H=32, steps=150, gpu_steps=600)
+    Workload(f"sine-{T}", "sine", "sine", T=T, B=32, I=1, H=32, steps=100, gpu_steps=600)
     for T in (20, 10, 30, 50, 100)
 )
 PRICE = Workload(
@@ -112,7 +112,7 @@ PRICE = Workload(
     H=50,
     layers=2,
     dropout=0.2,
-    steps=150,
+    steps=100,
     gpu_steps=600,
 )
 LESSONS = (ONE_HOT, EMBEDDING, *SINE, PRICE)

@@ -33,7 +33,7 @@ class Settings:
 
     device: torch.device
     seed: int = 0
-    seconds: float = 1.0
+    seconds: float = 0.7
     least_rounds: int = 3
 
 
