@@ -270,7 +270,8 @@ def _tar_reviews(tar: tarfile.TarFile, name: str) -> Iterator[tuple[str, str, in
                 f"{path} of {name} has {member.size:,} bytes; a review has at most "
                 f"{MAX_REVIEW_BYTES:,}"
             )
-        body = tar.extractfile(member).read()
+        file = tar.extractfile(member)
+        body = file.read() if file else b""
         if len(body) != member.size:
             raise DataError(f"{name} is a damaged tar.gz file (it ends inside {path})")
         yield match[1], match[2], int(match[3]), body.decode("utf-8")

@@ -17,9 +17,8 @@ from fusedrnn.dispatch import precision
 from fusedrnn.testing import Budget, error_budget, run_module
 
 from .cases import Workload
+from .models import Input
 from .providers import PROVIDERS, TORCH, build
-
-Input = Tensor | PackedSequence
 
 
 class Verdict(NamedTuple):

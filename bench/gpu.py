@@ -175,7 +175,9 @@ def _start_watchdog(deadline: Deadline, folder: Path) -> None:
     """Ends the process if a case outlives the deadline: a kernel that hangs obeys no signal."""
 
     def end() -> None:
-        print(f"\nthe time is over in the middle of a case; the rest is in {folder}", flush=True)
+        print(
+            f"\nthe time is over in the middle of a case; what was done is in {folder}", flush=True
+        )
         os._exit(1)
 
     timer = threading.Timer(deadline.left + _GRACE_SECONDS, end)

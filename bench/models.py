@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -19,10 +20,22 @@ class Batch(NamedTuple):
     targets: Tensor  # [B]
 
 
-class OneHotReviews(nn.Module):
+Input = Tensor | PackedSequence
+
+
+class Model(nn.Module):
+    """An RNN, and what it is given of a batch."""
+
+    rnn: nn.RNNBase
+
+    def features(self, batch: Batch) -> Input:
+        raise NotImplementedError
+
+
+class OneHotReviews(Model):
     """Words as one-hot vectors; the logit comes from the last hidden state."""
 
-    def __init__(self, rnn: nn.Module, workload: Workload):
+    def __init__(self, rnn: nn.RNNBase, workload: Workload):
         super().__init__()
         self.rnn, self.vocabulary = rnn, workload.vocabulary
         remember(rnn)
@@ -37,10 +50,10 @@ class OneHotReviews(nn.Module):
         return self.fc(h_n[-1]).squeeze(-1)
 
 
-class EmbeddedReviews(nn.Module):
+class EmbeddedReviews(Model):
     """Embedded words of ragged reviews; the logit comes from the last layer's two directions."""
 
-    def __init__(self, rnn: nn.Module, workload: Workload):
+    def __init__(self, rnn: nn.RNNBase, workload: Workload):
         super().__init__()
         self.embedding = nn.Embedding(workload.vocabulary, workload.I, padding_idx=0)
         self.rnn = rnn
@@ -56,10 +69,10 @@ class EmbeddedReviews(nn.Module):
         return self.fc(torch.cat((h_n[-2], h_n[-1]), -1)).squeeze(-1)
 
 
-class Forecast(nn.Module):
+class Forecast(Model):
     """The next value of a series from the last output of a window."""
 
-    def __init__(self, rnn: nn.Module, workload: Workload):
+    def __init__(self, rnn: nn.RNNBase, workload: Workload):
         super().__init__()
         self.rnn = rnn
         self.fc = nn.Linear(workload.H, 1)
@@ -72,7 +85,7 @@ class Forecast(nn.Module):
         return self.fc(output[:, -1]).squeeze(-1)
 
 
-MODELS = {
+MODELS: dict[str, Callable[[nn.RNNBase, Workload], Model]] = {
     "one-hot": OneHotReviews,
     "embedding": EmbeddedReviews,
     "sine": Forecast,
@@ -81,13 +94,13 @@ MODELS = {
 
 
 @torch.no_grad()
-def remember(rnn: nn.Module) -> None:
+def remember(rnn: nn.RNNBase) -> None:
     """Starts with a memory of some twenty steps: 3 onto the bias of the LSTM's f or the GRU's z.
 
     Both are the second gate. Without it the gradient of h_T dies out over 100 words, and training
     spends its first epoch on a plateau where rounding decides the direction of Adam's steps.
     """
-    rnn.bias_hh_l0[rnn.hidden_size : 2 * rnn.hidden_size] += 3
+    rnn.get_parameter("bias_hh_l0")[rnn.hidden_size : 2 * rnn.hidden_size] += 3
 
 
 def final_hidden(result: tuple) -> Tensor:
@@ -114,6 +127,8 @@ def examples_of(workload: Workload, corpus: Corpus | None, seed: int) -> Example
     """Reviews in an order drawn from ``seed``, or the windows of a series in order of time."""
     if workload.task in ("sine", "price"):
         return _series_examples(workload, seed)
+    if corpus is None:
+        raise ValueError(f"{workload.name} needs reviews, and was given none")
     parts = []
     for reviews, count in zip(corpus.splits, (workload.train, workload.test), strict=True):
         ids, lengths = padded(reviews, workload.vocabulary, workload.T)

@@ -132,7 +132,7 @@ def _number(value: float | None, form: str, width: int) -> str:
 
 
 def _time(p50: float | None, p20: float | None, p80: float | None) -> str:
-    if p50 is None:
+    if p50 is None or p20 is None or p80 is None:
         return " " * 19
     return f"{_ms(p50):>6} {f'{_ms(p20)}-{_ms(p80)}':>12}"
 

@@ -13,9 +13,9 @@ from torch.nn.utils.rnn import PackedSequence
 import fusedrnn
 
 from .cases import Workload
-from .gate import Gate, Input
+from .gate import Gate
 from .imdb import Corpus
-from .models import MODELS, Examples, examples_of
+from .models import MODELS, Examples, Input, examples_of
 from .progress import Progress
 from .providers import PROVIDERS, TORCH, build, names_for
 from .results import Loss, Row
@@ -116,7 +116,8 @@ def _trained(
     subject: Subject, providers: list[str], rows: dict[str, Row], progress: Progress
 ) -> list[Loss]:
     workload, cell = subject.workload, subject.cell
-    losses, yardstick = [], None
+    losses: list[Loss] = []
+    yardstick: list[float] = []
     for provider in providers:
         if not subject.trains(provider):
             continue
@@ -150,21 +151,23 @@ class Subject:
         torch.manual_seed(settings.seed)
         if workload.task == "none":
             rnn = build(TORCH, cell, workload)
-            self.weights = rnn.state_dict()
             shape = (workload.B, workload.T, workload.I)
             self.input: Input = torch.randn(shape).to(settings.device, self.dtype)
         else:
             self.examples = examples_of(workload, corpus, settings.seed)
             model = MODELS[workload.task](build(TORCH, cell, workload), workload)
             self.start = model.state_dict()
-            self.weights = model.rnn.state_dict()
+            rnn = model.rnn
             rows = torch.arange(workload.B)
             batch = self.examples.batch(rows, settings.device)
             with torch.no_grad():
                 self.input = model.to(settings.device).features(batch)
+        # Rounded here, so that the fp64 truth of the gate starts from the very same weights.
+        self.weights = {name: weight.to(self.dtype) for name, weight in rnn.state_dict().items()}
 
     def gate_input(self) -> Input:
-        if self.workload.task == "none":
+        """The input, of the sweep only its first steps."""
+        if self.workload.task == "none" and isinstance(self.input, Tensor):
             return self.input[:, :_SWEEP_GATE_STEPS]
         return self.input
 
@@ -192,20 +195,18 @@ class Subject:
 
             return forward
 
-        wanted = list(rnn.parameters())
+        wanted: list[Tensor] = list(rnn.parameters())
         if self.workload.needs_input_grad:
             leaf = input.data.detach().clone().requires_grad_()
-            is_packed = isinstance(input, PackedSequence)
-            input = input._replace(data=leaf) if is_packed else leaf
+            input = input._replace(data=leaf) if isinstance(input, PackedSequence) else leaf
             wanted.append(leaf)
-        cotangents = None
+        cotangents: list[Tensor] = []
 
         def forward_and_backward():
-            nonlocal cotangents
             with context():
                 outputs = _tensors(rnn(input))
-                if cotangents is None:
-                    cotangents = [torch.randn_like(output) for output in outputs]
+                if not cotangents:  # the first call only, which is never timed
+                    cotangents.extend(torch.randn_like(output) for output in outputs)
                 return torch.autograd.grad(outputs, wanted, cotangents)
 
         return forward_and_backward
@@ -232,6 +233,8 @@ class Subject:
 
     def train(self, provider: str, tick: Callable[[], object]) -> Training:
         """The short training, from the same start for every provider."""
+        if self.examples is None:
+            raise ValueError(f"{self.workload.name} is only timed: it has no examples")
         model = MODELS[self.workload.task](build(provider, self.cell, self.workload), self.workload)
         model.load_state_dict(self.start)
         model.to(self.settings.device)

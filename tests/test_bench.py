@@ -393,6 +393,12 @@ def test_a_session_tests_measures_and_writes(tmp_path, capsys, monkeypatch, no_i
     assert "4 of 4 cases" in out
 
 
+def test_the_truth_starts_from_the_weights_that_are_tested():
+    """Rounded to the case's dtype before the gate makes fp64 of them."""
+    subject = Subject(replace(tiny_sweep(), dtype="float16"), "gru", SETTINGS)
+    assert {weight.dtype for weight in subject.weights.values()} == {torch.float16}
+
+
 def test_no_time_left_is_no_case_and_no_crash(tmp_path, monkeypatch, no_imdb):
     monkeypatch.setattr(gpu, "run_tests", lambda *_: (True, "not run"))
     monkeypatch.setattr(gpu.imdb, "load", lambda **_: imdb.Corpus(imdb.generate(64, 32), "none"))
