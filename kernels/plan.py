@@ -60,6 +60,7 @@ class Tiles:
     max_registers: int | None  # a thread's; None where the compiler has no such option
     input_precision: str
     shared_bytes: int  # estimate, an upper bound of the compiler's figure
+    k_chunks: tuple[tuple[int, int, int], ...] = ()  # cooperative: (start, pieces, piece's width)
 
     def describe(self) -> str:
         widths = "+".join(str(width) for _, width in self.blocks)

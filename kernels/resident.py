@@ -18,7 +18,6 @@ Limits: W_hh must fit one SM (``plan.py`` says which H). One layer a launch.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 
 import torch
 import triton
@@ -32,22 +31,20 @@ from .common import (
     join,
     load_bias,
     load_rows,
+    load_state,
+    load_step,
     load_weight,
     no_tiles,
     only,
     pick,
     products,
     store_rows,
+    time_of,
     to_float,
 )
-from .plan import Plan, Tiles
+from .launch import launch_options, on_device
+from .plan import Plan
 from .spec import SPECS, Weights
-
-
-@triton.jit
-def _time_of(step, T, pid_d):
-    """The step-th time in the order of this direction; direction 1 runs from T-1 down to 0."""
-    return step + pid_d * (T - 1 - 2 * step)
 
 
 @triton.jit
@@ -62,19 +59,9 @@ def _load_x(
     BLOCKS: tl.constexpr,
 ):
     if PROJECT:
-        return load_rows(rows, mask_b, 1, I, I_BLOCKS)
+        return load_rows(rows, mask_b, 0, 1, I, I_BLOCKS)
     else:
-        return load_rows(rows, mask_b, G, H, BLOCKS)
-
-
-@triton.jit
-def _load_state(
-    h_rows, c_rows, mask_b, STATES: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr
-):
-    state = load_rows(h_rows, mask_b, 1, H, BLOCKS)
-    if STATES == 2:
-        state = join(state, load_rows(c_rows, mask_b, 1, H, BLOCKS))
-    return state
+        return load_rows(rows, mask_b, 0, G, H, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["T", "B", "stride_x_t", "stride_x_b"])
@@ -136,17 +123,17 @@ def _resident_fwd_kernel(
         w_ih_ptr = tl.where(pid_d == 0, w_ih_ptr, w_ih_reverse_ptr)
         b_ih_ptr = tl.where(pid_d == 0, b_ih_ptr, b_ih_reverse_ptr)
     w_hh = load_weight(w_hh_ptr, G, H, BLOCKS, H, BLOCKS, True)
-    b_hh = load_bias(b_hh_ptr, HAS_BIAS, G, H, BLOCKS)
+    b_hh = load_bias(b_hh_ptr, 0, HAS_BIAS, G, H, BLOCKS)
     if PROJECT:
         w_ih = load_weight(w_ih_ptr, G, H, BLOCKS, I, I_BLOCKS, True)
-        b_ih = load_bias(b_ih_ptr, HAS_BIAS, G, H, BLOCKS)
+        b_ih = load_bias(b_ih_ptr, 0, HAS_BIAS, G, H, BLOCKS)
 
     state = to_float(
-        _load_state(h_0_ptr + state_rows, c_0_ptr + state_rows, mask_b, STATES, H, BLOCKS)
+        load_state(h_0_ptr + state_rows, c_0_ptr + state_rows, mask_b, 0, STATES, H, BLOCKS)
     )
     x_rows = x_ptr + offs_b * stride_x_b
     x = _load_x(
-        x_rows + _time_of(0, T, pid_d) * stride_x_t,
+        x_rows + time_of(0, T, pid_d) * stride_x_t,
         mask_b,
         PROJECT,
         I,
@@ -157,10 +144,10 @@ def _resident_fwd_kernel(
     )
 
     for step in range(T):
-        t = _time_of(step, T, pid_d)
-        t_next = _time_of(tl.minimum(step + 1, T - 1), T, pid_d)
+        t = time_of(step, T, pid_d)
+        t_next = time_of(tl.minimum(step + 1, T - 1), T, pid_d)
         x_next = _load_x(x_rows + t_next * stride_x_t, mask_b, PROJECT, I, G, H, I_BLOCKS, BLOCKS)
-        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(BLOCKS))
+        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(0, BLOCKS))
         if PROJECT:
             gx = products(pick(x, 0), w_ih, b_ih, (GATES,), 0, BLOCK_B, BLOCKS, INPUT_PRECISION)
         else:
@@ -173,45 +160,17 @@ def _resident_fwd_kernel(
         state, saved = FORWARD(ctx, gx, gh, state)
 
         row = (t * B + offs_b) * (D * H) + pid_d * H
-        store_rows(out_ptr + row, mask_b, only(state, 0), 0, H, BLOCKS)
+        store_rows(out_ptr + row, mask_b, 0, only(state, 0), 0, H, BLOCKS)
         if SAVE:
             row = (pid_d * T + t) * B + offs_b
-            store_rows(gates_ptr + row * (len(SAVED) * H), mask_b, saved, 0, H, BLOCKS)
+            store_rows(gates_ptr + row * (len(SAVED) * H), mask_b, 0, saved, 0, H, BLOCKS)
             if STATES == 2:
-                store_rows(cs_ptr + row * H, mask_b, only(state, 1), 0, H, BLOCKS)
+                store_rows(cs_ptr + row * H, mask_b, 0, only(state, 1), 0, H, BLOCKS)
         x = x_next
 
-    store_rows(h_n_ptr + state_rows, mask_b, only(state, 0), 0, H, BLOCKS)
+    store_rows(h_n_ptr + state_rows, mask_b, 0, only(state, 0), 0, H, BLOCKS)
     if STATES == 2:
-        store_rows(c_n_ptr + state_rows, mask_b, only(state, 1), 0, H, BLOCKS)
-
-
-@triton.jit
-def _load_step(
-    gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
-    step, T, B, pid_d, offs_b, mask_b,
-    SAVED: tl.constexpr, STATES: tl.constexpr, HAS_D_OUT: tl.constexpr,
-    D: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr,
-):  # fmt: skip
-    """All that step reads and no dot produces: saved tiles, the states before it, dy_t."""
-    t = _time_of(step, T, pid_d)
-    t_prev = _time_of(tl.maximum(step - 1, 0), T, pid_d)
-    row = (pid_d * T + t) * B + offs_b
-    saved = load_rows(gates_ptr + row * (len(SAVED) * H), mask_b, len(SAVED), H, BLOCKS)
-
-    first = (pid_d * B + offs_b) * H
-    h_rows = out_ptr + (t_prev * B + offs_b) * (D * H) + pid_d * H
-    h_rows = tl.where(step > 0, h_rows, h_0_ptr + first)
-    c_rows = cs_ptr + ((pid_d * T + t_prev) * B + offs_b) * H
-    c_rows = tl.where(step > 0, c_rows, c_0_ptr + first)
-    prev = _load_state(h_rows, c_rows, mask_b, STATES, H, BLOCKS)
-
-    if HAS_D_OUT:
-        rows = d_out_ptr + (t * B + offs_b) * (D * H) + pid_d * H
-        d_out = load_rows(rows, mask_b, 1, H, BLOCKS)
-    else:
-        d_out = no_tiles(BLOCKS)
-    return saved, prev, d_out
+        store_rows(c_n_ptr + state_rows, mask_b, 0, only(state, 1), 0, H, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["T", "B"])
@@ -263,23 +222,24 @@ def _resident_bwd_kernel(
     w_hh = load_weight(w_hh_ptr, len(GATES), H, BLOCKS, H, BLOCKS, False)
 
     d_state = to_float(
-        _load_state(d_h_n_ptr + state_rows, d_c_n_ptr + state_rows, mask_b, STATES, H, BLOCKS)
+        load_state(d_h_n_ptr + state_rows, d_c_n_ptr + state_rows, mask_b, 0, STATES, H, BLOCKS)
     )
-    last = _time_of(T - 1, T, pid_d)
+    last = time_of(T - 1, T, pid_d)
     h_rows = out_ptr + (last * B + offs_b) * (D * H) + pid_d * H
     c_rows = cs_ptr + ((pid_d * T + last) * B + offs_b) * H
-    new = to_float(_load_state(h_rows, c_rows, mask_b, STATES, H, BLOCKS))
-    loaded = _load_step(
+    new = to_float(load_state(h_rows, c_rows, mask_b, 0, STATES, H, BLOCKS))
+    loaded = load_step(
         gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
-        T - 1, T, B, pid_d, offs_b, mask_b, SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
+        T - 1, T, B, pid_d, pid_d, offs_b, mask_b, 0,
+        SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
     )  # fmt: skip
 
     for back in range(T):
         step = T - 1 - back
-        t = _time_of(step, T, pid_d)
-        earlier = _load_step(
+        t = time_of(step, T, pid_d)
+        earlier = load_step(
             gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
-            tl.maximum(step - 1, 0), T, B, pid_d, offs_b, mask_b,
+            tl.maximum(step - 1, 0), T, B, pid_d, pid_d, offs_b, mask_b, 0,
             SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
         )  # fmt: skip
         saved = to_float(loaded[0])
@@ -287,7 +247,7 @@ def _resident_bwd_kernel(
         if HAS_D_OUT:
             d_state = add_first(d_state, pick(to_float(loaded[2]), 0))
 
-        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(BLOCKS))
+        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(0, BLOCKS))
         row = ((pid_d * T + t) * B + offs_b) * (GRAD_TILES * H)
         du = no_tiles(BLOCKS)
         carry = no_tiles(BLOCKS)
@@ -298,6 +258,7 @@ def _resident_bwd_kernel(
             store_rows(
                 dgates_ptr + row,
                 mask_b,
+                0,
                 grads,
                 FIRST_TILE[len(PHASES) - 1 - later],
                 H,
@@ -310,9 +271,9 @@ def _resident_bwd_kernel(
         new = prev
         loaded = earlier
 
-    store_rows(d_h_0_ptr + state_rows, mask_b, only(d_state, 0), 0, H, BLOCKS)
+    store_rows(d_h_0_ptr + state_rows, mask_b, 0, only(d_state, 0), 0, H, BLOCKS)
     if STATES == 2:
-        store_rows(d_c_0_ptr + state_rows, mask_b, only(d_state, 1), 0, H, BLOCKS)
+        store_rows(d_c_0_ptr + state_rows, mask_b, 0, only(d_state, 1), 0, H, BLOCKS)
 
 
 def resident_fwd(
@@ -339,7 +300,7 @@ def resident_fwd(
     tiles = plan.forward
     D, B, H = h_0.shape
     first, other = weights[0], weights[-1]
-    with _on_device(out):
+    with on_device(out):
         _resident_fwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
             # A pointer that the switches below leave unread is any tensor of that dtype.
             x,
@@ -394,7 +355,7 @@ def resident_bwd(
     """
     tiles = plan.backward
     D, B, H = h_0.shape
-    with _on_device(out):
+    with on_device(out):
         _resident_bwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
             out if d_out is None else d_out,
             d_h_n,
@@ -471,18 +432,3 @@ def bwd_constants(cell: str, plan: Plan, D: int, H: int, has_d_out: bool) -> dic
         "HAS_D_OUT": has_d_out,
         "INPUT_PRECISION": tiles.input_precision,
     }
-
-
-def launch_options(tiles: Tiles) -> dict:
-    # Fusion is stated because its default changes between Triton 3.9 and 3.10. One stage: the
-    # kernels load a step ahead themselves, and the pipeliner would only add shared memory.
-    options = {"num_warps": tiles.num_warps, "num_stages": 1, "enable_fp_fusion": True}
-    if tiles.max_registers:
-        # Otherwise ptxas stops at 128 and spills 8 bytes, so that two programs fit one SM.
-        options["maxnreg"] = tiles.max_registers
-    return options
-
-
-def _on_device(tensor: torch.Tensor):
-    """Triton launches on the current device, which need not be the tensors'."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()

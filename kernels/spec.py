@@ -28,6 +28,8 @@ class CellSpec:
             stored ``dgates``. Tiles 0..G-1 are gradients of the input pre-activations.
         recurrent: for each gate the tile that is the gradient of its recurrent pre-activation.
         operands: for each phase the name of the left operand of its product ("h" or "r*h").
+        rowwise: whether the cell reduces over a row of H (a normalisation), so that one program
+            must hold all of it.
     """
 
     gates: int
@@ -37,6 +39,7 @@ class CellSpec:
     grads: tuple[tuple[int, ...], ...]
     recurrent: tuple[int, ...]
     operands: tuple[str, ...] = ("h",)
+    rowwise: bool = False
 
     @property
     def grad_tiles(self) -> int:

@@ -1,0 +1,142 @@
+"""Products of which every program holds a slice: whole rows of H columns times BLOCK_H units.
+
+The sum over H is cut into *chunks* ``K_CHUNKS = ((start, KS, KC), ...)`` of KS pieces with KC
+columns each. A chunk is one batched product ``[KS, BLOCK_B, KC] x [KS, KC, BLOCK_H]``: KS short
+chains of dependent mma instructions on as many warps instead of one long chain, and every warp
+reads its own piece of the operand only. The pieces are added at the end, always in one order.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def choose(pointers, index):
+    """``pointers[index]`` of a tuple, for an index known only at run time."""
+    pointer = pointers[0]
+    for i in tl.static_range(1, len(pointers)):
+        pointer = tl.where(index == i, pointers[i], pointer)
+    return pointer
+
+
+@triton.jit
+def chunk_columns(K_CHUNKS: tl.constexpr, N: tl.constexpr):
+    """The columns of chunk N, ``[KS, KC]``: KS pieces of KC neighbours."""
+    pieces = tl.arange(0, K_CHUNKS[N][1])[:, None] * K_CHUNKS[N][2]
+    return K_CHUNKS[N][0] + pieces + tl.arange(0, K_CHUNKS[N][2])[None, :]
+
+
+@triton.jit
+def load_slice(
+    w_ptr,  # [G*H, H]
+    start,  # the first unit of the slice
+    G: tl.constexpr,
+    H: tl.constexpr,
+    BLOCK_H: tl.constexpr,
+    K_CHUNKS: tl.constexpr,
+    TRANSPOSE: tl.constexpr,
+):
+    """``w[gate][chunk]``, tiles ``[KS, KC, BLOCK_H]`` for a product over KC.
+
+    TRANSPOSE: the units are rows of each gate's matrix (forward, u W^T); else its columns
+    (backward, dgates W).
+    """
+    units = start + tl.arange(0, BLOCK_H)
+    w = ()
+    for g in tl.static_range(G):
+        tiles = ()
+        for n in tl.static_range(len(K_CHUNKS)):
+            k = chunk_columns(K_CHUNKS, n)
+            if TRANSPOSE:
+                ptrs = w_ptr + (g * H + units)[None, None, :] * H + k[:, :, None]
+            else:
+                ptrs = w_ptr + (g * H + k)[:, :, None] * H + units[None, None, :]
+            mask = (units < H)[None, None, :] & (k < H)[:, :, None]
+            tiles = tiles + (tl.load(ptrs, mask=mask, other=0.0),)
+        w = w + (tiles,)
+    return w
+
+
+@triton.jit
+def load_operand(row_ptrs, mask_row, H: tl.constexpr, K_CHUNKS: tl.constexpr):
+    """Whole rows that other programs wrote, ``[chunk]``: tiles ``[KS, BLOCK_B, KC]``, past L1."""
+    u = ()
+    for n in tl.static_range(len(K_CHUNKS)):
+        k = chunk_columns(K_CHUNKS, n)[:, None, :]
+        mask = mask_row[None, :, None] & (k < H)
+        u = u + (tl.load(row_ptrs[None, :, None] + k, mask, other=0.0, cache_modifier=".cg"),)
+    return u
+
+
+@triton.jit
+def piece_products(u, w, INPUT_PRECISION: tl.constexpr):
+    """``u[chunk] w[chunk]`` in fp32, piece by piece: ``[chunk]``, ``[KS, BLOCK_B, BLOCK_H]``."""
+    out = ()
+    for n in tl.static_range(len(w)):
+        out = out + (tl.dot(u[n].to(w[n].dtype), w[n], input_precision=INPUT_PRECISION),)
+    return out
+
+
+@triton.jit
+def sum_pieces(pieces):
+    """The sum over chunks and pieces, ``[BLOCK_B, BLOCK_H]``: one exchange between warps each."""
+    total = tl.sum(pieces[0], 0)
+    for n in tl.static_range(1, len(pieces)):
+        total = total + tl.sum(pieces[n], 0)
+    return total
+
+
+@triton.jit
+def add_tiles(left, right):
+    out = ()
+    for n in tl.static_range(len(left)):
+        out = out + (left[n] + right[n],)
+    return out
+
+
+@triton.jit
+def masked(x, mask):
+    out = ()
+    for n in tl.static_range(len(x)):
+        out = out + (x[n] * mask[n],)
+    return out
+
+
+@triton.jit
+def gate_products(
+    u,  # [chunk]
+    w,  # [gate][chunk]
+    b,  # [gate][block], rows [1, BLOCK_H]
+    PHASES: tl.constexpr,
+    PHASE: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """``out[0][gate] = u W[gate] + b[gate]``, for the gates of PHASES[PHASE]."""
+    block = ()
+    for g in tl.static_range(len(PHASES[PHASE])):
+        pieces = piece_products(u, w[PHASES[PHASE][g]], INPUT_PRECISION)
+        block = block + (sum_pieces(pieces) + b[PHASES[PHASE][g]][0],)
+    return (block,)
+
+
+@triton.jit
+def gradient_product(
+    dgate_rows,
+    mask_b,
+    w,  # [gate][chunk]
+    TILES: tl.constexpr,  # for each gate of each phase the tile of dgates
+    PHASES: tl.constexpr,
+    PHASE: tl.constexpr,
+    H: tl.constexpr,
+    K_CHUNKS: tl.constexpr,
+    INPUT_PRECISION: tl.constexpr,
+):
+    """The sum over the gates of a phase of ``dgates W[gate]``: this slice's part of every row."""
+    for g in tl.static_range(len(PHASES[PHASE])):
+        u = load_operand(dgate_rows + TILES[PHASE][g] * H, mask_b, H, K_CHUNKS)
+        pieces = piece_products(u, w[PHASES[PHASE][g]], INPUT_PRECISION)
+        if g == 0:
+            total = pieces
+        else:
+            total = add_tiles(total, pieces)
+    return sum_pieces(total)

@@ -1,0 +1,108 @@
+"""Ring 2: a grid of programs that wait for each other, each program in a process of its own.
+
+Triton's interpreter runs the programs of a grid one after another, so the first wait for a later
+program would never end. Here every process calls the same launcher on the same tensors in shared
+memory, and its interpreter runs one program of the grid only. Atomics of the interpreter are real
+ones, so the protocol is really run, by programs that really overlap; random delays before stores
+and atomics make them overlap differently each time.
+"""
+
+from __future__ import annotations
+
+import math
+import multiprocessing
+import random
+import time
+import traceback
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from triton.runtime import interpreter
+
+builder = interpreter.interpreter_builder
+
+
+def shared(tree: Any) -> Any:
+    """Moves every tensor of a tuple, list or dict into shared memory, seen by all processes."""
+    if isinstance(tree, torch.Tensor):
+        return tree.contiguous().share_memory_()
+    if isinstance(tree, dict):
+        return {key: shared(value) for key, value in tree.items()}
+    if hasattr(tree, "_fields"):
+        return type(tree)(*map(shared, tree))
+    return type(tree)(map(shared, tree)) if isinstance(tree, (tuple, list)) else tree
+
+
+def run_concurrently(
+    launches: Sequence[Callable[[], None]], programs: int, *, delay: float = 0.0, seed: int = 0
+) -> list[str]:
+    """Makes all calls at once, each in ``programs`` processes that run one program of its grids.
+
+    Args:
+        launches: each calls launchers on shared tensors.
+        programs: how many programs each grid has.
+        delay: the longest random pause before each store and each atomic, in seconds.
+        seed: of the pauses.
+
+    Returns:
+        what each failed program raised; empty if all came to their end.
+    """
+    context = multiprocessing.get_context("fork")
+    failures = context.SimpleQueue()
+    processes = [
+        context.Process(target=_run_one, args=(launch, n, programs, delay, seed, failures))
+        for launch in launches
+        for n in range(programs)
+    ]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    found = []
+    while not failures.empty():
+        found.append(failures.get())
+    crashed = sum(process.exitcode != 0 for process in processes)
+    return found + [f"{crashed} processes crashed"] * bool(crashed)
+
+
+def _run_one(launch, number: int, programs: int, delay: float, seed: int, failures) -> None:
+    torch.set_num_threads(1)
+    # Otherwise device_assert is left out, as on a GPU without debug.
+    builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
+    _run_program(number, programs)
+    if delay:
+        _pause_before_memory(random.Random(1000 * seed + number), delay)
+    try:
+        launch()
+    except BaseException:  # handed to the parent, which fails the test
+        failures.put(traceback.format_exc())
+
+
+def _run_program(number: int, programs: int) -> None:
+    """Makes the interpreter run one program of every grid, where it would run all."""
+    run_grid = interpreter.GridExecutor.__call__
+
+    def run_one_of_grid(executor, *args, **kwargs):
+        grid = executor.grid
+        assert math.prod(grid) == programs, f"the grid is {grid}, not {programs} programs"
+        x, rest = number % grid[0], number // grid[0]
+        builder.set_grid_dim = lambda *_: setattr(builder, "grid_dim", grid)
+        builder.set_grid_idx = lambda *_: setattr(
+            builder, "grid_idx", (x, rest % grid[1], rest // grid[1])
+        )
+        executor.grid = (1, 1, 1)
+        return run_grid(executor, *args, **kwargs)
+
+    interpreter.GridExecutor.__call__ = run_one_of_grid
+
+
+def _pause_before_memory(source: random.Random, longest: float) -> None:
+    for name in ("create_masked_store", "create_store", "create_atomic_rmw"):
+        original = getattr(builder, name)
+
+        def slowly(*args, _original=original, **kwargs):
+            time.sleep(source.random() * longest)
+            return _original(*args, **kwargs)
+
+        setattr(builder, name, slowly)

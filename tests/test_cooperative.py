@@ -1,0 +1,428 @@
+"""Ring 2: the cooperative schedule, each program in a process of its own, against the reference."""
+
+from __future__ import annotations
+
+import inspect
+import tempfile
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+from concurrency import run_concurrently, shared
+
+from fusedrnn.kernels import cells, cooperative, exchange
+from fusedrnn.kernels.common import pick
+from fusedrnn.kernels.plan import Plan, Tiles
+from fusedrnn.kernels.spec import SPECS, Weights
+from fusedrnn.reference import reference_bwd, reference_fwd
+from fusedrnn.testing import assert_budget
+
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="the processes share the CPU's memory"),
+    # Each case is several processes: no two of them at once on two cores.
+    pytest.mark.xdist_group("processes"),
+]
+
+#: Short pauses overlap the programs differently in each run; the seed names the pattern.
+DELAY = 0.002
+
+
+class Shape(NamedTuple):
+    """T steps, B sequences, H units in slices of ``block_h``, L layers, D directions."""
+
+    T: int
+    B: int
+    H: int
+    block_h: int
+    L: int = 1
+    D: int = 1
+    mask: bool = False
+
+    @property
+    def programs(self) -> int:
+        return -(-self.H // self.block_h) * -(-self.B // 16) * self.L * self.D
+
+
+#: 2 to 4 programs each: slices, directions, batch tiles, layers, and slices that stick out.
+SHAPES = {
+    "two slices": Shape(4, 3, 32, 16),
+    "three slices, the last one not full": Shape(5, 2, 41, 16),
+    "four slices": Shape(3, 5, 50, 16),
+    "two slices, two directions": Shape(4, 3, 20, 16, D=2),
+    "two slices, two batch tiles": Shape(3, 17, 20, 16),
+    "two slices, two layers": Shape(4, 3, 20, 16, L=2),
+    "two slices, two layers with dropout": Shape(4, 3, 20, 16, L=2, mask=True),
+    "one slice, four layers": Shape(5, 3, 16, 16, L=4, mask=True),
+    "one step": Shape(1, 1, 17, 16),
+}
+
+
+def plan_of(shape: Shape) -> Plan:
+    chunks = ((0, 2, 16),) if shape.H <= 32 else ((0, 2, 16), (32, 1, 32))
+    tiles = Tiles(16, ((0, shape.block_h),), 4, None, "ieee", 0, chunks)
+    return Plan("cooperative", tiles, tiles, ())
+
+
+def tensors(cell: str, shape: Shape, dtype=torch.float32) -> dict[str, Any]:
+    """Everything a forward and a backward launch read, random, and all they write, NaN."""
+    of, (T, B, H, _, L, D, mask) = SPECS[cell], shape
+    Z = L * D
+
+    def randn(*sizes):
+        return torch.randn(sizes, dtype=torch.float64).to(dtype)
+
+    def nan(*sizes):
+        return torch.full(sizes, torch.nan, dtype=dtype)
+
+    weights = [
+        Weights(randn(of.gates * H, H) / H**0.5, randn(of.gates * H, H) / H**0.5,
+                randn(of.gates * H), randn(of.gates * H))
+        for _ in range(Z)
+    ]  # fmt: skip
+    two = of.states == 2
+    return {
+        "gx": randn(D, T, B, of.gates * H),
+        "weights": weights,
+        "masks": [torch.rand(T, B, H).round().to(dtype) * 2 for _ in range(L - 1)] * mask,
+        "h_0": randn(Z, B, H),
+        "c_0": randn(Z, B, H) if two else None,
+        "outs": [nan(T, B, D * H) for _ in range(L)],
+        "h_n": nan(Z, B, H),
+        "c_n": nan(Z, B, H) if two else None,
+        "gates": nan(Z, T, B, of.saved * H),
+        "cs": nan(Z, T, B, H) if two else None,
+        "d_out": randn(T, B, D * H),
+        "d_h_n": randn(Z, B, H),
+        "d_c_n": randn(Z, B, H) if two else None,
+        "dgates": nan(Z, T, B, of.grad_tiles * H),
+        "d_h_0": nan(Z, B, H),
+        "d_c_0": nan(Z, B, H) if two else None,
+    }
+
+
+FORWARD = ("gx", "weights", "masks", "h_0", "c_0", "outs", "h_n", "c_n", "gates", "cs")
+BACKWARD = (
+    "d_out", "d_h_n", "d_c_n", "weights", "masks", "h_0", "c_0", "outs", "gates", "cs", "dgates",
+    "d_h_0", "d_c_0",
+)  # fmt: skip
+RESULTS = ("outs", "h_n", "c_n", "gates", "cs", "dgates", "d_h_0", "d_c_0")
+
+
+def workspace(cell: str, shape: Shape, like: torch.Tensor) -> cooperative.Workspace:
+    plan = plan_of(shape)
+    return shared(
+        cooperative.workspace_for(cell, plan.forward, like, shape.L * shape.D, shape.B, shape.H)
+    )
+
+
+def launches(cell, shape, data, works, aux=None, **launch):
+    """The two launches of ``data`` as calls without arguments."""
+    plan = plan_of(shape)
+
+    def forward():
+        arguments = [data[name] for name in FORWARD]
+        cooperative.cooperative_fwd(cell, plan, *arguments, works[0], aux, **launch)
+
+    def backward():
+        arguments = [data[name] for name in BACKWARD]
+        cooperative.cooperative_bwd(cell, plan, *arguments, works[1], aux, **launch)
+
+    return forward, backward
+
+
+def run(cell, shape, data, *, delay=DELAY, seed=0, works=None, aux=None, **launch) -> list[str]:
+    """Both launches, each program in its process; fills ``data`` and returns the failures."""
+    works = works or [workspace(cell, shape, data["gx"]) for _ in range(2)]
+    forward, backward = launches(cell, shape, data, works, aux, **launch)
+    failed = run_concurrently([forward], shape.programs, delay=delay, seed=seed)
+    return failed or run_concurrently([backward], shape.programs, delay=delay, seed=seed)
+
+
+def expected(cell: str, shape: Shape, data: dict, dtype: torch.dtype) -> dict[str, Any]:
+    """The same by the reference in ``dtype``, layer by layer."""
+    of, H, L, D = SPECS[cell], shape.H, shape.L, shape.D
+
+    def cast(tree):
+        if isinstance(tree, torch.Tensor):
+            return tree.detach().clone().to(dtype)
+        return type(tree)(map(cast, tree)) if isinstance(tree, list) else tree
+
+    r = {name: cast(value) for name, value in data.items() if name != "weights"}
+    weights = [Weights(*(w.to(dtype) for w in each)) for each in data["weights"]]
+
+    def rows(name, layer):
+        return None if r[name] is None else r[name][layer * D : (layer + 1) * D]
+
+    gx = r["gx"]
+    for layer in range(L):
+        if layer:
+            x = r["outs"][layer - 1]
+            x = x * r["masks"][layer - 1] if r["masks"] else x
+            w = weights[layer]
+            gx = (x @ w.w_ih.T + w.b_ih)[None]
+        reference_fwd(
+            cell, gx, weights[layer * D : (layer + 1) * D], rows("h_0", layer),
+            rows("c_0", layer), r["outs"][layer],
+            *(rows(name, layer) for name in ("h_n", "c_n", "gates", "cs")),
+        )  # fmt: skip
+    d_out = r["d_out"]
+    for layer in reversed(range(L)):
+        reference_bwd(
+            cell, d_out, rows("d_h_n", layer), rows("d_c_n", layer),
+            weights[layer * D : (layer + 1) * D], rows("h_0", layer), rows("c_0", layer),
+            r["outs"][layer],
+            *(rows(name, layer) for name in ("gates", "cs", "dgates", "d_h_0", "d_c_0")),
+        )  # fmt: skip
+        if layer:
+            d_out = r["dgates"][layer, ..., : of.gates * H] @ weights[layer].w_ih
+            d_out = d_out * r["masks"][layer - 1] if r["masks"] else d_out
+    return r
+
+
+def flat(results: dict) -> dict[str, torch.Tensor]:
+    named = {name: results[name] for name in RESULTS if results[name] is not None}
+    for layer, out in enumerate(named.pop("outs")):
+        named[f"out of layer {layer}"] = out
+    return named
+
+
+def differences(cell, shape, data) -> list[str]:
+    """What of ``data`` exceeds the error budget, in words."""
+    truth = flat(expected(cell, shape, data, torch.float64))
+    ref = flat(expected(cell, shape, data, data["gx"].dtype))
+    found = []
+    for name, got in flat(data).items():
+        try:
+            assert_budget(name, got, ref[name], truth[name])
+        except AssertionError as error:
+            found.append(str(error))
+    return found
+
+
+def prepared(cell, shape, dtype=torch.float32):
+    return shared(tensors(cell, shape, dtype))
+
+
+def check(cell, shape, **options) -> dict[str, Any]:
+    data = prepared(cell, shape)
+    assert not run(cell, shape, data, **options)
+    assert not differences(cell, shape, data)
+    return data
+
+
+@pytest.mark.parametrize("name", SHAPES)
+@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+def test_equals_the_reference(cell, name):
+    """One cell with two states, and one with two exchanges a step."""
+    check(cell, SHAPES[name], seed=len(name))
+
+
+@pytest.mark.parametrize("cell", SPECS)
+def test_every_cell(cell):
+    check(cell, SHAPES["two slices, two layers with dropout"])
+    check(cell, SHAPES["two slices, two directions"])
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_no_pattern_of_delays_changes_a_bit(seed):
+    """The order of every sum is fixed: results under other pauses are equal bit for bit."""
+    shape = SHAPES["two slices, two layers with dropout"]
+    first = prepared("gru", shape)
+    second = shared({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in first.items()})
+    second["outs"] = shared([out.clone() for out in first["outs"]])
+    assert not run("gru", shape, first, seed=seed, delay=0.004)
+    assert not run("gru", shape, second, seed=seed + 10, delay=0.0)
+    pairs = zip(flat(first).items(), flat(second).values(), strict=True)
+    assert not [name for (name, one), other in pairs if not torch.equal(one, other)]
+
+
+def test_half_precision():
+    """Operands and what is handed round are rounded to fp16; the state stays in fp32."""
+    shape = SHAPES["two slices, two layers"]
+    data = prepared("lstm", shape, torch.float16)
+    assert not run("lstm", shape, data)
+    assert not differences("lstm", shape, data)
+
+
+def test_calls_back_to_back():
+    """A process may be in the second call while another is still in the first."""
+    shape = SHAPES["two slices"]
+    datas = [prepared("lstm", shape) for _ in range(3)]
+    calls = [launches("lstm", shape, d, [workspace("lstm", shape, d["gx"])] * 2) for d in datas]
+
+    def one_after_the_other():
+        for forward, _ in calls:
+            forward()
+
+    assert not run_concurrently([one_after_the_other], shape.programs, delay=DELAY)
+    for data in datas:
+        assert not run_concurrently(
+            [launches("lstm", shape, data, [None, workspace("lstm", shape, data["gx"])])[1]],
+            shape.programs,
+        )
+        assert not differences("lstm", shape, data)
+
+
+def test_calls_on_two_streams():
+    """Two calls at the same time, each with a workspace of its own."""
+    shape = SHAPES["two slices"]
+    datas = [prepared("gru_reset_before", shape) for _ in range(2)]
+    works = [[workspace("gru_reset_before", shape, d["gx"]) for _ in range(2)] for d in datas]
+    for each in zip(
+        *(launches("gru_reset_before", shape, *pair) for pair in zip(datas, works, strict=True)),
+        strict=True,
+    ):
+        assert not run_concurrently(each, shape.programs, delay=DELAY)
+    for data in datas:
+        assert not differences("gru_reset_before", shape, data)
+
+
+@triton.jit
+def publish_but_the_second(counter_ptr):
+    if tl.program_id(0) != 1:
+        exchange.publish(counter_ptr)
+
+
+def test_a_lost_partner_is_an_error_and_no_hang(monkeypatch):
+    """The wait ends with one clear sentence, and the next call is none the worse for it."""
+    shape = SHAPES["two slices"]
+    data = prepared("lstm", shape)
+    with monkeypatch.context() as lost:
+        lost.setattr(cooperative, "publish", publish_but_the_second)
+        failed = run("lstm", shape, data, patience=50)
+    assert failed
+    assert all("a program waited in vain for its partners" in text for text in failed)
+    assert not run("lstm", shape, data)
+    assert not differences("lstm", shape, data)
+
+
+# The protocol, broken in every way that a slip of the hand would break it.
+
+
+@triton.jit
+def wait_for_nothing(counter_ptr, target, patience):
+    pass
+
+
+@triton.jit
+def wait_for_all_but_one(counter_ptr, target, patience):
+    exchange.wait(counter_ptr, target - 1, patience)
+
+
+def rewritten(kernel: triton.JITFunction, old: str, new: str) -> triton.JITFunction:
+    """A kernel with one passage of its source replaced."""
+    source = inspect.getsource(kernel.fn)
+    assert source.count(old) == 1
+    namespace = dict(vars(cooperative))
+    path = Path(tempfile.mkdtemp()) / "mutant.py"
+    path.write_text(source.replace(old, new))
+    exec(compile(path.read_text(), str(path), "exec"), namespace)
+    return namespace[kernel.fn.__name__]
+
+
+STORE_H = "        store_rows(out_ptr + row, mask_b, start, only(state, 0), 0, H, BLOCKS)\n"
+STORE_DGATES = (
+    "            store_rows(rows, mask_b, start, grads, FIRST_TILE[P - 1 - later], H, BLOCKS)\n"
+)
+PUBLISH = "publish(counter_ptr)\n"
+
+
+def break_nothing(patch):
+    """The harness itself: without a mutation nothing is found."""
+
+
+def break_wait_dropped(patch):
+    patch.setattr(cooperative, "wait", wait_for_nothing)
+
+
+def break_counter_target(patch):
+    patch.setattr(cooperative, "wait", wait_for_all_but_one)
+
+
+def break_flag_before_h(patch):
+    late = rewritten(
+        cooperative._cooperative_fwd_kernel,
+        STORE_H + " " * 8 + PUBLISH,
+        " " * 8 + PUBLISH + STORE_H,
+    )
+    patch.setattr(cooperative, "_cooperative_fwd_kernel", late)
+
+
+def break_flag_before_dgates(patch):
+    late = rewritten(
+        cooperative._cooperative_bwd_kernel,
+        STORE_DGATES + " " * 12 + PUBLISH,
+        " " * 12 + PUBLISH + STORE_DGATES,
+    )
+    patch.setattr(cooperative, "_cooperative_bwd_kernel", late)
+
+
+MUTANTS = [break_wait_dropped, break_counter_target, break_flag_before_h, break_flag_before_dgates]
+
+
+@pytest.mark.parametrize("mutate", [break_nothing, *MUTANTS])
+def test_a_broken_protocol_is_found(mutate, monkeypatch):
+    shape = SHAPES["two slices, two layers"]
+    data = prepared("lstm", shape)
+    mutate(monkeypatch)
+    failed = run("lstm", shape, data, delay=0.02)
+    assert not failed
+    assert bool(differences("lstm", shape, data)) == (mutate is not break_nothing)
+
+
+def test_counters_that_were_not_cleared_are_found():
+    shape = SHAPES["two slices"]
+    used = [workspace("lstm", shape, torch.empty(0)) for _ in range(2)]
+    assert not run("lstm", shape, prepared("lstm", shape), works=used)
+    data = prepared("lstm", shape)
+    assert not run("lstm", shape, data, works=used, delay=0.02)
+    assert differences("lstm", shape, data)
+
+
+# A cell of which not h but an operand of its own is multiplied, as under recurrent dropout.
+
+
+@triton.jit
+def masked_operand(PHASE: tl.constexpr, ctx, gx, gh, state):
+    aux_ptr, _, offs_b, mask_b, H, cols = ctx
+    ptrs = aux_ptr + offs_b[:, None] * H + cols[0][None, :]
+    mask = tl.load(ptrs, mask=mask_b[:, None] & (cols[0] < H)[None, :], other=0.0)
+    return (pick(state, 0)[0] * mask,)
+
+
+@triton.jit
+def masked_fold(ctx, d_state, du):
+    return ((d_state[0][0] + masked_operand(0, ctx, (), (), (du,))[0],),)
+
+
+def test_an_operand_that_is_not_h(monkeypatch):
+    """h' = tanh(gx + W (m * h) + b): the operand goes round through slots, and h through none."""
+    like, shape = cells.CELLS["rnn_tanh"], SHAPES["three slices, the last one not full"]
+    dropped = SPECS["rnn_tanh"].__class__(1, 1, 0, ((0,),), ((0,),), (0,), operands=("m*h",))
+    monkeypatch.setitem(SPECS, "dropped", dropped)
+    monkeypatch.setitem(
+        cells.CELLS,
+        "dropped",
+        cells.Cell(dropped, masked_operand, like.forward, like.adjoint, masked_fold),
+    )
+    data = prepared("dropped", shape)
+    aux = shared((torch.rand(shape.B, shape.H) > 0.3) / 0.7)
+    assert not run("dropped", shape, data, aux=aux)
+
+    results = {}
+    for name, dtype in (("ref", torch.float32), ("truth", torch.float64)):
+        gx, h_0 = (data[key][0].to(dtype).requires_grad_() for key in ("gx", "h_0"))
+        w, h, hs = data["weights"][0], h_0, []
+        for t in range(shape.T):
+            h = torch.tanh(gx[t] + (aux.to(dtype) * h) @ w.w_hh.to(dtype).T + w.b_hh.to(dtype))
+            hs.append(h)
+        out = torch.stack(hs)
+        cotangents = data["d_out"].to(dtype), data["d_h_n"][0].to(dtype)
+        grads = torch.autograd.grad((out, h), (gx, h_0), cotangents)
+        results[name] = out.detach(), *grads
+    got = data["outs"][0], data["dgates"][0], data["d_h_0"][0]
+    for name, *each in zip(("out", "d_gx", "d_h_0"), got, *results.values(), strict=True):
+        assert_budget(name, *each)
