@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan
+from .kernels.model import cudnn_step
+from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan_stack
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 
 _PREFERENCE = ("triton", "aten", "torch")
-_TRITON_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # Looked up once, without importing it: TorchDynamo cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 
@@ -75,7 +75,7 @@ class Explanation:
         source: who named it: ``"default"``, ``"use_backend"`` or ``"FUSEDRNN_BACKEND"``.
         backend: the backend that will run, or None if the named one refuses.
         precision: of fp32 dots on triton, else None.
-        layers: for triton the schedule and tiles of each layer.
+        layers: for triton the schedule and tiles of each launch, by its layers.
         refused: the backends that were tried before, each with its reason.
     """
 
@@ -94,7 +94,7 @@ class Explanation:
             f"backend: {chosen} (asked for: {self.requested}, {self.source})",
         ]
         lines += [f"precision: {self.precision}"] if self.precision else []
-        lines += [f"layer {i}: {layer}" for i, layer in enumerate(self.layers)]
+        lines += self.layers
         lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
         return "\n".join(lines)
 
@@ -219,7 +219,7 @@ def explain(module: Any, *inputs: Any) -> Explanation:
         source=source,
         backend=backend,
         precision=precision() if is_triton and request.dtype == torch.float32 else None,
-        layers=tuple(p.describe() for p in _plans(request)) if is_triton else (),
+        layers=_described(_plans(request)) if is_triton else (),
         refused=refused,
     )
 
@@ -254,8 +254,6 @@ def _triton_refusal(request: Request, requested: str) -> str | None:
         return f"the kernels need CUDA tensors, these are on {request.device}{hint}"
     if not _HAS_TRITON:
         return "the package triton is not installed"
-    if request.dtype not in _TRITON_DTYPES:
-        return f"the kernels take float32, float16 and bfloat16, not {_name(request.dtype)}"
     if request.dtype == torch.bfloat16 and _interpreting():
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if request.proj_size:
@@ -265,9 +263,24 @@ def _triton_refusal(request: Request, requested: str) -> str | None:
     if request.packed and not named and request.cell != "gru_reset_before":
         return "a PackedSequence would take one launch per length; named, triton runs it so"
     try:
-        _plans(request)
+        plans = _plans(request)
     except NoPlan as no_plan:
         return str(no_plan)
+    if named or _aten_refusal(request, "aten") is not None:
+        return None
+    return _expected_slower(request, plans)
+
+
+def _expected_slower(request: Request, plans: tuple[Plan, ...]) -> str | None:
+    """Why torch's own operator is the better choice on a GPU, or None."""
+    if any(plan.schedule == "stepwise" for plan in plans):
+        return "schedule stepwise costs the host two launches a step; torch's operator is faster"
+    ours, theirs = sum(plan.step for plan in plans), cudnn_step(_problem(request))
+    if theirs is not None and ours > theirs:
+        return (
+            f"a step takes {ours:.1f} us at least (modelled), and cuDNN's is reported at "
+            f"{theirs:.1f} us"
+        )
     return None
 
 
@@ -296,27 +309,34 @@ def _torch_refusal(request: Request, requested: str) -> str | None:
 _REFUSALS = {"triton": _triton_refusal, "aten": _aten_refusal, "torch": _torch_refusal}
 
 
-def _plans(request: Request) -> list[Plan]:
-    """The plan of each layer; raises ``NoPlan``."""
-    chip = chip_of(request.device)
-    sizes = [request.input_size]
-    sizes += [request.directions * request.hidden_size] * (request.num_layers - 1)
-    return [
-        plan(
-            Problem(
-                request.cell,
-                size,
-                request.hidden_size,
-                request.batch,
-                request.directions,
-                request.dtype,
-                precision(),
-                request.needs_grad,
-            ),
-            chip,
-        )
-        for size in sizes
-    ]
+def _plans(request: Request) -> tuple[Plan, ...]:
+    """The plan of each launch; raises ``NoPlan``."""
+    return plan_stack(_problem(request), chip_of(request.device))
+
+
+def _described(plans: tuple[Plan, ...]) -> tuple[str, ...]:
+    """``layer 0: ...``, or ``layers 0-2: ...`` for a launch of three."""
+    lines, first = [], 0
+    for plan in plans:
+        last = first + plan.layers - 1
+        name = f"layer {first}" if last == first else f"layers {first}-{last}"
+        lines.append(f"{name}: {plan.describe()}")
+        first = last + 1
+    return tuple(lines)
+
+
+def _problem(request: Request) -> Problem:
+    return Problem(
+        request.cell,
+        request.input_size,
+        request.hidden_size,
+        request.batch,
+        request.directions,
+        request.dtype,
+        precision(),
+        request.needs_grad,
+        request.num_layers,
+    )
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

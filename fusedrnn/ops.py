@@ -13,7 +13,14 @@ import torch
 from torch import Tensor
 
 from .reference import differentiable_stack
-from .stack import Config, Saved, group_weights, stack_backward, stack_forward
+from .stack import (
+    Config,
+    Saved,
+    again_if_refused,
+    group_weights,
+    stack_backward,
+    stack_forward,
+)
 
 _CONFIG = "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision"
 torch.library.define(
@@ -81,8 +88,8 @@ def rnn_stack(
 @torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"))
 def _forward(input, h_0, c_0, params, dropout_masks, *config_and_save):
     *config, save = config_and_save
-    output, h_n, c_n, saved = stack_forward(
-        input, h_0, c_0, params, dropout_masks, Config(*config), save
+    output, h_n, c_n, saved = again_if_refused(
+        stack_forward, input, h_0, c_0, params, dropout_masks, Config(*config), save
     )
     return output, h_n, input.new_empty(0) if c_n is None else c_n, *saved[1:]
 
@@ -124,11 +131,12 @@ def _backward(
     d_h_n = torch.zeros_like(h_0) if d_h_n is None else d_h_n
     if c_0 is not None:
         d_c_n = torch.zeros_like(c_0) if d_c_n is None else d_c_n
-    d_input, d_h_0, d_c_0, d_params = stack_backward(
+    d_input, d_h_0, d_c_0, d_params = again_if_refused(
+        stack_backward,
+        input,
         d_output,
         d_h_n,
         d_c_n,
-        input,
         h_0,
         c_0,
         params,

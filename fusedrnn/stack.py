@@ -1,8 +1,9 @@
 """A stack of layers around a schedule: library GEMMs before and after, the recurrence between.
 
-Forward, for each layer: ``gx = x W_ih^T + b_ih`` for all T in one GEMM (unless the plan projects
-in the kernel), then one launch for all T. Backward, for each layer: one launch that writes
-``dgates``, then one GEMM or sum each for ``dx, dW_ih, dW_hh, db``. No operation here adds
+The plan cuts the stack into launches of one layer, or of several as a wavefront. Forward, for each
+launch: ``gx = x W_ih^T + b_ih`` for all T in one GEMM (unless the kernel projects), then the
+recurrence. Backward: the recurrence, which writes ``dgates``, then for each layer one GEMM or sum
+each for ``dx, dW_ih, dW_hh, db``. No operation here adds
 atomically, so results are reproducible bit for bit.
 
 Nothing here is differentiable; ``ops.py`` registers it with autograd.
@@ -10,16 +11,42 @@ Nothing here is differentiable; ``ops.py`` registers it with autograd.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from .kernels.plan import Plan, Problem, chip_of, plan
-from .kernels.spec import SPECS, CellSpec, Weights
+from .kernels.plan import (
+    LaunchRefused,
+    Plan,
+    Problem,
+    chip_of,
+    plan_stack,
+    refuse_cooperation,
+)
+from .kernels.spec import SPECS, CellSpec, Weights, runs_of
 from .reference import reference_bwd, reference_fwd
+
+
+def again_if_refused(run: Callable, input: Tensor, *arguments: Any) -> Any:
+    """``run(input, *arguments)``; where the device refuses a cooperative launch, without such ones.
+
+    The plan allows for the whole device; under MPS or in a green context less of it is there.
+    """
+    try:
+        return run(input, *arguments)
+    except LaunchRefused as refusal:
+        refuse_cooperation(input.device)
+        warnings.warn(
+            f"{input.device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
+            "the schedules that need none",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+        return run(input, *arguments)
 
 
 class Config(NamedTuple):
@@ -85,39 +112,42 @@ def stack_forward(
         hidden=input.new_empty(L - 1, T, B, D * H) if save else empty,
     )
     # A parametrisation may hand out weights of any strides; the kernels read rows.
-    params = [p.contiguous() for p in params]
-    for layer, weights in enumerate(group_weights(params, config)):
-        rows = slice(layer * D, (layer + 1) * D)
-        last = layer == L - 1
-        if last:
-            out = saved.output
-        else:
-            out = saved.hidden[layer] if save else torch.empty_like(saved.output)
-        layer_plan, run = _forward_schedule(config, input, H, save)
-        if layer_plan is None or not layer_plan.i_blocks:
-            x = _project(input, weights, config.precision)
+    grouped = group_weights([p.contiguous() for p in params], config)
+    for layers, plan in _launches(config, input, H, save):
+        weights = [w for layer in layers for w in grouped[layer]]
+        rows = slice(layers[0] * D, (layers[-1] + 1) * D)
+        outs = [
+            saved.layer_output(layer) if save or layer == L - 1 else torch.empty_like(saved.output)
+            for layer in layers
+        ]
+        if plan is None or not plan.i_blocks:
+            x = _project(input, grouped[layers[0]], config.precision)
         else:  # the kernel takes any stride of T and B
             x = input if input.stride(-1) == 1 else input.contiguous()
-        run(
+        _run_forward(
+            config,
+            plan,
             x,
             weights,
+            dropout_masks[layers[0] : layers[-1]],
             h_0[rows],
             None if c_0 is None else c_0[rows],
-            out,
+            outs,
             h_n[rows],
             None if c_n is None else c_n[rows],
-            saved.gates[layer] if save else None,
-            saved.cs[layer] if save and c_0 is not None else None,
+            saved.gates.flatten(0, 1)[rows] if save else None,
+            saved.cs.flatten(0, 1)[rows] if save and c_0 is not None else None,
         )
-        input = out if last or not dropout_masks else out * dropout_masks[layer]
+        if layers[-1] < L - 1:
+            input = outs[-1] * dropout_masks[layers[-1]] if dropout_masks else outs[-1]
     return saved.output, h_n, c_n, saved
 
 
 def stack_backward(
+    input: Tensor,
     d_output: Tensor | None,
     d_h_n: Tensor,
     d_c_n: Tensor | None,
-    input: Tensor,
     h_0: Tensor,
     c_0: Tensor | None,
     params: Sequence[Tensor],
@@ -132,92 +162,136 @@ def stack_backward(
     h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     d_h_n, d_c_n = d_h_n.contiguous(), None if d_c_n is None else d_c_n.contiguous()
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    dgates = input.new_empty(D, T, B, config.spec.grad_tiles * H)
     d_params: list[Tensor] = []
     d_out = None if d_output is None else d_output.contiguous()
     grouped = group_weights([p.contiguous() for p in params], config)
-    for layer in reversed(range(config.num_layers)):
-        rows, weights, out = (
-            slice(layer * D, (layer + 1) * D),
-            grouped[layer],
-            saved.layer_output(layer),
-        )
-        mask = dropout_masks[layer - 1] if dropout_masks and layer else None
-        x = input if layer == 0 else saved.hidden[layer - 1]
-        x = x if mask is None else x * mask
-        _backward_schedule(config, x, H)(
+    for layers, plan in reversed(_launches(config, input, H, True)):
+        rows = slice(layers[0] * D, (layers[-1] + 1) * D)
+        dgates = input.new_empty(len(layers) * D, T, B, config.spec.grad_tiles * H)
+        _run_backward(
+            config,
+            plan,
             d_out,
             d_h_n[rows],
             None if d_c_n is None else d_c_n[rows],
-            weights,
+            [w for layer in layers for w in grouped[layer]],
+            dropout_masks[layers[0] : layers[-1]],
             h_0[rows],
             None if c_0 is None else c_0[rows],
-            out,
-            saved.gates[layer],
-            None if c_0 is None else saved.cs[layer],
+            [saved.layer_output(layer) for layer in layers],
+            saved.gates.flatten(0, 1)[rows],
+            None if c_0 is None else saved.cs.flatten(0, 1)[rows],
             dgates,
             d_h_0[rows],
             None if d_c_0 is None else d_c_0[rows],
         )
         with _gemm_precision(config.precision, input):
-            if needs_params:
-                grads = [
+            for layer in reversed(layers) if needs_params else ():
+                d_params = [
                     grad
-                    for d, w in enumerate(weights)
+                    for d in range(D)
                     for grad in _weight_grads(
                         config.spec,
                         d,
-                        w,
-                        x,
-                        h_0[rows][d],
-                        out,
+                        grouped[layer][d],
+                        _layer_input(layer, input, saved, dropout_masks),
+                        h_0[layer * D + d],
+                        saved.layer_output(layer),
                         saved.gates[layer, d],
-                        dgates[d],
+                        dgates[(layer - layers[0]) * D + d],
                     )
-                ]
-                d_params = grads + d_params
-            if layer or needs_input:
-                d_out = _input_grad(dgates, weights)
-                d_out = d_out if mask is None else d_out * mask
+                ] + d_params
+            if layers[0] or needs_input:
+                d_out = _input_grad(dgates[:D], grouped[layers[0]])
+                if dropout_masks and layers[0]:
+                    d_out = d_out * dropout_masks[layers[0] - 1]
     return (d_out if needs_input else None), d_h_0, d_c_0, d_params
 
 
-def _forward_schedule(
-    config: Config,
-    x: Tensor,
-    H: int,
-    save: bool,
-) -> tuple[Plan | None, Callable]:
-    """The plan (None for the reference) and the launcher with everything but tensors bound."""
+def _layer_input(
+    layer: int, input: Tensor, saved: Saved, dropout_masks: Sequence[Tensor]
+) -> Tensor:
+    """What a layer was given: the input, or the outputs below after dropout."""
+    if layer == 0:
+        return input
+    below = saved.hidden[layer - 1]
+    return below * dropout_masks[layer - 1] if dropout_masks else below
+
+
+def _launches(
+    config: Config, input: Tensor, H: int, needs_grad: bool
+) -> list[tuple[range, Plan | None]]:
+    """The layers of each launch with its plan; without a plan for the reference."""
     if config.backend == "torch":
-        return None, lambda *tensors: reference_fwd(config.cell, *tensors)
-    from .kernels.resident import resident_fwd
-
-    layer_plan = _plan(config, x, H, save)
-    return layer_plan, lambda *tensors: resident_fwd(config.cell, layer_plan, *tensors)
-
-
-def _backward_schedule(config: Config, x: Tensor, H: int) -> Callable:
-    if config.backend == "torch":
-        return lambda *tensors: reference_bwd(config.cell, *tensors)
-    from .kernels.resident import resident_bwd
-
-    layer_plan = _plan(config, x, H, True)
-    return lambda *tensors: resident_bwd(config.cell, layer_plan, *tensors)
-
-
-def _plan(config: Config, x: Tensor, H: int, needs_grad: bool) -> Plan:
+        return [(range(layer, layer + 1), None) for layer in range(config.num_layers)]
     problem = Problem(
         config.cell,
-        x.shape[2],
+        input.shape[2],
         H,
-        x.shape[1],
+        input.shape[1],
         config.directions,
-        x.dtype,
+        input.dtype,
         config.precision,
         needs_grad,
+        config.num_layers,
     )
-    return plan(problem, chip_of(x.device))
+    launches: list[tuple[range, Plan | None]] = []
+    first = 0
+    for plan in plan_stack(problem, chip_of(input.device)):
+        launches.append((range(first, first + plan.layers), plan))
+        first += plan.layers
+    return launches
+
+
+def _run_forward(
+    config: Config, plan: Plan | None, x, weights, masks, h_0, c_0, outs, h_n, c_n, gates, cs
+) -> None:
+    """Calls the launcher that the plan names; arguments as of ``cooperative_fwd``."""
+    cell, given, results = config.cell, (x, weights), (h_n, c_n, gates, cs)
+    if plan is None:
+        reference_fwd(cell, *given, h_0, c_0, outs[0], *results)
+    elif plan.schedule == "resident":
+        from .kernels.resident import resident_fwd
+
+        resident_fwd(cell, plan, *given, h_0, c_0, outs[0], *results)
+    elif plan.schedule == "stepwise":
+        from .kernels.stepwise import stepwise_fwd
+
+        with _gemm_precision(config.precision, x):
+            stepwise_fwd(cell, *given, h_0, c_0, outs[0], *results)
+    else:
+        from .kernels.cooperative import cooperative_fwd
+        from .kernels.exchange import workspace
+
+        shared = workspace(cell, plan.forward, x, *h_0.shape)
+        cooperative_fwd(cell, plan, *given, masks, h_0, c_0, outs, *results, shared)
+
+
+def _run_backward(
+    config: Config, plan: Plan | None, d_out, d_h_n, d_c_n, weights, masks, h_0, c_0, outs, gates,
+    cs, dgates, d_h_0, d_c_0,
+) -> None:  # fmt: skip
+    """Calls the launcher that the plan names; arguments as of ``cooperative_bwd``."""
+    cell, given = config.cell, (d_out, d_h_n, d_c_n, weights)
+    rest = (gates, cs, dgates, d_h_0, d_c_0)
+    if plan is None:
+        reference_bwd(cell, *given, h_0, c_0, outs[0], *rest)
+    elif plan.schedule == "resident":
+        from .kernels.resident import resident_bwd
+
+        resident_bwd(cell, plan, *given, h_0, c_0, outs[0], *rest)
+    elif plan.schedule == "stepwise":
+        from .kernels.stepwise import stepwise_bwd
+
+        with _gemm_precision(config.precision, h_0):
+            stepwise_bwd(cell, *given, h_0, c_0, outs[0], *rest)
+    else:
+        from .kernels.cooperative import cooperative_bwd
+        from .kernels.exchange import workspace
+
+        assert plan.backward is not None
+        shared = workspace(cell, plan.backward, h_0, *h_0.shape)
+        cooperative_bwd(cell, plan, *given, masks, h_0, c_0, outs, *rest, shared)
 
 
 def _project(x: Tensor, weights: Sequence[Weights], precision: str) -> Tensor:
@@ -267,7 +341,7 @@ def _weight_grads(
     hs = out[..., d * H : (d + 1) * H]
     before = hs[:-1] if d == 0 else hs[1:]
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
-        for first_gate, first_tile, count in _runs(phase, spec.recurrent):
+        for first_gate, first_tile, count in runs_of(phase, spec.recurrent):
             rows = slice(first_gate * H, (first_gate + count) * H)
             grads = dgates[..., first_tile * H : (first_tile + count) * H]
             first, rest = (grads[0], grads[1:]) if d == 0 else (grads[-1], grads[:-1])
@@ -286,15 +360,6 @@ def _weight_grads(
             )
             torch.sum(grads, (0, 1), out=db_hh[rows])
     return [dw_ih, dw_hh] if w.b_ih is None else [dw_ih, dw_hh, dgx.sum(0), db_hh]
-
-
-def _runs(gates: Sequence[int], tiles: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Cuts gates into runs whose tiles are neighbours: (first gate, first tile, how many)."""
-    start = 0
-    for i in range(1, len(gates) + 1):
-        if i == len(gates) or tiles[gates[i]] != tiles[gates[i - 1]] + 1:
-            yield gates[start], tiles[gates[start]], i - start
-            start = i
 
 
 @contextmanager

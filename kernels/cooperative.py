@@ -18,16 +18,15 @@ dy_t out of the dgates of layer l+1. Both directions of one layer (D = 2) share 
 No float is added atomically: two runs agree bit for bit. Offsets are int64; T and B are run-time
 values.
 
-Limits: all programs must be on the chip at once (``launch_cooperative_grid`` refuses the launch
-otherwise; ``plan.py`` keeps within one program an SM), a cell that reduces over a row of H needs
-all of it in one program (``CellSpec.rowwise``), and stacked layers with two directions need the
-whole of the layer below, hence a launch each.
+Limits: a launch must fit the chip at once (``launch_cooperative_grid`` refuses it otherwise), so
+``plan.py`` puts at most one program on an SM, and larger batches go in rounds; a cell that reduces
+over a row of H needs all of it in one program (``CellSpec.rowwise``), and stacked layers with two
+directions need the whole of the layer below, hence a launch each.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
 
 import torch
 import triton
@@ -48,8 +47,8 @@ from .common import (
     time_of,
     to_float,
 )
-from .exchange import publish, wait
-from .launch import launch_options, on_device
+from .exchange import Workspace, publish, wait
+from .launch import cooperative_options, in_rounds, mask_of_each_layer
 from .plan import Plan, Tiles
 from .slices import choose, gate_products, gradient_product, load_operand, load_slice, masked
 from .spec import SPECS, Weights
@@ -58,7 +57,7 @@ from .spec import SPECS, Weights
 PATIENCE = 1 << 24
 
 
-@triton.jit(do_not_specialize=["T", "B", "patience"])
+@triton.jit(do_not_specialize=["T", "B", "first_tile", "patience"])
 def _cooperative_fwd_kernel(
     # inputs
     gx_ptr,  # [D, T, B, G*H] = x @ W_ih.T + b_ih of the first layer
@@ -82,6 +81,7 @@ def _cooperative_fwd_kernel(
     # run-time sizes
     T,
     B,
+    first_tile,  # of the batch tiles of this launch
     patience,
     # the cell
     OPERAND: tl.constexpr,
@@ -109,10 +109,12 @@ def _cooperative_fwd_kernel(
     pid_z = tl.program_id(2).to(tl.int64)
     pid_d = pid_z % D
     start = tl.program_id(0) * BLOCKS[0][1]
-    offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    pid_b = first_tile + tl.program_id(1)
+    offs_b = pid_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
     members = tl.num_programs(0)
-    counter_ptr = counters_ptr + pid_z * tl.num_programs(1) + tl.program_id(1)
+    groups = tl.cdiv(B, BLOCK_B)  # of a layer and direction
+    counter_ptr = counters_ptr + pid_z * groups + pid_b
     out_ptr = choose(out_ptrs, pid_z)
     first_rows = (pid_z * B + offs_b) * H
 
@@ -135,7 +137,7 @@ def _cooperative_fwd_kernel(
         gx = to_float(load_rows(gx_ptr + row, mask_x, start, G, H, BLOCKS))
         if L > 1:
             if pid_z > 0:
-                wait(counter_ptr - tl.num_programs(1), published + members * EACH, patience)
+                wait(counter_ptr - groups, published + members * EACH, patience)
                 x = load_operand(below_ptr + (t * B + offs_b) * H, mask_b, H, K_CHUNKS)
                 if HAS_MASK:
                     rows = choose(mask_ptrs, pid_z) + (t * B + offs_b) * H
@@ -146,8 +148,10 @@ def _cooperative_fwd_kernel(
         for p in tl.static_range(P):
             if SHARES_H and p == 0:
                 t_prev = time_of(tl.maximum(step - 1, 0), T, pid_d)
-                rows = out_ptr + (t_prev * B + offs_b) * (D * H) + pid_d * H
-                rows = tl.where(step > 0, rows, h_0_ptr + first_rows)
+                # Scalars are chosen, for a choice of vectors loses their alignment (Triton 3.9).
+                base = tl.where(step > 0, t_prev * B * (D * H) + pid_d * H, pid_z * B * H)
+                rows = tl.where(step > 0, out_ptr, h_0_ptr) + base
+                rows += offs_b * tl.where(step > 0, D * H, H)
             else:
                 rows = slots_ptr + (((pid_z * 2 + step % 2) * P + p) * B + offs_b) * H
                 u = OPERAND(p, ctx, gx, gh, state)
@@ -173,7 +177,7 @@ def _cooperative_fwd_kernel(
         store_rows(c_n_ptr + first_rows, mask_b, start, only(state, 1), 0, H, BLOCKS)
 
 
-@triton.jit(do_not_specialize=["T", "B", "patience"])
+@triton.jit(do_not_specialize=["T", "B", "first_tile", "patience"])
 def _cooperative_bwd_kernel(
     # inputs
     d_out_ptr,  # [T, B, D*H] of the last layer, read when HAS_D_OUT
@@ -197,6 +201,7 @@ def _cooperative_bwd_kernel(
     # run-time sizes
     T,
     B,
+    first_tile,  # of the batch tiles of this launch
     patience,
     # the cell
     ADJOINT: tl.constexpr,
@@ -225,10 +230,12 @@ def _cooperative_bwd_kernel(
     pid_z = L * D - 1 - tl.program_id(2).to(tl.int64)
     pid_d = pid_z % D
     start = tl.program_id(0) * BLOCKS[0][1]
-    offs_b = tl.program_id(1).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    pid_b = first_tile + tl.program_id(1)
+    offs_b = pid_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
     members = tl.num_programs(0)
-    counter_ptr = counters_ptr + pid_z * tl.num_programs(1) + tl.program_id(1)
+    groups = tl.cdiv(B, BLOCK_B)  # of a layer and direction
+    counter_ptr = counters_ptr + pid_z * groups + pid_b
     out_ptr = choose(out_ptrs, pid_z)
     first_rows = (pid_z * B + offs_b) * H
 
@@ -240,83 +247,62 @@ def _cooperative_bwd_kernel(
         load_state(d_h_n_ptr + first_rows, d_c_n_ptr + first_rows, mask_b, start, STATES, H, BLOCKS)
     )
     last = time_of(T - 1, T, pid_d)
-    new = to_float(
-        load_state(
-            out_ptr + (last * B + offs_b) * (D * H) + pid_d * H,
-            cs_ptr + ((pid_z * T + last) * B + offs_b) * H,
-            mask_b, start, STATES, H, BLOCKS,
-        )
+    h_rows = out_ptr + (last * B + offs_b) * (D * H) + pid_d * H
+    c_rows = cs_ptr + ((pid_z * T + last) * B + offs_b) * H
+    new = to_float(load_state(h_rows, c_rows, mask_b, start, STATES, H, BLOCKS))
+    loaded = load_step(
+        gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
+        T - 1, T, B, pid_z, pid_d, offs_b, mask_b, start,
+        SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
     )  # fmt: skip
 
     for back in range(T):
         step = T - 1 - back
         t = time_of(step, T, pid_d)
         published = members * P * back
-        saved, prev, d_out = load_step(
+        # On its way through memory while this step waits for the others.
+        earlier = load_step(
             gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
-            step, T, B, pid_z, pid_d, offs_b, mask_b, start,
+            tl.maximum(step - 1, 0), T, B, pid_z, pid_d, offs_b, mask_b, start,
             SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
         )  # fmt: skip
-        saved = to_float(saved)
-        prev = to_float(prev)
+        saved = to_float(loaded[0])
+        prev = to_float(loaded[1])
         ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(start, BLOCKS))
-        row = ((pid_z * T + t) * B + offs_b) * (GRAD_TILES * H)
+        rows = dgates_ptr + ((pid_z * T + t) * B + offs_b) * (GRAD_TILES * H)
         if HAS_D_OUT:  # which is of the last layer
-            dy = d_out[0][0].to(tl.float32)
+            dy = loaded[2][0][0].to(tl.float32)
             d_state = add_first(d_state, (tl.where(pid_z >= (L - 1) * D, dy, 0.0),))
         if L > 1:
             if pid_z < L - 1:
-                wait(counter_ptr + tl.num_programs(1), published + members * P, patience)
-                rows = dgates_ptr + row + T.to(tl.int64) * B * (GRAD_TILES * H)
+                wait(counter_ptr + groups, published + members * P, patience)
                 dy = gradient_product(
-                    rows, mask_b, w_ih, (GATES,), (GATES,), 0, H, K_CHUNKS, INPUT_PRECISION
-                )
+                    rows + T.to(tl.int64) * B * (GRAD_TILES * H),
+                    mask_b, w_ih, (GATES,), (GATES,), 0, H, K_CHUNKS, INPUT_PRECISION,
+                )  # fmt: skip
                 if HAS_MASK:
-                    rows = choose(mask_ptrs, above) + (t * B + offs_b) * H
-                    dy = dy * load_rows(rows, mask_b, start, 1, H, BLOCKS)[0][0].to(tl.float32)
+                    mask_rows = choose(mask_ptrs, above) + (t * B + offs_b) * H
+                    dy *= to_float(load_rows(mask_rows, mask_b, start, 1, H, BLOCKS))[0][0]
                 d_state = add_first(d_state, (dy,))
 
         du = no_tiles(BLOCKS)
         carry = no_tiles(BLOCKS)
-        for later in tl.static_range(P):
-            grads, d_state, carry = ADJOINT(
-                P - 1 - later, ctx, d_state, du, saved, prev, new, carry
-            )
-            rows = dgates_ptr + row
-            store_rows(rows, mask_b, start, grads, FIRST_TILE[P - 1 - later], H, BLOCKS)
+        for p in tl.static_range(P):  # from the last phase to the first
+            grads, d_state, carry = ADJOINT(P - 1 - p, ctx, d_state, du, saved, prev, new, carry)
+            store_rows(rows, mask_b, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)
             publish(counter_ptr)
-            wait(counter_ptr, published + members * (later + 1), patience)
-            du = (
-                gradient_product(
-                    rows, mask_b, w_hh, TILES, PHASES, P - 1 - later, H, K_CHUNKS, INPUT_PRECISION
-                ),
+            wait(counter_ptr, published + members * (p + 1), patience)
+            product = gradient_product(
+                rows, mask_b, w_hh, TILES, PHASES, P - 1 - p, H, K_CHUNKS, INPUT_PRECISION
             )
+            du = (product,)
         d_state = FOLD(ctx, d_state, du)
         new = prev
+        loaded = earlier
 
     store_rows(d_h_0_ptr + first_rows, mask_b, start, only(d_state, 0), 0, H, BLOCKS)
     if STATES == 2:
         store_rows(d_c_0_ptr + first_rows, mask_b, start, only(d_state, 1), 0, H, BLOCKS)
-
-
-class Workspace(NamedTuple):
-    """What the programs of one call share besides its results."""
-
-    counters: torch.Tensor  # [Z, cdiv(B, BLOCK_B)], int32
-    slots: torch.Tensor  # [Z, 2, P, B, H], or empty where h is all that is multiplied
-
-
-def workspace_for(cell: str, tiles: Tiles, like: torch.Tensor, Z: int, B: int, H: int) -> Workspace:
-    """A workspace for one call, of the dtype and on the device of ``like``.
-
-    From torch's caching allocator and on the current stream: calls on two streams never share one,
-    and in a CUDA graph the zeros are captured with the launch.
-    """
-    groups = Z, triton.cdiv(B, tiles.block_b)
-    operands = SPECS[cell].operands
-    slots = 0 if set(operands) == {"h"} else (Z, 2, len(operands), B, H)
-    zeros = torch.zeros(groups, dtype=torch.int32, device=like.device)
-    return Workspace(zeros, like.new_empty(slots))
 
 
 def cooperative_fwd(
@@ -341,21 +327,22 @@ def cooperative_fwd(
     gx: ``[D, T, B, G*H]``, of the first layer; weights: one entry for each layer and direction
     (Z of them); masks: dropout factors ``[T, B, H]`` between the layers, L - 1 or none; h_0, c_0,
     h_n, c_n: ``[Z, B, H]``; outs: ``[T, B, D*H]`` for each layer; gates ``[Z, T, B, S*H]`` and
-    cs ``[Z, T, B, H]``: None when nothing is saved; workspace: of ``workspace_for``, fresh for each
-    call. All contiguous.
+    cs ``[Z, T, B, H]``: None when nothing is saved; workspace: of ``exchange.workspace``, fresh for
+    each call. All contiguous.
     """
     tiles = plan.forward
     (T, B, _), H = outs[0].shape, h_0.shape[-1]
     D, L = gx.shape[0], len(outs)
-    with on_device(gx):
-        _cooperative_fwd_kernel[_grid(tiles, B, H, L * D)](
+
+    def launch(grid: tuple[int, int, int], first_tile: int) -> None:
+        _cooperative_fwd_kernel[grid](
             gx,
             # A pointer that the switches below leave unread is any tensor of that dtype.
             tuple(w.w_ih for w in weights),
             tuple(w.w_hh if w.b_ih is None else w.b_ih for w in weights),
             tuple(w.w_hh for w in weights),
             tuple(w.w_hh if w.b_hh is None else w.b_hh for w in weights),
-            _mask_of_each_layer(masks, gx, L),
+            mask_of_each_layer(masks, gx, L),
             h_0,
             h_0 if c_0 is None else c_0,
             aux,
@@ -368,12 +355,15 @@ def cooperative_fwd(
             workspace.counters,
             T,
             B,
+            first_tile,
             patience,
             **fwd_constants(
                 cell, plan, L, D, H, weights[0].b_hh is not None, bool(masks), gates is not None
             ),
-            **_options(tiles),
+            **cooperative_options(tiles),
         )
+
+    in_rounds(launch, tiles, gx, B, H, L * D)
 
 
 def cooperative_bwd(
@@ -404,14 +394,15 @@ def cooperative_bwd(
     tiles = plan.backward
     assert tiles is not None
     (T, B, _), (Z, _, H), L = outs[0].shape, h_0.shape, len(outs)
-    with on_device(gates):
-        _cooperative_bwd_kernel[_grid(tiles, B, H, Z)](
+
+    def launch(grid: tuple[int, int, int], first_tile: int) -> None:
+        _cooperative_bwd_kernel[grid](
             gates if d_out is None else d_out,
             d_h_n,
             d_h_n if d_c_n is None else d_c_n,
             tuple(w.w_ih for w in weights),
             tuple(w.w_hh for w in weights),
-            _mask_of_each_layer(masks, gates, L),
+            mask_of_each_layer(masks, gates, L),
             h_0,
             h_0 if c_0 is None else c_0,
             tuple(outs[z * L // Z] for z in range(Z)),
@@ -424,37 +415,17 @@ def cooperative_bwd(
             workspace.counters,
             T,
             B,
+            first_tile,
             patience,
             **bwd_constants(cell, plan, L, Z // L, H, d_out is not None, bool(masks)),
-            **_options(tiles),
+            **cooperative_options(tiles),
         )
 
-
-def _grid(tiles: Tiles, B: int, H: int, Z: int) -> tuple[int, int, int]:
-    return triton.cdiv(H, tiles.blocks[0][1]), triton.cdiv(B, tiles.block_b), Z
-
-
-def _options(tiles: Tiles) -> dict:
-    # Device assertions are compiled only under debug, which would also check every integer
-    # addition for overflow.
-    checked = {"debug": True, "sanitize_overflow": False}
-    return launch_options(tiles) | checked | {"launch_cooperative_grid": True}
-
-
-def _mask_of_each_layer(masks: Sequence[torch.Tensor], like: torch.Tensor, L: int) -> tuple:
-    """For layer l the factor of its input: none for the first, whose entry is never read."""
-    return (like, *masks) if masks else (like,) * L
+    in_rounds(launch, tiles, gates, B, H, Z)
 
 
 def fwd_constants(
-    cell: str,
-    plan: Plan,
-    L: int,
-    D: int,
-    H: int,
-    has_bias: bool,
-    has_mask: bool,
-    save: bool,
+    cell: str, plan: Plan, L: int, D: int, H: int, has_bias: bool, has_mask: bool, save: bool
 ) -> dict:
     """The compile-time arguments of the forward kernel; together with dtypes, one binary each."""
     return _constants(cell, plan.forward, L, D, H, has_mask) | {

@@ -23,8 +23,16 @@ A wait is bounded: after ``patience`` polls (about a microsecond each) it traps,
 "device-side assert triggered" with the message below instead of watching a hung GPU.
 """
 
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
 import triton
 import triton.language as tl
+
+from .plan import Tiles
+from .spec import SPECS
 
 
 @triton.jit
@@ -43,3 +51,23 @@ def wait(counter_ptr, target, patience):
         tl.device_assert(polls < patience, "fusedrnn: a program waited in vain for its partners")
         seen = tl.atomic_add(counter_ptr, 0, sem="acquire", scope="gpu")
         polls += 1
+
+
+class Workspace(NamedTuple):
+    """What the programs of one call share besides its results."""
+
+    counters: torch.Tensor  # [Z, cdiv(B, BLOCK_B)], int32
+    slots: torch.Tensor  # [Z, 2, P, B, H], or empty where h is all that is multiplied
+
+
+def workspace(cell: str, tiles: Tiles, like: torch.Tensor, Z: int, B: int, H: int) -> Workspace:
+    """A workspace for one call, of the dtype and on the device of ``like``.
+
+    From torch's caching allocator and on the current stream: calls on two streams never share one,
+    and in a CUDA graph the zeros are captured with the launch.
+    """
+    groups = Z, triton.cdiv(B, tiles.block_b)
+    operands = SPECS[cell].operands
+    slots = 0 if set(operands) == {"h"} else (Z, 2, len(operands), B, H)
+    zeros = torch.zeros(groups, dtype=torch.int32, device=like.device)
+    return Workspace(zeros, like.new_empty(slots))

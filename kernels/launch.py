@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
+import triton
 
-from .plan import Tiles
+from .plan import LaunchRefused, Tiles
 
 
 def launch_options(tiles: Tiles) -> dict:
@@ -23,3 +25,28 @@ def launch_options(tiles: Tiles) -> dict:
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+
+
+def in_rounds(launch: Callable, tiles: Tiles, like: torch.Tensor, B: int, H: int, Z: int) -> None:
+    """Launches as many batch tiles as the chip holds at once, until all are done."""
+    members, count = triton.cdiv(H, tiles.blocks[0][1]), triton.cdiv(B, tiles.block_b)
+    with on_device(like):
+        for first_tile in range(0, count, tiles.at_once):
+            try:
+                launch((members, min(tiles.at_once, count - first_tile), Z), first_tile)
+            except RuntimeError as error:
+                if "cooperative" in str(error).lower():  # cudaErrorCooperativeLaunchTooLarge
+                    raise LaunchRefused(str(error)) from error
+                raise
+
+
+def cooperative_options(tiles: Tiles) -> dict:
+    """Options for programs that wait for each other: all at once on the chip, or refused."""
+    # Device assertions need debug, which alone would check every integer sum for overflow too.
+    checked = {"debug": True, "sanitize_overflow": False}
+    return launch_options(tiles) | checked | {"launch_cooperative_grid": True}
+
+
+def mask_of_each_layer(masks: Sequence[torch.Tensor], like: torch.Tensor, L: int) -> tuple:
+    """For layer l the factor of its input: none for the first, whose entry is never read."""
+    return (like, *masks) if masks else (like,) * L

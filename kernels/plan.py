@@ -1,44 +1,53 @@
 """Which schedule and which tiles, as a pure function of the problem and the chip.
 
-Nothing here imports triton or touches a device: ``plan`` is a table with a model behind it, and
-the tests compile what it returns for every chip it knows. Everything below is *modelled*: no
-entry has been measured on a GPU yet.
+Nothing here imports triton or touches a device: ``plan`` is a table with a model behind it
+(``model.py``), and the tests compile what it returns for every chip it knows. Everything below is
+*modelled*: no entry has been measured on a GPU yet.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from functools import lru_cache
+from itertools import product
 from typing import NamedTuple
 
 import torch
 
-from .spec import SPECS
+from .model import Floors, floors_on_chip, floors_stepwise, kind_of
+from .spec import SPECS, CellSpec
 
 
 class NoPlan(Exception):  # noqa: N818, it is an answer and no error
     """No schedule takes the problem; the message is the reason, in one sentence."""
 
 
+class LaunchRefused(RuntimeError):  # noqa: N818, as above
+    """The device does not hold all programs of a cooperative launch at once; nothing has run."""
+
+
 class Chip(NamedTuple):
     """The limits of a GPU that a plan must respect."""
 
     name: str
+    arch: str
     sms: int
     shared_bytes: int  # the most one program may have
     warp_size: int = 32
+    concurrent: bool = True  # Triton's interpreter runs one program after the other
 
 
 CHIPS = {
-    "sm_80": Chip("sm_80", 108, 166_912),
-    "sm_90": Chip("sm_90", 132, 232_448),
-    "sm_100": Chip("sm_100", 148, 232_448),
-    "gfx942": Chip("gfx942", 304, 65_536, warp_size=64),
+    "sm_80": Chip("sm_80", "sm_80", 108, 166_912),
+    "sm_90": Chip("sm_90", "sm_90", 132, 232_448),
+    "sm_100": Chip("sm_100", "sm_100", 148, 232_448),
+    "gfx942": Chip("gfx942", "gfx942", 304, 65_536, warp_size=64),
 }
 
 
 class Problem(NamedTuple):
-    """What a plan depends on. T is missing on purpose: no binary depends on it."""
+    """What a plan depends on. T is missing on purpose: no binary and no choice depends on it."""
 
     cell: str
     input_size: int
@@ -48,6 +57,7 @@ class Problem(NamedTuple):
     dtype: torch.dtype
     precision: str
     needs_grad: bool
+    layers: int = 1
 
 
 @dataclass(frozen=True)
@@ -60,7 +70,10 @@ class Tiles:
     max_registers: int | None  # a thread's; None where the compiler has no such option
     input_precision: str
     shared_bytes: int  # estimate, an upper bound of the compiler's figure
-    k_chunks: tuple[tuple[int, int, int], ...] = ()  # cooperative: (start, pieces, piece's width)
+    # Of the cooperative schedule alone: how the sum over H is cut (start, pieces, columns of each),
+    # and how many batch tiles fit the chip at once.
+    k_chunks: tuple[tuple[int, int, int], ...] = ()
+    at_once: int = 1
 
     def describe(self) -> str:
         widths = "+".join(str(width) for _, width in self.blocks)
@@ -69,12 +82,22 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Plan:
-    """A schedule and its tiles; ``i_blocks`` is empty when a library GEMM projects the input."""
+    """One launch, or in schedule stepwise T of them, forward and backward.
+
+    ``i_blocks`` is empty when a library GEMM projects the input; ``layers`` are run by one launch.
+    """
 
     schedule: str
     forward: Tiles
     backward: Tiles | None
     i_blocks: tuple[tuple[int, int], ...]
+    layers: int = 1
+    floors: tuple[Floors, ...] = ()  # of a step forward and, if planned, backward
+
+    @property
+    def step(self) -> float:
+        """Microseconds of one step at least, forward and backward, modelled."""
+        return sum(floors.step for floors in self.floors)
 
     def describe(self) -> str:
         parts = [f"forward {self.forward.describe()}"]
@@ -83,6 +106,10 @@ class Plan:
         parts.append(
             "input projected in the kernel" if self.i_blocks else "input projected by GEMM"
         )
+        if self.layers > 1:
+            parts.append(f"{self.layers} layers as a wavefront")
+        names = ("forward at least", "backward at least")
+        parts += [f"{n} {floors}" for n, floors in zip(names, self.floors, strict=False)]
         return f"{self.schedule}: " + "; ".join(parts) + " (modelled, not measured)"
 
 
@@ -111,27 +138,95 @@ LARGEST_H = {
     "tf32x3": {4: 64, 3: 64, 1: 128},
     "ieee": {4: 64, 3: 64, 1: 128},
 }
+#: The largest slice of one program in schedule cooperative, by number of gates: units, and units
+#: times H with 16 rows and with 32. Beyond it a kernel spills by one Triton or the other.
+LARGEST_SLICE = {
+    "16-bit": {4: (32, 16384, 4096), 3: (32, 32768, 4096), 1: (64, 65536, 8192)},
+    "tf32": {4: (16, 8192, 2048), 3: (32, 8192, 2048), 1: (64, 32768, 4096)},
+    "tf32x3": {4: (8, 2048, 0), 3: (8, 4096, 0), 1: (64, 16384, 0)},
+}
 #: gfx942 has 64 KiB of shared memory a program, and its waves spill above this.
 LARGEST_H_GFX = {"16-bit": 64, "ieee": 32}
 
 
 @lru_cache(maxsize=4096)
-def plan(problem: Problem, chip: Chip) -> Plan:
-    """Chooses schedule and tiles.
+def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
+    """The launches of a stack of ``problem.layers`` layers, from the first layer up.
+
+    Each layer by itself, or as many as the chip holds as a wavefront: what the model finds faster.
 
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
+    above = problem._replace(input_size=problem.directions * problem.hidden_size, layers=1)
+    first = plan(problem._replace(layers=1), chip)
+    best = (first, *(plan(above, chip) for _ in range(problem.layers - 1)))
+    if problem.layers > 1 and problem.directions == 1:
+        waves = _wavefront(problem, chip)
+        if waves and sum(p.step for p in waves) < sum(p.step for p in best):
+            best = waves
+    return best
+
+
+@lru_cache(maxsize=4096)
+def plan(problem: Problem, chip: Chip) -> Plan:
+    """The schedule and tiles of one layer: resident, else cooperative, else stepwise.
+
+    Raises:
+        NoPlan: no schedule takes the problem; the message is the reason.
+    """
+    refused = []
+    for schedule in (resident, cooperative):
+        try:
+            return schedule(problem, chip)
+        except NoPlan as reason:
+            refused.append(reason)
+    try:
+        return stepwise(problem, chip)
+    except NoPlan as reason:
+        raise NoPlan("; ".join(map(str, [*refused, reason]))) from None
+
+
+def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
+    """All layers in groups as large as the chip holds, or None."""
+    waves: list[Plan] = []
+    rest = problem.layers
+    while rest:
+        for layers in range(rest, 0, -1):
+            try:
+                waves.append(cooperative(problem._replace(layers=layers), chip))
+            except NoPlan:
+                continue
+            break
+        else:
+            return None
+        rest -= waves[-1].layers
+    return tuple(waves)
+
+
+def _spec_of(problem: Problem) -> CellSpec:
     spec = SPECS.get(problem.cell)
     if spec is None:
         raise NoPlan(f"no kernel knows the cell {problem.cell!r}; known are {', '.join(SPECS)}")
+    return spec
+
+
+def _need_dots(problem: Problem) -> None:
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise NoPlan(f"the kernels compute in float32, float16 or bfloat16, not {problem.dtype}")
+        raise NoPlan(
+            f"products in the kernels are of float32, float16 or bfloat16, not {problem.dtype}"
+        )
+
+
+@lru_cache(maxsize=4096)
+def resident(problem: Problem, chip: Chip) -> Plan:
+    """Tiles for the schedule *resident*, or NoPlan."""
+    spec = _spec_of(problem)
+    _need_dots(problem)
     amd = chip.warp_size == 64
     wide = problem.dtype == torch.float32
-    # MIOpen has no tf32, and 16-bit operands are multiplied exactly whatever the switch says.
-    precision = problem.precision if wide and not amd else "ieee"
-    kind = precision if wide else "16-bit"
+    kind = kind_of(problem, chip)
+    precision = kind if wide else "ieee"  # 16-bit operands are multiplied exactly
     largest = LARGEST_H_GFX[kind] if amd else LARGEST_H[kind][spec.gates]
     H = problem.hidden_size
     if largest < H:
@@ -172,7 +267,121 @@ def plan(problem: Problem, chip: Chip) -> Plan:
             f"schedule resident needs {forward.shared_bytes:,} bytes of shared memory for "
             f"{problem.cell} in {kind} at H={H}; {chip.name} has {chip.shared_bytes:,}"
         )
-    return Plan("resident", forward, backward if problem.needs_grad else None, i_blocks)
+    return _with_floors(Plan("resident", forward, backward, i_blocks), problem, chip)
+
+
+@lru_cache(maxsize=4096)
+def cooperative(problem: Problem, chip: Chip) -> Plan:
+    """Tiles for the schedule *cooperative*, or NoPlan: of those that fit, the fastest by model."""
+    spec = _spec_of(problem)
+    _need_dots(problem)
+    if spec.rowwise:
+        raise NoPlan(f"schedule cooperative cuts a row of H, over which {problem.cell} reduces")
+    kind = kind_of(problem, chip)
+    if kind == "ieee":
+        raise NoPlan(
+            "schedule cooperative has no tiles for fp32 in ieee, which tensor cores do not multiply"
+        )
+    if problem.layers > 1 and problem.directions > 1:
+        raise NoPlan("a wavefront has one direction; the other needs the whole layer below")
+    best = []
+    for direction in ("forward", "backward"):
+        fitting = list(_cooperative_tiles(problem, chip, direction))
+        if not fitting:
+            raise NoPlan(
+                f"schedule cooperative found no slices of W_hh that {chip.name} holds on its "
+                f"{chip.sms} SMs for {problem.cell} in {kind} at H={problem.hidden_size}"
+            )
+        best.append(min(fitting)[-1])
+    return _with_floors(Plan("cooperative", best[0], best[1], (), problem.layers), problem, chip)
+
+
+def _cooperative_tiles(
+    problem: Problem, chip: Chip, direction: str
+) -> Iterator[tuple[float, int, int, Tiles]]:
+    """Everything that fits: the modelled time of all rounds, for ties the size, and the tiles."""
+    H, kind = problem.hidden_size, kind_of(problem, chip)
+    chunks = k_chunks(H, kind)
+    columns = sum(pieces * width for _, pieces, width in chunks)
+    for units, rows in product((8, 16, 32, 64, 128), (16, 32)):
+        members = -(-H // units)
+        groups = members * problem.directions * problem.layers
+        shared = _slice_bytes(problem, kind, units, rows, columns)
+        if (
+            groups > chip.sms
+            or (members > 1 and not chip.concurrent)
+            or shared > chip.shared_bytes
+            or not _holds_in_registers(problem, kind, units, rows, columns)
+        ):
+            continue
+        batch_tiles = -(-problem.batch // rows)
+        at_once = min(batch_tiles, chip.sms // groups)
+        # Left to itself ptxas stops at 128 registers in some kernels and spills 8 bytes; told that
+        # it may have 255 it spills in others, the largest ones.
+        gates = SPECS[problem.cell].gates
+        large = kind == "tf32x3" or (gates == 4 and columns > 768)
+        large |= kind == "tf32" and gates > 1 and units * columns >= 8192
+        registers = None if large else 255
+        tiles = Tiles(
+            rows,
+            ((0, units),),
+            8,
+            None if chip.warp_size == 64 else registers,
+            kind if problem.dtype == torch.float32 else "ieee",
+            shared,
+            chunks,
+            max(at_once, 1),
+        )
+        floors = floors_on_chip(problem, chip, tiles, problem.layers, direction)
+        rounds = -(-batch_tiles // max(at_once, 1))
+        yield floors.step * rounds, rows, units, tiles
+
+
+def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
+    """Cuts H columns into chunks of equally many pieces: (start, pieces, columns of a piece).
+
+    8 pieces, one for each warp, or 4 where that saves much padding; a piece is at most 8 mma
+    instructions deep. With fewer pieces several warps would compute the same.
+
+    >>> k_chunks(1024, "16-bit")
+    ((0, 8, 128),)
+    >>> k_chunks(192, "16-bit")
+    ((0, 4, 32), (128, 4, 16))
+    """
+    pieces = 8 if -H % 128 == -H % 64 or 4 * (-H % 128) <= H else 4
+    deepest = 128 if kind == "16-bit" else 64
+    blocks = blocks_of(H, least=16 * pieces, most=deepest * pieces)
+    return tuple((start, pieces, width // pieces) for start, width in blocks)
+
+
+def stepwise(problem: Problem, chip: Chip) -> Plan:
+    """Tiles for the schedule *stepwise*, or NoPlan."""
+    spec = _spec_of(problem)
+    if problem.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
+        raise NoPlan(f"no schedule computes in {problem.dtype}")
+    if spec.rowwise:
+        raise NoPlan(f"schedule stepwise cuts a row of H, over which {problem.cell} reduces")
+    tiles = stepwise_tiles(problem.hidden_size)
+    return _with_floors(Plan("stepwise", tiles, tiles, ()), problem, chip)
+
+
+def stepwise_tiles(H: int) -> Tiles:
+    """512 elements, of rows as long as a cache line where H is."""
+    width = min(64, 1 << (H - 1).bit_length())
+    return Tiles(512 // width, ((0, width),), 4, None, "ieee", 0)
+
+
+def _with_floors(plan: Plan, problem: Problem, chip: Chip) -> Plan:
+    """The plan with its modelled times, and without backward where none is needed."""
+    sides = [("forward", plan.forward), ("backward", plan.backward)][: 1 + problem.needs_grad]
+    floors = []
+    for direction, tiles in sides:
+        if plan.schedule == "stepwise" or tiles is None:
+            floors.append(floors_stepwise(problem, chip, direction))
+        else:
+            floors.append(floors_on_chip(problem, chip, tiles, plan.layers, direction))
+    backward = plan.backward if problem.needs_grad else None
+    return replace(plan, backward=backward, floors=tuple(floors))
 
 
 def _projects_in_kernel(input_size: int, padded: int, kind: str) -> bool:
@@ -193,14 +402,54 @@ def _shared_bytes(
     return (weights + operands) * (2 if precision == "tf32x3" else 1)
 
 
-@lru_cache
+def _slice_bytes(problem: Problem, kind: str, units: int, rows: int, columns: int) -> int:
+    """An upper bound: the slice of W_hh (and W_ih above the first layer), and an operand."""
+    gates, itemsize = SPECS[problem.cell].gates, problem.dtype.itemsize
+    weights = gates * units * columns * itemsize * (2 if problem.layers > 1 else 1)
+    # Triton 3.6 sums the warps' pieces through shared memory: 8 of each gate's tile.
+    operand = max(rows * columns * itemsize, gates * 8 * rows * units * 4)
+    return (weights + operand) * (2 if kind == "tf32x3" else 1)
+
+
+def _holds_in_registers(problem: Problem, kind: str, units: int, rows: int, columns: int) -> bool:
+    most, few_rows, many_rows = LARGEST_SLICE[kind][SPECS[problem.cell].gates]
+    room = few_rows if rows == 16 else many_rows
+    if problem.layers > 1:  # a second matrix
+        room //= 2 if kind == "16-bit" else 4
+    return units <= most and units * columns <= room
+
+
+_REFUSING: set[torch.device] = set()
+
+
+def refuse_cooperation(device: torch.device) -> None:
+    """From now on no plan for this device lets one program wait for another.
+
+    Another process may own a share of the SMs (MPS, green contexts).
+    """
+    _REFUSING.add(device)
+
+
 def chip_of(device: torch.device) -> Chip:
+    """The chip behind a device, as far as this process may use it."""
+    chip = _chip_of(device)
+    return chip._replace(concurrent=False) if device in _REFUSING else chip
+
+
+@lru_cache
+def _chip_of(device: torch.device) -> Chip:
     """The chip behind a device; for the CPU, where the interpreter runs, the limits of sm_90."""
     if device.type != "cuda":
-        return CHIPS["sm_90"]
+        return CHIPS["sm_90"]._replace(name="the interpreter", concurrent=False)
     properties = torch.cuda.get_device_properties(device)
     shared = (
         getattr(properties, "shared_memory_per_block_optin", 0)
         or properties.shared_memory_per_block
     )
-    return Chip(properties.name, properties.multi_processor_count, shared, properties.warp_size)
+    if properties.warp_size == 64:
+        arch = properties.gcnArchName.partition(":")[0]
+    else:
+        arch = f"sm_{properties.major}{properties.minor}"
+    return Chip(
+        properties.name, arch, properties.multi_processor_count, shared, properties.warp_size
+    )

@@ -1,9 +1,10 @@
 """Products of which every program holds a slice: whole rows of H columns times BLOCK_H units.
 
 The sum over H is cut into *chunks* ``K_CHUNKS = ((start, KS, KC), ...)`` of KS pieces with KC
-columns each. A chunk is one batched product ``[KS, BLOCK_B, KC] x [KS, KC, BLOCK_H]``: KS short
-chains of dependent mma instructions on as many warps instead of one long chain, and every warp
-reads its own piece of the operand only. The pieces are added at the end, always in one order.
+columns each; KS is the same for all. A chunk is one batched product
+``[KS, BLOCK_B, KC] x [KS, KC, BLOCK_H]``: KS short chains of dependent mma instructions (24 cycles
+each) on as many warps instead of one long chain, and every warp reads its own pieces of the operand
+only. What the warps have is added at the end, once for each tile and always in one order.
 """
 
 import triton
@@ -63,7 +64,9 @@ def load_operand(row_ptrs, mask_row, H: tl.constexpr, K_CHUNKS: tl.constexpr):
     u = ()
     for n in tl.static_range(len(K_CHUNKS)):
         k = chunk_columns(K_CHUNKS, n)[:, None, :]
-        mask = mask_row[None, :, None] & (k < H)
+        mask = mask_row[None, :, None]
+        if K_CHUNKS[n][0] + K_CHUNKS[n][1] * K_CHUNKS[n][2] > H:
+            mask = mask & (k < H)
         u = u + (tl.load(row_ptrs[None, :, None] + k, mask, other=0.0, cache_modifier=".cg"),)
     return u
 
@@ -79,11 +82,11 @@ def piece_products(u, w, INPUT_PRECISION: tl.constexpr):
 
 @triton.jit
 def sum_pieces(pieces):
-    """The sum over chunks and pieces, ``[BLOCK_B, BLOCK_H]``: one exchange between warps each."""
-    total = tl.sum(pieces[0], 0)
+    """The sum over chunks and pieces, ``[BLOCK_B, BLOCK_H]``."""
+    total = pieces[0]
     for n in tl.static_range(1, len(pieces)):
-        total = total + tl.sum(pieces[n], 0)
-    return total
+        total = total + pieces[n]
+    return tl.sum(total, 0)
 
 
 @triton.jit

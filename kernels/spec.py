@@ -7,7 +7,9 @@ The equations stand in ``cells.py`` (Triton) and, written independently, in
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import NamedTuple
 
 import torch
@@ -28,6 +30,8 @@ class CellSpec:
             stored ``dgates``. Tiles 0..G-1 are gradients of the input pre-activations.
         recurrent: for each gate the tile that is the gradient of its recurrent pre-activation.
         operands: for each phase the name of the left operand of its product ("h" or "r*h").
+        specials: exponentials and reciprocals of one unit in one step, forward and backward: 2 for
+            each sigmoid or tanh. For the model only.
         rowwise: whether the cell reduces over a row of H (a normalisation), so that one program
             must hold all of it.
     """
@@ -39,6 +43,7 @@ class CellSpec:
     grads: tuple[tuple[int, ...], ...]
     recurrent: tuple[int, ...]
     operands: tuple[str, ...] = ("h",)
+    specials: tuple[int, int] = (0, 0)
     rowwise: bool = False
 
     @property
@@ -49,15 +54,15 @@ class CellSpec:
 
 SPECS = {
     # i, f, g, o are saved activated.
-    "lstm": CellSpec(4, 2, 4, ((0, 1, 2, 3),), ((0, 1, 2, 3),), (0, 1, 2, 3)),
+    "lstm": CellSpec(4, 2, 4, ((0, 1, 2, 3),), ((0, 1, 2, 3),), (0, 1, 2, 3), specials=(10, 2)),
     # r, z, n and W_hn h + b_hn; d of the latter is tile 3, since it is r times d of n's input part.
-    "gru": CellSpec(3, 1, 4, ((0, 1, 2),), ((0, 1, 2, 3),), (0, 1, 3)),
+    "gru": CellSpec(3, 1, 4, ((0, 1, 2),), ((0, 1, 2, 3),), (0, 1, 3), specials=(6, 0)),
     # r, z, n; the product for n needs r * h, hence a second phase.
     "gru_reset_before": CellSpec(
-        3, 1, 3, ((0, 1), (2,)), ((0, 1), (2,)), (0, 1, 2), operands=("h", "r*h")
+        3, 1, 3, ((0, 1), (2,)), ((0, 1), (2,)), (0, 1, 2), ("h", "r*h"), specials=(8, 0)
     ),
     # h alone tells the derivative of both non-linearities.
-    "rnn_tanh": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,)),
+    "rnn_tanh": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,), specials=(2, 0)),
     "rnn_relu": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,)),
 }
 
@@ -69,3 +74,10 @@ class Weights(NamedTuple):
     w_hh: torch.Tensor
     b_ih: torch.Tensor | None
     b_hh: torch.Tensor | None
+
+
+def runs_of(gates: Sequence[int], tiles: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Cuts gates into runs whose tiles are neighbours: (first gate, first tile, how many)."""
+    for _, run in groupby(gates, lambda gate: tiles[gate] - gate):
+        first, *more = run
+        yield first, tiles[first], 1 + len(more)

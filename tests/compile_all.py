@@ -16,9 +16,9 @@ import threading
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-from compiling import Job, every_job
+from compiling import Job, every_job, plan_of
 
-from fusedrnn.kernels.plan import CHIPS, plan
+from fusedrnn.kernels.plan import CHIPS
 
 HERE = Path(__file__).parent
 
@@ -44,7 +44,7 @@ def compile_jobs(jobs: Sequence[Job], triton_dir: str | None = None) -> list[dic
 
 def faults(job: Job, usage: dict) -> list[str]:
     """What is wrong with a binary, in words."""
-    chosen, chip = plan(job.problem, CHIPS[job.chip]), CHIPS[job.chip]
+    chosen, chip = plan_of(job.problem, CHIPS[job.chip]), CHIPS[job.chip]
     tiles = chosen.forward if job.direction == "forward" else chosen.backward
     found = []
     if usage["spills"]:
@@ -53,6 +53,10 @@ def faults(job: Job, usage: dict) -> list[str]:
         found.append(f"{usage['shared']} bytes shared, {tiles.shared_bytes} estimated")
     if usage["narrow"]:
         found.append(f"{usage['narrow']} row offsets of 32 bits")
+    if usage.get("early"):
+        found.append(f"{usage['early']} loads of exchanged data before the wait")
+    if usage.get("scalar"):
+        found.append(f"{usage['scalar']} loads of exchanged data element by element")
     on_fma_units = job.chip != "gfx942" and job.problem.precision == "ieee"
     if not usage["mma"] and not (on_fma_units and job.problem.dtype.itemsize == 4):
         found.append("no tensor-core instruction")
@@ -60,20 +64,24 @@ def faults(job: Job, usage: dict) -> list[str]:
 
 
 def row(job: Job, usage: dict) -> dict:
-    chosen = plan(job.problem, CHIPS[job.chip])
+    chosen = plan_of(job.problem, CHIPS[job.chip])
     tiles = chosen.forward if job.direction == "forward" else chosen.backward
     return {
         "triton": usage["triton"],
         "chip": job.chip,
+        "schedule": chosen.schedule,
         "cell": job.problem.cell,
         "dtype": str(job.problem.dtype).removeprefix("torch."),
         "precision": tiles.input_precision,
-        "H": "+".join(str(width) for _, width in tiles.blocks),
+        "H": job.problem.hidden_size if tiles.k_chunks else "",
+        "units": "+".join(str(width) for _, width in tiles.blocks),
         "I": "+".join(str(width) for _, width in chosen.i_blocks) or "GEMM",
-        "direction": job.direction,
+        "directions": job.problem.directions,
+        "layers": chosen.layers,
+        "kernel": job.direction,
         "rows": tiles.block_b,
         "warps": tiles.num_warps,
-        **{key: usage[key] for key in ("registers", "spills", "shared", "mma")},
+        **{key: usage[key] for key in ("registers", "spills", "shared", "mma", "step")},
         "faults": "; ".join(faults(job, usage)),
     }
 

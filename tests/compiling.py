@@ -12,6 +12,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import NamedTuple
@@ -21,7 +22,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedrnn.kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem, plan
+from fusedrnn.kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem, cooperative, plan
 from fusedrnn.kernels.spec import SPECS
 
 TARGETS = {
@@ -51,67 +52,139 @@ class Job(NamedTuple):
         return cls(direction, problem._replace(dtype=getattr(torch, problem.dtype)), chip)
 
 
-def every_plan(chip: Chip) -> Iterator[tuple[Problem, Plan]]:
-    """One problem for each different plan, over cells, H, precision, rows per program and I.
+#: Beyond these the plan is the same but for H, which no rule of it treats specially.
+COOPERATIVE_H = (192, 256, 512, 1024, 2048)
+#: Directions and layers of one launch; both of them double what a chip must hold.
+COOPERATIVE_STACKS = ((1, 1), (2, 1), (1, 2))
 
-    All with two directions, whose binaries hold all of one direction's and a pointer select, and
-    in bf16, which differs from fp16 in the name of an instruction.
+
+def plan_of(problem: Problem, chip: Chip) -> Plan:
+    """The plan of one launch of all the problem's layers."""
+    return cooperative(problem, chip) if problem.layers > 1 else plan(problem, chip)
+
+
+def _problems(chip: Chip) -> Iterator[Problem]:
+    """Every cell, H, precision, rows per program and I, beside which plans do not differ.
+
+    In bf16, which differs from fp16 in the name of an instruction. Resident with two directions,
+    whose binaries hold all of one direction's and a pointer select.
     """
     kinds = [(torch.bfloat16, "ieee")]
     kinds += [(torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")]
-    seen = set()
     for cell, (dtype, precision) in product(SPECS, kinds):
         for H, I, batch in product(range(16, 257, 16), (65, 1, 64), (8, 8 * chip.sms + 1)):
             problem = Problem(cell, I, H, batch, 2, dtype, precision, True)
-            try:
-                chosen = plan(problem, chip)
-            except NoPlan:
-                continue
-            key = cell, dtype, chosen
-            if key not in seen:
-                seen.add(key)
-                yield problem, chosen
+            if plan(problem, chip).schedule == "resident":
+                yield problem
+        for H, batch, (D, L) in product(COOPERATIVE_H, (16, 128), COOPERATIVE_STACKS):
+            # The other cells differ from these in a few lines: one size is enough.
+            if H == 256 or (cell in ("lstm", "gru", "rnn_tanh") and (D, L) == (1, 1)):
+                yield Problem(cell, H, H, batch, D, dtype, precision, True, L)
+
+
+def every_plan(chip: Chip) -> Iterator[tuple[Problem, Plan]]:
+    """One problem for each different plan whose products are in the kernels."""
+    seen = set()
+    for problem in _problems(chip):
+        try:
+            chosen = plan_of(problem, chip)
+        except NoPlan:
+            continue
+        key = problem.cell, problem.dtype, _tilings(problem, chosen), chosen.i_blocks
+        if chosen.schedule != "stepwise" and key not in seen:
+            seen.add(key)
+            yield problem, chosen
+
+
+def _tilings(problem: Problem, chosen: Plan) -> tuple:
+    """What of a plan makes a binary: not how many tiles run at once, nor how long it takes."""
+    tiles = (chosen.forward, chosen.backward)
+    size = (problem.hidden_size, problem.directions) if chosen.forward.k_chunks else ()
+    return *(t and replace(t, at_once=1) for t in tiles), chosen.layers, size
 
 
 def every_job(chip: str) -> Iterator[Job]:
-    """Both kernels of every plan; of the backward, which knows no I, one for each tiling."""
+    """Both kernels of every plan; of each one for every tiling (backward knows no I)."""
     seen = set()
     for problem, chosen in every_plan(CHIPS[chip]):
-        yield Job("forward", problem, chip)
-        key = problem.cell, problem.dtype, chosen.backward
-        if key not in seen:
-            seen.add(key)
-            yield Job("backward", problem, chip)
+        forward, backward, *rest = _tilings(problem, chosen)
+        for direction, tiles, more in (
+            ("forward", forward, (*rest, chosen.i_blocks)),
+            ("backward", backward, rest),
+        ):
+            key = direction, problem.cell, problem.dtype, tiles, tuple(more)
+            if key not in seen:
+                seen.add(key)
+                yield Job(direction, problem, chip)
 
 
-def compile_kernel(resident, job: Job) -> dict:
+def compile_kernel(job: Job) -> dict:
     """Compiles one kernel; returns its shared bytes, registers, spilled bytes and mma count."""
-    problem, chosen = job.problem, plan(job.problem, CHIPS[job.chip])
-    cell, I, H, D = problem.cell, problem.input_size, problem.hidden_size, problem.directions
-    if job.direction == "forward":
-        kernel, tiles = resident._resident_fwd_kernel, chosen.forward
-        constants = resident.fwd_constants(cell, chosen, D, I, H, True, problem.needs_grad)
-    else:
-        kernel, tiles = resident._resident_bwd_kernel, chosen.backward
-        constants = resident.bwd_constants(cell, chosen, D, H, True)
+    problem, chosen = job.problem, plan_of(job.problem, CHIPS[job.chip])
+    kernel, tiles, constants, options = _kernel_of(problem, chosen, job.direction == "forward")
     constants["aux_ptr"] = None
     signature, attributes = {}, {}
+    aligned = [["tt.divisibility", 16]]  # as torch's allocations are
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
+        elif name == "counters_ptr":
+            signature[name] = "*i32"
+        elif name.endswith("_ptrs"):
+            count = problem.directions * chosen.layers
+            signature[name] = (POINTERS[problem.dtype],) * count
+            attributes.update({(index, each): aligned for each in range(count)})
         elif name.endswith("_ptr"):
             signature[name] = POINTERS[problem.dtype]
-            attributes[(index,)] = [["tt.divisibility", 16]]  # as torch's allocations are
+            attributes[(index,)] = aligned
         else:
             signature[name] = "i32"
     source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(
-        source, target=TARGETS[job.chip], options=resident.launch_options(tiles)
-    )
-    usage = {"shared": binary.metadata.shared, "narrow": _narrow_rows(binary, tiles.block_b)}
-    if job.chip.startswith("gfx"):
-        return usage | _amd_usage(binary.asm["amdgcn"])
-    return usage | _nvidia_usage(binary)
+    binary = triton.compile(source, target=TARGETS[job.chip], options=options)
+    usage = {
+        "shared": binary.metadata.shared,
+        "narrow": _narrow_rows(binary, tiles.block_b),
+    }
+    nvidia = not job.chip.startswith("gfx")
+    if chosen.schedule == "cooperative":
+        usage |= _exchanged_loads(binary, problem.hidden_size, nvidia)
+    return usage | (_nvidia_usage(binary) if nvidia else _amd_usage(binary.asm["amdgcn"]))
+
+
+def _kernel_of(problem: Problem, chosen: Plan, forward: bool):
+    """The kernel of a plan, its tiles, constants and launch options."""
+    from fusedrnn.kernels import cooperative as together
+    from fusedrnn.kernels import launch, resident
+
+    cell, I, H, D = problem.cell, problem.input_size, problem.hidden_size, problem.directions
+    tiles, L = chosen.forward if forward else chosen.backward, chosen.layers
+    if chosen.schedule == "cooperative":
+        options, mask = launch.cooperative_options(tiles), L > 1
+        if forward:
+            constants = together.fwd_constants(cell, chosen, L, D, H, True, mask, True)
+            return together._cooperative_fwd_kernel, tiles, constants, options
+        constants = together.bwd_constants(cell, chosen, L, D, H, True, mask)
+        return together._cooperative_bwd_kernel, tiles, constants, options
+    options = launch.launch_options(tiles)
+    if forward:
+        constants = resident.fwd_constants(cell, chosen, D, I, H, True, problem.needs_grad)
+        return resident._resident_fwd_kernel, tiles, constants, options
+    constants = resident.bwd_constants(cell, chosen, D, H, True)
+    return resident._resident_bwd_kernel, tiles, constants, options
+
+
+def _exchanged_loads(binary, H: int, nvidia: bool) -> dict:
+    """How loads of what other programs wrote came out: only these go past L1 (``cg``).
+
+    early: how many the compiler moved before the first wait (an acquiring poll); scalar: how many
+    take one element at a time though rows are aligned, which costs an operand 8 times the loads.
+    """
+    ir = binary.asm["ttgir"]
+    loads = [match.start() for match in re.finditer(r"tt\.load [^\n]*\bcg\b", ir)]
+    assert loads, "no load of exchanged data is left"
+    early = sum(start < ir.index("acquire") for start in loads)
+    scalar = re.findall(r"ld\.global\.cg\.b\d+", binary.asm["ptx"]) if nvidia else []
+    return {"early": early, "scalar": 0 if H % 16 else len(scalar)}
 
 
 def _narrow_rows(binary, block_b: int) -> int:
@@ -127,23 +200,40 @@ def _narrow_rows(binary, block_b: int) -> int:
 
 
 def _nvidia_usage(binary) -> dict:
-    cuobjdump = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / "cuobjdump"
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(binary.asm["cubin"])
         file.flush()
-        usage = subprocess.run(
-            [cuobjdump, "-res-usage", file.name],
-            check=True,
-            capture_output=True,
-            text=True,
-        ).stdout
+        usage = _run_tool("cuobjdump", "-res-usage", file.name)
+        sass = _run_tool("nvdisasm", "-c", file.name)
     found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
     ptx = binary.asm["ptx"]
     return {
         "registers": found["REG"],
         "spills": found["STACK"] + found["LOCAL"],
         "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
+        "step": _longest_loop(sass),
     }
+
+
+def _run_tool(name: str, *arguments: str) -> str:
+    """Runs a program that Triton brings along."""
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def _longest_loop(sass: str) -> int:
+    """Instructions from the target of the farthest backward branch to it: the loop over T."""
+    labels: dict[str, int] = {}
+    count = longest = 0
+    for line in sass.splitlines():
+        if label := re.match(r"\s*(\.L_x_\d+):", line):
+            labels[label[1]] = count
+        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
+            count += 1
+            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
+            if target and target[1] in labels:
+                longest = max(longest, count - labels[target[1]])
+    return longest
 
 
 def _amd_usage(asm: str) -> dict:
@@ -154,16 +244,15 @@ def _amd_usage(asm: str) -> dict:
         "registers": figure("vgpr_count"),
         "spills": figure("vgpr_spill_count"),
         "mma": len(re.findall(r"\bv_mfma_", asm)),
+        "step": 0,  # not counted
     }
 
 
 def main() -> None:
     """Reads jobs and answers each with what its binary needs, one JSON object a line."""
-    from fusedrnn.kernels import resident
-
     for line in sys.stdin:
         job = Job.from_json(line)
-        usage = compile_kernel(resident, job)
+        usage = compile_kernel(job)
         sys.stdout.write(json.dumps({"triton": triton.__version__, **usage}) + "\n")
 
 

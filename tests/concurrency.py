@@ -35,7 +35,12 @@ def shared(tree: Any) -> Any:
 
 
 def run_concurrently(
-    launches: Sequence[Callable[[], None]], programs: int, *, delay: float = 0.0, seed: int = 0
+    launches: Sequence[Callable[[], None]],
+    programs: int,
+    *,
+    delay: float = 0.0,
+    seed: int = 0,
+    slow: int | None = None,
 ) -> list[str]:
     """Makes all calls at once, each in ``programs`` processes that run one program of its grids.
 
@@ -44,6 +49,7 @@ def run_concurrently(
         programs: how many programs each grid has.
         delay: the longest random pause before each store and each atomic, in seconds.
         seed: of the pauses.
+        slow: the one program that pauses, always as long as ``delay``; by default all do.
 
     Returns:
         what each failed program raised; empty if all came to their end.
@@ -51,7 +57,7 @@ def run_concurrently(
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()
     processes = [
-        context.Process(target=_run_one, args=(launch, n, programs, delay, seed, failures))
+        context.Process(target=_run_one, args=(launch, n, programs, delay, seed, slow, failures))
         for launch in launches
         for n in range(programs)
     ]
@@ -66,13 +72,16 @@ def run_concurrently(
     return found + [f"{crashed} processes crashed"] * bool(crashed)
 
 
-def _run_one(launch, number: int, programs: int, delay: float, seed: int, failures) -> None:
+def _run_one(launch, number, programs, delay, seed, slow, failures) -> None:
     torch.set_num_threads(1)
     # Otherwise device_assert is left out, as on a GPU without debug.
     builder.options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     _run_program(number, programs)
-    if delay:
-        _pause_before_memory(random.Random(1000 * seed + number), delay)
+    source = random.Random(1000 * seed + number)
+    if slow is None and delay:
+        _pause_before_memory(lambda: source.random() * delay)
+    elif slow == number:
+        _pause_before_memory(lambda: delay)
     try:
         launch()
     except BaseException:  # handed to the parent, which fails the test
@@ -97,12 +106,12 @@ def _run_program(number: int, programs: int) -> None:
     interpreter.GridExecutor.__call__ = run_one_of_grid
 
 
-def _pause_before_memory(source: random.Random, longest: float) -> None:
+def _pause_before_memory(seconds: Callable[[], float]) -> None:
     for name in ("create_masked_store", "create_store", "create_atomic_rmw"):
         original = getattr(builder, name)
 
         def slowly(*args, _original=original, **kwargs):
-            time.sleep(source.random() * longest)
+            time.sleep(seconds())
             return _original(*args, **kwargs)
 
         setattr(builder, name, slowly)

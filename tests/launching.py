@@ -12,7 +12,9 @@ import triton
 from models import Op, make_inputs, torch_module
 from triton.backends.compiler import GPUTarget
 
-from fusedrnn.kernels import resident
+from fusedrnn import stack
+from fusedrnn.kernels import cooperative, resident, stepwise
+from fusedrnn.kernels.plan import CHIPS
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.testing import Case, run_module
 
@@ -30,27 +32,35 @@ class Driver:
         return 0
 
 
+def run_case(cell: str, case: Case, bias: bool, stacked: dict) -> None:
+    dtype = torch.float16 if case.H > 64 else torch.float32
+    module = torch_module(cell, case.I, case.H, bias=bias, **stacked).to(dtype)
+    directions, layers = 1 + module.bidirectional, module.num_layers
+    inputs = make_inputs(cell, case, layers=layers, directions=directions, dtype=dtype)
+    run_module(Op(module, cell, "triton"), *inputs)
+
+
 def main() -> None:
     triton.runtime.driver.set_active(Driver())
     compiled: list = []
 
-    def stop_before_launch(kernel):
-        run = kernel.run
-        kernel.run = lambda *args, **kwargs: compiled.append(
-            run(*args, **{**kwargs, "warmup": True})
-        )
-
-    stop_before_launch(resident._resident_fwd_kernel)
-    stop_before_launch(resident._resident_bwd_kernel)
+    for module in (resident, cooperative, stepwise):
+        for direction in ("fwd", "bwd"):
+            kernel = getattr(module, f"_{module.__name__.rpartition('.')[2]}_{direction}_kernel")
+            kernel.run = lambda *args, run=kernel.run, **kwargs: compiled.append(
+                run(*args, **{**kwargs, "warmup": True})
+            )
+    stack.chip_of = lambda device: CHIPS["sm_90"]
     for cell in SPECS:
-        for case, bias, bidirectional in (
-            (Case(3, 2, 1, 5), True, True),
-            (Case(4, 9, 70, 20), False, False),
-            (Case(1, 1, 70, 20), False, False),  # other T and B: no other binary
+        for case, bias, stacked in (
+            (Case(3, 2, 1, 5), True, {"bidirectional": True}),
+            (Case(4, 9, 70, 20), False, {}),
+            (Case(1, 1, 70, 20), False, {}),  # other T and B: no other binary
+            (Case(3, 2, 70, 256), True, {"num_layers": 2}),  # a wavefront
+            (Case(1, 1, 70, 256), True, {"num_layers": 2}),
         ):
-            module = torch_module(cell, case.I, case.H, bias=bias, bidirectional=bidirectional)
-            inputs = make_inputs(cell, case, directions=1 + bidirectional, dtype=torch.float32)
-            run_module(Op(module, cell, "triton"), *inputs)
+            run_case(cell, case, bias, stacked)
+    run_case("lstm", Case(1, 2, 3, 2048), True, {})  # stepwise
     print(json.dumps([kernel.metadata.name for kernel in compiled]))  # noqa: T201
     print(len({id(kernel) for kernel in compiled}))  # noqa: T201
 

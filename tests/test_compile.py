@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from compile_all import compile_jobs, faults, run_script
-from compiling import every_job
+from compiling import every_job, plan_of
 
 from fusedrnn.kernels.plan import CHIPS
 
@@ -17,11 +17,13 @@ def covering(chip: str, every: int):
 
     def kind(job):
         p = job.problem
-        return job.direction, p.cell, str(p.dtype), p.precision
+        schedule = plan_of(p, CHIPS[job.chip]).schedule
+        return schedule, job.direction, p.cell, str(p.dtype), p.precision
 
     def weight(job):
         # The widest tile of rows and, for the forward, the input projected in the kernel.
-        return job.problem.hidden_size, job.problem.batch, -job.problem.input_size
+        p = job.problem
+        return p.hidden_size, p.batch, p.layers, -p.input_size
 
     jobs = sorted(every_job(chip), key=kind)
     largest = [max(group, key=weight) for _, group in groupby(jobs, kind)]
@@ -46,7 +48,7 @@ def triton_dir(request):
 
 def test_hopper():
     """By the Triton of this environment."""
-    assert len(check(covering("sm_90", 1))) >= 40
+    assert len(check(covering("sm_90", 1))) >= 65
 
 
 @pytest.mark.parametrize("chip", CHIPS)
@@ -65,18 +67,24 @@ def test_row_offsets_are_64_bits_wide():
 def test_faults_are_seen():
     job = covering("sm_90", 1)[0]
     usage = {"shared": 10**6, "spills": 8, "registers": 255, "mma": 0, "narrow": 1}
+    usage |= {"early": 1, "scalar": 1}
     assert [f.split()[1:3] for f in faults(job, usage)] == [
         ["bytes", "spilled"],
         ["bytes", "shared,"],
         ["row", "offsets"],
+        ["loads", "of"],
+        ["loads", "of"],
         ["tensor-core", "instruction"],
     ]
 
 
 def test_the_launchers_own_arguments(triton_dir):
-    """Everything up to the launch, through the launchers: ten calls of five cells and one more
-    T and B each, which compiles nothing new, though both are 1."""
+    """Everything up to the launch, through the launchers: for each cell five forward and backward
+    calls, of which those with another T and B compile nothing new, though both are 1."""
     done = run_script("launching.py", triton_dir)
     names, distinct = map(json.loads, done.splitlines())
-    assert names == ["_resident_fwd_kernel", "_resident_bwd_kernel"] * 15
-    assert distinct == 20
+    resident, together = ([f"_{name}_{d}_kernel" for d in ("fwd", "bwd")]
+                          for name in ("resident", "cooperative"))  # fmt: skip
+    stepwise = ["_stepwise_fwd_kernel"] * 2 + ["_stepwise_bwd_kernel"] * 2
+    assert names == (resident * 3 + together * 2) * 5 + stepwise
+    assert distinct == 5 * 6 + 4

@@ -170,31 +170,38 @@ class TestAuto:
         assert choose(request(cuda, proj_size=2)) == "aten"
         assert choose(request(cuda, packed=True)) == "aten"
         assert choose(request(cuda, batch=0)) == "aten"
-        assert choose(request(cuda, cell="gru_reset_before", dtype=torch.float64)) == "torch"
+        assert choose(request(cuda, cell="gru_reset_before", dtype=torch.int64)) == "torch"
         monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
         assert choose(request(cuda)) == "aten"
         assert choose(request(cuda, cell="gru_reset_before")) == "torch"
 
     def test_on_cuda_where_no_plan_exists(self, cuda, monkeypatch):
-        asked = []
-
         def no_plan(problem, chip):
-            asked.append(problem)
-            if problem.input_size == 32:
-                raise NoPlan("H does not fit.")
-            return planning.plan(problem, chip)
+            raise NoPlan("H does not fit.")
 
-        monkeypatch.setattr(dispatch, "plan", no_plan)
-        assert choose(request(cuda, num_layers=1, directions=2)) == "triton"
+        monkeypatch.setattr(dispatch, "plan_stack", no_plan)
         assert choose(request(cuda, num_layers=3, directions=2)) == "aten"
-        assert [p.input_size for p in asked] == [3, 3, 32]
         assert refusal("triton", request(cuda, num_layers=2, directions=2)) == (
             "backend 'triton': H does not fit."
         )
 
+    def test_auto_leaves_steps_of_the_host_to_torch(self, cuda):
+        """fp64 runs by name, GEMM and launch a step; and by auto where torch has no operator."""
+        double = request(cuda, dtype=torch.float64)
+        assert choose(double) == "aten"
+        with use_backend("triton"):
+            assert choose(double) == "triton"
+        assert choose(request(cuda, cell="gru_reset_before", dtype=torch.float64)) == "triton"
+
+    def test_auto_leaves_to_torch_what_the_model_finds_slower(self, cuda):
+        large = request(cuda, hidden_size=1024, batch=1024, dtype=torch.float16)
+        assert choose(large) == "aten"
+        assert "cuDNN's is reported" in dict(dispatch._weigh(large, "auto")[1])["triton"]
+        assert choose(request(cuda, hidden_size=1024, batch=16, dtype=torch.float16)) == "triton"
+
     def test_plan_is_asked_the_whole_question(self, cuda, monkeypatch):
         asked = []
-        monkeypatch.setattr(dispatch, "plan", lambda problem, chip: asked.append((problem, chip)))
+        monkeypatch.setattr(dispatch, "plan_stack", lambda *question: asked.append(question) or ())
         half = request(cuda, cell="gru", dtype=torch.float16, directions=2, needs_grad=True)
         with fusedrnn.use_precision("tf32x3"):
             choose(half)
@@ -236,7 +243,7 @@ class TestNamed:
     @pytest.mark.parametrize(
         ("changes", "reason"),
         [
-            ({"dtype": torch.float64}, "float32, float16 and bfloat16, not float64"),
+            ({"dtype": torch.int64}, "no schedule computes in torch.int64"),
             ({"proj_size": 2}, "no projection"),
             ({"batch": 0}, "an empty batch"),
         ],
@@ -312,7 +319,7 @@ class TestExplain:
         with use_backend("triton"):
             told = explain(module, torch.zeros(7, 2, 3), torch.zeros(4, 2, 16))
         problem = planning.Problem("gru", 3, 16, 2, 2, torch.float32, "tf32", True)
-        chip = CHIPS["sm_90"]
+        chip = CHIPS["sm_90"]._replace(name="the interpreter", concurrent=False)
         layers = [
             planning.plan(problem, chip).describe(),
             planning.plan(problem._replace(input_size=32), chip).describe(),

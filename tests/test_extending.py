@@ -17,7 +17,7 @@ from fusedrnn.kernels.common import pick, tanh
 from fusedrnn.kernels.plan import Plan, Tiles, blocks_of
 from fusedrnn.testing import assert_budget
 
-SPEC = spec.CellSpec(1, 1, 1, ((0,),), ((0,),), (0,))
+SPEC = spec.CellSpec(1, 1, 1, ((0,),), ((0,),), (0,), rowwise=True)
 
 
 @triton.jit

@@ -14,8 +14,11 @@ from models import (
     torch_module,
 )
 
-from fusedrnn import stack
-from fusedrnn.kernels.plan import Chip, chip_of
+from fusedrnn import dispatch, stack
+from fusedrnn.kernels import cooperative, launch
+from fusedrnn.kernels import plan as planning
+from fusedrnn.kernels.plan import chip_of
+from fusedrnn.reference import reference_fwd
 from fusedrnn.testing import CASES, Case, error_budget, run_module
 
 SMALL = Case(6, 5, 3, 20)
@@ -68,7 +71,7 @@ def test_half_precision(cell, case, dtype, device):
 @pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
 def test_sixteen_rows_a_program(cell, directions, device, monkeypatch):
     """Where SMs are scarce the plan gives a program 16 rows and not 8."""
-    crowded = Chip("crowded", 1, chip_of(device).shared_bytes)
+    crowded = chip_of(device)._replace(name="crowded", sms=1)
     monkeypatch.setattr(stack, "chip_of", lambda device: crowded)
     check(cell, Case(4, 21, 3, 40), device, directions=directions)
 
@@ -259,3 +262,98 @@ def test_empty_batch(device):
     output, (h_n, _) = op(x, hx)
     assert output.shape == (4, 0, 20)
     assert h_n.shape == (1, 0, 20)
+
+
+@pytest.mark.parametrize("dropout", [False, True], ids=["", "dropout"])
+@pytest.mark.parametrize("layers", [2, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_layers_in_one_launch(cell, layers, dropout, device, monkeypatch):
+    """A wavefront through the operator: one program a layer, which the interpreter runs in order.
+    What several programs do to each other is `test_cooperative.py`'s."""
+    monkeypatch.setattr(stack, "plan_stack", lambda p, chip: (planning.cooperative(p, chip),))
+    module = torch_module(cell, 3, 20, num_layers=layers).to(device)
+    x, hx, _ = make_inputs(cell, SMALL, layers=layers, device=device)
+    masks = [torch.rand(6, 5, 20, device=device).round() * 2 for _ in range(layers - 1)] * dropout
+
+    def results(backend):
+        leaves = [t.detach().requires_grad_() for t in (x, *(hx if cell == "lstm" else (hx,)))]
+        state = tuple(leaves[1:]) if cell == "lstm" else leaves[1]
+        output, final = Op(module, cell, backend, "tf32")(leaves[0], state, masks)
+        final = final if isinstance(final, tuple) else (final,)
+        loss = output.sin().sum() + sum((f * f).sum() for f in final)
+        return output, *final, *torch.autograd.grad(loss, [*leaves, *module.parameters()])
+
+    bound = 2e-5 if device.type == "cpu" else 2e-2  # the interpreter multiplies tf32 in fp32
+    for got, want in zip(results("triton"), results("torch"), strict=True):
+        torch.testing.assert_close(got, want, atol=bound, rtol=bound)
+
+
+@pytest.mark.parametrize("layers", [1, 2])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before", "rnn_tanh"])
+def test_more_units_than_a_program_holds(cell, layers, device):
+    """Cooperative on a GPU, where layers share the launch; stepwise in the interpreter."""
+    case = Case(50, 20, 40, 512) if device.type == "cuda" else Case(3, 5, 4, 192)
+    check(cell, case, device, layers=layers, dtype=torch.float16)
+
+
+def test_double_precision(device):
+    """Step by step, and as exact as torch."""
+    module = torch_module("lstm", 3, 70, num_layers=2, bidirectional=True).to(device).double()
+    x, hx, cotangents = make_inputs(
+        "lstm", SMALL._replace(H=70), layers=2, directions=2, dtype=torch.float64, device=device
+    )
+    got = run_module(Op(module, "lstm", "triton"), x, hx, cotangents)
+    want = run_module(module, x, hx, cotangents)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-12, rtol=1e-12, msg=name)
+
+
+@pytest.mark.parametrize("refused", ["forward", "backward"])
+def test_a_refused_launch_is_done_another_way(refused, device, monkeypatch):
+    """Another process may own part of the SMs. The first refusal is said, and is the last."""
+    monkeypatch.setattr(planning, "_REFUSING", set())
+    monkeypatch.setattr(
+        stack,
+        "chip_of",
+        lambda d: planning.CHIPS["sm_90"]._replace(concurrent=d not in planning._REFUSING),
+    )
+    asked = []
+
+    def refuse(grid, first_tile):
+        asked.append(grid)
+        raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
+
+    def in_rounds(launch, tiles, *rest):
+        return real(refuse, tiles, *rest)
+
+    real = cooperative.in_rounds
+    monkeypatch.setattr(cooperative, "in_rounds", in_rounds)
+    if refused == "backward":  # all went well until then
+        monkeypatch.setattr(cooperative, "cooperative_fwd", like_the_reference)
+    module = torch_module("gru", 3, 192).to(device)
+    inputs = make_inputs("gru", Case(3, 2, 3, 192), device=device)
+    with (
+        dispatch.use_precision("tf32"),
+        pytest.warns(RuntimeWarning, match="refused a cooperative launch .*too many blocks"),
+    ):
+        assert_equals_torch(module, Op(module, "gru", "triton", "tf32"), *inputs)
+    assert len(asked) == 1
+    assert {device} == planning._REFUSING
+
+
+def like_the_reference(cell, plan, gx, weights, masks, h_0, c_0, outs, *results):
+    *results, _ = results
+    reference_fwd(cell, gx, weights, h_0, c_0, outs[0], *results)
+
+
+def test_other_errors_of_a_launch_are_not_taken_for_a_refusal():
+    def fail(grid, first_tile):
+        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
+
+    tiles = planning.cooperative(
+        planning.Problem("gru", 8, 256, 16, 1, torch.float16, "ieee", True),
+        planning.CHIPS["sm_90"],
+    ).forward
+    with pytest.raises(RuntimeError, match="illegal memory access") as caught:
+        launch.in_rounds(fail, tiles, torch.empty(0), 16, 256, 1)
+    assert type(caught.value) is RuntimeError

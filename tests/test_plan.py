@@ -1,12 +1,24 @@
 """The plan is a pure function: its tiles cover H, fit the chip, and its refusals are sentences."""
 
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
-from compiling import every_plan
+from compiling import COOPERATIVE_H, every_plan
 
-from fusedrnn.kernels.plan import CHIPS, NoPlan, Problem, blocks_of, plan
+from fusedrnn.kernels.plan import (
+    CHIPS,
+    NoPlan,
+    Problem,
+    blocks_of,
+    cooperative,
+    k_chunks,
+    plan,
+    plan_stack,
+    resident,
+    stepwise,
+)
 from fusedrnn.kernels.spec import SPECS
 
 
@@ -32,34 +44,116 @@ def test_every_plan_fits_its_chip(chip):
     assert {p.cell for p, _ in plans} == set(SPECS)
     for p, chosen in plans:
         for tiles in (chosen.forward, chosen.backward):
+            units = sum(width for _, width in tiles.blocks)
+            members = -(-p.hidden_size // units)
             assert tiles.shared_bytes <= chip.shared_bytes
-            assert sum(width for _, width in tiles.blocks) >= p.hidden_size
+            if chosen.schedule == "resident":
+                assert members == 1
+            else:
+                assert members * p.directions * p.layers * tiles.at_once <= chip.sms
 
 
 @pytest.mark.parametrize("cell", SPECS)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
-def test_every_h_from_one_up_to_a_bound_has_a_plan(cell, dtype):
-    fits = []
-    for H in range(1, 300):
-        try:
-            plan(problem(cell=cell, hidden_size=H, dtype=dtype), CHIPS["sm_90"])
-        except NoPlan:
-            continue
-        fits.append(H)
+def test_every_h_from_one_up_to_a_bound_is_resident(cell, dtype):
+    fits = [
+        H
+        for H in range(1, 300)
+        if plan(problem(cell=cell, hidden_size=H, dtype=dtype), CHIPS["sm_90"]).schedule
+        == "resident"
+    ]
     assert fits == list(range(1, len(fits) + 1))
     assert len(fits) >= (64 if dtype == torch.float32 else 128)
 
 
 def test_refusals_name_what_is_missing():
-    with pytest.raises(NoPlan, match=r"not torch\.float64"):
-        plan(problem(dtype=torch.float64), CHIPS["sm_90"])
+    chip = CHIPS["sm_90"]
+    with pytest.raises(NoPlan, match=r"no schedule computes in torch\.int64"):
+        plan(problem(dtype=torch.int64), chip)
     with pytest.raises(NoPlan, match="no kernel knows the cell 'peephole'"):
-        plan(problem(cell="peephole"), CHIPS["sm_90"])
+        plan(problem(cell="peephole"), chip)
+    with pytest.raises(NoPlan, match=r"not torch\.float64"):
+        resident(problem(dtype=torch.float64), chip)
     with pytest.raises(NoPlan, match=r"ends at H=128; H is 129"):
-        plan(problem(hidden_size=129), CHIPS["sm_90"])
-    small = CHIPS["sm_90"]._replace(name="toy", shared_bytes=20_000)
+        resident(problem(hidden_size=129), chip)
+    small = chip._replace(name="toy", shared_bytes=20_000)
     with pytest.raises(NoPlan, match="toy has 20,000"):
-        plan(problem(), small)
+        resident(problem(), small)
+    with pytest.raises(NoPlan, match="no slices of W_hh that toy holds on its 132 SMs"):
+        cooperative(problem(hidden_size=512), small)
+    with pytest.raises(NoPlan, match="in ieee, which tensor cores do not"):
+        cooperative(problem(hidden_size=512, dtype=torch.float32, precision="ieee"), chip)
+    with pytest.raises(NoPlan, match="one direction"):
+        cooperative(problem(hidden_size=512, directions=2, layers=2), chip)
+
+
+def test_a_cell_that_reduces_over_a_row_stays_in_one_program(monkeypatch):
+    monkeypatch.setitem(SPECS, "normed", replace(SPECS["rnn_tanh"], rowwise=True))
+    normed = problem(cell="normed", hidden_size=512)
+    assert plan(normed._replace(hidden_size=200), CHIPS["sm_90"]).schedule == "resident"
+    for schedule in (cooperative, stepwise):
+        with pytest.raises(NoPlan, match="cuts a row of H"):
+            schedule(normed, CHIPS["sm_90"])
+
+
+@pytest.mark.parametrize("H", range(1, 2100, 7))
+@pytest.mark.parametrize("kind", ["16-bit", "tf32"])
+def test_chunks_cover_h_in_short_chains(H, kind):
+    chunks = k_chunks(H, kind)
+    assert len({pieces for _, pieces, _ in chunks}) == 1
+    ends = [start + pieces * width for start, pieces, width in chunks]
+    assert [start for start, _, _ in chunks] == [0, *ends[:-1]]
+    assert H <= ends[-1] < H + 64 + max(H // 4, 1)
+    deep = 16 if kind == "16-bit" else 8  # columns of one mma
+    assert all(16 <= width <= 8 * deep for _, _, width in chunks)
+
+
+def test_schedule_by_size():
+    """What the table promises on an H100, for one layer in training."""
+
+    def schedules(**changes):
+        return [
+            plan(problem(hidden_size=H, **changes), CHIPS["sm_90"]).schedule[:4]
+            for H in (128, *COOPERATIVE_H)
+        ]
+
+    assert schedules() == ["resi", *["coop"] * 4, "step"]
+    assert schedules(cell="gru") == ["resi", *["coop"] * 4, "step"]
+    assert schedules(dtype=torch.float32)[1:] == ["coop"] * 4 + ["step"]
+    assert schedules(dtype=torch.float32, precision="tf32x3")[1:] == ["coop"] * 2 + ["step"] * 3
+    assert set(schedules(dtype=torch.float32, precision="ieee")) == {"step"}
+    assert set(schedules(dtype=torch.float64)) == {"step"}
+
+
+def test_larger_batches_go_in_rounds():
+    one, many = (
+        cooperative(problem(hidden_size=1024, batch=batch), CHIPS["sm_90"]) for batch in (16, 128)
+    )
+    members = 1024 // many.forward.blocks[0][1]
+    assert many.forward.at_once == 132 // members
+    assert one.floors[0].step == pytest.approx(1.6, abs=0.1)
+
+
+def test_layers_share_a_launch_where_the_model_finds_it_faster():
+    def launches(H, layers, **changes):
+        stack = problem(hidden_size=H, layers=layers, **changes)
+        return [(p.schedule, p.layers) for p in plan_stack(stack, CHIPS["sm_90"])]
+
+    assert launches(256, 2) == [("cooperative", 2)]
+    assert launches(64, 2) == [("resident", 1)] * 2  # a hop takes longer than a layer
+    assert launches(64, 6) == [("cooperative", 6)]
+    assert launches(256, 2, directions=2) == [("cooperative", 1)] * 2
+    assert launches(256, 40)[0][1] < 40  # as many as the chip holds
+    assert sum(layers for _, layers in launches(256, 40)) == 40
+    assert launches(512, 2, batch=128) == [("cooperative", 1)] * 2
+
+
+def test_no_program_waits_where_only_one_runs():
+    """In the interpreter, or on a device that has refused a cooperative launch."""
+    alone = CHIPS["sm_90"]._replace(concurrent=False)
+    assert plan(problem(hidden_size=256), alone).schedule == "stepwise"
+    wave = plan_stack(problem(hidden_size=16, layers=6), alone)
+    assert [(p.schedule, p.forward.blocks) for p in wave] == [("cooperative", ((0, 16),))]
 
 
 def test_tiles_are_chosen_for_latency_while_programs_are_few():
@@ -96,6 +190,7 @@ def test_inference_plans_no_backward():
 def test_description_says_that_it_is_modelled():
     text = plan(problem(), CHIPS["sm_90"]).describe()
     assert text.startswith("resident: forward 8 rows x 64 units, 4 warps; backward")
+    assert "forward at least 0." in text
     assert "modelled, not measured" in text
 
 
