@@ -271,9 +271,9 @@ def test_layers_in_one_launch(cell, layers, dropout, device, monkeypatch):
     """A wavefront through the operator: one program a layer, which the interpreter runs in order.
     What several programs do to each other is `test_cooperative.py`'s."""
     monkeypatch.setattr(stack, "plan_stack", lambda p, chip: (planning.cooperative(p, chip),))
-    module = torch_module(cell, 3, 20, num_layers=layers).to(device)
-    x, hx, _ = make_inputs(cell, SMALL, layers=layers, device=device)
-    masks = [torch.rand(6, 5, 20, device=device).round() * 2 for _ in range(layers - 1)] * dropout
+    module = torch_module(cell, 3, 16, num_layers=layers).to(device)
+    x, hx, _ = make_inputs(cell, SMALL._replace(H=16), layers=layers, device=device)
+    masks = [torch.rand(6, 5, 16, device=device).round() * 2 for _ in range(layers - 1)] * dropout
 
     def results(backend):
         leaves = [t.detach().requires_grad_() for t in (x, *(hx if cell == "lstm" else (hx,)))]
