@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import gpu, imdb, plots
+from . import gpu, imdb, modelled, plots
 from .archives import DataError
 from .cases import CELLS, Workload, lessons
 from .imdb import Corpus
@@ -29,6 +29,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.lesson == "gpu":
             return gpu.run(options.minutes, options.out, quick=options.quick, seed=options.seed)
+        if options.lesson == "model":
+            modelled.write(options.out or DEFAULT_FOLDER)
+            return 0
         return run_lessons(options)
     except (DataError, FolderError, gpu.NoDeviceError) as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
@@ -42,9 +45,10 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "lesson",
         nargs="?",
-        choices=("all", "imdb", "sine", "gpu"),
+        choices=("all", "imdb", "sine", "gpu", "model"),
         default="all",
-        help="what to run; gpu is the kernel tests and a sweep on a CUDA machine (default: all)",
+        help="what to run; gpu is the kernel tests and a sweep on a CUDA machine, model the "
+        "floors of a step by arithmetic (default: all)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--imdb", metavar="PATH", help="imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB")

@@ -142,7 +142,7 @@ def cut_down(workload: Workload) -> Workload:
 def sweep(T: int = 512) -> Iterator[Workload]:
     """Every H, B and dtype of the GPU sweep, the usual sizes first: it may be cut off."""
     for B in (16, 64, 1, 128):
-        for H in (64, 128, 32, 256, 16, 512, 1024):
+        for H in (64, 256, 1024, 128, 512, 32, 16, 192, 384, 768, 2048):
             for dtype, short in DTYPES.items():
                 name = f"H{H}-B{B}-{short}"
                 yield Workload(name, "sweep", "none", T=T, B=B, I=H, H=H, dtype=dtype)

@@ -103,7 +103,10 @@ def table_head() -> str:
 
 
 def table_line(row: Row) -> str:
-    """One row of at most 120 characters; where there are no numbers, the reason."""
+    """One row of at most 120 characters; where there are no numbers, the reason.
+
+    Where our kernels ran, a second one: which schedule, and the modelled floor of the times.
+    """
     by_auto = row.provider == "fusedrnn" and row.backend
     provider = f"fusedrnn ({row.backend})" if by_auto else row.provider
     gate = "" if row.gate == "yardstick" else row.gate
@@ -121,7 +124,11 @@ def table_line(row: Row) -> str:
         _number(row.test, _METRIC_FORMAT.get(row.metric, ""), 6),
         _number(row.loss_difference, ".0e" if row.loss_difference else ".0f", 7),
     )
-    return start + " ".join(cells)
+    line = start + " ".join(cells)
+    if row.fw_floor_ms is None or row.fwbw_floor_ms is None:
+        return line
+    floors = f"{_ms(row.fw_floor_ms)} ms, with backward {_ms(row.fwbw_floor_ms)} ms"
+    return f"{line}\n{'':<21}{row.plan}; floor (modelled): {floors}"[: len(line) + 1 + WIDTH]
 
 
 _METRIC_FORMAT = {"accuracy": ".1%", "rmse": ".4f"}

@@ -21,7 +21,8 @@ class Row:
     """One workload, cell and provider: a line of results.csv. None is an empty field.
 
     ``gate`` is ``"yardstick"``, ``"ok"``, ``"red"``, ``"refused"`` or ``"failed"``; only the first
-    two have times. ``share`` is the largest error as a part of the allowed one.
+    two have times. ``share`` is the largest error as a part of the allowed one. ``plan`` names the
+    schedules of our kernels, and ``*_floor_ms`` is what they take at least: modelled, not measured.
     """
 
     workload: str
@@ -53,6 +54,9 @@ class Row:
     metric: str = ""
     test: float | None = None
     train_s: float | None = None
+    plan: str = ""
+    fw_floor_ms: float | None = None
+    fwbw_floor_ms: float | None = None
     note: str = ""
 
     @property

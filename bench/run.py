@@ -88,7 +88,15 @@ def _judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]
     workload, cell = subject.workload, subject.cell
 
     def row(**values) -> Row:
-        return Row.of(workload, cell, provider, backend=subject.backend(provider), **values)
+        row = Row.of(workload, cell, provider, backend="", **values)
+        told = subject.explain(provider)
+        if told is not None:
+            row.backend = told.backend or ""
+            row.plan = "; ".join(line.partition(": forward")[0] for line in told.layers)
+            if len(told.floors_us) == 2:  # of a step, forward and backward
+                forward, backward = (us * workload.T / 1000 for us in told.floors_us)
+                row.fw_floor_ms, row.fwbw_floor_ms = forward, forward + backward
+        return row
 
     if provider == TORCH:
         return row(gate="yardstick"), []
@@ -176,12 +184,12 @@ class Subject:
         rnn.load_state_dict(self.weights)
         return rnn.to(self.settings.device, self.dtype)
 
-    def backend(self, provider: str) -> str:
-        """Which backend of fusedrnn runs the provider's forward+backward; empty for others."""
+    def explain(self, provider: str) -> fusedrnn.dispatch.Explanation | None:
+        """What of fusedrnn runs the provider's forward+backward; None for others."""
         if PROVIDERS[provider].classes is not fusedrnn:
-            return ""
+            return None
         with PROVIDERS[provider].context():
-            return fusedrnn.explain(self.rnn(provider), self.input).backend or ""
+            return fusedrnn.explain(self.rnn(provider), self.input)
 
     def call(self, provider: str, mode: str) -> Call:
         """What is timed: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train()."""

@@ -77,6 +77,8 @@ class Explanation:
         precision: of fp32 dots on triton, else None.
         layers: for triton the schedule and tiles of each launch, by its layers.
         refused: the backends that were tried before, each with its reason.
+        floors_us: for triton the microseconds that one step of the whole stack takes at least,
+            forward and, with gradients, backward; modelled (``kernels/model.py``), not measured.
     """
 
     request: Request
@@ -86,6 +88,7 @@ class Explanation:
     precision: str | None
     layers: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
+    floors_us: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         chosen = self.backend or "none, the call would raise"
@@ -213,14 +216,16 @@ def explain(module: Any, *inputs: Any) -> Explanation:
     requested, source = requested_backend()
     backend, refused = _weigh(request, requested)
     is_triton = backend == "triton"
+    plans = _plans(request) if is_triton else ()
     return Explanation(
         request=request,
         requested=requested,
         source=source,
         backend=backend,
         precision=precision() if is_triton and request.dtype == torch.float32 else None,
-        layers=_described(_plans(request)) if is_triton else (),
+        layers=_described(plans),
         refused=refused,
+        floors_us=tuple(map(sum, zip(*([f.step for f in p.floors] for p in plans), strict=True))),
     )
 
 

@@ -32,7 +32,7 @@ SHARED_BYTES_A_CYCLE = 128
 class Speeds(NamedTuple):
     """What one architecture does in a microsecond."""
 
-    cycles: float  # a microsecond, i.e. MHz / 1
+    cycles: float  # of the clock, i.e. MHz
     flops: dict[str, float]  # of one SM, by kind of product
     l2_bytes: float  # of the whole chip
     l2_latency: float  # microseconds
@@ -55,7 +55,7 @@ SPEEDS = {
 
 
 class Floors(NamedTuple):
-    """Microseconds of one step, by what bounds it."""
+    """Microseconds of one step of the whole batch, by what bounds it."""
 
     products: float  # matrix units of the busiest SM
     shared: float  # weights from shared memory to the matrix units
@@ -84,7 +84,10 @@ def kind_of(problem: Problem, chip: Chip) -> str:
 def floors_on_chip(
     problem: Problem, chip: Chip, tiles: Tiles, layers: int, direction: str
 ) -> Floors:
-    """Of the schedules that hold their weights: resident, and cooperative if there are chunks."""
+    """Of the schedules that hold their weights: resident, and cooperative if there are chunks.
+
+    For all rounds of batch tiles together.
+    """
     spec, speeds, kind = SPECS[problem.cell], _speeds(chip), kind_of(problem, chip)
     forward, itemsize = direction == "forward", problem.dtype.itemsize
     together = bool(tiles.k_chunks)
@@ -97,30 +100,26 @@ def floors_on_chip(
     operands = 2 if layers > 1 else 1  # a layer above the first projects its own input
     weights = spec.gates * units * columns * operands
     rows = max(tiles.block_b, 16)  # an mma has no fewer
-    programs = (
-        -(-problem.hidden_size // units if together else 1)
-        * -(-problem.batch // tiles.block_b)
-        * problem.directions
-        * layers
-    )
+    batch_tiles, rounds = -(-problem.batch // tiles.block_b), 1
+    if together:
+        rounds = -(-batch_tiles // tiles.at_once)
+        batch_tiles = min(batch_tiles, tiles.at_once)
+    members = -(-problem.hidden_size // units) if together else 1
+    programs = members * batch_tiles * problem.directions * layers
     read = tiles.block_b * columns * itemsize * (1 if forward else spec.gates) * operands
     phases = len(spec.phases)
-    cycles = (
-        phases * (MMA_LATENCY * -(-longest // (16 if itemsize == 2 else 8)) + ROUND_TRIP)
-        + ACTIVATIONS
-    )
-    return Floors(
+    mma = -(-longest // (16 if itemsize == 2 else 8))
+    cycles = phases * (MMA_LATENCY * mma + ROUND_TRIP) + ACTIVATIONS
+    specials = tiles.block_b * units * spec.specials[not forward]
+    one = Floors(
         products=2 * rows * weights / speeds.flops[kind],
         shared=weights * itemsize / SHARED_BYTES_A_CYCLE / speeds.cycles,
-        specials=tiles.block_b
-        * units
-        * spec.specials[not forward]
-        / SPECIALS_A_CYCLE
-        / speeds.cycles,
-        l2=abs(programs) * read / speeds.l2_bytes if together else 0.0,
+        specials=specials / SPECIALS_A_CYCLE / speeds.cycles,
+        l2=programs * read / speeds.l2_bytes if together else 0.0,
         chain=cycles / speeds.cycles,
         sync=phases * (speeds.hop + speeds.l2_latency) if together else 0.0,
     )
+    return Floors(*(rounds * floor for floor in one))
 
 
 def floors_stepwise(problem: Problem, chip: Chip, direction: str) -> Floors:

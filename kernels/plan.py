@@ -96,7 +96,7 @@ class Plan:
 
     @property
     def step(self) -> float:
-        """Microseconds of one step at least, forward and backward, modelled."""
+        """Microseconds of one step of the whole batch, forward and backward, modelled."""
         return sum(floors.step for floors in self.floors)
 
     def describe(self) -> str:
@@ -299,7 +299,7 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
 def _cooperative_tiles(
     problem: Problem, chip: Chip, direction: str
 ) -> Iterator[tuple[float, int, int, Tiles]]:
-    """Everything that fits: the modelled time of all rounds, for ties the size, and the tiles."""
+    """Everything that fits: its modelled time, for ties its size, and the tiles."""
     H, kind = problem.hidden_size, kind_of(problem, chip)
     chunks = k_chunks(H, kind)
     columns = sum(pieces * width for _, pieces, width in chunks)
@@ -314,8 +314,7 @@ def _cooperative_tiles(
             or not _holds_in_registers(problem, kind, units, rows, columns)
         ):
             continue
-        batch_tiles = -(-problem.batch // rows)
-        at_once = min(batch_tiles, chip.sms // groups)
+        at_once = max(1, min(-(-problem.batch // rows), chip.sms // groups))
         # Left to itself ptxas stops at 128 registers in some kernels and spills 8 bytes; told that
         # it may have 255 it spills in others, the largest ones.
         gates = SPECS[problem.cell].gates
@@ -330,11 +329,10 @@ def _cooperative_tiles(
             kind if problem.dtype == torch.float32 else "ieee",
             shared,
             chunks,
-            max(at_once, 1),
+            at_once,
         )
         floors = floors_on_chip(problem, chip, tiles, problem.layers, direction)
-        rounds = -(-batch_tiles // max(at_once, 1))
-        yield floors.step * rounds, rows, units, tiles
+        yield floors.step, rows, units, tiles
 
 
 def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:

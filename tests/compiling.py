@@ -53,7 +53,7 @@ class Job(NamedTuple):
 
 
 #: Beyond these the plan is the same but for H, which no rule of it treats specially.
-COOPERATIVE_H = (192, 256, 512, 1024, 2048)
+COOPERATIVE_H = (192, 256, 384, 512, 768, 1024, 1536, 2048)
 #: Directions and layers of one launch; both of them double what a chip must hold.
 COOPERATIVE_STACKS = ((1, 1), (2, 1), (1, 2))
 

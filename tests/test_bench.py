@@ -89,7 +89,7 @@ def test_the_lessons_are_the_ones_promised():
 
 def test_the_sweep_covers_sizes_batches_and_dtypes():
     points = list(sweep())
-    assert {w.H for w in points} >= {16, 32, 64, 128, 256, 512, 1024}
+    assert {w.H for w in points} >= {16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048}
     assert {w.B for w in points} == {1, 16, 64, 128}
     assert {w.dtype for w in points} == {"float32", "float16", "bfloat16"}
     assert {w.T for w in points} == {512}
@@ -160,9 +160,9 @@ def test_a_red_gate_shows_no_speed(cell, culprit, wrong_provider):
 
 def test_a_provider_that_refuses_says_why(monkeypatch):
     monkeypatch.setattr(run, "names_for", lambda *_: (TORCH, "fusedrnn triton"))
-    measured = measure(replace(tiny_sweep(), dtype="float64"), "lstm", SETTINGS)
+    measured = measure(replace(tiny_sweep(), dtype="bfloat16"), "lstm", SETTINGS)
     assert measured.rows[1].gate == "refused"
-    assert "the kernels take" in table_line(measured.rows[1])
+    assert "Triton's interpreter multiplies the bit patterns" in table_line(measured.rows[1])
     assert not measured.complaints
 
 
@@ -446,3 +446,35 @@ def test_the_folder_of_a_gpu_is_a_plain_name():
     folder = gpu.default_folder("NVIDIA H100 80GB HBM3 (x/y)", today="2026-01-02")
     assert folder.name == "nvidia-h100-80gb-hbm3-x-y-2026-01-02"
     assert folder.parent.name == "results"
+
+
+# The model
+
+
+def test_the_floor_stands_beside_the_time(monkeypatch, no_imdb):
+    """Modelled for the chip that the interpreter stands for; in ms for all T."""
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    monkeypatch.setattr(run, "names_for", lambda *_: (TORCH, "fusedrnn triton"))
+    workload = tiny_sweep()
+    row = measure(workload, "lstm", SETTINGS).rows[1]
+    subject = Subject(workload, "lstm", SETTINGS)
+    told = subject.explain("fusedrnn triton")
+    assert row.plan == "layer 0: resident"
+    assert row.fw_floor_ms == pytest.approx(told.floors_us[0] * workload.T / 1000)
+    assert row.fwbw_floor_ms == pytest.approx(sum(told.floors_us) * workload.T / 1000)
+    assert "layer 0: resident; floor (modelled): 0.0" in table_line(row).splitlines()[1]
+    assert all(len(line) <= WIDTH for line in table_line(row).splitlines())
+
+
+def test_the_table_of_floors(tmp_path, capsys):
+    assert main_module.main(["model", "--out", str(tmp_path)]) == 0
+    assert "modelled, nothing here is measured" in capsys.readouterr().out
+    with open(tmp_path / "modelled.csv") as file:
+        lines = list(csv.DictReader(file))
+    assert {line["status"] for line in lines} == {"modelled"}
+    found = {(x["cell"], x["dtype"], x["H"], x["B"]): x for x in lines}
+    large = found["lstm", "bfloat16", "1024", "16"]
+    assert (large["schedule"], large["bound"]) == ("cooperative", "sync")
+    assert 1.0 < float(large["forward_us"]) < float(large["backward_us"]) < 4.0
+    committed = Path(__file__).parent.parent / "docs" / "modelled.csv"
+    assert committed.read_text() == (tmp_path / "modelled.csv").read_text()

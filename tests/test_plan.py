@@ -117,10 +117,10 @@ def test_schedule_by_size():
             for H in (128, *COOPERATIVE_H)
         ]
 
-    assert schedules() == ["resi", *["coop"] * 4, "step"]
-    assert schedules(cell="gru") == ["resi", *["coop"] * 4, "step"]
-    assert schedules(dtype=torch.float32)[1:] == ["coop"] * 4 + ["step"]
-    assert schedules(dtype=torch.float32, precision="tf32x3")[1:] == ["coop"] * 2 + ["step"] * 3
+    assert schedules() == ["resi", *["coop"] * 6, *["step"] * 2]
+    assert schedules(cell="gru") == ["resi", *["coop"] * 7, "step"]
+    assert schedules(dtype=torch.float32) == [*["coop"] * 7, *["step"] * 2]
+    assert schedules(dtype=torch.float32, precision="tf32x3") == [*["coop"] * 3, *["step"] * 6]
     assert set(schedules(dtype=torch.float32, precision="ieee")) == {"step"}
     assert set(schedules(dtype=torch.float64)) == {"step"}
 
