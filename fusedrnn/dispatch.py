@@ -261,8 +261,6 @@ def _triton_refusal(request: Request, requested: str) -> str | None:
         return "the package triton is not installed"
     if request.dtype == torch.bfloat16 and _interpreting():
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
-    if request.proj_size:
-        return "the kernels have no projection (proj_size > 0) yet"
     if request.batch == 0:
         return "an empty batch leaves nothing to launch"
     if request.packed and not named and request.cell != "gru_reset_before":
@@ -304,8 +302,6 @@ def _aten_refusal(request: Request, requested: str) -> str | None:
 
 
 def _torch_refusal(request: Request, requested: str) -> str | None:
-    if request.proj_size:
-        return "the reference has no projection (proj_size > 0) yet"
     if request.device.type not in ("cpu", "cuda", "meta"):
         return f"the operators are registered for the CPU and CUDA, not for {request.device}"
     return None
@@ -341,6 +337,7 @@ def _problem(request: Request) -> Problem:
         precision(),
         request.needs_grad,
         request.num_layers,
+        request.proj_size,
     )
 
 

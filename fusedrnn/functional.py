@@ -256,7 +256,7 @@ def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:
         check_alike(input, states, params)
     masks = _dropout_masks(
         input,
-        request.directions * request.hidden_size,
+        request.directions * (request.proj_size or request.hidden_size),
         layers.dropout if layers.training else 0.0,
         layers.num_layers - 1,
     )

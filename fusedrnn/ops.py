@@ -55,15 +55,17 @@ def rnn_stack(
 
     Args:
         input: ``[T, B, I]``, any strides.
-        states: h_0, and c_0 for an LSTM, each ``[L*D, B, H]``.
-        params: flat, in torch's order; without biases if not ``has_bias``.
-        dropout_masks: for each layer but the last ``[T, B, D*H]``, scaled by 1/(1-p); or empty.
+        states: h_0 ``[L*D, B, P]``, and for an LSTM c_0 ``[L*D, B, H]``. P is H but for an LSTM
+            with a projection.
+        params: flat, in torch's order; without biases if not ``has_bias``; with a projection each
+            layer and direction ends with ``weight_hr [P, H]``.
+        dropout_masks: for each layer but the last ``[T, B, D*P]``, scaled by 1/(1-p); or empty.
         cell: a name in ``kernels.spec.SPECS``.
         backend: ``"triton"`` or ``"torch"``.
         precision: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``, of fp32 on triton.
 
     Returns:
-        output ``[T, B, D*H]`` and the final states, like ``states``.
+        output ``[T, B, D*P]`` and the final states, like ``states``.
     """
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
     # Decided by requires_grad and never by a module's training flag: backward in eval() works.
@@ -98,16 +100,16 @@ def _forward(input, h_0, c_0, params, dropout_masks, *config_and_save):
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *config_and_save):
     *config, save = config_and_save
     config = Config(*config)
-    (T, B, _), H = input.shape, h_0.shape[-1]
-    L, D = config.num_layers, config.directions
+    (T, B, _), P = input.shape, h_0.shape[-1]
+    L, D, H = config.num_layers, config.directions, (h_0 if c_0 is None else c_0).shape[-1]
     empty = input.new_empty
     return (
-        empty(T, B, D * H),
+        empty(T, B, D * P),
         empty(h_0.shape),
         empty(0) if c_0 is None else empty(c_0.shape),
         empty(L, D, T, B, config.spec.saved * H) if save else empty(0),
         empty(L, D, T, B, H) if save and c_0 is not None else empty(0),
-        empty(L - 1, T, B, D * H) if save else empty(0),
+        empty(L - 1, T, B, D * P) if save else empty(0),
     )
 
 

@@ -120,6 +120,10 @@ _CELLS = {
 }
 
 
+def _project(h: Tensor, w: Weights) -> Tensor:
+    return h if w.w_hr is None else F.linear(h, w.w_hr)
+
+
 def _times(T: int, d: int) -> range:
     """The times in the order direction d runs through them."""
     return range(T) if d == 0 else range(T - 1, -1, -1)
@@ -139,13 +143,13 @@ def reference_fwd(
 ) -> None:
     """One layer, all directions; the arguments of ``resident_fwd``, with gx ``[D, T, B, G*H]``."""
     step = _CELLS[cell].step
-    H = h_0.shape[-1]
+    P = h_0.shape[-1]
     for d, w in enumerate(weights):
         h, c = h_0[d], None if c_0 is None else c_0[d]
-        columns = out[..., d * H : (d + 1) * H]
+        columns = out[..., d * P : (d + 1) * P]
         for t in _times(gx.shape[1], d):
             h, c, saved = step(gx[d, t], h, c, w)
-            columns[t] = h
+            columns[t] = h = _project(h, w)
             if gates is not None and saved:
                 torch.cat(saved, -1, out=gates[d, t])
             if cs is not None:
@@ -172,15 +176,17 @@ def reference_bwd(
 ) -> None:
     """One layer backwards; the arguments of ``resident_bwd``."""
     bwd = _CELLS[cell].bwd
-    H = h_0.shape[-1]
+    P = h_0.shape[-1]
     for d, w in enumerate(weights):
-        hs = out[..., d * H : (d + 1) * H]
+        hs = out[..., d * P : (d + 1) * P]
         dh, dc = d_h_n[d], None if d_c_n is None else d_c_n[d]
         times = _times(out.shape[0], d)
         for step in reversed(range(len(times))):
             t = times[step]
             if d_out is not None:
-                dh = dh + d_out[t, :, d * H : (d + 1) * H]
+                dh = dh + d_out[t, :, d * P : (d + 1) * P]
+            if w.w_hr is not None:
+                dh = dh @ w.w_hr
             h_prev = hs[times[step - 1]] if step else h_0[d]
             c_prev = None if cs is None else cs[d, times[step - 1]] if step else c_0[d]
             c = None if cs is None else cs[d, t]
@@ -222,7 +228,7 @@ def differentiable_stack(
             hs: list[Tensor] = [h] * len(gx)
             for t in _times(len(gx), d):
                 h, c, _ = step(gx[t], h, c, w)
-                hs[t] = h
+                hs[t] = h = _project(h, w)
             outputs.append(torch.stack(hs))
             h_n.append(h)
             c_n.append(c)

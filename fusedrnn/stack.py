@@ -82,10 +82,14 @@ class Saved(NamedTuple):
 
 def group_weights(params: Sequence[Tensor], config: Config) -> list[list[Weights]]:
     """The flat list in torch's order as ``weights[layer][direction]``."""
-    each = 4 if config.has_bias else 2
-    entries = [params[i : i + each] for i in range(0, len(params), each)]
-    weights = [Weights(*(e if config.has_bias else (*e, None, None))) for e in entries]
     D = config.directions
+    each = len(params) // (config.num_layers * D)
+    weights = []
+    for first in range(0, len(params), each):
+        w_ih, w_hh, *rest = params[first : first + each]
+        b_ih, b_hh = rest[:2] if config.has_bias else (None, None)
+        w_hr = rest[-1] if len(rest) % 2 else None
+        weights.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
     return [weights[i : i + D] for i in range(0, len(weights), D)]
 
 
@@ -99,21 +103,21 @@ def stack_forward(
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
     """Runs all layers, shapes as in ``ops.rnn_stack``: output, h_n, c_n and what is saved."""
-    (T, B, _), H = input.shape, h_0.shape[-1]
-    L, D = config.num_layers, config.directions
+    (T, B, _), P = input.shape, h_0.shape[-1]
+    L, D, H = config.num_layers, config.directions, _hidden_size(h_0, c_0)
     h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     empty = input.new_empty(0)
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
     tiles = config.spec.saved
     saved = Saved(
-        output=input.new_empty(T, B, D * H),
+        output=input.new_empty(T, B, D * P),
         gates=input.new_empty(L, D, T, B, tiles * H) if save else empty,
         cs=input.new_empty(L, D, T, B, H) if save and c_0 is not None else empty,
-        hidden=input.new_empty(L - 1, T, B, D * H) if save else empty,
+        hidden=input.new_empty(L - 1, T, B, D * P) if save else empty,
     )
     # A parametrisation may hand out weights of any strides; the kernels read rows.
     grouped = group_weights([p.contiguous() for p in params], config)
-    for layers, plan in _launches(config, input, H, save):
+    for layers, plan in _launches(config, input, h_0, c_0, save):
         weights = [w for layer in layers for w in grouped[layer]]
         rows = slice(layers[0] * D, (layers[-1] + 1) * D)
         outs = [
@@ -158,14 +162,15 @@ def stack_backward(
     needs_params: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
     """Runs all layers backwards: d_input (None unless needed), d_h_0, d_c_0, and d_params or []."""
-    (T, B, _), H, D = input.shape, h_0.shape[-1], config.directions
+    (T, B, _), D = input.shape, config.directions
+    H = _hidden_size(h_0, c_0)
     h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
     d_h_n, d_c_n = d_h_n.contiguous(), None if d_c_n is None else d_c_n.contiguous()
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
     d_params: list[Tensor] = []
     d_out = None if d_output is None else d_output.contiguous()
     grouped = group_weights([p.contiguous() for p in params], config)
-    for layers, plan in reversed(_launches(config, input, H, True)):
+    for layers, plan in reversed(_launches(config, input, h_0, c_0, True)):
         rows = slice(layers[0] * D, (layers[-1] + 1) * D)
         dgates = input.new_empty(len(layers) * D, T, B, config.spec.grad_tiles * H)
         _run_backward(
@@ -200,6 +205,15 @@ def stack_backward(
                         saved.gates[layer, d],
                         dgates[(layer - layers[0]) * D + d],
                     )
+                    + _projection_grad(
+                        d,
+                        grouped[layer][d],
+                        d_out,
+                        d_h_n[layer * D + d],
+                        saved,
+                        layer,
+                        dgates[(layer - layers[0]) * D + d],
+                    )
                 ] + d_params
             if layers[0] or needs_input:
                 d_out = _input_grad(dgates[:D], grouped[layers[0]])
@@ -218,12 +232,18 @@ def _layer_input(
     return below * dropout_masks[layer - 1] if dropout_masks else below
 
 
+def _hidden_size(h_0: Tensor, c_0: Tensor | None) -> int:
+    """H: the columns of c, if there is one; those of h are fewer under a projection."""
+    return (h_0 if c_0 is None else c_0).shape[-1]
+
+
 def _launches(
-    config: Config, input: Tensor, H: int, needs_grad: bool
+    config: Config, input: Tensor, h_0: Tensor, c_0: Tensor | None, needs_grad: bool
 ) -> list[tuple[range, Plan | None]]:
     """The layers of each launch with its plan; without a plan for the reference."""
     if config.backend == "torch":
         return [(range(layer, layer + 1), None) for layer in range(config.num_layers)]
+    H, P = _hidden_size(h_0, c_0), h_0.shape[-1]
     problem = Problem(
         config.cell,
         input.shape[2],
@@ -234,6 +254,7 @@ def _launches(
         config.precision,
         needs_grad,
         config.num_layers,
+        P if P != H else 0,
     )
     launches: list[tuple[range, Plan | None]] = []
     first = 0
@@ -331,14 +352,14 @@ def _weight_grads(
     dgates: Tensor,
 ) -> list[Tensor]:
     """dW_ih, dW_hh and, with biases, db_ih, db_hh of direction d, each summed over all T and B."""
-    H = h_0.shape[-1]
+    H, P = w.w_hh.shape[0] // spec.gates, w.w_hh.shape[1]
     flat = dgates.flatten(0, 1)
     dgx = flat[:, : spec.gates * H]
     dw_ih = dgx.t() @ x.flatten(0, 1)
     dw_hh, db_hh = torch.empty_like(w.w_hh), dgx.new_empty(spec.gates * H)
 
     # Steps in the order of the direction: all but its first follow a row of `out`.
-    hs = out[..., d * H : (d + 1) * H]
+    hs = out[..., d * P : (d + 1) * P]
     before = hs[:-1] if d == 0 else hs[1:]
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
         for first_gate, first_tile, count in runs_of(phase, spec.recurrent):
@@ -360,6 +381,33 @@ def _weight_grads(
             )
             torch.sum(grads, (0, 1), out=db_hh[rows])
     return [dw_ih, dw_hh] if w.b_ih is None else [dw_ih, dw_hh, dgx.sum(0), db_hh]
+
+
+def _projection_grad(
+    d: int,
+    w: Weights,
+    d_out: Tensor | None,
+    d_h_n: Tensor,
+    saved: Saved,
+    layer: int,
+    dgates: Tensor,
+) -> list[Tensor]:
+    """dW_hr, or nothing without a projection.
+
+    The gradient of every h_t is made again of what reached it: dy_t, and dgates of the next step
+    times W_hh, which no schedule keeps.
+    """
+    if w.w_hr is None:
+        return []
+    P, H = w.w_hr.shape
+    dh = torch.empty(*dgates.shape[:2], P, dtype=dgates.dtype, device=dgates.device)
+    last, rest, following = (-1, dh[:-1], dgates[1:]) if d == 0 else (0, dh[1:], dgates[:-1])
+    dh[last] = d_h_n
+    torch.matmul(following, w.w_hh, out=rest)
+    if d_out is not None:
+        dh += d_out[..., d * P : (d + 1) * P]
+    unprojected = saved.gates[layer, d][..., 3 * H :] * saved.cs[layer, d].tanh()  # o tanh(c)
+    return [dh.flatten(0, 1).t() @ unprojected.flatten(0, 1)]
 
 
 @contextmanager

@@ -58,6 +58,7 @@ class Problem(NamedTuple):
     precision: str
     needs_grad: bool
     layers: int = 1
+    proj_size: int = 0
 
 
 @dataclass(frozen=True)
@@ -143,7 +144,7 @@ LARGEST_H = {
 LARGEST_SLICE = {
     "16-bit": {4: (32, 16384, 4096), 3: (32, 32768, 4096), 1: (64, 65536, 8192)},
     "tf32": {4: (16, 8192, 2048), 3: (32, 8192, 2048), 1: (64, 32768, 4096)},
-    "tf32x3": {4: (8, 2048, 0), 3: (8, 4096, 0), 1: (64, 16384, 0)},
+    "tf32x3": {4: (8, 2048, 0), 3: (8, 2048, 0), 1: (64, 16384, 0)},
 }
 #: gfx942 has 64 KiB of shared memory a program, and its waves spill above this.
 LARGEST_H_GFX = {"16-bit": 64, "ieee": 32}
@@ -158,7 +159,8 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
-    above = problem._replace(input_size=problem.directions * problem.hidden_size, layers=1)
+    width = problem.directions * (problem.proj_size or problem.hidden_size)
+    above = problem._replace(input_size=width, layers=1)
     first = plan(problem._replace(layers=1), chip)
     best = (first, *(plan(above, chip) for _ in range(problem.layers - 1)))
     if problem.layers > 1 and problem.directions == 1:
@@ -212,6 +214,8 @@ def _spec_of(problem: Problem) -> CellSpec:
 
 
 def _need_dots(problem: Problem) -> None:
+    if problem.proj_size:
+        raise NoPlan("only schedule stepwise has a projection of h (proj_size > 0)")
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise NoPlan(
             f"products in the kernels are of float32, float16 or bfloat16, not {problem.dtype}"
@@ -315,17 +319,12 @@ def _cooperative_tiles(
         ):
             continue
         at_once = max(1, min(-(-problem.batch // rows), chip.sms // groups))
-        # Left to itself ptxas stops at 128 registers in some kernels and spills 8 bytes; told that
-        # it may have 255 it spills in others, the largest ones.
-        gates = SPECS[problem.cell].gates
-        large = kind == "tf32x3" or (gates == 4 and columns > 768)
-        large |= kind == "tf32" and gates > 1 and units * columns >= 8192
-        registers = None if large else 255
+        large = _is_large(kind, SPECS[problem.cell].gates, units, columns, direction)
         tiles = Tiles(
             rows,
             ((0, units),),
             8,
-            None if chip.warp_size == 64 else registers,
+            None if chip.warp_size == 64 or large else 255,
             kind if problem.dtype == torch.float32 else "ieee",
             shared,
             chunks,
@@ -333,6 +332,19 @@ def _cooperative_tiles(
         )
         floors = floors_on_chip(problem, chip, tiles, problem.layers, direction)
         yield floors.step, rows, units, tiles
+
+
+def _is_large(kind: str, gates: int, units: int, columns: int, direction: str) -> bool:
+    """Whether ptxas does better without being told that it may use 255 registers.
+
+    Left to itself it stops at 128 in most kernels and spills 8 to 32 bytes; but it spills in the
+    largest ones if told, by Triton 3.6.
+    """
+    if kind == "tf32x3":
+        return gates == 4 or (gates == 3 and direction == "backward")
+    if kind == "tf32":
+        return gates > 1 and units * columns >= 8192
+    return gates == 4 and columns > 768
 
 
 def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:

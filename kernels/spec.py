@@ -68,12 +68,17 @@ SPECS = {
 
 
 class Weights(NamedTuple):
-    """One layer's weights in one direction: ``[G*H, I]``, ``[G*H, H]``, and ``[G*H]`` or None."""
+    """One layer's weights in one direction: ``[G*H, I]``, ``[G*H, P]``, and ``[G*H]`` or None.
+
+    P, the columns of h, is H; with a projection (LSTM only, Sak et al. 2014) it is the rows of
+    ``w_hr [P, H]``, and h = W_hr (o tanh(c)).
+    """
 
     w_ih: torch.Tensor
     w_hh: torch.Tensor
     b_ih: torch.Tensor | None
     b_hh: torch.Tensor | None
+    w_hr: torch.Tensor | None = None
 
 
 def runs_of(gates: Sequence[int], tiles: Sequence[int]) -> Iterator[tuple[int, int, int]]:

@@ -20,6 +20,8 @@ Cost of a step in memory: W_hh is read once for each direction, from L2 where it
 program reads gx and gh once. Short steps cost what P*(D + 1) launches cost the host, P phases.
 No atomics; two runs agree bit for bit if the library's GEMMs do.
 
+A projection (proj_size) is one more GEMM a step and direction: the kernel's h is then o tanh(c).
+
 Limits: a program sees BLOCK_H units of a row, so no cell that reduces over it (``rowwise``).
 The GEMMs of fp32 are as exact as torch's switch for them says; the caller sets it.
 """
@@ -262,17 +264,22 @@ def stepwise_fwd(
 ) -> None:
     """Runs one layer, all directions, and fills ``out``, ``h_n``, ``c_n`` and what is saved.
 
-    gx: ``[D, T, B, G*H]``; weights: one entry a direction, of which ``w_hh`` and ``b_hh`` are
-    read; h_0, c_0, h_n, c_n: ``[D, B, H]``; out: ``[T, B, D*H]``; gates ``[D, T, B, S*H]`` and cs
-    ``[D, T, B, H]``: None when nothing is saved; aux: what a cell's own functions read through
-    ``ctx``. All contiguous, and all but aux of one dtype: fp16, bf16, fp32 or fp64.
+    gx: ``[D, T, B, G*H]``; weights: one entry a direction, of which all but ``w_ih`` and ``b_ih``
+    is read; h_0, h_n: ``[D, B, P]``; c_0, c_n: ``[D, B, H]``; out: ``[T, B, D*P]``; gates
+    ``[D, T, B, S*H]`` and cs ``[D, T, B, H]``: None when nothing is saved; aux: what a cell's own
+    functions read through ``ctx``. All contiguous, and all but aux of one dtype: fp16, bf16, fp32
+    or fp64.
     """
-    phases, tiles = SPECS[cell].phases, stepwise_tiles(h_0.shape[-1])
-    (D, B, H), T = h_0.shape, out.shape[0]
-    h, c = _carry(h_0, h_n), _carry(c_0, c_n)
-    u, gh = h_0.new_empty(D, B, H), h_0.new_empty(D, B, gx.shape[-1])
-    first, other = weights[0], weights[-1]
-    has_bias = first.b_hh is not None
+    spec, first, other = SPECS[cell], weights[0], weights[-1]
+    D, T, B, columns = gx.shape
+    H, P = columns // spec.gates, h_0.shape[-1]
+    tiles, has_bias, projects = stepwise_tiles(H), first.b_hh is not None, first.w_hr is not None
+    c = _carry(c_0, c_n)
+    u, gh = h_0.clone(), gx.new_empty(D, B, columns)
+    if projects:  # the kernel's h, o tanh(c), is one projection away from h
+        h, made, kernel_u = gx.new_zeros(D, B, H), gx.new_empty(T, B, D * H), gx.new_empty(D, B, H)
+    else:
+        h, made, kernel_u = _carry(h_0, h_n), out, u
 
     def launch(step: int, constants: dict) -> None:
         _stepwise_fwd_kernel[_grid(D, B, H, tiles)](
@@ -284,10 +291,10 @@ def stepwise_fwd(
             aux,
             h,
             h if c is None else c,
-            u,
-            out,
-            out if gates is None else gates,
-            out if cs is None else cs,
+            kernel_u,
+            made,
+            made if gates is None else gates,
+            made if cs is None else cs,
             step,
             T,
             B,
@@ -296,21 +303,26 @@ def stepwise_fwd(
         )
 
     work = []  # of a step: the products of each phase, and the constants of the launch after them
-    for phase, served in enumerate(phases):
+    for phase, served in enumerate(spec.phases):
         rows = slice(served[0] * H, (served[-1] + 1) * H)
         products = [(u[d], w.w_hh[rows].t(), gh[d, :, rows]) for d, w in enumerate(weights)]
-        following, ready = (phase + 1) % len(phases), served[-1] + 1
+        following, ready = (phase + 1) % len(spec.phases), served[-1] + 1
         constants = fwd_constants(cell, D, H, has_bias, gates is not None, following, ready)
         work.append((products, constants))
 
     with on_device(out):
-        launch(0, fwd_constants(cell, D, H, has_bias, False, 0, 0))
+        if not projects:
+            launch(0, fwd_constants(cell, D, H, has_bias, False, 0, 0))
         for step in range(T):
             for products, constants in work:
                 for operand, w_hh, product in products:
                     torch.mm(operand, w_hh, out=product)
                 launch(step, constants)
-        _hand_over((h, h_n), (c, c_n))
+            for d, w in enumerate(weights if projects else ()):
+                t = (step, T - 1 - step)[d]
+                torch.mm(made[t, :, d * H : (d + 1) * H], w.w_hr.t(), out=u[d])
+                out[t, :, d * P : (d + 1) * P] = u[d]
+        _hand_over((u if projects else h, h_n), (c, c_n))
 
 
 def stepwise_bwd(
@@ -334,19 +346,26 @@ def stepwise_bwd(
     d_out: ``[T, B, D*H]``, None where no gradient reaches the outputs; the rest as in
     ``stepwise_fwd``. All contiguous and of one dtype.
     """
-    spec, tiles = SPECS[cell], stepwise_tiles(h_0.shape[-1])
-    (D, B, H), T = h_0.shape, out.shape[0]
-    d_h, d_c = _carry(d_h_n, d_h_0), _carry(d_c_n, d_c_0)
-    du = h_0.new_zeros(len(spec.phases), D, B, H)
+    spec, (D, T, B, columns), P = SPECS[cell], dgates.shape, h_0.shape[-1]
+    H, projects = columns // spec.grad_tiles, weights[0].w_hr is not None
+    tiles = stepwise_tiles(H)
+    d_c, du = _carry(d_c_n, d_c_0), gates.new_zeros(len(spec.phases), D, B, H)
+    if projects:
+        # dh reaches the kernel through du, already projected; of h itself an LSTM's adjoint reads
+        # nothing, so whatever is as large may stand in for it.
+        d_h, dh, h_before, hs = torch.zeros_like(d_c), d_h_n.clone(), c_0, gates
+    else:
+        d_h, h_before, hs = _carry(d_h_n, d_h_0), h_0, out
+    has_d_out = d_out is not None and not projects
 
     def launch(step: int, constants: dict) -> None:
         _stepwise_bwd_kernel[_grid(D, B, H, tiles)](
-            out if d_out is None else d_out,
-            h_0,
-            h_0 if c_0 is None else c_0,
-            out,
+            d_out if has_d_out else hs,
+            h_before,
+            h_before if c_0 is None else c_0,
+            hs,
             gates,
-            out if cs is None else cs,
+            hs if cs is None else cs,
             du,
             aux,
             d_h,
@@ -366,22 +385,29 @@ def stepwise_bwd(
             for gate, tile, count in runs_of(spec.phases[phase], spec.recurrent)
         ]
         terms = [
-            (d, columns, w.w_hh[rows], du[phase, d], float(i > 0))
+            (d, columns, w.w_hh[rows], dh[d] if projects else du[phase, d], float(i > 0))
             for d, w in enumerate(weights)
             for i, (columns, rows) in enumerate(runs)
         ]
-        work.append((bwd_constants(cell, D, H, d_out is not None, phase), terms))
+        work.append((bwd_constants(cell, D, H, has_d_out, phase), terms))
 
     with on_device(out):
         for step in reversed(range(T)):
             times = (step, T - 1 - step)
+            for d, w in enumerate(weights if projects else ()):
+                if d_out is not None:
+                    dh[d] += d_out[times[d], :, d * P : (d + 1) * P]
+                torch.mm(dh[d], w.w_hr, out=du[0, d])
             for constants, terms in work:
                 launch(step, constants)
                 for d, columns, w_hh, target, beta in terms:
                     grads = dgates[d, times[d], :, columns]
                     torch.addmm(target, grads, w_hh, beta=beta, out=target)
-        launch(-1, bwd_constants(cell, D, H, d_out is not None, -1))
-        _hand_over((d_h, d_h_0), (d_c, d_c_0))
+        if projects:
+            _hand_over((dh, d_h_0), (d_c, d_c_0))
+        else:
+            launch(-1, bwd_constants(cell, D, H, has_d_out, -1))
+            _hand_over((d_h, d_h_0), (d_c, d_c_0))
 
 
 def fwd_constants(

@@ -217,7 +217,6 @@ class TestAuto:
     def test_leaves_to_the_reference_what_it_runs_faster(self, monkeypatch):
         monkeypatch.setattr(dispatch, "cpu_prefers_reference", lambda request: "it is faster")
         assert choose(request()) == "torch"
-        assert choose(request(proj_size=2)) == "aten"
         with use_backend("aten"):
             assert choose(request()) == "aten"
 
@@ -244,7 +243,6 @@ class TestNamed:
         ("changes", "reason"),
         [
             ({"dtype": torch.int64}, "no schedule computes in torch.int64"),
-            ({"proj_size": 2}, "no projection"),
             ({"batch": 0}, "an empty batch"),
         ],
     )
@@ -256,7 +254,6 @@ class TestNamed:
         assert "triton is not installed" in refusal("triton", request(cuda))
 
     def test_torch_and_aten_refuse(self):
-        assert "no projection" in refusal("torch", request(proj_size=2))
         assert "not for mps" in refusal("torch", request("mps"))
         reason = refusal("aten", request(cell="gru_reset_before"))
         assert reason == "backend 'aten': torch has no operator for GRU(reset_after=False)"

@@ -164,17 +164,14 @@ def test_dropout_takes_as_much_from_the_generator_as_torch():
 
 
 @pytest.mark.parametrize("is_packed", [False, True], ids=["dense", "packed"])
-def test_projection_runs_on_torchs_operator_only(is_packed):
-    theirs, ours = build("LSTM", num_layers=2, bidirectional=True, proj_size=2)
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@pytest.mark.parametrize("backend", [*BACKENDS, "triton"])
+def test_projection(backend, bias, is_packed):
+    """h of 2 columns and c of 4, by every backend; triton runs it step by step."""
+    theirs, ours = build("LSTM", num_layers=2, bidirectional=True, proj_size=2, bias=bias)
     input = packed(False) if is_packed else torch.randn(7, 6, 3, dtype=torch.float64)
-    for backend in ("aten", "auto"):
-        assert_same(backend, theirs, ours, input)
-        assert_same(backend, theirs, ours, input, states_for(ours, 6))
-    with (
-        fusedrnn.use_backend("torch"),
-        pytest.raises(NotImplementedError, match=r"no projection \(proj_size > 0\) yet"),
-    ):
-        ours(input)
+    assert_same(backend, theirs, ours, input)
+    assert_same(backend, theirs, ours, input, states_for(ours, 6))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

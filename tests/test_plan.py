@@ -183,6 +183,13 @@ def test_precision_concerns_fp32_alone():
     assert plan(wide._replace(hidden_size=32), CHIPS["gfx942"]).forward.input_precision == "ieee"
 
 
+def test_a_projection_goes_step_by_step():
+    projected = problem(proj_size=8, layers=2)
+    assert [p.schedule for p in plan_stack(projected, CHIPS["sm_90"])] == ["stepwise"] * 2
+    with pytest.raises(NoPlan, match="only schedule stepwise has a projection"):
+        resident(projected, CHIPS["sm_90"])
+
+
 def test_inference_plans_no_backward():
     assert plan(problem(needs_grad=False), CHIPS["sm_90"]).backward is None
 
