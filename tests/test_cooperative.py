@@ -26,6 +26,8 @@ pytestmark = [
     pytest.mark.xdist_group("processes"),
 ]
 
+#: Polls until a test gives up on a lost program: half a minute without pauses.
+PATIENCE = 1_000_000
 #: Short pauses overlap the programs differently in each run; the seed names the pattern.
 DELAY = 0.002
 
@@ -123,17 +125,17 @@ def workspace(cell: str, shape: Shape, like: torch.Tensor) -> exchange.Workspace
     return shared(exchange.workspace(cell, plan.forward, like, shape.L * shape.D, shape.B, shape.H))
 
 
-def launches(cell, shape, data, works, aux=None, **launch):
+def launches(cell, shape, data, works, aux=None, patience=PATIENCE):
     """The two launches of ``data`` as calls without arguments."""
     plan = plan_of(shape)
 
     def forward():
         arguments = [data[name] for name in FORWARD]
-        cooperative.cooperative_fwd(cell, plan, *arguments, works[0], aux, **launch)
+        cooperative.cooperative_fwd(cell, plan, *arguments, works[0], aux, patience)
 
     def backward():
         arguments = [data[name] for name in BACKWARD]
-        cooperative.cooperative_bwd(cell, plan, *arguments, works[1], aux, **launch)
+        cooperative.cooperative_bwd(cell, plan, *arguments, works[1], aux, patience)
 
     return forward, backward
 

@@ -90,6 +90,21 @@ def test_bitwise_deterministic(cell, device):
         assert torch.equal(first[name], second[name]), name
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="programs overlap only on a GPU")
+@pytest.mark.parametrize("layers", [1, 3])
+@pytest.mark.parametrize("cell", CELLS)
+def test_programs_that_share_a_layer_agree_bit_for_bit(cell, layers, device):
+    """Twenty runs, in each of which the programs overlap differently."""
+    module = torch_module(cell, 64, 384, num_layers=layers).to(device, torch.float16)
+    op = Op(module, cell, "triton")
+    case = Case(100, 40, 64, 384)
+    inputs = make_inputs(cell, case, layers=layers, dtype=torch.float16, device=device)
+    first = run_module(op, *inputs)
+    for _ in range(19):
+        again = run_module(op, *inputs)
+        assert not [name for name in first if not torch.equal(first[name], again[name])]
+
+
 @pytest.mark.parametrize("cell", CELLS)
 def test_causal(cell, device):
     """Inputs after t leave outputs up to t alone, bit for bit."""
