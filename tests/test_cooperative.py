@@ -161,7 +161,7 @@ def expected(cell: str, shape: Shape, data: dict, dtype: torch.dtype) -> dict[st
         return type(tree)(map(cast, tree)) if isinstance(tree, list) else tree
 
     r = {name: cast(value) for name, value in data.items() if name != "weights"}
-    weights = [Weights(*(w.to(dtype) for w in each)) for each in data["weights"]]
+    weights = [Weights(*(w.to(dtype) for w in each[:4])) for each in data["weights"]]
 
     def rows(name, layer):
         return None if r[name] is None else r[name][layer * D : (layer + 1) * D]
