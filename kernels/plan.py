@@ -142,7 +142,7 @@ LARGEST_H = {
 #: The largest slice of one program in schedule cooperative, by number of gates: units, and units
 #: times H with 16 rows and with 32. Beyond it a kernel spills by one Triton or the other.
 LARGEST_SLICE = {
-    "16-bit": {4: (32, 16384, 4096), 3: (32, 32768, 4096), 1: (64, 65536, 8192)},
+    "16-bit": {4: (32, 16384, 4096), 3: (32, 20480, 4096), 1: (64, 65536, 8192)},
     "tf32": {4: (16, 8192, 2048), 3: (32, 8192, 2048), 1: (64, 32768, 4096)},
     "tf32x3": {4: (8, 2048, 0), 3: (8, 2048, 0), 1: (64, 16384, 0)},
 }
@@ -282,6 +282,11 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
     if spec.rowwise:
         raise NoPlan(f"schedule cooperative cuts a row of H, over which {problem.cell} reduces")
     kind = kind_of(problem, chip)
+    if chip.warp_size == 64:
+        raise NoPlan(
+            f"schedule cooperative multiplies in batches, which Triton does not give to the matrix "
+            f"units of {chip.name}"
+        )
     if kind == "ieee":
         raise NoPlan(
             "schedule cooperative has no tiles for fp32 in ieee, which tensor cores do not multiply"
@@ -319,12 +324,13 @@ def _cooperative_tiles(
         ):
             continue
         at_once = max(1, min(-(-problem.batch // rows), chip.sms // groups))
-        large = _is_large(kind, SPECS[problem.cell].gates, units, columns, direction)
+        gates = SPECS[problem.cell].gates
+        large = _is_large(kind, gates, units, chunks, direction)
         tiles = Tiles(
             rows,
             ((0, units),),
             8,
-            None if chip.warp_size == 64 or large else 255,
+            None if large else 255,
             kind if problem.dtype == torch.float32 else "ieee",
             shared,
             chunks,
@@ -334,16 +340,23 @@ def _cooperative_tiles(
         yield floors.step, rows, units, tiles
 
 
-def _is_large(kind: str, gates: int, units: int, columns: int, direction: str) -> bool:
+def _is_large(
+    kind: str, gates: int, units: int, chunks: tuple[tuple[int, int, int], ...], direction: str
+) -> bool:
     """Whether ptxas does better without being told that it may use 255 registers.
 
     Left to itself it stops at 128 in most kernels and spills 8 to 32 bytes; but it spills in the
     largest ones if told, by Triton 3.6.
     """
+    if gates == 1:
+        return False
+    if len(chunks) > 1:
+        return True
+    columns = chunks[0][1] * chunks[0][2]
     if kind == "tf32x3":
-        return gates == 4 or (gates == 3 and direction == "backward")
+        return gates == 4 or direction == "backward"
     if kind == "tf32":
-        return gates > 1 and units * columns >= 8192
+        return units * columns >= 8192
     return gates == 4 and columns > 768
 
 
@@ -358,9 +371,13 @@ def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
     >>> k_chunks(192, "16-bit")
     ((0, 4, 32), (128, 4, 16))
     """
-    pieces = 8 if -H % 128 == -H % 64 or 4 * (-H % 128) <= H else 4
     deepest = 128 if kind == "16-bit" else 64
-    blocks = blocks_of(H, least=16 * pieces, most=deepest * pieces)
+    saves = -H % 128 != -H % 64 and 4 * (-H % 128) > H
+    pieces = 4 if saves and H <= 4 * deepest else 8
+    most = pieces * deepest
+    # Unequal chunks of fp32 spill above 512; equal ones pad H = 768 to 1024.
+    least = most if kind != "16-bit" and most < H else 16 * pieces
+    blocks = blocks_of(H, least, most)
     return tuple((start, pieces, width // pieces) for start, width in blocks)
 
 

@@ -83,6 +83,8 @@ def test_refusals_name_what_is_missing():
         cooperative(problem(hidden_size=512), small)
     with pytest.raises(NoPlan, match="in ieee, which tensor cores do not"):
         cooperative(problem(hidden_size=512, dtype=torch.float32, precision="ieee"), chip)
+    with pytest.raises(NoPlan, match="does not give to the matrix units of gfx942"):
+        cooperative(problem(hidden_size=512), CHIPS["gfx942"])
     with pytest.raises(NoPlan, match="one direction"):
         cooperative(problem(hidden_size=512, directions=2, layers=2), chip)
 
@@ -103,7 +105,8 @@ def test_chunks_cover_h_in_short_chains(H, kind):
     assert len({pieces for _, pieces, _ in chunks}) == 1
     ends = [start + pieces * width for start, pieces, width in chunks]
     assert [start for start, _, _ in chunks] == [0, *ends[:-1]]
-    assert H <= ends[-1] < H + 64 + max(H // 4, 1)
+    padding = ends[-1] - H
+    assert 0 <= padding < 64 + H // 4 or (kind == "tf32" and padding < 512 < H)
     deep = 16 if kind == "16-bit" else 8  # columns of one mma
     assert all(16 <= width <= 8 * deep for _, _, width in chunks)
 
@@ -118,7 +121,7 @@ def test_schedule_by_size():
         ]
 
     assert schedules() == ["resi", *["coop"] * 6, *["step"] * 2]
-    assert schedules(cell="gru") == ["resi", *["coop"] * 7, "step"]
+    assert schedules(cell="gru") == ["resi", *["coop"] * 6, *["step"] * 2]
     assert schedules(dtype=torch.float32) == [*["coop"] * 7, *["step"] * 2]
     assert schedules(dtype=torch.float32, precision="tf32x3") == [*["coop"] * 3, *["step"] * 6]
     assert set(schedules(dtype=torch.float32, precision="ieee")) == {"step"}
