@@ -69,12 +69,12 @@ class Config(NamedTuple):
 
 
 class Saved(NamedTuple):
-    """What backward needs besides the arguments."""
+    """What backward needs besides the arguments. P is H, but for a projection."""
 
-    output: Tensor  # [T, B, D*H]
+    output: Tensor  # [T, B, D*P]
     gates: Tensor  # [L, D, T, B, S*H]
     cs: Tensor  # [L, D, T, B, H], or empty for a cell without c
-    hidden: Tensor  # [L-1, T, B, D*H], before dropout
+    hidden: Tensor  # [L-1, T, B, D*P], before dropout
 
     def layer_output(self, layer: int) -> Tensor:
         return self.hidden[layer] if layer < len(self.hidden) else self.output
