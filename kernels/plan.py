@@ -348,16 +348,14 @@ def _is_large(
     Left to itself it stops at 128 in most kernels and spills 8 to 32 bytes; but it spills in the
     largest ones if told, by Triton 3.6.
     """
+    columns = sum(pieces * width for _, pieces, width in chunks)
     if gates == 1:
         return False
-    if len(chunks) > 1:
-        return True
-    columns = chunks[0][1] * chunks[0][2]
     if kind == "tf32x3":
         return gates == 4 or direction == "backward"
     if kind == "tf32":
         return units * columns >= 8192
-    return gates == 4 and columns > 768
+    return columns >= 768 if gates == 4 else units * columns > 16384
 
 
 def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
