@@ -36,6 +36,7 @@ class Chip(NamedTuple):
     shared_bytes: int  # the most one program may have
     warp_size: int = 32
     concurrent: bool = True  # Triton's interpreter runs one program after the other
+    cooperates: bool = True  # it has not refused a cooperative launch
 
 
 CHIPS = {
@@ -281,6 +282,8 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
     _need_dots(problem)
     if spec.rowwise:
         raise NoPlan(f"schedule cooperative cuts a row of H, over which {problem.cell} reduces")
+    if not chip.cooperates:
+        raise NoPlan(f"{chip.name} has refused a cooperative launch")
     kind = kind_of(problem, chip)
     if chip.warp_size == 64:
         raise NoPlan(
@@ -458,7 +461,7 @@ def refuse_cooperation(device: torch.device) -> None:
 def chip_of(device: torch.device) -> Chip:
     """The chip behind a device, as far as this process may use it."""
     chip = _chip_of(device)
-    return chip._replace(concurrent=False) if device in _REFUSING else chip
+    return chip._replace(cooperates=False) if device in _REFUSING else chip
 
 
 @lru_cache

@@ -330,7 +330,7 @@ def test_a_refused_launch_is_done_another_way(refused, device, monkeypatch):
     monkeypatch.setattr(
         stack,
         "chip_of",
-        lambda d: planning.CHIPS["sm_90"]._replace(concurrent=d not in planning._REFUSING),
+        lambda d: planning.CHIPS["sm_90"]._replace(cooperates=d not in planning._REFUSING),
     )
     asked = []
 

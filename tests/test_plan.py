@@ -152,7 +152,7 @@ def test_layers_share_a_launch_where_the_model_finds_it_faster():
 
 
 def test_no_program_waits_where_only_one_runs():
-    """In the interpreter, or on a device that has refused a cooperative launch."""
+    """In the interpreter, which runs the layers of a wavefront in order."""
     alone = CHIPS["sm_90"]._replace(concurrent=False)
     assert plan(problem(hidden_size=256), alone).schedule == "stepwise"
     wave = plan_stack(problem(hidden_size=16, layers=6), alone)
@@ -184,6 +184,16 @@ def test_precision_concerns_fp32_alone():
     wide = problem(dtype=torch.float32)
     assert plan(wide, chip).forward.input_precision == "tf32"
     assert plan(wide._replace(hidden_size=32), CHIPS["gfx942"]).forward.input_precision == "ieee"
+
+
+def test_a_device_that_refused_is_not_asked_again():
+    """Not even for a wavefront of one program a layer: its programs wait for each other too."""
+    small = problem(hidden_size=16, layers=6)
+    assert [p.schedule for p in plan_stack(small, CHIPS["sm_90"])] == ["cooperative"]
+    refusing = CHIPS["sm_90"]._replace(cooperates=False)
+    assert [p.schedule for p in plan_stack(small, refusing)] == ["resident"] * 6
+    with pytest.raises(NoPlan, match="sm_90 has refused a cooperative launch"):
+        cooperative(small, refusing)
 
 
 def test_a_projection_goes_step_by_step():
