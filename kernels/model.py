@@ -77,8 +77,8 @@ def kind_of(problem: Problem, chip: Chip) -> str:
     """How operands are multiplied: ``"16-bit"``, ``"tf32"``, ``"tf32x3"`` or ``"ieee"``."""
     if problem.dtype.itemsize == 2:
         return "16-bit"
-    # MIOpen has no tf32.
-    return "ieee" if chip.warp_size == 64 else problem.precision
+    # The precision is of fp32 alone, and MIOpen has no tf32.
+    return "ieee" if problem.dtype.itemsize == 8 or chip.warp_size == 64 else problem.precision
 
 
 def floors_on_chip(
@@ -130,7 +130,7 @@ def floors_stepwise(problem: Problem, chip: Chip, direction: str) -> Floors:
     specials = problem.batch * H * D * spec.specials[direction != "forward"]
     phases = len(spec.phases)
     return Floors(
-        products=2 * problem.batch * weights / (speeds.flops.get(kind, 0.45e6) * chip.sms),
+        products=2 * problem.batch * weights / (speeds.flops[kind] * chip.sms),
         shared=0.0,
         specials=specials / SPECIALS_A_CYCLE / speeds.cycles / chip.sms,
         l2=weights * problem.dtype.itemsize / speeds.l2_bytes,
@@ -147,7 +147,7 @@ def cudnn_step(problem: Problem) -> float | None:
     directions as side by side.
     """
     H, halves = problem.hidden_size, problem.dtype.itemsize == 2
-    if not halves and problem.precision != "tf32":
+    if not halves and (problem.dtype.itemsize == 8 or problem.precision != "tf32"):
         return None
     persists = (
         problem.cell == "lstm"

@@ -80,6 +80,7 @@ def test_kinds_of_products():
     assert kind_of(LSTM, CHIP) == "16-bit"
     assert kind_of(wide, CHIP) == "tf32x3"
     assert kind_of(wide, CHIPS["gfx942"]) == "ieee"
+    assert kind_of(wide._replace(dtype=torch.float64, precision="tf32"), CHIP) == "ieee"
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -97,6 +98,7 @@ def test_what_is_reported_for_cudnn():
     assert cudnn_step(LSTM._replace(dtype=torch.float16, cell="gru")) == 15.5
     assert cudnn_step(LSTM._replace(needs_grad=False, layers=3)) == 19.5
     assert cudnn_step(LSTM._replace(dtype=torch.float32)) is None  # ieee: nobody says
+    assert cudnn_step(LSTM._replace(dtype=torch.float64, precision="tf32")) is None
 
 
 def test_floors_print_what_is_not_zero():
