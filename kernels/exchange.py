@@ -19,7 +19,7 @@ call, to an address of its own. The operands that have no such place (``slots`` 
 between two: slot ``step % 2`` is written again two steps later, after a wait for a publication
 that every member made after it had read the slot.
 
-A wait is bounded: after ``patience`` polls (about a microsecond each) it traps, and the host reads
+A wait is bounded: after ``patience`` polls (0.65 us each, as modelled) it traps, and the host reads
 "device-side assert triggered" with the message below instead of watching a hung GPU.
 """
 

@@ -416,7 +416,7 @@ def bwd_constants(cell: str, plan: Plan, D: int, H: int, has_d_out: bool) -> dic
         "ADJOINT": CELLS[cell].adjoint,
         "FOLD": CELLS[cell].fold,
         "PHASES": spec.phases,
-        "FIRST_TILE": tuple(stored[0] for stored in spec.grads),
+        "FIRST_TILE": spec.first_tiles,
         "FACTORS": tuple(
             tuple(stored.index(spec.recurrent[g]) for g in gates)
             for gates, stored in zip(spec.phases, spec.grads, strict=True)

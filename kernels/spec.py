@@ -51,6 +51,11 @@ class CellSpec:
         """Tiles of ``dgates`` per step: G, and one more for each gate whose two parts differ."""
         return 1 + max(max(tiles) for tiles in self.grads)
 
+    @property
+    def first_tiles(self) -> tuple[int, ...]:
+        """Of each phase, where its gradient tiles begin in ``dgates``."""
+        return tuple(tiles[0] for tiles in self.grads)
+
 
 SPECS = {
     # i, f, g, o are saved activated.

@@ -274,7 +274,7 @@ def stepwise_fwd(
     D, T, B, columns = gx.shape
     H, P = columns // spec.gates, h_0.shape[-1]
     tiles, has_bias, projects = stepwise_tiles(H), first.b_hh is not None, first.w_hr is not None
-    c = _carry(c_0, c_n)
+    c, options = _carry(c_0, c_n), launch_options(tiles)
     u, gh = h_0.clone(), gx.new_empty(D, B, columns)
     if projects:  # the kernel's h, o tanh(c), is one projection away from h
         h, made, kernel_u = gx.new_zeros(D, B, H), gx.new_empty(T, B, D * H), gx.new_empty(D, B, H)
@@ -299,7 +299,7 @@ def stepwise_fwd(
             T,
             B,
             **constants,
-            **launch_options(tiles),
+            **options,
         )
 
     work = []  # of a step: the products of each phase, and the constants of the launch after them
@@ -341,14 +341,15 @@ def stepwise_bwd(
     d_c_0: torch.Tensor | None,
     aux: torch.Tensor | None = None,
 ) -> None:
-    """Runs one layer backwards and fills ``dgates [D, T, B, N*H]`` and d_h_0, d_c_0 ``[D, B, H]``.
+    """Runs one layer backwards: fills ``dgates [D, T, B, N*H]``, d_h_0 and d_c_0 (as h_0, c_0).
 
-    d_out: ``[T, B, D*H]``, None where no gradient reaches the outputs; the rest as in
+    d_out: ``[T, B, D*P]``, None where no gradient reaches the outputs; the rest as in
     ``stepwise_fwd``. All contiguous and of one dtype.
     """
     spec, (D, T, B, columns), P = SPECS[cell], dgates.shape, h_0.shape[-1]
     H, projects = columns // spec.grad_tiles, weights[0].w_hr is not None
     tiles = stepwise_tiles(H)
+    options = launch_options(tiles)
     d_c, du = _carry(d_c_n, d_c_0), gates.new_zeros(len(spec.phases), D, B, H)
     if projects:
         # dh reaches the kernel through du, already projected; of h itself an LSTM's adjoint reads
@@ -375,7 +376,7 @@ def stepwise_bwd(
             T,
             B,
             **constants,
-            **launch_options(tiles),
+            **options,
         )
 
     work = []  # of a step: the constants of each phase's launch, and the terms of its product
@@ -438,7 +439,7 @@ def bwd_constants(cell: str, D: int, H: int, has_d_out: bool, phase: int) -> dic
     return {
         "ADJOINT": CELLS[cell].adjoint,
         "FOLD": CELLS[cell].fold,
-        "FIRST_TILE": tuple(stored[0] for stored in spec.grads),
+        "FIRST_TILE": spec.first_tiles,
         "GRAD_TILES": spec.grad_tiles,
         "SAVED": tuple(range(spec.saved)),
         "STATES": spec.states,
