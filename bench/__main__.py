@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from . import gpu, imdb, modelled, plots
+from . import gates, gpu, imdb, modelled, plots, ragged, text
 from .archives import DataError
 from .cases import CELLS, Workload, lessons
 from .imdb import Corpus
@@ -20,6 +20,8 @@ from .report import LEGEND, environment, header, table_head, table_line
 from .results import FolderError, Results
 from .run import Settings, measure
 
+#: Lessons of their own kind, with a table of their own.
+SHORT = ("ragged", "text", "gates")
 DEFAULT_FOLDER = Path(__file__).parent / "results" / "local"
 
 
@@ -32,6 +34,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.lesson == "model":
             modelled.write(options.out or DEFAULT_FOLDER)
             return 0
+        if options.lesson in SHORT:
+            return _short(options)
         return run_lessons(options)
     except (DataError, FolderError, gpu.NoDeviceError) as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
@@ -45,10 +49,12 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "lesson",
         nargs="?",
-        choices=("all", "imdb", "sine", "gpu", "model"),
+        choices=("all", "imdb", "sine", *SHORT, "gpu", "model"),
         default="all",
-        help="what to run; gpu is the kernel tests and a sweep on a CUDA machine, model the "
-        "floors of a step by arithmetic (default: all)",
+        help="what to run; all is imdb and sine; ragged: sequences of unequal length beside "
+        "torch.nn's two ways; text: a language model that learns and speaks, token by token; "
+        "gates: an LSTM's gates while it follows a sine; gpu: the kernel tests and a sweep on a "
+        "CUDA machine; model: the floors of a step by arithmetic (default: all)",
     )
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--imdb", metavar="PATH", help="imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB")
@@ -58,6 +64,16 @@ def _parser() -> argparse.ArgumentParser:
     add("--quick", action="store_true", help="tiny sizes: tests the machinery, measures nothing")
     add("--minutes", type=float, default=9, help="time for gpu (default: 9)")
     return parser
+
+
+def _short(options: argparse.Namespace) -> int:
+    """What needs no data."""
+    out, device = options.out or DEFAULT_FOLDER, pick_device(options.device)
+    if options.lesson == "gates":
+        return gates.run(out, seed=options.seed, quick=options.quick)
+    if options.lesson == "ragged":
+        return ragged.run(out, device, quick=options.quick, seed=options.seed)
+    return text.run(out, quick=options.quick, seed=options.seed, device=device)
 
 
 def run_lessons(options: argparse.Namespace) -> int:

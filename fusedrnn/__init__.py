@@ -2,7 +2,9 @@
 
 from .dispatch import explain, use_backend, use_precision
 from .functional import gru, lstm, rnn
+from .inspection import States
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .streaming import Stream
 
 __version__ = "0.1.0"
 
@@ -13,6 +15,8 @@ __all__ = [
     "GRUCell",
     "LSTMCell",
     "RNNCell",
+    "States",
+    "Stream",
     "__version__",
     "explain",
     "gru",

@@ -8,7 +8,7 @@ L layers, D directions.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,6 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from .dispatch import Request
 from .kernels.spec import SPECS
+from .layout import Ragged
 
 
 class Layers(NamedTuple):
@@ -38,7 +39,20 @@ class Call(NamedTuple):
     states: tuple[Tensor, ...]  # [L*D, B, H] each; for a cell [B, H]
     params: Sequence[Tensor]
     batched: bool  # else the results lose the batch dimension again
+    ragged: Ragged = Ragged()
     packing: PackedSequence | None = None  # the packed input
+    jagged: Jagged | None = None  # or the nested one, which was packed
+
+
+class Jagged(NamedTuple):
+    """What a nested tensor of layout ``torch.jagged`` becomes when it is packed, and the way back.
+
+    Its values ``[R, I]`` stand sequence by sequence, and step by step when packed.
+    """
+
+    offsets: Tensor  # [B + 1]
+    packed: Tensor  # [R]: of each packed row the row of the values
+    values: Tensor  # [R]: the way back
 
 
 def prepare(
@@ -47,13 +61,21 @@ def prepare(
     hx: Tensor | Sequence[Tensor] | None,
     params: Sequence[Tensor],
     layers: Layers,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
 ) -> Call:
     """Checks the arguments of a stack and brings them into the one form that backends take."""
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
     sizes = _sizes(cell, params, layers)
+    jagged = None
+    if isinstance(input, Tensor) and input.is_nested:
+        input, jagged = _packed_from_jagged(input)
     packing = input if isinstance(input, PackedSequence) else None
     if isinstance(input, PackedSequence):
+        for name, value in (("lengths", lengths), ("reset", reset)):
+            if value is not None:
+                raise ValueError(f"{name} was given with an input that has lengths of its own")
         data, batched = input.data, True
         if data.dim() != 2:
             raise RuntimeError(f"the packed input's data is {data.dim()}-D; expected 2-D")
@@ -71,6 +93,11 @@ def prepare(
     _check_features(data, sizes.input_size)
     if steps == 0:
         raise RuntimeError("input has no time step (T = 0); expected at least one")
+    ragged = Ragged(
+        _checked_lengths(lengths, steps, batch, batched),
+        _checked_reset(reset, steps, batch, batched, layers.batch_first),
+        None if packing is None else packing.batch_sizes,
+    )
 
     directions = 2 if layers.bidirectional else 1
     rows = layers.num_layers * directions
@@ -79,7 +106,10 @@ def prepare(
     else:
         states = _as_tensors(hx, len(sizes.states), indexed=packing is None)
         middle = (batch,) if batched else ()
-        _check_shapes(states, [(rows, *middle, size) for size in sizes.states])
+        shapes = [(rows, *middle, size) for size in sizes.states]
+        if batched:  # one state for all sequences
+            states = tuple(map(_spread, states, shapes))
+        _check_shapes(states, shapes)
         if not batched:
             states = tuple(s.unsqueeze(1) for s in states)
     check_alike(data, states, params, check_dtype=autocast is None)
@@ -97,10 +127,12 @@ def prepare(
         num_layers=layers.num_layers,
         directions=directions,
         packed=packing is not None,
+        lengths=ragged.lengths is not None,
+        reset=ragged.reset is not None,
         needs_grad=_needs_grad(data, states, params),
         autocast=autocast,
     )
-    return Call(request, layers, data, states, params, batched, packing)
+    return Call(request, layers, data, states, params, batched, ragged, packing, jagged)
 
 
 def prepare_cell(
@@ -141,6 +173,76 @@ def prepare_cell(
         single_step=True,
     )
     return Call(request, layers, data, states, params, batched)
+
+
+def _packed_from_jagged(input: Tensor) -> tuple[PackedSequence, Jagged]:
+    """A nested tensor as a PackedSequence; reads its lengths, for which a GPU is waited for."""
+    if input.layout != torch.jagged:
+        raise ValueError(
+            f"input is a nested tensor of layout {input.layout}; expected torch.jagged"
+        )
+    nested: Any = input
+    values, offsets = nested.values(), nested.offsets()
+    if values.dim() != 2 or nested.lengths() is not None:
+        raise ValueError("input is a nested tensor with holes or of other than [B, jagged, I]")
+    starts = offsets.cpu()
+    lengths, order = starts.diff().sort(descending=True, stable=True)
+    if not len(lengths) or not lengths[-1]:
+        raise ValueError("input is a nested tensor with an empty sequence; expected none")
+    there = torch.arange(int(lengths[0])).unsqueeze(1) < lengths  # [T, B]
+    rows = (starts[:-1][order] + torch.arange(len(there)).unsqueeze(1))[there].to(values.device)
+    back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
+    order = order.to(values.device)
+    packed = PackedSequence(values.index_select(0, rows), there.sum(1), order, order.argsort())
+    return packed, Jagged(offsets, rows, back)
+
+
+def _checked_lengths(
+    lengths: Tensor | Sequence[int] | None, steps: int, batch: int, batched: bool
+) -> Tensor | None:
+    """Lengths as a tensor ``[B]``. Its values are looked at only where that waits for no device."""
+    if lengths is None:
+        return None
+    if not isinstance(lengths, Tensor):
+        lengths = torch.as_tensor(lengths)
+    kind = lengths.dtype
+    if kind.is_floating_point or kind.is_complex or kind == torch.bool:
+        raise ValueError(f"lengths is {kind}; expected integers")
+    if not batched:
+        raise ValueError("lengths was given with an input without a batch; cut the input instead")
+    if lengths.shape != (batch,):
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
+    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+        low, high = (int(bound) for bound in lengths.aminmax())
+        if low < 0:
+            raise ValueError(f"lengths has {low}; expected no negative number")
+        if high > steps:
+            raise ValueError(f"lengths has {high}; the input has {steps} steps")
+    return lengths
+
+
+def _checked_reset(
+    reset: Tensor | None, steps: int, batch: int, batched: bool, batch_first: bool
+) -> Tensor | None:
+    """Resets as bool ``[T, B]``."""
+    if reset is None:
+        return None
+    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+        kind = reset.dtype if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
+        raise ValueError(f"reset is {kind}; expected a tensor of torch.bool")
+    shape = (batch, steps) if batch_first else (steps, batch)
+    expected: tuple[int, ...] = shape if batched else (steps,)
+    if reset.shape != expected:
+        raise ValueError(f"reset has shape {tuple(reset.shape)}; expected {expected}")
+    if not batched:
+        return reset.unsqueeze(1)
+    return reset.t() if batch_first else reset
+
+
+def _spread(state: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """A state given once ``[L*D, 1, H]`` for all sequences; what does not fit stays as it is."""
+    fits = state.dim() == 3 and state.shape == (shape[0], 1, shape[2])
+    return state.expand(shape) if fits else state
 
 
 class _Sizes(NamedTuple):

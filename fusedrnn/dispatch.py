@@ -47,6 +47,9 @@ class Request(NamedTuple):
     num_layers: int = 1
     directions: int = 1
     packed: bool = False
+    lengths: bool = False
+    reset: bool = False
+    states: bool = False  # what every step leaves is wanted
     needs_grad: bool = False
     autocast: torch.dtype | None = None
     single_step: bool = False  # a module like nn.LSTMCell
@@ -60,7 +63,7 @@ class Request(NamedTuple):
             f"directions={self.directions}",
         ]
         parts += [f"proj_size={self.proj_size}"] if self.proj_size else []
-        parts += ["packed"] if self.packed else []
+        parts += [name for name in ("packed", "lengths", "reset", "states") if getattr(self, name)]
         parts += ["with gradients" if self.needs_grad else "no gradients"]
         return ", ".join(parts)
 
@@ -192,12 +195,13 @@ def choose(request: Request) -> str:
     return backend
 
 
-def explain(module: Any, *inputs: Any) -> Explanation:
-    """Says which backend would run ``module(*inputs)`` and why, without running it.
+def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
+    """Says which backend would run ``module(*inputs, **options)`` and why, without running it.
 
     Args:
         module: one of fusedrnn's modules or cells.
         *inputs: what the module would be called with: the input and, if wanted, hx.
+        **options: likewise ``lengths`` and ``reset``.
 
     Returns:
         An ``Explanation`` whose text names the backend, with triton the schedule and tile sizes,
@@ -212,7 +216,7 @@ def explain(module: Any, *inputs: Any) -> Explanation:
     if prepare is None:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(f"explain takes one of fusedrnn's modules or cells; got {kind}")
-    request = prepare(*inputs).request
+    request = prepare(*inputs, **options).request
     requested, source = requested_backend()
     backend, refused = _weigh(request, requested)
     is_triton = backend == "triton"
@@ -263,8 +267,6 @@ def _triton_refusal(request: Request, requested: str) -> str | None:
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if request.batch == 0:
         return "an empty batch leaves nothing to launch"
-    if request.packed and not named and request.cell != "gru_reset_before":
-        return "a PackedSequence would take one launch per length; named, triton runs it so"
     try:
         plans = _plans(request)
     except NoPlan as no_plan:
@@ -290,6 +292,10 @@ def _expected_slower(request: Request, plans: tuple[Plan, ...]) -> str | None:
 def _aten_refusal(request: Request, requested: str) -> str | None:
     if request.cell == "gru_reset_before":
         return "torch has no operator for GRU(reset_after=False)"
+    if request.lengths or request.reset:
+        return "torch's operator takes no lengths and no reset"
+    if request.states:
+        return "torch's operator keeps no state but the last"
     if request.device.type != "cpu":
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
@@ -336,8 +342,9 @@ def _problem(request: Request) -> Problem:
         request.dtype,
         precision(),
         request.needs_grad,
-        request.num_layers,
+        1 if request.states else request.num_layers,
         request.proj_size,
+        request.packed or request.lengths or request.reset,
     )
 
 

@@ -12,13 +12,13 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
 from .arguments import Call, Layers, as_hx, check_alike, prepare
 from .ops import rnn_stack
+from .stack import Config
 
 _ATEN: dict[str, Callable] = {
     "lstm": _VF.lstm,
@@ -51,6 +51,8 @@ def lstm(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
 ) -> tuple[Tensor | PackedSequence, tuple[Tensor, Tensor]]:
     r"""A stack of LSTM layers (Hochreiter & Schmidhuber 1997, with forget gates: Gers et al. 2000).
 
@@ -69,9 +71,11 @@ def lstm(
 
     Args:
         input: ``[T, B, I]``; ``[B, T, I]`` if ``batch_first``; ``[T, I]`` without a batch; or a
-            ``PackedSequence`` (for which ``batch_first`` means nothing). Floating point.
-        hx: ``(h_0, c_0)``, each ``[L*D, B, H]`` (without a batch ``[L*D, H]``), with the input's
-            dtype and device; None means zeros. With a projection h_0 has P columns, not H.
+            ``PackedSequence`` or nested tensor of layout ``torch.jagged`` (for which
+            ``batch_first`` means nothing). Floating point.
+        hx: ``(h_0, c_0)``, each ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or
+            ``[L*D, 1, H]`` for all sequences alike, with the input's dtype and device; None means
+            zeros. With a projection h_0 has P columns, not H.
         params: the weights in torch's flat order, for each layer, and in it for each direction:
             ``weight_ih [4*H, I]`` (above the first layer ``[4*H, D*H]``), ``weight_hh [4*H, H]``,
             if ``bias`` also ``bias_ih [4*H]`` and ``bias_hh [4*H]``. A ``weight_hh [4*H, P]``
@@ -83,13 +87,23 @@ def lstm(
             come from torch's generator; on the CPU one seed gives the same ones in every backend.
         training: whether dropout is applied.
         bidirectional: D = 2 instead of 1.
+        lengths: how many steps of each sequence count, integers ``[B]`` in any order on any device,
+            0 to T. The others are as if they were not there: they may hold NaN, the output is 0
+            there and has no gradient, h_n and c_n are of the last step that counts (hx, if none),
+            and the reverse direction starts at each sequence's own end. On a GPU the values are
+            not looked at: more than T counts as T, less than 0 as 0.
+        reset: bool ``[T, B]``, ``[B, T]`` if ``batch_first``: a new sequence begins at this step.
+            The state is zero before it, hx too, and no gradient passes. The reverse direction is
+            cut at the same place, hence zero before step t - 1. What ``lengths`` leaves out is
+            ignored.
 
     Returns:
         output ``[T, B, D*H]`` in the form of the input, and ``(h_n, c_n)`` in the form of hx. Under
         ``torch.autocast`` triton and the reference compute and return autocast's dtype, as cuDNN.
 
     Raises:
-        ValueError: the input's ndim or dtype is wrong, or params has the wrong length.
+        ValueError: the input's ndim or dtype is wrong, or params has the wrong length; or lengths
+            or reset has the wrong shape, dtype or values, or comes with a packed input.
         RuntimeError: a size, or hx's shape, dtype or device is wrong, or there is no step.
         AttributeError, TypeError, IndexError: input or hx is not what can hold tensors. All as
             ``nn.LSTM`` raises.
@@ -103,7 +117,7 @@ def lstm(
         >>> torch.testing.assert_close(output, module(input)[0])
     """
     layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional)
-    return run(prepare("lstm", input, hx, params, layers))
+    return run(prepare("lstm", input, hx, params, layers, lengths, reset))
 
 
 def gru(
@@ -117,6 +131,8 @@ def gru(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
     reset_after: bool = True,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     r"""A stack of GRU layers (Cho et al. 2014).
@@ -145,6 +161,8 @@ def gru(
         dropout: as of ``lstm``.
         training: as of ``lstm``.
         bidirectional: as of ``lstm``.
+        lengths: as of ``lstm``.
+        reset: as of ``lstm``.
         reset_after: whether r applies after the recurrent product (torch's) or before it.
 
     Returns:
@@ -155,7 +173,7 @@ def gru(
     """
     layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional)
     cell = "gru" if reset_after else "gru_reset_before"
-    return run(prepare(cell, input, hx, params, layers))
+    return run(prepare(cell, input, hx, params, layers, lengths, reset))
 
 
 def rnn(
@@ -169,6 +187,8 @@ def rnn(
     dropout: float = 0.0,
     training: bool = False,
     bidirectional: bool = False,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
     nonlinearity: str = "tanh",
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     r"""A stack of Elman layers (Elman 1990): ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``.
@@ -185,6 +205,8 @@ def rnn(
         dropout: as of ``lstm``.
         training: as of ``lstm``.
         bidirectional: as of ``lstm``.
+        lengths: as of ``lstm``.
+        reset: as of ``lstm``.
         nonlinearity: ``"tanh"`` or ``"relu"``.
 
     Returns:
@@ -197,20 +219,33 @@ def rnn(
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
     layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional)
-    return run(prepare(f"rnn_{nonlinearity}", input, hx, params, layers))
+    return run(prepare(f"rnn_{nonlinearity}", input, hx, params, layers, lengths, reset))
 
 
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     backend = dispatch.choose(call.request)
     output, states = _run_aten(call) if backend == "aten" else _run_stack(call, backend)
+    return in_form(call, output), as_hx(states_in_form(call, states))
+
+
+def in_form(call: Call, rows: Tensor) -> Any:
+    """``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the call's input."""
+    if call.jagged is not None:
+        values = rows.index_select(0, call.jagged.values)
+        return torch.nested.nested_tensor_from_jagged(values, call.jagged.offsets)
     if call.packing is not None:
-        if call.packing.unsorted_indices is not None:
-            states = [s.index_select(1, call.packing.unsorted_indices) for s in states]
-        return call.packing._replace(data=output), as_hx(states)
+        return call.packing._replace(data=rows)
     if not call.batched:
-        return output.squeeze(1), as_hx([s.squeeze(1) for s in states])
-    return output.transpose(0, 1) if call.layers.batch_first else output, as_hx(states)
+        return rows.squeeze(1)
+    return rows.transpose(0, 1) if call.layers.batch_first else rows
+
+
+def states_in_form(call: Call, states: Sequence[Tensor]) -> list[Tensor]:
+    """States ``[L*D, B, H]`` in the order of the call's sequences."""
+    if call.packing is not None and call.packing.unsorted_indices is not None:
+        return [s.index_select(1, call.packing.unsorted_indices) for s in states]
+    return list(states) if call.batched else [s.squeeze(1) for s in states]
 
 
 def run_cell(call: Call) -> Any:
@@ -247,6 +282,15 @@ def _run_aten(call: Call) -> tuple[Tensor, Sequence[Tensor]]:
 
 
 def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:
+    input, states, params, masks = operands(call)
+    output, final, _ = rnn_stack(
+        input, states, params, masks, call.ragged, config_of(call, backend)
+    )
+    return output, final
+
+
+def operands(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
+    """Input, states and params in the dtype of the computation, and the masks of dropout."""
     request, layers = call.request, call.layers
     input, states, params = call.input, list(call.states), list(call.params)
     if request.autocast:
@@ -260,61 +304,23 @@ def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:
         layers.dropout if layers.training else 0.0,
         layers.num_layers - 1,
     )
-
-    def stack(input: Tensor, states: Sequence[Tensor], masks: Sequence[Tensor]):
-        return rnn_stack(
-            input,
-            states,
-            params,
-            masks,
-            cell=request.cell,
-            backend=backend,
-            has_bias=layers.bias,
-            num_layers=layers.num_layers,
-            bidirectional=layers.bidirectional,
-            precision=dispatch.precision(),
-        )
-
-    if call.packing is not None:
-        return _in_groups(stack, input, call.packing.batch_sizes, states, masks)
-    return stack(input, states, masks)
+    return input, states, params, masks
 
 
-def _in_groups(
-    stack: Callable,
-    data: Tensor,
-    batch_sizes: Tensor,
-    states: Sequence[Tensor],
-    masks: Sequence[Tensor],
-) -> tuple[Tensor, list[Tensor]]:
-    """Runs a packed batch in groups of equal length, each a dense batch of its own.
-
-    Rows are sorted by falling length, so a group is a range of rows, and no row sees padding in
-    either direction.
-    """
-    valid = torch.arange(int(batch_sizes[0])) < batch_sizes.unsqueeze(1)  # [T, B], on the CPU
-    lengths, counts = valid.sum(0).unique_consecutive(return_counts=True)
-    valid = valid.to(data.device)
-
-    def padded(packed: Tensor) -> Tensor:
-        dense = packed.new_zeros(*valid.shape, packed.shape[-1])
-        dense[valid] = packed
-        return dense
-
-    data, masks = padded(data), [padded(mask) for mask in masks]
-    outputs, finals, start = [], [], 0
-    for length, count in zip(lengths.tolist(), counts.tolist(), strict=True):
-        rows = slice(start, start + count)
-        output, final = stack(
-            data[:length, rows],
-            [state[:, rows] for state in states],
-            [mask[:length, rows] for mask in masks],
-        )
-        outputs.append(F.pad(output, (0, 0, 0, 0, 0, len(data) - length)))
-        finals.append(final)
-        start += count
-    finals = [torch.cat(parts, 1) for parts in zip(*finals, strict=True)]
-    return torch.cat(outputs, 1)[valid], finals
+def config_of(call: Call, backend: str) -> Config:
+    """How the operator runs a call."""
+    request, layers = call.request, call.layers
+    # Where the host may read lengths without waiting, the loop does nothing for missing steps.
+    compact = backend == "torch" and request.device.type == "cpu" and request.lengths
+    return Config(
+        request.cell,
+        backend,
+        layers.bias,
+        layers.num_layers,
+        layers.bidirectional,
+        dispatch.precision(),
+        compact and not request.states,
+    )
 
 
 def _dropout_masks(input: Tensor, columns: int, p: float, count: int) -> list[Tensor]:

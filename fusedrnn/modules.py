@@ -8,13 +8,15 @@ functional_call) is seen, and there is no flat copy to keep in step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, functional
+from . import arguments, functional, inspection
+from .streaming import Stream
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
@@ -38,7 +40,12 @@ class _Stack(torch.nn.RNNBase):
         """Does nothing; here for code that calls it on ``nn.LSTM``. No backend needs one buffer."""
 
     def _prepare(
-        self, input: Tensor | PackedSequence, hx: Tensor | tuple[Tensor, Tensor] | None = None
+        self,
+        input: Tensor | PackedSequence,
+        hx: Tensor | tuple[Tensor, Tensor] | None = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
     ) -> arguments.Call:
         layers = arguments.Layers(
             self.num_layers,
@@ -49,11 +56,43 @@ class _Stack(torch.nn.RNNBase):
             bool(self.bidirectional),
         )
         params = [getattr(self, name) for name in self._flat_weights_names]
-        return arguments.prepare(self._cell, input, hx, params, layers)
+        return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
 
-    def forward(self, input: Tensor | PackedSequence, hx: Any = None):
+    def forward(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+    ):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
-        return functional.run(self._prepare(input, hx))
+        return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
+
+    def states(
+        self,
+        input: Tensor | PackedSequence,
+        hx: Any = None,
+        *,
+        lengths: Tensor | Sequence[int] | None = None,
+        reset: Tensor | None = None,
+        gates: bool = False,
+    ) -> inspection.States:
+        """Runs the stack and returns every state of every step; see ``fusedrnn.States``.
+
+        Args:
+            input: as of ``forward``, likewise hx, lengths and reset.
+            gates: whether the gates are wanted too, for two more products a layer and direction.
+
+        Raises:
+            NotImplementedError: backend ``"aten"`` was named, which keeps no state but the last.
+        """
+        call = self._prepare(input, hx, lengths=lengths, reset=reset)
+        return inspection.run(call, gates)
+
+    def stream(self, batch_size: int = 1, hx: Any = None) -> Stream:
+        """Decoding step by step, with the state carried from call to call; see ``Stream``."""
+        return Stream(self, batch_size, hx)
 
     # RNNBase overrides the following four to keep its list of weights; Module's own suffice.
 

@@ -7,11 +7,13 @@ derivatives of every order are right.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 from torch import Tensor
 
+from .layout import Ragged
 from .reference import differentiable_stack
 from .stack import (
     Config,
@@ -22,18 +24,22 @@ from .stack import (
     stack_forward,
 )
 
-_CONFIG = "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision"
+_RAGGED = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
+_CONFIG = (
+    "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision, "
+    "bool compact"
+)
 torch.library.define(
     "fusedrnn::rnn_forward",
     "(Tensor input, Tensor h_0, Tensor? c_0, Tensor[] params, Tensor[] dropout_masks, "
-    f"{_CONFIG}, bool save)"
+    f"{_RAGGED}, {_CONFIG}, bool save)"
     " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cs, Tensor hidden)",
 )
 torch.library.define(
     "fusedrnn::rnn_backward",
-    "(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor input, Tensor h_0, Tensor? c_0, "
-    "Tensor[] params, Tensor[] dropout_masks, Tensor output, Tensor gates, Tensor cs, "
-    f"Tensor hidden, {_CONFIG}, bool needs_input, bool needs_params)"
+    "(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cs, Tensor input, Tensor h_0, "
+    "Tensor? c_0, Tensor[] params, Tensor[] dropout_masks, Tensor output, Tensor gates, "
+    f"Tensor cs, Tensor hidden, {_RAGGED}, {_CONFIG}, bool needs_input, bool needs_params)"
     " -> (Tensor d_input, Tensor d_h_0, Tensor d_c_0, Tensor[] d_params)",
 )
 
@@ -43,93 +49,83 @@ def rnn_stack(
     states: Sequence[Tensor],
     params: Sequence[Tensor],
     dropout_masks: Sequence[Tensor],
+    ragged: Ragged,
+    config: Config,
     *,
-    cell: str,
-    backend: str,
-    has_bias: bool,
-    num_layers: int,
-    bidirectional: bool,
-    precision: str,
-) -> tuple[Tensor, list[Tensor]]:
+    keep_states: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor]:
     """Runs a stack of layers through the operator.
 
     Args:
-        input: ``[T, B, I]``, any strides.
+        input: ``[T, B, I]``, any strides; or packed ``[R, I]``.
         states: h_0 ``[L*D, B, P]``, and for an LSTM c_0 ``[L*D, B, H]``. P is H but for an LSTM
             with a projection.
-        params: flat, in torch's order; without biases if not ``has_bias``; with a projection each
-            layer and direction ends with ``weight_hr [P, H]``.
-        dropout_masks: for each layer but the last ``[T, B, D*P]``, scaled by 1/(1-p); or empty.
-        cell: a name in ``kernels.spec.SPECS``.
-        backend: ``"triton"`` or ``"torch"``.
-        precision: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``, of fp32 on triton.
+        params: flat, in torch's order; without biases if not ``config.has_bias``; with a projection
+            each layer and direction ends with ``weight_hr [P, H]``.
+        dropout_masks: for each layer but the last ``[T, B, D*P]``, packed ``[R, D*P]``, scaled by
+            1/(1-p); or empty.
+        ragged: lengths and resets of the sequences, or the batch sizes of packed input.
+        keep_states: whether c of every step is wanted.
 
     Returns:
-        output ``[T, B, D*P]`` and the final states, like ``states``.
+        output ``[T, B, D*P]`` or ``[R, D*P]``, the final states, like ``states``, and c of every
+        step, ``[L, D, R, H]``, which is empty unless kept or of a cell without c.
     """
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
     # Decided by requires_grad and never by a module's training flag: backward in eval() works.
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *params))
-    output, h_n, c_n, *_ = torch.ops.fusedrnn.rnn_forward(
+    output, h_n, c_n, _, cs, _ = torch.ops.fusedrnn.rnn_forward(
         input,
         h_0,
         c_0,
         list(params),
         list(dropout_masks),
-        cell,
-        backend,
-        has_bias,
-        num_layers,
-        bidirectional,
-        precision,
-        save,
+        *ragged,
+        *config,
+        save or keep_states,
     )
-    return output, [h_n] if c_0 is None else [h_n, c_n]
+    return output, [h_n] if c_0 is None else [h_n, c_n], cs
 
 
 @torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"))
-def _forward(input, h_0, c_0, params, dropout_masks, *config_and_save):
-    *config, save = config_and_save
+def _forward(input, h_0, c_0, params, dropout_masks, *rest):
+    ragged, config, (save,) = _sorted_out(rest)
     output, h_n, c_n, saved = again_if_refused(
-        stack_forward, input, h_0, c_0, params, dropout_masks, Config(*config), save
+        stack_forward, input, h_0, c_0, params, dropout_masks, ragged, config, save
     )
     return output, h_n, input.new_empty(0) if c_n is None else c_n, *saved[1:]
 
 
 @torch.library.register_fake("fusedrnn::rnn_forward")
-def _forward_fake(input, h_0, c_0, params, dropout_masks, *config_and_save):
-    *config, save = config_and_save
-    config = Config(*config)
-    (T, B, _), P = input.shape, h_0.shape[-1]
+def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
+    _, config, (save,) = _sorted_out(rest)
+    *rows, _ = input.shape
+    room, P = math.prod(rows), h_0.shape[-1]
     L, D, H = config.num_layers, config.directions, (h_0 if c_0 is None else c_0).shape[-1]
     empty = input.new_empty
     return (
-        empty(T, B, D * P),
+        empty(*rows, D * P),
         empty(h_0.shape),
         empty(0) if c_0 is None else empty(c_0.shape),
-        empty(L, D, T, B, config.spec.saved * H) if save else empty(0),
-        empty(L, D, T, B, H) if save and c_0 is not None else empty(0),
-        empty(L - 1, T, B, D * P) if save else empty(0),
+        empty(L, D, room, config.spec.saved * H) if save else empty(0),
+        empty(L, D, room, H) if save and c_0 is not None else empty(0),
+        empty(L - 1, room, D * P) if save else empty(0),
     )
+
+
+def _sorted_out(rest):
+    """The arguments after the tensors of a call: ragged, config, and what is left."""
+    n = len(Ragged._fields)
+    m = n + len(Config._fields)
+    return Ragged(*rest[:n]), Config(*rest[n:m]), rest[m:]
 
 
 @torch.library.impl("fusedrnn::rnn_backward", ("cpu", "cuda"))
 def _backward(
-    d_output,
-    d_h_n,
-    d_c_n,
-    input,
-    h_0,
-    c_0,
-    params,
-    dropout_masks,
-    output,
-    gates,
-    cs,
-    hidden,
+    d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, dropout_masks, output, gates, cs, hidden,
     *rest,
-):
-    *config, needs_input, needs_params = rest
+):  # fmt: skip
+    ragged, config, (needs_input, needs_params) = _sorted_out(rest)
     d_h_n = torch.zeros_like(h_0) if d_h_n is None else d_h_n
     if c_0 is not None:
         d_c_n = torch.zeros_like(c_0) if d_c_n is None else d_c_n
@@ -139,12 +135,14 @@ def _backward(
         d_output,
         d_h_n,
         d_c_n,
+        d_cs,
         h_0,
         c_0,
         params,
         dropout_masks,
         Saved(output, gates, cs, hidden),
-        Config(*config),
+        ragged,
+        config,
         needs_input,
         needs_params,
     )
@@ -159,20 +157,9 @@ def _backward(
 
 @torch.library.register_fake("fusedrnn::rnn_backward")
 def _backward_fake(
-    d_output,
-    d_h_n,
-    d_c_n,
-    input,
-    h_0,
-    c_0,
-    params,
-    dropout_masks,
-    output,
-    gates,
-    cs,
-    hidden,
+    d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, dropout_masks, output, gates, cs, hidden,
     *rest,
-):
+):  # fmt: skip
     *_, needs_input, needs_params = rest
     return (
         input.new_empty(input.shape if needs_input else 0),
@@ -183,27 +170,29 @@ def _backward_fake(
 
 
 def _setup_context(ctx, inputs, output):
-    input, h_0, c_0, params, dropout_masks, *config, _ = inputs
+    input, h_0, c_0, params, dropout_masks, *rest = inputs
+    ragged, ctx.config, _ = _sorted_out(rest)
     out, _, _, gates, cs, hidden = output
-    ctx.mark_non_differentiable(gates, cs, hidden)
+    ctx.mark_non_differentiable(gates, hidden)
     ctx.set_materialize_grads(False)
-    ctx.config = Config(*config)
     ctx.counts = len(params), len(dropout_masks)
-    ctx.save_for_backward(input, h_0, c_0, *params, *dropout_masks, out, gates, cs, hidden)
+    ctx.save_for_backward(input, h_0, c_0, *ragged, out, gates, cs, hidden, *params, *dropout_masks)
 
 
-def _autograd(ctx, d_output, d_h_n, d_c_n, *_):
+def _autograd(ctx, d_output, d_h_n, d_c_n, _, d_cs, __):
     input, h_0, c_0, *rest = ctx.saved_tensors
+    ragged, saved, rest = Ragged(*rest[:3]), rest[3:7], rest[7:]
     n_params, n_masks = ctx.counts
-    params, masks = rest[:n_params], rest[n_params : n_params + n_masks]
-    grads = (d_output, d_h_n, None if c_0 is None else d_c_n)
+    params, masks = rest[:n_params], rest[n_params:]
+    d_c_n, d_cs = (None, None) if c_0 is None else (d_c_n, d_cs)
+    grads = d_output, d_h_n, d_c_n, d_cs
     needs = ctx.needs_input_grad
     if all(grad is None for grad in grads):
         d_input = d_h_0 = d_c_0 = None
         d_params: list[Tensor | None] = [None] * n_params
     elif torch.is_grad_enabled():
         d_input, d_h_0, d_c_0, d_params = _differentiable_grads(
-            grads, input, h_0, c_0, params, masks, ctx.config
+            grads, input, h_0, c_0, params, masks, ragged, ctx.config
         )
     else:
         d_input, d_h_0, d_c_0, d_params = torch.ops.fusedrnn.rnn_backward(
@@ -213,7 +202,8 @@ def _autograd(ctx, d_output, d_h_n, d_c_n, *_):
             c_0,
             params,
             masks,
-            *rest[n_params + n_masks :],
+            *saved,
+            *ragged,
             *ctx.config,
             needs[0],
             any(needs[3]),
@@ -221,15 +211,16 @@ def _autograd(ctx, d_output, d_h_n, d_c_n, *_):
         d_input = d_input if needs[0] else None
         d_params = d_params or [None] * n_params
     d_c_0 = None if c_0 is None else d_c_0
-    return d_input, d_h_0, d_c_0, d_params, [None] * n_masks, *(None,) * 7
+    others = len(Ragged._fields) + len(Config._fields) + 1
+    return d_input, d_h_0, d_c_0, d_params, [None] * n_masks, *(None,) * others
 
 
-def _differentiable_grads(grads, input, h_0, c_0, params, masks, config: Config):
+def _differentiable_grads(grads, input, h_0, c_0, params, masks, ragged, config: Config):
     """The gradients as differentiable functions of everything, by autograd over the reference."""
     inputs = [input, h_0, c_0, *params]
     wanted = {i: t for i, t in enumerate(inputs) if t is not None and t.requires_grad}
     results = differentiable_stack(
-        config.cell, input, h_0, c_0, group_weights(params, config), masks
+        config.cell, input, h_0, c_0, group_weights(params, config), masks, ragged
     )
     pairs = [(r, g) for r, g in zip(results, grads, strict=True) if g is not None]
     found = torch.autograd.grad(

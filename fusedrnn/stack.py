@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .grads import projection_grad, weight_grads
 from .kernels.plan import (
     LaunchRefused,
     Plan,
@@ -27,8 +28,10 @@ from .kernels.plan import (
     plan_stack,
     refuse_cooperation,
 )
-from .kernels.spec import SPECS, CellSpec, Weights, runs_of
-from .reference import reference_bwd, reference_fwd
+from .kernels.rows import SLACK
+from .kernels.spec import SPECS, CellSpec, Weights
+from .layout import Layout, Ragged, layout_of, links_of, without_padding
+from .loop import loop_bwd, loop_fwd
 
 
 def again_if_refused(run: Callable, input: Tensor, *arguments: Any) -> Any:
@@ -58,6 +61,7 @@ class Config(NamedTuple):
     num_layers: int
     bidirectional: bool
     precision: str  # "ieee", "tf32", "tf32x3"; of fp32 on triton only
+    compact: bool = False  # lengths are packed, for which the host reads their values
 
     @property
     def directions(self) -> int:
@@ -71,10 +75,10 @@ class Config(NamedTuple):
 class Saved(NamedTuple):
     """What backward needs besides the arguments. P is H, but for a projection."""
 
-    output: Tensor  # [T, B, D*P]
-    gates: Tensor  # [L, D, T, B, S*H]
-    cs: Tensor  # [L, D, T, B, H], or empty for a cell without c
-    hidden: Tensor  # [L-1, T, B, D*P], before dropout
+    output: Tensor  # [R, D*P]
+    gates: Tensor  # [L, D, R, S*H]
+    cs: Tensor  # [L, D, R, H], or empty for a cell without c
+    hidden: Tensor  # [L-1, R, D*P], before dropout
 
     def layer_output(self, layer: int) -> Tensor:
         return self.hidden[layer] if layer < len(self.hidden) else self.output
@@ -99,52 +103,65 @@ def stack_forward(
     c_0: Tensor | None,
     params: Sequence[Tensor],
     dropout_masks: Sequence[Tensor],
+    ragged: Ragged,
     config: Config,
     save: bool,
 ) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
-    """Runs all layers, shapes as in ``ops.rnn_stack``: output, h_n, c_n and what is saved."""
-    (T, B, _), P = input.shape, h_0.shape[-1]
-    L, D, H = config.num_layers, config.directions, _hidden_size(h_0, c_0)
-    h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
-    empty = input.new_empty(0)
+    """Runs all layers, shapes as in ``ops.rnn_stack``: output, h_n, c_n and what is saved.
+
+    What is saved has room for a row for each step and sequence (R = T * B), or, of packed input,
+    for each row of the input, however the rows are laid out: its shapes depend on no value.
+    """
+    P, L, D, H = h_0.shape[-1], config.num_layers, config.directions, _hidden_size(h_0, c_0)
+    layout = layout_of(input, h_0.shape[1], config.directions, ragged, config.compact)
+    h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    tiles = config.spec.saved
+    empty, tiles = input.new_empty(0), config.spec.saved
+    room = input.shape[:-1].numel()
+    output = input.new_empty(*input.shape[:-1], D * P)
     saved = Saved(
-        output=input.new_empty(T, B, D * P),
-        gates=input.new_empty(L, D, T, B, tiles * H) if save else empty,
-        cs=input.new_empty(L, D, T, B, H) if save and c_0 is not None else empty,
-        hidden=input.new_empty(L - 1, T, B, D * P) if save else empty,
+        output=output if layout.dense is None else input.new_empty(layout.rows.total, D * P),
+        gates=input.new_empty(L, D, room, tiles * H) if save else empty,
+        cs=input.new_empty(L, D, room, H) if save and c_0 is not None else empty,
+        hidden=input.new_empty(L - 1, room, D * P) if save else empty,
     )
+    work = Saved(saved.output, *map(layout.part, saved[1:]))
+    dropout_masks = [layout.take(mask) for mask in dropout_masks]
     # A parametrisation may hand out weights of any strides; the kernels read rows.
     grouped = group_weights([p.contiguous() for p in params], config)
-    for layers, plan in _launches(config, input, h_0, c_0, save):
-        weights = [w for layer in layers for w in grouped[layer]]
+    x = layout.take(input)
+    for layers, plan in _launches(config, input, h_0, c_0, save, layout.is_ragged):
         rows = slice(layers[0] * D, (layers[-1] + 1) * D)
         outs = [
-            saved.layer_output(layer) if save or layer == L - 1 else torch.empty_like(saved.output)
+            work.layer_output(layer) if save or layer == L - 1 else torch.empty_like(work.output)
             for layer in layers
         ]
         if plan is None or not plan.i_blocks:
-            x = _project(input, grouped[layers[0]], config.precision)
-        else:  # the kernel takes any stride of T and B
-            x = input if input.stride(-1) == 1 else input.contiguous()
+            x = _project(x, grouped[layers[0]], config.precision)
+        elif x.stride(-1) != 1:  # the kernel takes any stride of T and B
+            x = x.contiguous()
         _run_forward(
             config,
             plan,
             x,
-            weights,
+            [w for layer in layers for w in grouped[layer]],
             dropout_masks[layers[0] : layers[-1]],
             h_0[rows],
             None if c_0 is None else c_0[rows],
             outs,
             h_n[rows],
             None if c_n is None else c_n[rows],
-            saved.gates.flatten(0, 1)[rows] if save else None,
-            saved.cs.flatten(0, 1)[rows] if save and c_0 is not None else None,
+            work.gates.flatten(0, 1)[rows] if save else None,
+            work.cs.flatten(0, 1)[rows] if save and c_0 is not None else None,
+            layout,
         )
         if layers[-1] < L - 1:
-            input = outs[-1] * dropout_masks[layers[-1]] if dropout_masks else outs[-1]
-    return saved.output, h_n, c_n, saved
+            x = outs[-1].view_as(work.output)
+            x = x * dropout_masks[layers[-1]] if dropout_masks else x
+    if layout.dense is not None:
+        saved = saved._replace(output=layout.give(saved.output))
+    c_n = None if c_n is None else layout.unsort(c_n)
+    return saved.output, layout.unsort(h_n), c_n, saved
 
 
 def stack_backward(
@@ -152,31 +169,42 @@ def stack_backward(
     d_output: Tensor | None,
     d_h_n: Tensor,
     d_c_n: Tensor | None,
+    d_cs: Tensor | None,
     h_0: Tensor,
     c_0: Tensor | None,
     params: Sequence[Tensor],
     dropout_masks: Sequence[Tensor],
     saved: Saved,
+    ragged: Ragged,
     config: Config,
     needs_input: bool,
     needs_params: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
     """Runs all layers backwards: d_input (None unless needed), d_h_0, d_c_0, and d_params or []."""
-    (T, B, _), D = input.shape, config.directions
-    H = _hidden_size(h_0, c_0)
-    h_0, c_0 = h_0.contiguous(), None if c_0 is None else c_0.contiguous()
-    d_h_n, d_c_n = d_h_n.contiguous(), None if d_c_n is None else d_c_n.contiguous()
+    D, H = config.directions, _hidden_size(h_0, c_0)
+    layout = layout_of(input, h_0.shape[1], config.directions, ragged, config.compact)
+    saved = Saved(layout.take(saved.output), *map(layout.part, saved[1:]))
+    h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
+    d_h_n, d_c_n = layout.sort(d_h_n), None if d_c_n is None else layout.sort(d_c_n)
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
+    d_cs = None if d_cs is None else layout.part(d_cs.contiguous()).flatten(0, 1)
+    dropout_masks = [layout.take(mask) for mask in dropout_masks]
+    x = without_padding(layout.take(input), layout.rows)
     d_params: list[Tensor] = []
-    d_out = None if d_output is None else d_output.contiguous()
+    d_out = None if d_output is None else layout.take(d_output).contiguous()
     grouped = group_weights([p.contiguous() for p in params], config)
-    for layers, plan in reversed(_launches(config, input, h_0, c_0, True)):
+    has_links = layout.is_ragged or h_0.shape[-1] != H
+    links = [links_of(layout.rows, d, input.device) for d in range(D * has_links)]
+    for layers, plan in reversed(_launches(config, input, h_0, c_0, True, layout.is_ragged)):
         rows = slice(layers[0] * D, (layers[-1] + 1) * D)
-        dgates = input.new_empty(len(layers) * D, T, B, config.spec.grad_tiles * H)
+        columns = config.spec.grad_tiles * H
+        room = input.new_empty(len(layers) * D * layout.rows.total + SLACK, columns)
+        dgates = room[:-SLACK].view(len(layers) * D, layout.rows.total, columns)
         _run_backward(
             config,
             plan,
             d_out,
+            None if d_cs is None else d_cs[rows],
             d_h_n[rows],
             None if d_c_n is None else d_c_n[rows],
             [w for layer in layers for w in grouped[layer]],
@@ -189,47 +217,42 @@ def stack_backward(
             dgates,
             d_h_0[rows],
             None if d_c_0 is None else d_c_0[rows],
+            layout,
         )
         with _gemm_precision(config.precision, input):
             for layer in reversed(layers) if needs_params else ():
-                d_params = [
-                    grad
-                    for d in range(D)
-                    for grad in _weight_grads(
-                        config.spec,
-                        d,
-                        grouped[layer][d],
-                        _layer_input(layer, input, saved, dropout_masks),
-                        h_0[layer * D + d],
-                        saved.layer_output(layer),
-                        saved.gates[layer, d],
-                        dgates[(layer - layers[0]) * D + d],
+                given = _layer_input(layer, x, saved, dropout_masks)
+                of_layer: list[Tensor] = []
+                for d, w in enumerate(grouped[layer]):
+                    row, own = layer * D + d, dgates[(layer - layers[0]) * D + d]
+                    out, gates = saved.layer_output(layer), saved.gates[layer, d]
+                    needed = links[d] if layout.is_ragged else None
+                    of_layer += weight_grads(
+                        config.spec, d, w, given, h_0[row], out, gates, own, needed
                     )
-                    + _projection_grad(
-                        d,
-                        grouped[layer][d],
-                        d_out,
-                        d_h_n[layer * D + d],
-                        saved,
-                        layer,
-                        dgates[(layer - layers[0]) * D + d],
-                    )
-                ] + d_params
+                    if w.w_hr is not None:
+                        of_layer += projection_grad(
+                            d, w, d_out, d_h_n[row], gates, saved.cs[layer, d], own, links[d]
+                        )
+                d_params = of_layer + d_params
             if layers[0] or needs_input:
                 d_out = _input_grad(dgates[:D], grouped[layers[0]])
                 if dropout_masks and layers[0]:
-                    d_out = d_out * dropout_masks[layers[0] - 1]
-    return (d_out if needs_input else None), d_h_0, d_c_0, d_params
+                    d_out = d_out * dropout_masks[layers[0] - 1].view_as(d_out)
+    d_input = None
+    if needs_input:
+        assert d_out is not None
+        d_input = layout.give(d_out).view(input.shape)
+    d_c_0 = None if d_c_0 is None else layout.unsort(d_c_0)
+    return d_input, layout.unsort(d_h_0), d_c_0, d_params
 
 
-def _layer_input(
-    layer: int, input: Tensor, saved: Saved, dropout_masks: Sequence[Tensor]
-) -> Tensor:
+def _layer_input(layer: int, x: Tensor, saved: Saved, dropout_masks: Sequence[Tensor]) -> Tensor:
     """What a layer was given: the input, or the outputs below after dropout."""
     if layer == 0:
-        return input
+        return x
     below = saved.hidden[layer - 1]
-    return below * dropout_masks[layer - 1] if dropout_masks else below
+    return below * dropout_masks[layer - 1].view_as(below) if dropout_masks else below
 
 
 def _hidden_size(h_0: Tensor, c_0: Tensor | None) -> int:
@@ -238,7 +261,12 @@ def _hidden_size(h_0: Tensor, c_0: Tensor | None) -> int:
 
 
 def _launches(
-    config: Config, input: Tensor, h_0: Tensor, c_0: Tensor | None, needs_grad: bool
+    config: Config,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    needs_grad: bool,
+    ragged: bool,
 ) -> list[tuple[range, Plan | None]]:
     """The layers of each launch with its plan; without a plan for the reference."""
     if config.backend == "torch":
@@ -246,15 +274,16 @@ def _launches(
     H, P = _hidden_size(h_0, c_0), h_0.shape[-1]
     problem = Problem(
         config.cell,
-        input.shape[2],
+        input.shape[-1],
         H,
-        input.shape[1],
+        h_0.shape[1],
         config.directions,
         input.dtype,
         config.precision,
         needs_grad,
         config.num_layers,
         P if P != H else 0,
+        ragged,
     )
     launches: list[tuple[range, Plan | None]] = []
     first = 0
@@ -265,149 +294,78 @@ def _launches(
 
 
 def _run_forward(
-    config: Config, plan: Plan | None, x, weights, masks, h_0, c_0, outs, h_n, c_n, gates, cs
-) -> None:
+    config: Config, plan: Plan | None, x, weights, masks, h_0, c_0, outs, h_n, c_n, gates, cs,
+    layout: Layout,
+) -> None:  # fmt: skip
     """Calls the launcher that the plan names; arguments as of ``cooperative_fwd``."""
-    cell, given, results = config.cell, (x, weights), (h_n, c_n, gates, cs)
+    cell, given = config.cell, (x, weights)
+    results: Any = (h_n, c_n, gates, cs, layout.rows)
     if plan is None:
-        reference_fwd(cell, *given, h_0, c_0, outs[0], *results)
+        loop_fwd(cell, *given, h_0, c_0, outs[0], *results)
     elif plan.schedule == "resident":
         from .kernels.resident import resident_fwd
 
         resident_fwd(cell, plan, *given, h_0, c_0, outs[0], *results)
     elif plan.schedule == "stepwise":
-        from .kernels.stepwise import stepwise_fwd
+        from .kernels.stepwise_launch import stepwise_fwd
 
         with _gemm_precision(config.precision, x):
             stepwise_fwd(cell, *given, h_0, c_0, outs[0], *results)
     else:
-        from .kernels.cooperative import cooperative_fwd
+        from .kernels.cooperative_launch import cooperative_fwd
         from .kernels.exchange import workspace
 
         shared = workspace(cell, plan.forward, x, *h_0.shape)
-        cooperative_fwd(cell, plan, *given, masks, h_0, c_0, outs, *results, shared)
+        cooperative_fwd(cell, plan, *given, masks, h_0, c_0, outs, *results, workspace=shared)
 
 
 def _run_backward(
-    config: Config, plan: Plan | None, d_out, d_h_n, d_c_n, weights, masks, h_0, c_0, outs, gates,
-    cs, dgates, d_h_0, d_c_0,
+    config: Config, plan: Plan | None, d_out, d_cs, d_h_n, d_c_n, weights, masks, h_0, c_0, outs,
+    gates, cs, dgates, d_h_0, d_c_0, layout: Layout,
 ) -> None:  # fmt: skip
     """Calls the launcher that the plan names; arguments as of ``cooperative_bwd``."""
-    cell, given = config.cell, (d_out, d_h_n, d_c_n, weights)
-    rest = (gates, cs, dgates, d_h_0, d_c_0)
+    cell, given = config.cell, (d_out, d_cs, d_h_n, d_c_n, weights)
+    rest: Any = (gates, cs, dgates, d_h_0, d_c_0, layout.rows)
     if plan is None:
-        reference_bwd(cell, *given, h_0, c_0, outs[0], *rest)
+        loop_bwd(cell, *given, h_0, c_0, outs[0], *rest)
     elif plan.schedule == "resident":
         from .kernels.resident import resident_bwd
 
         resident_bwd(cell, plan, *given, h_0, c_0, outs[0], *rest)
     elif plan.schedule == "stepwise":
-        from .kernels.stepwise import stepwise_bwd
+        from .kernels.stepwise_launch import stepwise_bwd
 
         with _gemm_precision(config.precision, h_0):
             stepwise_bwd(cell, *given, h_0, c_0, outs[0], *rest)
     else:
-        from .kernels.cooperative import cooperative_bwd
+        from .kernels.cooperative_launch import cooperative_bwd
         from .kernels.exchange import workspace
 
         assert plan.backward is not None
         shared = workspace(cell, plan.backward, h_0, *h_0.shape)
-        cooperative_bwd(cell, plan, *given, masks, h_0, c_0, outs, *rest, shared)
+        cooperative_bwd(cell, plan, *given, masks, h_0, c_0, outs, *rest, workspace=shared)
 
 
 def _project(x: Tensor, weights: Sequence[Weights], precision: str) -> Tensor:
-    """gx ``[D, T, B, G*H]``, written without a temporary."""
-    T, B, I = x.shape
-    rows = x.reshape(T * B, I)
-    gx = x.new_empty(len(weights), T, B, weights[0].w_ih.shape[0])
+    """gx ``[D, R, G*H]``, written without a temporary."""
+    rows = x.reshape(-1, x.shape[-1])
+    gx = x.new_empty(len(weights), len(rows), weights[0].w_ih.shape[0])
     with _gemm_precision(precision, x):
         for d, w in enumerate(weights):
-            target = gx[d].flatten(0, 1)
             if w.b_ih is None:
-                torch.mm(rows, w.w_ih.t(), out=target)
+                torch.mm(rows, w.w_ih.t(), out=gx[d])
             else:
-                torch.addmm(w.b_ih, rows, w.w_ih.t(), out=target)
+                torch.addmm(w.b_ih, rows, w.w_ih.t(), out=gx[d])
     return gx
 
 
 def _input_grad(dgates: Tensor, weights: Sequence[Weights]) -> Tensor:
-    """dx ``[T, B, I]``: the sum over directions of the input pre-activations' gradients W_ih."""
-    _, T, B, _ = dgates.shape
+    """dx ``[R, I]``: the sum over directions of the input pre-activations' gradients W_ih."""
     rows, columns = weights[0].w_ih.shape
-    dx = dgates.new_empty(T * B, columns)
+    dx = dgates.new_empty(dgates.shape[1], columns)
     for d, w in enumerate(weights):
-        grads = dgates[d].flatten(0, 1)[:, :rows]
-        torch.addmm(dx, grads, w.w_ih, beta=float(d > 0), out=dx)
-    return dx.view(T, B, columns)
-
-
-def _weight_grads(
-    spec: CellSpec,
-    d: int,
-    w: Weights,
-    x: Tensor,
-    h_0: Tensor,
-    out: Tensor,
-    gates: Tensor,
-    dgates: Tensor,
-) -> list[Tensor]:
-    """dW_ih, dW_hh and, with biases, db_ih, db_hh of direction d, each summed over all T and B."""
-    H, P = w.w_hh.shape[0] // spec.gates, w.w_hh.shape[1]
-    flat = dgates.flatten(0, 1)
-    dgx = flat[:, : spec.gates * H]
-    dw_ih = dgx.t() @ x.flatten(0, 1)
-    dw_hh, db_hh = torch.empty_like(w.w_hh), dgx.new_empty(spec.gates * H)
-
-    # Steps in the order of the direction: all but its first follow a row of `out`.
-    hs = out[..., d * P : (d + 1) * P]
-    before = hs[:-1] if d == 0 else hs[1:]
-    for phase, operand in zip(spec.phases, spec.operands, strict=True):
-        for first_gate, first_tile, count in runs_of(phase, spec.recurrent):
-            rows = slice(first_gate * H, (first_gate + count) * H)
-            grads = dgates[..., first_tile * H : (first_tile + count) * H]
-            first, rest = (grads[0], grads[1:]) if d == 0 else (grads[-1], grads[:-1])
-            u_first, u_rest = h_0, before
-            if operand == "r*h":
-                r = gates[..., :H]
-                r_first, r_rest = (r[0], r[1:]) if d == 0 else (r[-1], r[:-1])
-                u_first, u_rest = r_first * u_first, r_rest * u_rest
-            target = dw_hh[rows]
-            torch.mm(first.t(), u_first, out=target)
-            torch.addmm(
-                target,
-                rest.flatten(0, 1).t(),
-                u_rest.flatten(0, 1),
-                out=target,
-            )
-            torch.sum(grads, (0, 1), out=db_hh[rows])
-    return [dw_ih, dw_hh] if w.b_ih is None else [dw_ih, dw_hh, dgx.sum(0), db_hh]
-
-
-def _projection_grad(
-    d: int,
-    w: Weights,
-    d_out: Tensor | None,
-    d_h_n: Tensor,
-    saved: Saved,
-    layer: int,
-    dgates: Tensor,
-) -> list[Tensor]:
-    """dW_hr, or nothing without a projection.
-
-    The gradient of every h_t is made again of what reached it: dy_t, and dgates of the next step
-    times W_hh, which no schedule keeps.
-    """
-    if w.w_hr is None:
-        return []
-    P, H = w.w_hr.shape
-    dh = torch.empty(*dgates.shape[:2], P, dtype=dgates.dtype, device=dgates.device)
-    last, rest, following = (-1, dh[:-1], dgates[1:]) if d == 0 else (0, dh[1:], dgates[:-1])
-    dh[last] = d_h_n
-    torch.matmul(following, w.w_hh, out=rest)
-    if d_out is not None:
-        dh += d_out[..., d * P : (d + 1) * P]
-    unprojected = saved.gates[layer, d][..., 3 * H :] * saved.cs[layer, d].tanh()  # o tanh(c)
-    return [dh.flatten(0, 1).t() @ unprojected.flatten(0, 1)]
+        torch.addmm(dx, dgates[d, :, :rows], w.w_ih, beta=float(d > 0), out=dx)
+    return dx
 
 
 @contextmanager

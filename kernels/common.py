@@ -9,6 +9,8 @@ time; each tile is one tensor to the compiler.
 import triton
 import triton.language as tl
 
+from .ragged import INITIAL, PREVIOUS, first_row, load_origins, present, select
+
 
 @triton.jit
 def tanh(x):
@@ -136,11 +138,17 @@ def no_tiles(BLOCKS: tl.constexpr):
 
 
 @triton.jit
-def add_first(tiles, terms):
-    """Adds ``terms[block]`` to tile 0 of every block."""
+def add_tile(tiles, terms, N: tl.constexpr):
+    """Adds ``terms[block][0]``, if there is such a tile, to tile N of every block."""
     out = ()
     for j in tl.static_range(len(tiles)):
-        out = out + ((tiles[j][0] + terms[j],) + tiles[j][1:],)
+        block = ()
+        for n in tl.static_range(len(tiles[j])):
+            tile = tiles[j][n]
+            if n == N and len(terms[j]) > 0:
+                tile = tile + terms[j][0]
+            block = block + (tile,)
+        out = out + (block,)
     return out
 
 
@@ -162,34 +170,68 @@ def load_state(
 
 
 @triton.jit
-def load_step(
-    gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
-    step, T, B, pid_z, pid_d, offs_b, mask_b, start,
-    SAVED: tl.constexpr, STATES: tl.constexpr, HAS_D_OUT: tl.constexpr,
+def load_left(
+    out_ptr, cs_ptr, origins_ptr, starts_ptr, t, T, B, R, pid_z, pid_d, offs_b, mask_b, start,
+    STATES: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr,
     D: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr,
 ):  # fmt: skip
-    """All that a step of backward reads and no dot produces: saved tiles, the states before, dy_t.
+    """The state that left step t, which out and cs hold; zero where it is skipped."""
+    origins = load_origins(origins_ptr, t, T, B, pid_d, offs_b, mask_b, RAGGED)
+    first = first_row(starts_ptr, t, B, PACKED)
+    h_rows = out_ptr + (first + offs_b) * (D * H) + pid_d * H
+    c_rows = cs_ptr + (pid_z * R + first + offs_b) * H
+    return load_state(h_rows, c_rows, present(origins, mask_b, RAGGED), start, STATES, H, BLOCKS)
 
-    pid_z numbers the layers and directions of gates, cs, h_0 and c_0; pid_d the directions in out.
+
+@triton.jit
+def load_step(
+    gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr, d_cs_ptr, origins_ptr, starts_ptr,
+    step, T, B, R, pid_z, pid_d, offs_b, mask_b, start,
+    SAVED: tl.constexpr, STATES: tl.constexpr, HAS_D_OUT: tl.constexpr, HAS_D_CS: tl.constexpr,
+    RAGGED: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """All that a step of backward reads and no dot produces.
+
+    Saved tiles; the state that entered the step; the gradients of out and cs, each a tile or none;
+    when RAGGED the state that left the step before, which is another one where a sequence begins;
+    origins. pid_z numbers the layers and directions of gates, cs, h_0 and c_0; pid_d the
+    directions in out.
     """
     t = time_of(step, T, pid_d)
     t_prev = time_of(tl.maximum(step - 1, 0), T, pid_d)
-    row = (pid_z * T + t) * B + offs_b
-    saved = load_rows(gates_ptr + row * (len(SAVED) * H), mask_b, start, len(SAVED), H, BLOCKS)
+    origins = load_origins(origins_ptr, t, T, B, pid_d, offs_b, mask_b, RAGGED)
+    here = present(origins, mask_b, RAGGED)
+    first = first_row(starts_ptr, t, B, PACKED)
+    gates_rows = gates_ptr + (pid_z * R + first + offs_b) * (len(SAVED) * H)
+    saved = load_rows(gates_rows, here, start, len(SAVED), H, BLOCKS)
 
-    first = (pid_z * B + offs_b) * H
-    h_rows = out_ptr + (t_prev * B + offs_b) * (D * H) + pid_d * H
-    h_rows = tl.where(step > 0, h_rows, h_0_ptr + first)
-    c_rows = cs_ptr + ((pid_z * T + t_prev) * B + offs_b) * H
-    c_rows = tl.where(step > 0, c_rows, c_0_ptr + first)
-    prev = load_state(h_rows, c_rows, mask_b, start, STATES, H, BLOCKS)
-
-    if HAS_D_OUT:
-        rows = d_out_ptr + (t * B + offs_b) * (D * H) + pid_d * H
-        d_out = load_rows(rows, mask_b, start, 1, H, BLOCKS)
+    h_0_rows = h_0_ptr + (pid_z * B + offs_b) * H
+    c_0_rows = c_0_ptr + (pid_z * B + offs_b) * H
+    if RAGGED:
+        left = load_left(
+            out_ptr, cs_ptr, origins_ptr, starts_ptr, t_prev, T, B, R, pid_z, pid_d, offs_b,
+            mask_b, start, STATES, RAGGED, PACKED, D, H, BLOCKS,
+        )  # fmt: skip
+        prev = load_state(h_0_rows, c_0_rows, origins == INITIAL, start, STATES, H, BLOCKS)
+        prev = select(origins == PREVIOUS, left, prev)
     else:
-        d_out = no_tiles(BLOCKS)
-    return saved, prev, d_out
+        h_rows = out_ptr + (t_prev * B + offs_b) * (D * H) + pid_d * H
+        h_rows = tl.where(step > 0, h_rows, h_0_rows)
+        c_rows = cs_ptr + (pid_z * R + t_prev * B + offs_b) * H
+        c_rows = tl.where(step > 0, c_rows, c_0_rows)
+        prev = load_state(h_rows, c_rows, mask_b, start, STATES, H, BLOCKS)
+        left = no_tiles(BLOCKS)
+
+    d_out = no_tiles(BLOCKS)
+    d_cs = no_tiles(BLOCKS)
+    if HAS_D_OUT:
+        d_out = load_rows(
+            d_out_ptr + (first + offs_b) * (D * H) + pid_d * H, here, start, 1, H, BLOCKS
+        )
+    if HAS_D_CS:
+        d_cs = load_rows(d_cs_ptr + (pid_z * R + first + offs_b) * H, here, start, 1, H, BLOCKS)
+    return saved, prev, d_out, d_cs, left, origins
 
 
 @triton.jit

@@ -60,6 +60,7 @@ class Problem(NamedTuple):
     needs_grad: bool
     layers: int = 1
     proj_size: int = 0
+    ragged: bool = False  # lengths, resets or packed input
 
 
 @dataclass(frozen=True)
@@ -389,6 +390,8 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
         raise NoPlan(f"no schedule computes in {problem.dtype}")
     if spec.rowwise:
         raise NoPlan(f"schedule stepwise cuts a row of H, over which {problem.cell} reduces")
+    if problem.proj_size and problem.ragged:
+        raise NoPlan("schedule stepwise projects h (proj_size > 0) of dense sequences only")
     tiles = stepwise_tiles(problem.hidden_size)
     return _with_floors(Plan("stepwise", tiles, tiles, ()), problem, chip)
 
@@ -444,6 +447,8 @@ def _holds_in_registers(problem: Problem, kind: str, units: int, rows: int, colu
     room = few_rows if rows == 16 else many_rows
     if problem.layers > 1:  # a second matrix
         room //= 2 if kind == "16-bit" else 4
+    if problem.ragged:  # h_0 is loaded beside the step before, and both stay until one is chosen
+        room = room * 3 // 4
     return units <= most and units * columns <= room
 
 

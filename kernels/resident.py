@@ -25,11 +25,12 @@ import triton.language as tl
 
 from .cells import CELLS
 from .common import (
-    add_first,
+    add_tile,
     adjoint_products,
     all_columns,
     join,
     load_bias,
+    load_left,
     load_rows,
     load_state,
     load_step,
@@ -44,30 +45,42 @@ from .common import (
 )
 from .launch import launch_options, on_device
 from .plan import Plan
+from .ragged import (
+    enter,
+    enter_gradient,
+    first_row,
+    leave,
+    load_origins,
+    present,
+    shown,
+    stored,
+)
+from .rows import Rows
 from .spec import SPECS, Weights
 
 
 @triton.jit
 def _load_x(
-    rows,
-    mask_b,
-    PROJECT: tl.constexpr,
-    I: tl.constexpr,
-    G: tl.constexpr,
-    H: tl.constexpr,
-    I_BLOCKS: tl.constexpr,
-    BLOCKS: tl.constexpr,
-):
+    x_rows, stride_x_t, origins_ptr, starts_ptr, t, T, B, pid_d, offs_b, mask_b,
+    PROJECT: tl.constexpr, RAGGED: tl.constexpr, PACKED: tl.constexpr,
+    I: tl.constexpr, G: tl.constexpr, H: tl.constexpr,
+    I_BLOCKS: tl.constexpr, BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """x or gx of time t, and its origins."""
+    origins = load_origins(origins_ptr, t, T, B, pid_d, offs_b, mask_b, RAGGED)
+    here = present(origins, mask_b, RAGGED)
+    # stride_x_t is of a row when packed.
+    rows = x_rows + first_row(starts_ptr, t, 1, PACKED) * stride_x_t
     if PROJECT:
-        return load_rows(rows, mask_b, 0, 1, I, I_BLOCKS)
+        return load_rows(rows, here, 0, 1, I, I_BLOCKS), origins
     else:
-        return load_rows(rows, mask_b, 0, G, H, BLOCKS)
+        return load_rows(rows, here, 0, G, H, BLOCKS), origins
 
 
-@triton.jit(do_not_specialize=["T", "B", "stride_x_t", "stride_x_b"])
+@triton.jit(do_not_specialize=["T", "B", "R", "stride_x_t", "stride_x_b"])
 def _resident_fwd_kernel(
     # inputs
-    x_ptr,  # PROJECT: x [T, B, I], else gx [D, T, B, G*H] = x @ W_ih.T + b_ih
+    x_ptr,  # PROJECT: x [T, B, I] or [R, I], else gx [D, R, G*H] = x @ W_ih.T + b_ih
     w_ih_ptr,  # [G*H, I] of direction 0, read when PROJECT
     w_ih_reverse_ptr,  # of direction 1
     b_ih_ptr,  # [G*H]
@@ -78,16 +91,19 @@ def _resident_fwd_kernel(
     b_hh_reverse_ptr,
     h_0_ptr,  # [D, B, H]
     c_0_ptr,  # [D, B, H], read when STATES == 2
+    origins_ptr,  # [D, T, B], read when RAGGED
+    starts_ptr,  # [T], read when PACKED
     aux_ptr,  # what the cell's own functions read
     # outputs
-    out_ptr,  # [T, B, D*H]
-    gates_ptr,  # [D, T, B, S*H], written when SAVE
-    cs_ptr,  # [D, T, B, H], written when SAVE and STATES == 2
+    out_ptr,  # [R, D*H]
+    gates_ptr,  # [D, R, S*H], written when SAVE
+    cs_ptr,  # [D, R, H], written when SAVE and STATES == 2
     h_n_ptr,  # [D, B, H]
     c_n_ptr,  # [D, B, H]
     # run-time sizes and strides, in elements
     T,
     B,
+    R,  # rows of a direction
     stride_x_t,
     stride_x_b,
     # the cell
@@ -107,6 +123,8 @@ def _resident_fwd_kernel(
     PROJECT: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     SAVE: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PACKED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     G: tl.constexpr = len(GATES)
@@ -114,7 +132,7 @@ def _resident_fwd_kernel(
     offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     mask_b = offs_b < B
     if not PROJECT:
-        x_ptr += pid_d * T * B * (G * H)
+        x_ptr += pid_d * R * (G * H)
     state_rows = (pid_d * B + offs_b) * H
 
     if D == 2:
@@ -132,68 +150,75 @@ def _resident_fwd_kernel(
         load_state(h_0_ptr + state_rows, c_0_ptr + state_rows, mask_b, 0, STATES, H, BLOCKS)
     )
     x_rows = x_ptr + offs_b * stride_x_b
-    x = _load_x(
-        x_rows + time_of(0, T, pid_d) * stride_x_t,
-        mask_b,
-        PROJECT,
-        I,
-        G,
-        H,
-        I_BLOCKS,
-        BLOCKS,
-    )
+    x, origins = _load_x(
+        x_rows, stride_x_t, origins_ptr, starts_ptr, time_of(0, T, pid_d), T, B, pid_d, offs_b,
+        mask_b, PROJECT, RAGGED, PACKED, I, G, H, I_BLOCKS, BLOCKS,
+    )  # fmt: skip
 
     for step in range(T):
         t = time_of(step, T, pid_d)
         t_next = time_of(tl.minimum(step + 1, T - 1), T, pid_d)
-        x_next = _load_x(x_rows + t_next * stride_x_t, mask_b, PROJECT, I, G, H, I_BLOCKS, BLOCKS)
+        x_next, origins_next = _load_x(
+            x_rows, stride_x_t, origins_ptr, starts_ptr, t_next, T, B, pid_d, offs_b,
+            mask_b, PROJECT, RAGGED, PACKED, I, G, H, I_BLOCKS, BLOCKS,
+        )  # fmt: skip
         ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(0, BLOCKS))
         if PROJECT:
             gx = products(pick(x, 0), w_ih, b_ih, (GATES,), 0, BLOCK_B, BLOCKS, INPUT_PRECISION)
         else:
             gx = to_float(x)
 
+        entered = enter(state, origins, RAGGED)
         gh = no_tiles(BLOCKS)
         for p in tl.static_range(len(PHASES)):
-            u = OPERAND(p, ctx, gx, gh, state)
+            u = OPERAND(p, ctx, gx, gh, entered)
             gh = join(gh, products(u, w_hh, b_hh, PHASES, p, BLOCK_B, BLOCKS, INPUT_PRECISION))
-        state, saved = FORWARD(ctx, gx, gh, state)
+        state, saved = FORWARD(ctx, gx, gh, entered)
+        state = leave(state, entered, origins, RAGGED)
 
-        row = (t * B + offs_b) * (D * H) + pid_d * H
-        store_rows(out_ptr + row, mask_b, 0, only(state, 0), 0, H, BLOCKS)
+        row = first_row(starts_ptr, t, B, PACKED) + offs_b
+        here = stored(origins, mask_b, PACKED)
+        out = shown(state, origins, RAGGED)
+        store_rows(out_ptr + row * (D * H) + pid_d * H, here, 0, only(out, 0), 0, H, BLOCKS)
         if SAVE:
-            row = (pid_d * T + t) * B + offs_b
-            store_rows(gates_ptr + row * (len(SAVED) * H), mask_b, 0, saved, 0, H, BLOCKS)
+            row += pid_d * R
+            saved = shown(saved, origins, RAGGED)
+            store_rows(gates_ptr + row * (len(SAVED) * H), here, 0, saved, 0, H, BLOCKS)
             if STATES == 2:
-                store_rows(cs_ptr + row * H, mask_b, 0, only(state, 1), 0, H, BLOCKS)
+                store_rows(cs_ptr + row * H, here, 0, only(out, 1), 0, H, BLOCKS)
         x = x_next
+        origins = origins_next
 
     store_rows(h_n_ptr + state_rows, mask_b, 0, only(state, 0), 0, H, BLOCKS)
     if STATES == 2:
         store_rows(c_n_ptr + state_rows, mask_b, 0, only(state, 1), 0, H, BLOCKS)
 
 
-@triton.jit(do_not_specialize=["T", "B"])
+@triton.jit(do_not_specialize=["T", "B", "R"])
 def _resident_bwd_kernel(
     # inputs
-    d_out_ptr,  # [T, B, D*H], read when HAS_D_OUT
+    d_out_ptr,  # [R, D*H], read when HAS_D_OUT
+    d_cs_ptr,  # [D, R, H], read when HAS_D_CS
     d_h_n_ptr,  # [D, B, H]
     d_c_n_ptr,  # [D, B, H], read when STATES == 2
     w_hh_ptr,  # [G*H, H] of direction 0
     w_hh_reverse_ptr,  # of direction 1
     h_0_ptr,  # [D, B, H]
     c_0_ptr,
-    out_ptr,  # [T, B, D*H]
-    gates_ptr,  # [D, T, B, S*H]
-    cs_ptr,  # [D, T, B, H]
+    out_ptr,  # [R, D*H]
+    gates_ptr,  # [D, R, S*H]
+    cs_ptr,  # [D, R, H]
+    origins_ptr,
+    starts_ptr,
     aux_ptr,
     # outputs
-    dgates_ptr,  # [D, T, B, N*H]
+    dgates_ptr,  # [D, R, N*H]
     d_h_0_ptr,  # [D, B, H]
     d_c_0_ptr,
     # run-time sizes
     T,
     B,
+    R,
     # the cell
     ADJOINT: tl.constexpr,
     FOLD: tl.constexpr,
@@ -210,6 +235,9 @@ def _resident_bwd_kernel(
     BLOCK_B: tl.constexpr,
     BLOCKS: tl.constexpr,
     HAS_D_OUT: tl.constexpr,
+    HAS_D_CS: tl.constexpr,
+    RAGGED: tl.constexpr,
+    PACKED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
 ):
     pid_d = tl.program_id(1).to(tl.int64)
@@ -224,51 +252,48 @@ def _resident_bwd_kernel(
     d_state = to_float(
         load_state(d_h_n_ptr + state_rows, d_c_n_ptr + state_rows, mask_b, 0, STATES, H, BLOCKS)
     )
-    last = time_of(T - 1, T, pid_d)
-    h_rows = out_ptr + (last * B + offs_b) * (D * H) + pid_d * H
-    c_rows = cs_ptr + ((pid_d * T + last) * B + offs_b) * H
-    new = to_float(load_state(h_rows, c_rows, mask_b, 0, STATES, H, BLOCKS))
+    new = to_float(load_left(
+        out_ptr, cs_ptr, origins_ptr, starts_ptr, time_of(T - 1, T, pid_d), T, B, R, pid_d, pid_d,
+        offs_b, mask_b, 0, STATES, RAGGED, PACKED, D, H, BLOCKS,
+    ))  # fmt: skip
     loaded = load_step(
-        gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
-        T - 1, T, B, pid_d, pid_d, offs_b, mask_b, 0,
-        SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
+        gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr, d_cs_ptr, origins_ptr, starts_ptr,
+        T - 1, T, B, R, pid_d, pid_d, offs_b, mask_b, 0,
+        SAVED, STATES, HAS_D_OUT, HAS_D_CS, RAGGED, PACKED, D, H, BLOCKS,
     )  # fmt: skip
 
     for back in range(T):
         step = T - 1 - back
         t = time_of(step, T, pid_d)
         earlier = load_step(
-            gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr,
-            tl.maximum(step - 1, 0), T, B, pid_d, pid_d, offs_b, mask_b, 0,
-            SAVED, STATES, HAS_D_OUT, D, H, BLOCKS,
+            gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr, d_cs_ptr, origins_ptr,
+            starts_ptr, tl.maximum(step - 1, 0), T, B, R, pid_d, pid_d, offs_b, mask_b, 0,
+            SAVED, STATES, HAS_D_OUT, HAS_D_CS, RAGGED, PACKED, D, H, BLOCKS,
         )  # fmt: skip
         saved = to_float(loaded[0])
         prev = to_float(loaded[1])
-        if HAS_D_OUT:
-            d_state = add_first(d_state, pick(to_float(loaded[2]), 0))
+        origins = loaded[5]
+        d_state = add_tile(d_state, to_float(loaded[2]), 0)
+        d_state = add_tile(d_state, to_float(loaded[3]), 1)
+        d_left = d_state
 
         ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(0, BLOCKS))
-        row = ((pid_d * T + t) * B + offs_b) * (GRAD_TILES * H)
+        row = pid_d * R + first_row(starts_ptr, t, B, PACKED) + offs_b
+        dgates_rows = dgates_ptr + row * (GRAD_TILES * H)
+        here = stored(origins, mask_b, PACKED)
         du = no_tiles(BLOCKS)
         carry = no_tiles(BLOCKS)
         for later in tl.static_range(len(PHASES)):
             grads, d_state, carry = ADJOINT(
                 len(PHASES) - 1 - later, ctx, d_state, du, saved, prev, new, carry
             )
-            store_rows(
-                dgates_ptr + row,
-                mask_b,
-                0,
-                grads,
-                FIRST_TILE[len(PHASES) - 1 - later],
-                H,
-                BLOCKS,
-            )
+            grads = shown(grads, origins, RAGGED)
+            store_rows(dgates_rows, here, 0, grads, FIRST_TILE[len(PHASES) - 1 - later], H, BLOCKS)
             du = adjoint_products(
                 grads, w_hh, PHASES, FACTORS, len(PHASES) - 1 - later, INPUT_PRECISION
             )
-        d_state = FOLD(ctx, d_state, du)
-        new = prev
+        d_state = enter_gradient(FOLD(ctx, d_state, du), d_left, origins, RAGGED)
+        new = to_float(loaded[4]) if RAGGED else prev
         loaded = earlier
 
     store_rows(d_h_0_ptr + state_rows, mask_b, 0, only(d_state, 0), 0, H, BLOCKS)
@@ -288,18 +313,21 @@ def resident_fwd(
     c_n: torch.Tensor | None,
     gates: torch.Tensor | None,
     cs: torch.Tensor | None,
+    rows: Rows,
     aux: torch.Tensor | None = None,
 ) -> None:
     """Runs one layer, all directions, and fills ``out``, ``h_n``, ``c_n`` and what is saved.
 
-    x: ``[T, B, I]`` if the plan projects in the kernel, else ``gx [D, T, B, G*H]``; weights: one
-    entry a direction; h_0, c_0, h_n, c_n: ``[D, B, H]``; out: ``[T, B, D*H]``; gates
-    ``[D, T, B, S*H]`` and cs ``[D, T, B, H]``: None when nothing is saved; aux: what a
-    cell's own functions read through ``ctx``. All but x contiguous.
+    x: if the plan projects in the kernel ``[T, B, I]``, packed ``[R, I]``, else
+    ``gx [D, R, G*H]``; weights: one entry a direction; h_0, c_0, h_n, c_n: ``[D, B, H]``; out:
+    ``[R, D*H]``; gates ``[D, R, S*H]`` and cs ``[D, R, H]``: None when nothing is saved; rows:
+    what R means; aux: what a cell's own functions read through ``ctx``. All but x contiguous.
     """
     tiles = plan.forward
     D, B, H = h_0.shape
     first, other = weights[0], weights[-1]
+    stride_b = x.stride(-2)
+    dense_t = x.stride(-3) if plan.i_blocks and rows.sizes is None else B * stride_b
     with on_device(out):
         _resident_fwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
             # A pointer that the switches below leave unread is any tensor of that dtype.
@@ -314,18 +342,21 @@ def resident_fwd(
             other.w_hh if other.b_hh is None else other.b_hh,
             h_0,
             h_0 if c_0 is None else c_0,
+            rows.origins,
+            rows.starts,
             aux,
             out,
             out if gates is None else gates,
             out if cs is None else cs,
             h_n,
             h_n if c_n is None else c_n,
-            out.shape[0],
+            rows.T,
             B,
-            x.stride(-3),
-            x.stride(-2),
+            rows.total,
+            dense_t if rows.sizes is None else stride_b,
+            stride_b,
             **fwd_constants(
-                cell, plan, D, x.shape[-1], H, first.b_hh is not None, gates is not None
+                cell, plan, D, x.shape[-1], H, first.b_hh is not None, gates is not None, rows
             ),
             **launch_options(tiles),
         )
@@ -335,6 +366,7 @@ def resident_bwd(
     cell: str,
     plan: Plan,
     d_out: torch.Tensor | None,
+    d_cs: torch.Tensor | None,
     d_h_n: torch.Tensor,
     d_c_n: torch.Tensor | None,
     weights: Sequence[Weights],
@@ -346,18 +378,20 @@ def resident_bwd(
     dgates: torch.Tensor,
     d_h_0: torch.Tensor,
     d_c_0: torch.Tensor | None,
+    rows: Rows,
     aux: torch.Tensor | None = None,
 ) -> None:
-    """Runs one layer backwards and fills ``dgates [D, T, B, N*H]`` and d_h_0, d_c_0 ``[D, B, H]``.
+    """Runs one layer backwards and fills ``dgates [D, R, N*H]`` and d_h_0, d_c_0 ``[D, B, H]``.
 
-    d_out: ``[T, B, D*H]``, None where no gradient reaches the outputs; the rest as in
-    ``resident_fwd``. All contiguous.
+    d_out: ``[R, D*H]``, d_cs: ``[D, R, H]``, the gradient of every c; each None where no gradient
+    arrives; the rest as in ``resident_fwd``. All contiguous.
     """
     tiles = plan.backward
     D, B, H = h_0.shape
     with on_device(out):
         _resident_bwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
             out if d_out is None else d_out,
+            out if d_cs is None else d_cs,
             d_h_n,
             d_h_n if d_c_n is None else d_c_n,
             weights[0].w_hh,
@@ -367,13 +401,16 @@ def resident_bwd(
             out,
             gates,
             out if cs is None else cs,
+            rows.origins,
+            rows.starts,
             aux,
             dgates,
             d_h_0,
             d_h_0 if d_c_0 is None else d_c_0,
-            out.shape[0],
+            rows.T,
             B,
-            **bwd_constants(cell, plan, D, H, d_out is not None),
+            rows.total,
+            **bwd_constants(cell, plan, D, H, d_out is not None, d_cs is not None, rows),
             **launch_options(tiles),
         )
 
@@ -386,6 +423,7 @@ def fwd_constants(
     H: int,
     has_bias: bool,
     save: bool,
+    rows: Rows,
 ) -> dict:
     """The compile-time arguments of the forward kernel; together with dtypes, one binary each."""
     tiles, spec = plan.forward, SPECS[cell]
@@ -406,10 +444,13 @@ def fwd_constants(
         "HAS_BIAS": has_bias,
         "SAVE": save,
         "INPUT_PRECISION": tiles.input_precision,
+        **rows.switches,
     }
 
 
-def bwd_constants(cell: str, plan: Plan, D: int, H: int, has_d_out: bool) -> dict:
+def bwd_constants(
+    cell: str, plan: Plan, D: int, H: int, has_d_out: bool, has_d_cs: bool, rows: Rows
+) -> dict:
     """The compile-time arguments of the backward kernel."""
     tiles, spec = plan.backward, SPECS[cell]
     return {
@@ -430,5 +471,7 @@ def bwd_constants(cell: str, plan: Plan, D: int, H: int, has_d_out: bool) -> dic
         "BLOCK_B": tiles.block_b,
         "BLOCKS": tiles.blocks,
         "HAS_D_OUT": has_d_out,
+        "HAS_D_CS": has_d_cs,
         "INPUT_PRECISION": tiles.input_precision,
+        **rows.switches,
     }

@@ -10,6 +10,9 @@ only. What the warps have is added at the end, once for each tile and always in 
 import triton
 import triton.language as tl
 
+from .common import time_of
+from .ragged import INITIAL, PREVIOUS, first_row
+
 
 @triton.jit
 def choose(pointers, index):
@@ -69,6 +72,28 @@ def load_operand(row_ptrs, mask_row, H: tl.constexpr, K_CHUNKS: tl.constexpr):
             mask = mask & (k < H)
         u = u + (tl.load(row_ptrs[None, :, None] + k, mask, other=0.0, cache_modifier=".cg"),)
     return u
+
+
+@triton.jit
+def load_previous(
+    out_ptr, h_0_ptr, origins, starts_ptr, step, T, B, pid_z, pid_d, offs_b, mask_b,
+    RAGGED: tl.constexpr, PACKED: tl.constexpr,
+    D: tl.constexpr, H: tl.constexpr, K_CHUNKS: tl.constexpr,
+):  # fmt: skip
+    """Whole rows of the h that enters a step, as an operand."""
+    t_prev = time_of(tl.maximum(step - 1, 0), T, pid_d)
+    if RAGGED:
+        first = first_row(starts_ptr, t_prev, B, PACKED)
+        rows = out_ptr + (first * (D * H) + pid_d * H) + offs_b * (D * H)
+        u = load_operand(rows, origins == PREVIOUS, H, K_CHUNKS)
+        rows = h_0_ptr + pid_z * B * H + offs_b * H
+        return add_tiles(u, load_operand(rows, origins == INITIAL, H, K_CHUNKS))
+    else:
+        # Scalars are chosen, for a choice of vectors loses their alignment (Triton 3.9).
+        base = tl.where(step > 0, t_prev * B * (D * H) + pid_d * H, pid_z * B * H)
+        rows = tl.where(step > 0, out_ptr, h_0_ptr) + base
+        rows += offs_b * tl.where(step > 0, D * H, H)
+        return load_operand(rows, mask_b, H, K_CHUNKS)
 
 
 @triton.jit

@@ -23,6 +23,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
 from fusedrnn.kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem, cooperative, plan
+from fusedrnn.kernels.rows import Rows
 from fusedrnn.kernels.spec import SPECS
 
 TARGETS = {
@@ -31,7 +32,13 @@ TARGETS = {
     "sm_100": GPUTarget("cuda", 100, 32),
     "gfx942": GPUTarget("hip", "gfx942", 64),
 }
-POINTERS = {torch.float32: "*fp32", torch.float16: "*fp16", torch.bfloat16: "*bf16"}
+POINTERS = {
+    torch.float64: "*fp64",
+    torch.float32: "*fp32",
+    torch.float16: "*fp16",
+    torch.bfloat16: "*bf16",
+}
+INTEGERS = {"counters_ptr": "*i32", "origins_ptr": "*i8", "starts_ptr": "*i64"}
 
 
 class Job(NamedTuple):
@@ -123,13 +130,15 @@ def compile_kernel(job: Job) -> dict:
     problem, chosen = job.problem, plan_of(job.problem, CHIPS[job.chip])
     kernel, tiles, constants, options = _kernel_of(problem, chosen, job.direction == "forward")
     constants["aux_ptr"] = None
+    if not problem.ragged:
+        constants |= {"origins_ptr": None, "starts_ptr": None}
     signature, attributes = {}, {}
     aligned = [["tt.divisibility", 16]]  # as torch's allocations are
     for index, name in enumerate(kernel.arg_names):
         if name in constants:
             signature[name] = "constexpr"
-        elif name == "counters_ptr":
-            signature[name] = "*i32"
+        elif name in INTEGERS:
+            signature[name] = INTEGERS[name]
         elif name.endswith("_ptrs"):
             count = problem.directions * chosen.layers
             signature[name] = (POINTERS[problem.dtype],) * count
@@ -154,22 +163,30 @@ def compile_kernel(job: Job) -> dict:
 def _kernel_of(problem: Problem, chosen: Plan, forward: bool):
     """The kernel of a plan, its tiles, constants and launch options."""
     from fusedrnn.kernels import cooperative as together
-    from fusedrnn.kernels import launch, resident
+    from fusedrnn.kernels import cooperative_launch, launch, resident
 
+    # Packed, which is all that a kernel can be asked for: rows have addresses of their own, too.
+    some = torch.empty(0) if problem.ragged else None
+    rows = Rows(1, 1, some, some, some)
     cell, I, H, D = problem.cell, problem.input_size, problem.hidden_size, problem.directions
     tiles, L = chosen.forward if forward else chosen.backward, chosen.layers
+    with_d_cs = False  # of module.states() alone
     if chosen.schedule == "cooperative":
         options, mask = launch.cooperative_options(tiles), L > 1
         if forward:
-            constants = together.fwd_constants(cell, chosen, L, D, H, True, mask, True)
+            constants = cooperative_launch.fwd_constants(
+                cell, chosen, L, D, H, True, mask, True, rows
+            )
             return together._cooperative_fwd_kernel, tiles, constants, options
-        constants = together.bwd_constants(cell, chosen, L, D, H, True, mask)
+        constants = cooperative_launch.bwd_constants(
+            cell, chosen, L, D, H, True, with_d_cs, mask, rows
+        )
         return together._cooperative_bwd_kernel, tiles, constants, options
     options = launch.launch_options(tiles)
     if forward:
-        constants = resident.fwd_constants(cell, chosen, D, I, H, True, problem.needs_grad)
+        constants = resident.fwd_constants(cell, chosen, D, I, H, True, problem.needs_grad, rows)
         return resident._resident_fwd_kernel, tiles, constants, options
-    constants = resident.bwd_constants(cell, chosen, D, H, True)
+    constants = resident.bwd_constants(cell, chosen, D, H, True, with_d_cs, rows)
     return resident._resident_bwd_kernel, tiles, constants, options
 
 

@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fusedrnn import ops
 from fusedrnn.kernels.spec import SPECS
+from fusedrnn.layout import Ragged
+from fusedrnn.stack import Config
 from fusedrnn.testing import assert_budget, run_module
 
 CELLS = tuple(SPECS)
@@ -66,18 +68,19 @@ class Op(nn.Module):
     def named_parameters(self, *args, **kwargs):
         return self.module.named_parameters(*args, **kwargs)
 
-    def forward(self, input: Tensor, hx, dropout_masks=()):
-        output, final = ops.rnn_stack(
-            input,
-            [hx] if isinstance(hx, Tensor) else hx,
-            list(self.module.parameters()),
-            dropout_masks,
-            cell=self.cell,
-            backend=self.backend,
-            has_bias=self.module.bias,
-            num_layers=self.module.num_layers,
-            bidirectional=self.module.bidirectional,
-            precision=self.precision,
+    def forward(self, input: Tensor, hx, dropout_masks=(), ragged=Ragged()):  # noqa: B008
+        module = self.module
+        config = Config(
+            self.cell,
+            self.backend,
+            module.bias,
+            module.num_layers,
+            module.bidirectional,
+            self.precision,
+        )
+        states = [hx] if isinstance(hx, Tensor) else hx
+        output, final, _ = ops.rnn_stack(
+            input, states, list(module.parameters()), dropout_masks, ragged, config
         )
         return output, final[0] if len(final) == 1 else tuple(final)
 

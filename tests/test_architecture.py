@@ -22,19 +22,24 @@ ROOT = Path(__file__).parent.parent
 #: Imports go downwards only: each module may import those before it.
 ORDER = (
     "kernels",
+    "layout",
     "reference",
+    "loop",
+    "grads",
     "stack",
     "ops",
     "dispatch",
     "arguments",
     "functional",
+    "inspection",
+    "streaming",
     "modules",
     "patching",
     "testing",
     "__init__",
 )
 #: Of kernels/, what the rest may import at any time, for it imports no triton.
-PURE = ("__init__", "spec", "model", "plan")
+PURE = ("__init__", "spec", "rows", "model", "plan")
 BANNED_IN_KERNELS = {
     "make_block_ptr": "block pointers are gone since Triton 3.8",
     "advance": "block pointers are gone since Triton 3.8",

@@ -13,11 +13,12 @@ import triton
 import triton.language as tl
 from concurrency import run_concurrently, shared
 
-from fusedrnn.kernels import cells, cooperative, exchange
+from fusedrnn.kernels import cells, cooperative, cooperative_launch, exchange
 from fusedrnn.kernels.common import pick
 from fusedrnn.kernels.plan import Plan, Tiles
+from fusedrnn.kernels.rows import SLACK, Rows, origins_of, packed_rows
 from fusedrnn.kernels.spec import SPECS, Weights
-from fusedrnn.reference import reference_bwd, reference_fwd
+from fusedrnn.loop import loop_bwd, loop_fwd
 from fusedrnn.testing import assert_budget
 
 pytestmark = [
@@ -35,7 +36,8 @@ DELAY = 0.002
 class Shape(NamedTuple):
     """T steps, B sequences, H units in slices of ``block_h``, L layers, D directions.
 
-    ``at_once`` batch tiles of 16 rows run in one launch.
+    ``at_once`` batch tiles of 16 rows run in one launch. ``rows`` are "dense", "ragged" (with
+    lengths and resets) or "packed".
     """
 
     T: int
@@ -46,6 +48,7 @@ class Shape(NamedTuple):
     D: int = 1
     mask: bool = False
     at_once: int = 2
+    rows: str = "dense"
 
     @property
     def programs(self) -> int:
@@ -66,7 +69,26 @@ SHAPES = {
     "two slices, two layers with dropout": Shape(4, 3, 20, 16, L=2, mask=True),
     "one slice, four layers": Shape(5, 3, 16, 16, L=4, mask=True),
     "one step": Shape(1, 1, 17, 16),
+    "two slices, ragged": Shape(6, 5, 20, 16, rows="ragged"),
+    "two slices, two directions, ragged": Shape(6, 5, 20, 16, D=2, rows="ragged"),
+    "two slices, two layers, ragged": Shape(6, 5, 20, 16, L=2, mask=True, rows="ragged"),
+    "two slices, two batch tiles, packed": Shape(4, 18, 41, 32, rows="packed"),
+    "two slices, two directions, packed": Shape(6, 5, 20, 16, D=2, rows="packed"),
+    "two slices, two layers, packed": Shape(6, 5, 20, 16, L=2, mask=True, rows="packed"),
 }
+
+
+def rows_of(shape: Shape) -> Rows:
+    """Every length from none to all, though packed none is 0, and resets in half of the steps."""
+    T, B, D, cpu = shape.T, shape.B, shape.D, torch.device("cpu")
+    reset = torch.rand(T, B, generator=torch.Generator().manual_seed(B)) < 0.5
+    if shape.rows == "packed":
+        lengths = T - torch.arange(B) * T // B
+        return packed_rows((torch.arange(T)[:, None] < lengths).sum(1), D, cpu, reset)
+    if shape.rows == "ragged":
+        lengths = torch.arange(B) * 3 % (T + 1)
+        return Rows(T, B, origins_of(T, B, D, cpu, lengths, reset))
+    return Rows(T, B)
 
 
 def plan_of(shape: Shape) -> Plan:
@@ -77,8 +99,9 @@ def plan_of(shape: Shape) -> Plan:
 
 def tensors(cell: str, shape: Shape, dtype=torch.float32) -> dict[str, Any]:
     """Everything a forward and a backward launch read, random, and all they write, NaN."""
-    of, (T, B, H, _, L, D, mask, _) = SPECS[cell], shape
-    Z = L * D
+    of, (T, B, H, _, L, D, mask, *_) = SPECS[cell], shape
+    Z, rows = L * D, rows_of(shape)
+    steps = (T, B) if rows.sizes is None else (rows.total,)
 
     def randn(*sizes):
         return torch.randn(sizes, dtype=torch.float64).to(dtype)
@@ -93,20 +116,23 @@ def tensors(cell: str, shape: Shape, dtype=torch.float32) -> dict[str, Any]:
     ]  # fmt: skip
     two = of.states == 2
     return {
-        "gx": randn(D, T, B, of.gates * H),
+        "gx": randn(D, *steps, of.gates * H),
         "weights": weights,
-        "masks": [torch.rand(T, B, H).round().to(dtype) * 2 for _ in range(L - 1)] * mask,
+        "masks": [torch.rand(*steps, H).round().to(dtype) * 2 for _ in range(L - 1)] * mask,
         "h_0": randn(Z, B, H),
         "c_0": randn(Z, B, H) if two else None,
-        "outs": [nan(T, B, D * H) for _ in range(L)],
+        "outs": [nan(*steps, D * H) for _ in range(L)],
         "h_n": nan(Z, B, H),
         "c_n": nan(Z, B, H) if two else None,
-        "gates": nan(Z, T, B, of.saved * H),
-        "cs": nan(Z, T, B, H) if two else None,
-        "d_out": randn(T, B, D * H),
+        "gates": nan(Z, *steps, of.saved * H),
+        "cs": nan(Z, *steps, H) if two else None,
+        "d_out": randn(*steps, D * H),
+        "d_cs": randn(Z, *steps, H) if two and shape.rows != "dense" else None,
         "d_h_n": randn(Z, B, H),
         "d_c_n": randn(Z, B, H) if two else None,
-        "dgates": nan(Z, T, B, of.grad_tiles * H),
+        "dgates": nan(Z * rows.total + SLACK, of.grad_tiles * H)[:-SLACK].view(
+            Z, *steps, of.grad_tiles * H
+        ),
         "d_h_0": nan(Z, B, H),
         "d_c_0": nan(Z, B, H) if two else None,
     }
@@ -114,8 +140,8 @@ def tensors(cell: str, shape: Shape, dtype=torch.float32) -> dict[str, Any]:
 
 FORWARD = ("gx", "weights", "masks", "h_0", "c_0", "outs", "h_n", "c_n", "gates", "cs")
 BACKWARD = (
-    "d_out", "d_h_n", "d_c_n", "weights", "masks", "h_0", "c_0", "outs", "gates", "cs", "dgates",
-    "d_h_0", "d_c_0",
+    "d_out", "d_cs", "d_h_n", "d_c_n", "weights", "masks", "h_0", "c_0", "outs", "gates", "cs",
+    "dgates", "d_h_0", "d_c_0",
 )  # fmt: skip
 RESULTS = ("outs", "h_n", "c_n", "gates", "cs", "dgates", "d_h_0", "d_c_0")
 
@@ -127,15 +153,15 @@ def workspace(cell: str, shape: Shape, like: torch.Tensor) -> exchange.Workspace
 
 def launches(cell, shape, data, works, aux=None, patience=PATIENCE):
     """The two launches of ``data`` as calls without arguments."""
-    plan = plan_of(shape)
+    plan, rows = plan_of(shape), rows_of(shape)
 
     def forward():
         arguments = [data[name] for name in FORWARD]
-        cooperative.cooperative_fwd(cell, plan, *arguments, works[0], aux, patience)
+        cooperative_launch.cooperative_fwd(cell, plan, *arguments, rows, works[0], aux, patience)
 
     def backward():
         arguments = [data[name] for name in BACKWARD]
-        cooperative.cooperative_bwd(cell, plan, *arguments, works[1], aux, patience)
+        cooperative_launch.cooperative_bwd(cell, plan, *arguments, rows, works[1], aux, patience)
 
     return forward, backward
 
@@ -173,18 +199,19 @@ def expected(cell: str, shape: Shape, data: dict, dtype: torch.dtype) -> dict[st
             x = x * r["masks"][layer - 1] if r["masks"] else x
             w = weights[layer]
             gx = (x @ w.w_ih.T + w.b_ih)[None]
-        reference_fwd(
-            cell, gx, weights[layer * D : (layer + 1) * D], rows("h_0", layer),
+        loop_fwd(
+            cell, gx.clone(), weights[layer * D : (layer + 1) * D], rows("h_0", layer),
             rows("c_0", layer), r["outs"][layer],
-            *(rows(name, layer) for name in ("h_n", "c_n", "gates", "cs")),
+            *(rows(name, layer) for name in ("h_n", "c_n", "gates", "cs")), rows_of(shape),
         )  # fmt: skip
     d_out = r["d_out"]
     for layer in reversed(range(L)):
-        reference_bwd(
-            cell, d_out, rows("d_h_n", layer), rows("d_c_n", layer),
+        loop_bwd(
+            cell, d_out, rows("d_cs", layer), rows("d_h_n", layer), rows("d_c_n", layer),
             weights[layer * D : (layer + 1) * D], rows("h_0", layer), rows("c_0", layer),
             r["outs"][layer],
             *(rows(name, layer) for name in ("gates", "cs", "dgates", "d_h_0", "d_c_0")),
+            rows_of(shape),
         )  # fmt: skip
         if layer:
             d_out = r["dgates"][layer, ..., : of.gates * H] @ weights[layer].w_ih
@@ -333,9 +360,9 @@ def rewritten(kernel: triton.JITFunction, old: str, new: str) -> triton.JITFunct
     return namespace[kernel.fn.__name__]
 
 
-STORE_H = "        store_rows(out_ptr + row, mask_b, start, only(state, 0), 0, H, BLOCKS)\n"
+STORE_H = "        store_rows(out_rows, here, start, only(out, 0), 0, H, BLOCKS)\n"
 STORE_DGATES = (
-    "            store_rows(rows, mask_b, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)\n"
+    "            store_rows(rows, here, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)\n"
 )
 PUBLISH = "publish(counter_ptr)\n"
 
@@ -358,7 +385,7 @@ def break_flag_before_h(patch):
         STORE_H + " " * 8 + PUBLISH,
         " " * 8 + PUBLISH + STORE_H,
     )
-    patch.setattr(cooperative, "_cooperative_fwd_kernel", late)
+    patch.setattr(cooperative_launch, "_cooperative_fwd_kernel", late)
 
 
 def break_flag_before_dgates(patch):
@@ -367,7 +394,7 @@ def break_flag_before_dgates(patch):
         STORE_DGATES + " " * 12 + PUBLISH,
         " " * 12 + PUBLISH + STORE_DGATES,
     )
-    patch.setattr(cooperative, "_cooperative_bwd_kernel", late)
+    patch.setattr(cooperative_launch, "_cooperative_bwd_kernel", late)
 
 
 MUTANTS = [break_wait_dropped, break_counter_target, break_flag_before_h, break_flag_before_dgates]

@@ -168,7 +168,10 @@ class TestAuto:
         assert choose(request(cuda, cell="gru_reset_before", packed=True)) == "triton"
         assert choose(request(cuda, dtype=torch.float64)) == "aten"
         assert choose(request(cuda, proj_size=2)) == "aten"
-        assert choose(request(cuda, packed=True)) == "aten"
+        assert choose(request(cuda, packed=True)) == "triton"
+        for ragged in ({"lengths": True}, {"reset": True}, {"states": True}):
+            assert choose(request(cuda, **ragged)) == "triton"
+            assert choose(request(cuda, proj_size=2, lengths=True)) == "torch"
         assert choose(request(cuda, batch=0)) == "aten"
         assert choose(request(cuda, cell="gru_reset_before", dtype=torch.int64)) == "torch"
         monkeypatch.setattr(dispatch, "_HAS_TRITON", False)

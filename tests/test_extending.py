@@ -15,6 +15,7 @@ import triton.language as tl
 from fusedrnn.kernels import cells, resident, spec
 from fusedrnn.kernels.common import pick, tanh
 from fusedrnn.kernels.plan import Plan, Tiles, blocks_of
+from fusedrnn.kernels.rows import Rows
 from fusedrnn.testing import assert_budget
 
 SPEC = spec.CellSpec(1, 1, 1, ((0,),), ((0,),), (0,), rowwise=True)
@@ -126,12 +127,12 @@ def test_a_new_cell_needs_no_new_schedule(H, device, monkeypatch):
     h_n, d_h_0 = torch.empty_like(h_0), torch.empty_like(h_0)
 
     resident.resident_fwd(
-        "normed", plan, gx, weights, h_0, None, out[0], h_n, None, gates, None, aux=mask
+        "normed", plan, gx, weights, h_0, None, out[0], h_n, None, gates, None, Rows(T, B), aux=mask
     )
     zero = torch.zeros_like(h_0)
     resident.resident_bwd(
-        "normed", plan, dy, zero, None, weights, h_0, None, out[0], gates, None, dgates, d_h_0,
-        None, aux=mask,
+        "normed", plan, dy, None, zero, None, weights, h_0, None, out[0], gates, None, dgates,
+        d_h_0, None, Rows(T, B), aux=mask,
     )  # fmt: skip
 
     results = {}

@@ -15,10 +15,10 @@ from models import (
 )
 
 from fusedrnn import dispatch, stack
-from fusedrnn.kernels import cooperative, launch
+from fusedrnn.kernels import cooperative_launch, launch
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.plan import chip_of
-from fusedrnn.reference import reference_fwd
+from fusedrnn.loop import loop_fwd
 from fusedrnn.testing import CASES, Case, error_budget, run_module
 
 SMALL = Case(6, 5, 3, 20)
@@ -341,10 +341,10 @@ def test_a_refused_launch_is_done_another_way(refused, device, monkeypatch):
     def in_rounds(launch, tiles, *rest):
         return real(refuse, tiles, *rest)
 
-    real = cooperative.in_rounds
-    monkeypatch.setattr(cooperative, "in_rounds", in_rounds)
+    real = cooperative_launch.in_rounds
+    monkeypatch.setattr(cooperative_launch, "in_rounds", in_rounds)
     if refused == "backward":  # all went well until then
-        monkeypatch.setattr(cooperative, "cooperative_fwd", like_the_reference)
+        monkeypatch.setattr(cooperative_launch, "cooperative_fwd", like_the_reference)
     module = torch_module("gru", 3, 192).to(device)
     inputs = make_inputs("gru", Case(3, 2, 3, 192), device=device)
     with (
@@ -356,9 +356,8 @@ def test_a_refused_launch_is_done_another_way(refused, device, monkeypatch):
     assert {device} == planning._REFUSING
 
 
-def like_the_reference(cell, plan, gx, weights, masks, h_0, c_0, outs, *results):
-    *results, _ = results
-    reference_fwd(cell, gx, weights, h_0, c_0, outs[0], *results)
+def like_the_reference(cell, plan, gx, weights, masks, h_0, c_0, outs, *results, workspace):
+    loop_fwd(cell, gx, weights, h_0, c_0, outs[0], *results)
 
 
 def test_other_errors_of_a_launch_are_not_taken_for_a_refusal():

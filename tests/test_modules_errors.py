@@ -66,10 +66,6 @@ SEQUENCE = {
     "hx of three": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4),) * 3), "hx is a tuple"),
     "hx with None": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4), None)), "hx.* is a "),
     "packed data 3-D": (lambda n: (packed((3, 3, 3)),), "packed input's data is 3-D"),
-    "packed hx batch": (
-        lambda n: (packed((3, 3), (2, 3)), wrap(n, zeros(2, 1, 4))),
-        r"expected \(2, 2, 4\)",
-    ),
     "packed hx columns": (
         lambda n: (packed((3, 3), (2, 3)), wrap(n, zeros(2, 2, 5))),
         r"expected \(2, 2, 4\)",

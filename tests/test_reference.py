@@ -5,6 +5,8 @@ import torch
 from models import CELLS, Op, make_inputs, torch_module
 
 from fusedrnn import ops
+from fusedrnn.layout import Ragged
+from fusedrnn.stack import Config
 from fusedrnn.testing import CASES, Case, run_module
 
 
@@ -40,18 +42,8 @@ def stack_function(cell, has_bias, layers, directions, masks=()):
     states = 2 if cell == "lstm" else 1
 
     def function(x, *rest):
-        output, final = ops.rnn_stack(
-            x,
-            rest[:states],
-            rest[states:],
-            masks,
-            cell=cell,
-            backend="torch",
-            has_bias=has_bias,
-            num_layers=layers,
-            bidirectional=directions == 2,
-            precision="ieee",
-        )
+        config = Config(cell, "torch", has_bias, layers, directions == 2, "ieee")
+        output, final, _ = ops.rnn_stack(x, rest[:states], rest[states:], masks, Ragged(), config)
         return output, *final
 
     return function
@@ -94,14 +86,14 @@ def test_operator_is_registered_correctly():
     args = (x.requires_grad_(), hx, None, list(module.parameters()), [])
     torch.library.opcheck(
         torch.ops.fusedrnn.rnn_forward.default,
-        (*args, "gru", "torch", True, 2, False, "ieee", True),
+        (*args, *Ragged(), *Config("gru", "torch", True, 2, False, "ieee"), True),
     )
 
 
 def test_nothing_is_saved_without_gradients():
     module = torch_module("lstm", 3, 4)
     x, hx, _ = make_inputs("lstm", Case(4, 2, 3, 4))
-    config = ("lstm", "torch", True, 1, False, "ieee")
+    config = (*Ragged(), *Config("lstm", "torch", True, 1, False, "ieee"))
     for save, elements in ((True, 4 * 2 * 4 * (4 + 1)), (False, 0)):
         *_, gates, cs, hidden = torch.ops.fusedrnn.rnn_forward(
             x, *hx, list(module.parameters()), [], *config, save

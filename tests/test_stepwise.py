@@ -13,10 +13,11 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedrnn.kernels import cells, spec, stepwise
+from fusedrnn.kernels import cells, spec, stepwise, stepwise_launch
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.common import tanh
-from fusedrnn.reference import reference_bwd, reference_fwd
+from fusedrnn.kernels.rows import Rows
+from fusedrnn.loop import loop_bwd, loop_fwd
 from fusedrnn.testing import CASES, Case, assert_budget, error_budget
 
 CELLS = tuple(spec.SPECS)
@@ -26,8 +27,8 @@ THREE_UNIT_TILES = Case(3, 5, 2, 130)
 HALF = (torch.float16, torch.bfloat16)
 PAIRS = [(case, dtype) for case in SOME for dtype in (torch.float32, torch.float64)]
 PAIRS += [(case, dtype) for case in SOME[2:4] for dtype in HALF]
-REFERENCE = reference_fwd, reference_bwd
-STEPWISE = stepwise.stepwise_fwd, stepwise.stepwise_bwd
+REFERENCE = loop_fwd, loop_bwd
+STEPWISE = stepwise_launch.stepwise_fwd, stepwise_launch.stepwise_bwd
 
 
 def make(cell, case, D, dtype, device="cpu", bias=True):
@@ -74,14 +75,15 @@ def run(schedule, cell, inputs, saved=(), save=True, **aux):
     filled["c_n"] = None if c_0 is None else h_0.new_empty(D, B, H)
     filled["gates"] = gx.new_empty(D, T, B, counts.saved * H) if save else None
     filled["cs"] = gx.new_empty(D, T, B, H) if save and c_0 is not None else None
-    forward(cell, gx, weights, h_0, c_0, *filled.values(), **aux)
+    rows = Rows(*gx.shape[1:3])
+    forward(cell, gx.clone(), weights, h_0, c_0, *filled.values(), rows, **aux)
     if save:
         grads = {"dgates": gx.new_empty(D, T, B, counts.grad_tiles * H)}
         grads["d_h_0"] = h_0.new_empty(D, B, H)
         grads["d_c_0"] = None if c_0 is None else h_0.new_empty(D, B, H)
         saved = saved or (filled["out"], filled["gates"], filled["cs"])
         backward(
-            cell, d_out, d_h_n, d_c_n, weights, h_0, c_0, *saved, *grads.values(), **aux
+            cell, d_out, None, d_h_n, d_c_n, weights, h_0, c_0, *saved, *grads.values(), rows, **aux
         )  # fmt: skip
         filled |= grads
     return {name: tensor for name, tensor in filled.items() if tensor is not None}

@@ -1,0 +1,149 @@
+"""How the sequences of a call are laid out in rows, and which row follows which.
+
+``kernels/rows.py`` says what rows and origins are. Here they are made of what a call brings:
+nothing (dense), ``lengths`` and ``reset`` (dense with origins), or a PackedSequence's
+``batch_sizes``. On the CPU, where lengths can be read without waiting for anybody, lengths are
+packed too: the loop then does no work for steps that are not there. Axes: T time, B batch, R rows,
+D directions.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .kernels.rows import INITIAL, PREVIOUS, SKIPPED, Rows, origins_of, packed_rows
+
+
+class Ragged(NamedTuple):
+    """What a call says about its sequences; each may be None."""
+
+    lengths: Tensor | None = None  # [B], integers, on any device
+    reset: Tensor | None = None  # bool [T, B]
+    batch_sizes: Tensor | None = None  # int64 [T], on the CPU, as a PackedSequence has them
+
+
+class Layout(NamedTuple):
+    """Rows, and where the call's own tensors are in another order, the way there and back."""
+
+    rows: Rows
+    #: [R]: the dense row ``t * B + b`` of each row, or None where the call's order is kept.
+    dense: Tensor | None = None
+    order: Tensor | None = None  # [B]: the sequences by falling length
+
+    @property
+    def is_ragged(self) -> bool:
+        """Whether some step is missing or some state is not of the step before."""
+        return self.rows.origins is not None
+
+    def take(self, grid: Tensor) -> Tensor:
+        """``[T, B, ...]`` as rows ``[R, ...]``; what is not reordered stays as it is."""
+        return grid if self.dense is None else grid.flatten(0, 1).index_select(0, self.dense)
+
+    def give(self, rows: Tensor) -> Tensor:
+        """Rows ``[R, ...]`` as ``[T, B, ...]``, with zeros where there is no step."""
+        if self.dense is None:
+            return rows
+        T, B = self.rows.T, self.rows.B
+        grid = rows.new_zeros(T * B, *rows.shape[1:])
+        return grid.index_copy_(0, self.dense, rows).unflatten(0, (T, B))
+
+    def sort(self, states: Tensor) -> Tensor:
+        """States ``[Z, B, H]`` in the order of the rows, contiguous."""
+        return states.contiguous() if self.order is None else states.index_select(1, self.order)
+
+    def unsort(self, states: Tensor) -> Tensor:
+        """The way back from ``sort``."""
+        if self.order is None:
+            return states
+        return torch.zeros_like(states).index_copy_(1, self.order, states)
+
+    def part(self, buffer: Tensor) -> Tensor:
+        """The beginning of a buffer ``[..., T * B, C]`` as ``[..., R, C]``, contiguous."""
+        if buffer.numel() == 0 or buffer.shape[-2] == self.rows.total:
+            return buffer
+        shape = *buffer.shape[:-2], self.rows.total, buffer.shape[-1]
+        return buffer.flatten()[: torch.Size(shape).numel()].view(shape)
+
+
+def layout_of(input: Tensor, B: int, D: int, ragged: Ragged, compact: bool) -> Layout:
+    """The layout of a call with ``input [T, B, I]``, or packed ``[R, I]``.
+
+    compact: whether lengths are packed, for which their values must be known here.
+    """
+    lengths, reset, batch_sizes = ragged
+    if batch_sizes is not None:
+        return Layout(packed_rows(batch_sizes, D, input.device, None))
+    T = input.shape[0]
+    if lengths is None and reset is None:
+        return Layout(Rows(T, B))
+    if lengths is None or not compact or B == 0:
+        return Layout(Rows(T, B, origins_of(T, B, D, input.device, lengths, reset)))
+    known, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)
+    batch_sizes = (torch.arange(T).unsqueeze(1) < known).sum(1)
+    dense = torch.arange(T).unsqueeze(1) * B + order
+    index = dense[torch.arange(T).unsqueeze(1) < known]
+    reset = None if reset is None else reset.cpu().index_select(1, order)
+    rows = packed_rows(batch_sizes, D, input.device, reset, B)
+    return Layout(rows, index.to(input.device), order.to(input.device))
+
+
+class Links(NamedTuple):
+    """For each row of one direction the rows beside it in time, ``[R]`` each."""
+
+    sequence: Tensor  # b
+    origins: Tensor
+    previous: Tensor  # the row of the step before; any where origins is not PREVIOUS
+    following: Tensor  # the row of the step after; any where ``goes_on`` is False
+    goes_on: Tensor  # whether the step after enters with this one's state
+    last: Tensor  # whether this step leaves the final state
+
+    def entering(self, left: Tensor, initial: Tensor) -> Tensor:
+        """The state ``[R, H]`` that entered each step.
+
+        left: the state that left each step, ``[R, H]``; initial: ``[B, H]``.
+        """
+        origins = self.origins.unsqueeze(1)
+        first = torch.where(origins == INITIAL, initial.index_select(0, self.sequence), 0.0)
+        return torch.where(origins == PREVIOUS, left.index_select(0, self.previous), first)
+
+
+def links_of(rows: Rows, d: int, device: torch.device) -> Links:
+    """The links of direction d."""
+    T, B = rows.T, rows.B
+    origins = origins_of(T, B, d + 1, device)[d] if rows.origins is None else rows.origins[d]
+    times = torch.arange(T, device=device).unsqueeze(1).expand(T, B)
+    batch = torch.arange(B, device=device).expand(T, B)
+    starts = torch.arange(T, device=device) * B if rows.starts is None else rows.starts
+    before, after = (times - 1, times + 1) if d == 0 else (times + 1, times - 1)
+    inside = (after >= 0) & (after < T)
+    before, after = before.clamp(0, T - 1), after.clamp(0, T - 1)
+    following = origins.gather(0, after)
+    goes_on = inside & (following == PREVIOUS)
+    last = (~inside | (following == SKIPPED)) & (origins != SKIPPED)
+
+    def of_rows(grid: Tensor) -> Tensor:
+        if rows.sizes is None:
+            return grid.flatten()
+        # Each step has its first sizes[t] sequences; the sizes are known, so nothing waits.
+        return torch.cat(
+            [line[:size] for line, size in zip(grid, rows.sizes.tolist(), strict=True)]
+        )
+
+    return Links(
+        sequence=of_rows(batch),
+        origins=of_rows(origins),
+        previous=of_rows(starts[before] + batch).clamp(max=max(rows.total - 1, 0)),
+        following=of_rows(starts[after] + batch).clamp(max=max(rows.total - 1, 0)),
+        goes_on=of_rows(goes_on),
+        last=of_rows(last),
+    )
+
+
+def without_padding(x: Tensor, rows: Rows) -> Tensor:
+    """x ``[T, B, I]`` with zeros for the steps that are not there: what stands there may be NaN."""
+    if rows.origins is None or rows.sizes is not None:
+        return x
+    return x.masked_fill((rows.origins[0] == SKIPPED).unsqueeze(-1), 0.0)
