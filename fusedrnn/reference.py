@@ -91,6 +91,12 @@ def _project(h: Tensor, w: Weights) -> Tensor:
     return h if w.w_hr is None else F.linear(h, w.w_hr)
 
 
+def one_step(cell: str, x: Tensor, h: Tensor, c: State, w: Weights) -> tuple[Tensor, State]:
+    """The states after one step with the input ``[B, I]``."""
+    h, c, _ = _CELLS[cell](F.linear(x, w.w_ih, w.b_ih), h, c, w)
+    return _project(h, w), c
+
+
 def differentiable_stack(
     cell: str,
     input: Tensor,

@@ -316,7 +316,7 @@ def _run_forward(
         from .kernels.exchange import workspace
 
         shared = workspace(cell, plan.forward, x, *h_0.shape)
-        cooperative_fwd(cell, plan, *given, masks, h_0, c_0, outs, *results, workspace=shared)
+        cooperative_fwd(cell, plan, *given, masks, h_0, c_0, outs, *(*results, shared))
 
 
 def _run_backward(
@@ -343,7 +343,7 @@ def _run_backward(
 
         assert plan.backward is not None
         shared = workspace(cell, plan.backward, h_0, *h_0.shape)
-        cooperative_bwd(cell, plan, *given, masks, h_0, c_0, outs, *rest, workspace=shared)
+        cooperative_bwd(cell, plan, *given, masks, h_0, c_0, outs, *(*rest, shared))
 
 
 def _project(x: Tensor, weights: Sequence[Weights], precision: str) -> Tensor:

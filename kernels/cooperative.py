@@ -160,8 +160,7 @@ def _cooperative_fwd_kernel(
                     x = masked(x, load_operand(mask_rows, here, H, K_CHUNKS))
                 gx = gate_products(x, w_ih, b_ih, (GATES,), 0, INPUT_PRECISION)
 
-        entered = enter(state, origins, RAGGED)
-        gh = no_tiles(BLOCKS)
+        entered, gh = enter(state, origins, RAGGED), no_tiles(BLOCKS)
         for p in tl.static_range(P):
             if SHARES_H and p == 0:
                 wait(counter_ptr, published, patience)

@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 
+from .limits import LARGEST_H, LARGEST_H_GFX, holds_in_registers, is_large
 from .model import Floors, floors_on_chip, floors_stepwise, kind_of
 from .spec import SPECS, CellSpec
 
@@ -131,25 +132,6 @@ def blocks_of(size: int, least: int = 16, most: int = 128) -> tuple[tuple[int, i
         blocks.append((start, width))
         start += width
     return tuple(blocks)
-
-
-#: The largest H one program can hold, by number of gates. With the next block size a kernel on
-#: sm_80, sm_90 or sm_100 spills registers or wants more shared memory than an SM has.
-LARGEST_H = {
-    "16-bit": {4: 128, 3: 128, 1: 256},
-    "tf32": {4: 64, 3: 96, 1: 192},
-    "tf32x3": {4: 64, 3: 64, 1: 128},
-    "ieee": {4: 64, 3: 64, 1: 128},
-}
-#: The largest slice of one program in schedule cooperative, by number of gates: units, and units
-#: times H with 16 rows and with 32. Beyond it a kernel spills by one Triton or the other.
-LARGEST_SLICE = {
-    "16-bit": {4: (32, 16384, 4096), 3: (32, 20480, 4096), 1: (64, 65536, 8192)},
-    "tf32": {4: (16, 8192, 2048), 3: (32, 8192, 2048), 1: (64, 32768, 4096)},
-    "tf32x3": {4: (8, 2048, 0), 3: (8, 2048, 0), 1: (64, 16384, 0)},
-}
-#: gfx942 has 64 KiB of shared memory a program, and its waves spill above this.
-LARGEST_H_GFX = {"16-bit": 64, "ieee": 32}
 
 
 @lru_cache(maxsize=4096)
@@ -314,7 +296,7 @@ def _cooperative_tiles(
 ) -> Iterator[tuple[float, int, int, Tiles]]:
     """Everything that fits: its modelled time, for ties its size, and the tiles."""
     H, kind = problem.hidden_size, kind_of(problem, chip)
-    chunks = k_chunks(H, kind)
+    chunks, gates = k_chunks(H, kind), SPECS[problem.cell].gates
     columns = sum(pieces * width for _, pieces, width in chunks)
     for units, rows in product((8, 16, 32, 64, 128), (16, 32)):
         members = -(-H // units)
@@ -324,12 +306,13 @@ def _cooperative_tiles(
             groups > chip.sms
             or (members > 1 and not chip.concurrent)
             or shared > chip.shared_bytes
-            or not _holds_in_registers(problem, kind, units, rows, columns)
+            or not holds_in_registers(
+                kind, gates, problem.layers, problem.ragged, direction, units, rows, columns
+            )
         ):
             continue
         at_once = max(1, min(-(-problem.batch // rows), chip.sms // groups))
-        gates = SPECS[problem.cell].gates
-        large = _is_large(kind, gates, units, chunks, direction)
+        large = is_large(kind, gates, units, chunks, direction)
         tiles = Tiles(
             rows,
             ((0, units),),
@@ -342,24 +325,6 @@ def _cooperative_tiles(
         )
         floors = floors_on_chip(problem, chip, tiles, problem.layers, direction)
         yield floors.step, rows, units, tiles
-
-
-def _is_large(
-    kind: str, gates: int, units: int, chunks: tuple[tuple[int, int, int], ...], direction: str
-) -> bool:
-    """Whether ptxas does better without being told that it may use 255 registers.
-
-    Left to itself it stops at 128 in most kernels and spills 8 to 32 bytes; but it spills in the
-    largest ones if told, by Triton 3.6.
-    """
-    columns = sum(pieces * width for _, pieces, width in chunks)
-    if gates == 1:
-        return False
-    if kind == "tf32x3":
-        return gates == 4 or direction == "backward"
-    if kind == "tf32":
-        return units * columns >= 8192
-    return columns >= 768 if gates == 4 else units * columns > 16384
 
 
 def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
@@ -440,16 +405,6 @@ def _slice_bytes(problem: Problem, kind: str, units: int, rows: int, columns: in
     # Triton 3.6 sums the warps' pieces through shared memory: 8 of each gate's tile.
     operand = max(rows * columns * itemsize, gates * 8 * rows * units * 4)
     return (weights + operand) * (2 if kind == "tf32x3" else 1)
-
-
-def _holds_in_registers(problem: Problem, kind: str, units: int, rows: int, columns: int) -> bool:
-    most, few_rows, many_rows = LARGEST_SLICE[kind][SPECS[problem.cell].gates]
-    room = few_rows if rows == 16 else many_rows
-    if problem.layers > 1:  # a second matrix
-        room //= 2 if kind == "16-bit" else 4
-    if problem.ragged:  # h_0 is loaded beside the step before, and both stay until one is chosen
-        room = room * 3 // 4
-    return units <= most and units * columns <= room
 
 
 _REFUSING: set[torch.device] = set()

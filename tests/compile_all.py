@@ -58,7 +58,12 @@ def faults(job: Job, usage: dict) -> list[str]:
     if usage.get("scalar"):
         found.append(f"{usage['scalar']} loads of exchanged data element by element")
     on_fma_units = job.chip != "gfx942" and job.problem.precision == "ieee"
-    if not usage["mma"] and not (on_fma_units and job.problem.dtype.itemsize == 4):
+    in_library = chosen.schedule == "stepwise"  # whose products are torch.mm
+    if (
+        not usage["mma"]
+        and not in_library
+        and not (on_fma_units and job.problem.dtype.itemsize == 4)
+    ):
         found.append("no tensor-core instruction")
     return found
 
@@ -76,10 +81,13 @@ def row(job: Job, usage: dict) -> dict:
         "H": job.problem.hidden_size if tiles.k_chunks else "",
         "units": "+".join(str(width) for _, width in tiles.blocks),
         "I": "+".join(str(width) for _, width in chosen.i_blocks) or "GEMM",
+        "rows": "ragged" if job.problem.ragged else "dense",
         "directions": job.problem.directions,
         "layers": chosen.layers,
-        "kernel": job.direction,
-        "rows": tiles.block_b,
+        "kernel": f"{job.direction} {job.launch}"
+        if chosen.schedule == "stepwise"
+        else job.direction,
+        "block_b": tiles.block_b,
         "warps": tiles.num_warps,
         **{key: usage[key] for key in ("registers", "spills", "shared", "mma", "step")},
         "faults": "; ".join(faults(job, usage)),

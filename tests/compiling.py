@@ -22,7 +22,16 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from fusedrnn.kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem, cooperative, plan
+from fusedrnn.kernels.plan import (
+    CHIPS,
+    Chip,
+    NoPlan,
+    Plan,
+    Problem,
+    cooperative,
+    plan,
+    stepwise_tiles,
+)
 from fusedrnn.kernels.rows import Rows
 from fusedrnn.kernels.spec import SPECS
 
@@ -38,29 +47,39 @@ POINTERS = {
     torch.float16: "*fp16",
     torch.bfloat16: "*bf16",
 }
+#: What schedule stepwise carries in fp32 where the tensors have 16 bits.
+CARRIED = ("h_ptr", "c_ptr", "d_h_ptr", "d_c_ptr")
 INTEGERS = {"counters_ptr": "*i32", "origins_ptr": "*i8", "starts_ptr": "*i64"}
 
 
 class Job(NamedTuple):
-    """One kernel to compile: "forward" or "backward", for which problem, on which chip."""
+    """One kernel to compile: "forward" or "backward", for which problem, on which chip.
+
+    ``launch`` numbers the different launches of one step in schedule stepwise.
+    """
 
     direction: str
     problem: Problem
     chip: str
+    launch: int = 0
 
     def to_json(self) -> str:
         problem = self.problem._replace(dtype=str(self.problem.dtype).removeprefix("torch."))
-        return json.dumps([self.direction, list(problem), self.chip])
+        return json.dumps([self.direction, list(problem), self.chip, self.launch])
 
     @classmethod
     def from_json(cls, line: str) -> Job:
-        direction, fields, chip = json.loads(line)
+        direction, fields, chip, launch = json.loads(line)
         problem = Problem(*fields)
-        return cls(direction, problem._replace(dtype=getattr(torch, problem.dtype)), chip)
+        return cls(direction, problem._replace(dtype=getattr(torch, problem.dtype)), chip, launch)
 
 
 #: Beyond these the plan is the same but for H, which no rule of it treats specially.
 COOPERATIVE_H = (192, 256, 384, 512, 768, 1024, 1536, 2048)
+KINDS = [
+    (torch.bfloat16, "ieee"),
+    *((torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")),
+]
 #: Directions and layers of one launch; both of them double what a chip must hold.
 COOPERATIVE_STACKS = ((1, 1), (2, 1), (1, 2))
 
@@ -76,9 +95,7 @@ def _problems(chip: Chip) -> Iterator[Problem]:
     In bf16, which differs from fp16 in the name of an instruction. Resident with two directions,
     whose binaries hold all of one direction's and a pointer select.
     """
-    kinds = [(torch.bfloat16, "ieee")]
-    kinds += [(torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")]
-    for cell, (dtype, precision) in product(SPECS, kinds):
+    for cell, (dtype, precision) in product(SPECS, KINDS):
         for H, I, batch in product(range(16, 257, 16), (65, 1, 64), (8, 8 * chip.sms + 1)):
             problem = Problem(cell, I, H, batch, 2, dtype, precision, True)
             if plan(problem, chip).schedule == "resident":
@@ -87,18 +104,51 @@ def _problems(chip: Chip) -> Iterator[Problem]:
             # The other cells differ from these in a few lines: one size is enough.
             if H == 256 or (cell in ("lstm", "gru", "rnn_tanh") and (D, L) == (1, 1)):
                 yield Problem(cell, H, H, batch, D, dtype, precision, True, L)
+    yield from _ragged_problems(chip)
+    yield from _stepwise_problems()
+
+
+def _ragged_problems(chip: Chip) -> Iterator[Problem]:
+    """The largest resident H of every cell and precision, and cooperative at every size.
+
+    What ragged rows add to a kernel is the same for each tile: it counts where registers are full.
+    """
+    for cell, (dtype, precision) in product(SPECS, KINDS):
+        for batch in (8, 8 * chip.sms + 1):
+            problems = [
+                Problem(cell, 65, H, batch, 2, dtype, precision, True, ragged=True)
+                for H in range(16, 257, 16)
+            ]
+            yield from [p for p in problems if plan(p, chip).schedule == "resident"][-1:]
+        for H, batch in product(COOPERATIVE_H, (16, 128)):
+            if H == 256 or cell in ("lstm", "gru", "rnn_tanh"):
+                yield Problem(cell, H, H, batch, 1, dtype, precision, True, ragged=True)
+        for D, L in COOPERATIVE_STACKS[1:]:
+            yield Problem(cell, 256, 256, 16, D, dtype, precision, True, L, ragged=True)
+
+
+def _stepwise_problems() -> Iterator[Problem]:
+    """Every width of a tile, and every cell and dtype; H = 4096 is beyond the other schedules."""
+    for H in (1, 2, 3, 5, 9, 17, 33):
+        yield Problem("lstm", H, H, 8, 2, torch.float64, "ieee", True)
+    for cell, (dtype, H) in product(
+        SPECS, ((torch.float64, 48), (torch.float32, 4096), (torch.bfloat16, 4096))
+    ):
+        for ragged in (False, True):
+            yield Problem(cell, H, H, 8, 2, dtype, "ieee", True, ragged=ragged)
 
 
 def every_plan(chip: Chip) -> Iterator[tuple[Problem, Plan]]:
-    """One problem for each different plan whose products are in the kernels."""
-    seen = set()
+    """One problem for each different plan. Where other schedules end is no plan of stepwise."""
+    seen, stepwise = set(), set(_stepwise_problems())
     for problem in _problems(chip):
         try:
             chosen = plan_of(problem, chip)
         except NoPlan:
             continue
+        meant = chosen.schedule != "stepwise" or problem in stepwise
         key = problem.cell, problem.dtype, _tilings(problem, chosen), chosen.i_blocks
-        if chosen.schedule != "stepwise" and key not in seen:
+        if meant and key not in seen:
             seen.add(key)
             yield problem, chosen
 
@@ -107,6 +157,7 @@ def _tilings(problem: Problem, chosen: Plan) -> tuple:
     """What of a plan makes a binary: not how many tiles run at once, nor how long it takes."""
     tiles = (chosen.forward, chosen.backward)
     size = (problem.hidden_size, problem.directions) if chosen.forward.k_chunks else ()
+    size += (problem.ragged, chosen.schedule)
     return *(t and replace(t, at_once=1) for t in tiles), chosen.layers, size
 
 
@@ -122,13 +173,20 @@ def every_job(chip: str) -> Iterator[Job]:
             key = direction, problem.cell, problem.dtype, tiles, tuple(more)
             if key not in seen:
                 seen.add(key)
-                yield Job(direction, problem, chip)
+                launches = 1
+                if chosen.schedule == "stepwise":  # one more than products: first or last of all
+                    launches += len(SPECS[problem.cell].phases)
+                yield from (Job(direction, problem, chip, launch) for launch in range(launches))
 
 
 def compile_kernel(job: Job) -> dict:
     """Compiles one kernel; returns its shared bytes, registers, spilled bytes and mma count."""
     problem, chosen = job.problem, plan_of(job.problem, CHIPS[job.chip])
-    kernel, tiles, constants, options = _kernel_of(problem, chosen, job.direction == "forward")
+    forward = job.direction == "forward"
+    if chosen.schedule == "stepwise":
+        kernel, tiles, constants, options = _stepwise_kernel_of(problem, forward, job.launch)
+    else:
+        kernel, tiles, constants, options = _kernel_of(problem, chosen, forward)
     constants["aux_ptr"] = None
     if not problem.ragged:
         constants |= {"origins_ptr": None, "starts_ptr": None}
@@ -144,7 +202,9 @@ def compile_kernel(job: Job) -> dict:
             signature[name] = (POINTERS[problem.dtype],) * count
             attributes.update({(index, each): aligned for each in range(count)})
         elif name.endswith("_ptr"):
-            signature[name] = POINTERS[problem.dtype]
+            carried = chosen.schedule == "stepwise" and name in CARRIED
+            wide = carried and problem.dtype.itemsize < 4
+            signature[name] = POINTERS[torch.float32 if wide else problem.dtype]
             attributes[(index,)] = aligned
         else:
             signature[name] = "i32"
@@ -165,9 +225,7 @@ def _kernel_of(problem: Problem, chosen: Plan, forward: bool):
     from fusedrnn.kernels import cooperative as together
     from fusedrnn.kernels import cooperative_launch, launch, resident
 
-    # Packed, which is all that a kernel can be asked for: rows have addresses of their own, too.
-    some = torch.empty(0) if problem.ragged else None
-    rows = Rows(1, 1, some, some, some)
+    rows = _rows_of(problem)
     cell, I, H, D = problem.cell, problem.input_size, problem.hidden_size, problem.directions
     tiles, L = chosen.forward if forward else chosen.backward, chosen.layers
     with_d_cs = False  # of module.states() alone
@@ -188,6 +246,34 @@ def _kernel_of(problem: Problem, chosen: Plan, forward: bool):
         return resident._resident_fwd_kernel, tiles, constants, options
     constants = resident.bwd_constants(cell, chosen, D, H, True, with_d_cs, rows)
     return resident._resident_bwd_kernel, tiles, constants, options
+
+
+def _rows_of(problem: Problem) -> Rows:
+    """Ragged ones packed, which is all a kernel can be asked for: addresses of their own, too."""
+    some = torch.empty(0) if problem.ragged else None
+    return Rows(1, 1, some, some, some)
+
+
+def _stepwise_kernel_of(problem: Problem, forward: bool, launch: int):
+    """One of the launches of a step: forward the first of all is number 0, backward the last."""
+    from fusedrnn.kernels import stepwise, stepwise_launch
+    from fusedrnn.kernels.launch import launch_options
+
+    cell, H, D, phases = problem.cell, problem.hidden_size, problem.directions, len(
+        SPECS[problem.cell].phases
+    )  # fmt: skip
+    tiles, switches = stepwise_tiles(H), _rows_of(problem).switches
+    if forward:
+        kernel, ready = stepwise._stepwise_fwd_kernel, 0
+        if launch:
+            ready = SPECS[cell].phases[launch - 1][-1] + 1
+        constants = stepwise_launch.fwd_constants(
+            cell, D, H, True, launch > 0, launch % phases, ready
+        )
+    else:
+        kernel, has_d_cs = stepwise._stepwise_bwd_kernel, SPECS[cell].states == 2
+        constants = stepwise_launch.bwd_constants(cell, D, H, True, has_d_cs, launch - 1)
+    return kernel, tiles, constants | switches, launch_options(tiles)
 
 
 def _exchanged_loads(binary, H: int, nvidia: bool) -> dict:

@@ -39,7 +39,7 @@ ORDER = (
     "__init__",
 )
 #: Of kernels/, what the rest may import at any time, for it imports no triton.
-PURE = ("__init__", "spec", "rows", "model", "plan")
+PURE = ("__init__", "spec", "rows", "limits", "model", "plan")
 BANNED_IN_KERNELS = {
     "make_block_ptr": "block pointers are gone since Triton 3.8",
     "advance": "block pointers are gone since Triton 3.8",

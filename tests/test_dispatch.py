@@ -218,7 +218,7 @@ class TestAuto:
         assert "the operators are registered for the CPU and CUDA, not for mps" in reason
 
     def test_leaves_to_the_reference_what_it_runs_faster(self, monkeypatch):
-        monkeypatch.setattr(dispatch, "cpu_prefers_reference", lambda request: "it is faster")
+        monkeypatch.setattr(dispatch, "cpu_prefers_loop", lambda request: "it is faster")
         assert choose(request()) == "torch"
         with use_backend("aten"):
             assert choose(request()) == "aten"

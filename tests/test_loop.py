@@ -285,6 +285,19 @@ def test_the_input_part_may_stand_in_the_gates(cell):
     assert torch.equal(together["h_n"], apart["h_n"])
 
 
+@pytest.mark.parametrize("d", [0, 1])
+def test_chunks_hold_all_rows_once_and_few_at_a_time(d, monkeypatch):
+    monkeypatch.setattr(loop, "CHUNK", 6 * H)
+    steps = loop._Steps(_case("gru", 2, "packed").rows, d)
+    steps.cut(H)
+    found = sorted(steps.chunks, key=lambda chunk: chunk[0].start)
+    assert found == (steps.chunks[::-1] if d == 0 else steps.chunks)
+    assert [t for times, _ in found for t in times] == list(range(T))
+    assert [r for _, rows in found for r in range(rows.start, rows.stop)] == list(range(20))
+    assert all(len(times) == 1 or rows.stop - rows.start <= 6 for times, rows in found)
+    assert len(found) == 4  # of 5, 5, 3 + 3, 2 + 1 + 1 rows
+
+
 @pytest.mark.parametrize("cell", SPECS)
 def test_no_sequences(cell):
     case = _case(cell, 2, "dense", B=0)
