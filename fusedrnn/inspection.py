@@ -15,7 +15,7 @@ from . import dispatch
 from .arguments import Call
 from .functional import config_of, in_form, operands, states_in_form
 from .kernels.rows import SKIPPED
-from .layout import layout_of, links_of
+from .layout import layout_of, links_of, without_padding
 from .ops import rnn_stack
 from .reference import gates_of
 from .stack import group_weights
@@ -73,7 +73,7 @@ def run(call: Call, wants_gates: bool) -> States:
             for d, w in enumerate(weights):
                 link = links[d]
                 entering = link.entering(h[-1][d].flatten(0, -2), given[0][d])
-                gx = F.linear(x, w.w_ih, w.b_ih).flatten(0, -2)
+                gx = F.linear(without_padding(x, layout.rows), w.w_ih, w.b_ih).flatten(0, -2)
                 named = gates_of(request.cell, gx, entering, w)
                 absent = (link.origins == SKIPPED).unsqueeze(1)
                 of_layer.append(

@@ -26,7 +26,7 @@ LARGEST_SLICE = {
 #: not: its operands are loaded for all gates at once.)
 LARGEST_RAGGED_SLICE = {
     "16-bit": {
-        4: {"forward": (8, 32, 12288), "backward": (8, 32, 12288)},
+        4: {"forward": (8, 16, 12288), "backward": (8, 16, 10240)},
         3: {"forward": (8, 32, 15360), "backward": (8, 32, 15360)},
         1: {"forward": (8, 32, 32768), "backward": (8, 32, 32768)},
     },

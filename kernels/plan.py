@@ -230,9 +230,11 @@ def resident(problem: Problem, chip: Chip) -> Plan:
     num_warps = 2 if padded == 16 else 4 if amd or padded <= (32 if wide else 64) else 8
     # Latency, not occupancy: half the rows halve the special-function work of a step (10 per unit
     # and row for an LSTM), as long as there are SMs for twice the programs. The three products of
-    # tf32x3 leave no registers for 16 rows; gfx942 has no matrix instruction for fewer.
+    # tf32x3, or ragged rows in fp32, leave no registers for 16 rows; gfx942 has no matrix
+    # instruction for fewer.
     few = -(-problem.batch // 8) * problem.directions <= chip.sms
-    block_b = 16 if amd else 8 if few or precision == "tf32x3" else 16
+    scarce = precision == "tf32x3" or (problem.ragged and wide)
+    block_b = 16 if amd else 8 if few or scarce else 16
 
     i_blocks: tuple[tuple[int, int], ...] = ()
     if _projects_in_kernel(problem.input_size, padded, kind):
@@ -362,9 +364,9 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
 
 
 def stepwise_tiles(H: int) -> Tiles:
-    """512 elements, of rows as long as a cache line where H is."""
+    """512 elements, of rows as long as a cache line where H is. With 4 warps fp64 would spill."""
     width = min(64, 1 << (H - 1).bit_length())
-    return Tiles(512 // width, ((0, width),), 4, None, "ieee", 0)
+    return Tiles(512 // width, ((0, width),), 8, None, "ieee", 0)
 
 
 def _with_floors(plan: Plan, problem: Problem, chip: Chip) -> Plan:
