@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -40,10 +42,12 @@ def build(cell, layers=1, directions=1, dtype=torch.float64, I=3, H=5, **options
 
 
 def states_for(module, batch, dtype=torch.float64):
+    """h_0 and, for an LSTM, c_0, where the module is."""
+    device = module.weight_hh_l0.device
     rows = module.num_layers * (1 + module.bidirectional)
     count = 2 if isinstance(module, fusedrnn.LSTM) else 1
     shape = rows, batch, module.hidden_size
-    return tuple(torch.randn(shape, dtype=torch.float64).to(dtype) for _ in range(count))
+    return tuple(torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(count))
 
 
 def as_hx(states):
@@ -59,7 +63,8 @@ def everything(run, module, x, hx, dtype):
     generator = torch.Generator().manual_seed(3)
     results = (output, *final)
     cotangents = [
-        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(dtype) for r in results
+        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, dtype)
+        for r in results
     ]
     leaves = (x, *hx, *module.parameters())
     # What no step leads to (the oracle's output where all lengths are 0) has no history.
@@ -79,7 +84,7 @@ def padded_with_nan(x, lengths):
     if lengths is None:
         return x
     beyond = torch.arange(len(x)).unsqueeze(1) >= lengths
-    return torch.where(beyond.unsqueeze(-1), torch.nan, x)
+    return torch.where(beyond.unsqueeze(-1).to(x.device), torch.nan, x)
 
 
 def ours(backend, **kind):
@@ -102,7 +107,7 @@ def oracle(**kind):
 
 def check(module, kind, backend, batch=5, steps=T):
     x = torch.randn(steps, batch, module.input_size, dtype=torch.float64)
-    hx = states_for(module, batch)
+    x, hx = x.to(module.weight_hh_l0.device), states_for(module, batch)
     want = everything(oracle(**kind), module, x, hx, torch.float64)
     got = everything(ours(backend, **kind), module, x, hx, torch.float64)
     for name in want:
@@ -114,11 +119,11 @@ def check(module, kind, backend, batch=5, steps=T):
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize(("layers", "directions"), [(1, 1), (1, 2), (2, 2)])
 @pytest.mark.parametrize("cell", MODULES)
-def test_equals_the_sequences_one_by_one(cell, layers, directions, kind, backend):
-    """In fp64: the loop, and schedule stepwise."""
-    got = check(build(cell, layers, directions), KINDS[kind], backend)
+def test_equals_the_sequences_one_by_one(cell, layers, directions, kind, backend, device):
+    """In fp64: the loop, and schedule stepwise. On a GPU, lengths and resets come from the CPU."""
+    got = check(build(cell, layers, directions).to(device), KINDS[kind], backend)
     if "lengths" in KINDS[kind]:
-        beyond = torch.arange(T).unsqueeze(1) >= LENGTHS
+        beyond = (torch.arange(T).unsqueeze(1) >= LENGTHS).to(device)
         assert not got["output"][beyond].any()
         assert not got["d_x"][beyond].any()
 
@@ -126,33 +131,24 @@ def test_equals_the_sequences_one_by_one(cell, layers, directions, kind, backend
 @pytest.mark.parametrize("kind", ["lengths", "both"])
 @pytest.mark.parametrize(("layers", "directions"), [(1, 2), (2, 1)])
 @pytest.mark.parametrize("cell", MODULES)
-def test_resident_kernels_in_fp32(cell, layers, directions, kind):
-    module = build(cell, layers, directions, H=20)
-    x, hx = torch.randn(T, 5, 3, dtype=torch.float64), states_for(module, 5)
-    truth = everything(oracle(**KINDS[kind]), module, x, hx, torch.float64)
-    module.float()
-    # The truth's inputs in fp32, or the budget would measure their rounding.
-    x, hx = x.float(), tuple(s.float() for s in hx)
-    module.double()
-    for parameter in module.parameters():
-        parameter.data = parameter.data.float().double()
-    truth = everything(oracle(**KINDS[kind]), module, x, hx, torch.float64)
-    module.float()
-    ref = everything(oracle(**KINDS[kind]), module, x, hx, torch.float32)
+def test_resident_kernels_in_fp32(cell, layers, directions, kind, device):
+    check_budget(build(cell, layers, directions, torch.float32, H=20), KINDS[kind], device)
+
+
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_half_precision_kernels(cell, device):
+    check_budget(build(cell, 1, 2, torch.float16, H=20), KINDS["both"], device)
+
+
+def check_budget(module, kind, device):
+    """The kernels within the error budget that torch's own error on the same numbers sets."""
+    dtype = module.weight_hh_l0.dtype
+    module, double = module.to(device), copy.deepcopy(module).double()
+    x, hx = torch.randn(T, 5, 3, dtype=torch.float64).to(dtype), states_for(module, 5, dtype)
+    truth = everything(oracle(**kind), double, x, tuple(s.cpu() for s in hx), torch.float64)
+    ref = everything(oracle(**kind), module, x.to(device), hx, dtype)
     with fusedrnn.use_precision("ieee"):
-        got = everything(ours("triton", **KINDS[kind]), module, x, hx, torch.float32)
-    for name in truth:
-        assert_budget(name, got[name], ref[name], truth[name])
-
-
-def test_half_precision_kernels():
-    module, reference = (build("lstm", 1, 2, torch.float16, H=20) for _ in range(2))
-    reference.load_state_dict(module.state_dict())
-    x, hx = torch.randn(T, 5, 3, dtype=torch.float16), states_for(module, 5, torch.float16)
-    kind = KINDS["both"]
-    truth = everything(oracle(**kind), reference.double(), x, hx, torch.float64)
-    ref = everything(oracle(**kind), reference.half(), x, hx, torch.float16)
-    got = everything(ours("triton", **kind), module, x, hx, torch.float16)
+        got = everything(ours("triton", **kind), module, x.to(device), hx, dtype)
     for name in truth:
         assert_budget(name, got[name], ref[name], truth[name])
 
