@@ -136,8 +136,12 @@ def stack_forward(
             work.layer_output(layer) if save or layer == L - 1 else torch.empty_like(work.output)
             for layer in layers
         ]
+        gates = work.gates.flatten(0, 1)[rows] if save else None
         if plan is None or not plan.i_blocks:
-            x = _project(x, grouped[layers[0]], config.precision)
+            # The loop turns gx into gates of the same size where it lies: one buffer less.
+            in_place = plan is None and tiles == config.spec.gates
+            gx = gates if in_place else None
+            x = _project(x, grouped[layers[0]], config.precision, gx)
         elif x.stride(-1) != 1:  # the kernel takes any stride of T and B
             x = x.contiguous()
         _run_forward(
@@ -151,7 +155,7 @@ def stack_forward(
             outs,
             h_n[rows],
             None if c_n is None else c_n[rows],
-            work.gates.flatten(0, 1)[rows] if save else None,
+            gates,
             work.cs.flatten(0, 1)[rows] if save and c_0 is not None else None,
             layout,
         )
@@ -346,10 +350,13 @@ def _run_backward(
         cooperative_bwd(cell, plan, *given, masks, h_0, c_0, outs, *(*rest, shared))
 
 
-def _project(x: Tensor, weights: Sequence[Weights], precision: str) -> Tensor:
-    """gx ``[D, R, G*H]``, written without a temporary."""
+def _project(
+    x: Tensor, weights: Sequence[Weights], precision: str, gx: Tensor | None = None
+) -> Tensor:
+    """gx ``[D, R, G*H]``, written without a temporary, and into ``gx`` if it is given."""
     rows = x.reshape(-1, x.shape[-1])
-    gx = x.new_empty(len(weights), len(rows), weights[0].w_ih.shape[0])
+    if gx is None:
+        gx = x.new_empty(len(weights), len(rows), weights[0].w_ih.shape[0])
     with _gemm_precision(precision, x):
         for d, w in enumerate(weights):
             if w.b_ih is None:
