@@ -20,7 +20,7 @@ COMPILE_ALL := $(PY) tests/compile_all.py --table docs/compiled.csv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench compile-all gpu clean
+.PHONY: help demo test lint format bench compile-all precision gpu clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +46,9 @@ bench: $(READY)  ## the same cases, timed by pytest-benchmark
 compile-all: $(READY) $(TRITONS_READY)  ## every kernel and tile size, for every chip, by every Triton
 	mkdir -p docs
 	$(TRITON_PATHS) $(COMPILE_ALL)
+
+precision: $(READY)  ## README's table of precision
+	PYTHONPATH=. $(PY) tests/precision.py
 
 gpu:  ## kernel tests and benchmark on a CUDA device; no network, no install
 	PYTHONPATH=. $(PYTHON) -m bench gpu $(ARGS)

@@ -87,7 +87,7 @@ def header(env: dict[str, object]) -> str:
 
 
 _HEADINGS = (
-    f"{'workload':<15} {'cell':<4} {'provider':<15} {'gate':>7} {'forward ms':>19} {'x':>5} "
+    f"{'workload':<14} {'cell':<4} {'provider':<16} {'gate':>7} {'forward ms':>19} {'x':>5} "
     f"{'fw+bw ms':>19} {'x':>5} {'loss':>7} {'test':>6} {'|dloss|':>7}"
 )
 LEGEND = """\
@@ -112,7 +112,7 @@ def table_line(row: Row) -> str:
     gate = "" if row.gate == "yardstick" else row.gate
     if row.share is not None:
         gate += f" {row.share:.2f}"
-    start = f"{row.workload:<15} {row.cell:<4} {provider:<15} {gate:>7} "
+    start = f"{row.workload:<14} {row.cell:<4} {provider:<16} {gate:>7} "
     if not row.has_numbers:
         return (start + row.note)[:WIDTH]
     cells = (

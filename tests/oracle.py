@@ -45,14 +45,14 @@ def one_by_one(module, x, hx, lengths=None, reset=None):
 
 
 def _direction(module, x: Tensor, state: tuple, begins: list[int], layer: int, d: int):
-    n, H = len(x), module.hidden_size
+    n, H, P = len(x), module.hidden_size, module.proj_size
     if n == 0:
-        return x.new_zeros(0, 1, H), state
+        return x.new_zeros(0, 1, P or H), state
     suffix = f"_l{layer}" + ("_reverse" if d else "")
-    names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if module.bias else (
-        "weight_ih", "weight_hh"
-    )  # fmt: skip
-    single = torch_module(cell_of(module), x.shape[-1], H, bias=module.bias).to(x)
+    names = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ())]
+    names += ["weight_hr"] if P else []
+    options = {"bias": module.bias} | ({"proj_size": P} if P else {})
+    single = torch_module(cell_of(module), x.shape[-1], H, **options).to(x)
     weights = {f"{name}_l0": getattr(module, name + suffix) for name in names}
     borders = [0, *(t for t in begins if t), n]
     pieces = list(pairwise(borders))

@@ -27,6 +27,33 @@ def problem(**changes) -> Problem:
     return base._replace(**changes)
 
 
+@pytest.mark.parametrize(
+    ("cell", "dtype", "largest"),
+    [
+        ("lstm", torch.float16, 1056),
+        ("gru", torch.float16, 1056),
+        ("rnn_tanh", torch.float16, 2048),
+        ("lstm", torch.float32, 512),
+        ("gru", torch.float32, 512),
+        ("rnn_tanh", torch.float32, 1056),
+    ],
+)
+def test_reach_of_ragged_rows(cell, dtype, largest):
+    """As docs/design.md says: beyond, a step is a GEMM and a launch."""
+    asked = problem(cell=cell, dtype=dtype, ragged=True)
+    found = [
+        H
+        for H in range(32, 2304, 32)
+        if plan(asked._replace(hidden_size=H), CHIPS["sm_90"]).schedule != "stepwise"
+    ]
+    assert max(found) == largest
+
+
+def test_a_projection_of_ragged_rows_is_refused():
+    with pytest.raises(NoPlan, match="of dense sequences only"):
+        plan(problem(proj_size=4, ragged=True), CHIPS["sm_90"])
+
+
 @pytest.mark.parametrize("size", range(1, 300))
 def test_blocks_cover_without_padding_to_the_next_power_of_two(size):
     blocks = blocks_of(size)
