@@ -129,14 +129,16 @@ class LSTM(_Stack):
         batch_first: whether input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``.
         dropout: the probability of zeroing an element between layers, in training.
         bidirectional: whether a second direction runs from the end.
-        proj_size: P > 0 projects h to P features; so far this runs on torch's own operator only.
+        proj_size: P > 0 projects h to P features (Sak et al. 2014, arXiv 1402.1128).
         device: where the weights are made.
         dtype: of the weights.
 
     Raises:
         TypeError, ValueError: as ``nn.LSTM``, for an argument of the wrong type or range.
 
-    Inputs: ``input, hx=None`` and outputs ``output, (h_n, c_n)`` are those of ``fusedrnn.lstm``.
+    Inputs: ``input, hx=None, *, lengths=None, reset=None`` and outputs ``output, (h_n, c_n)`` are
+    those of ``fusedrnn.lstm``. ``states`` returns every state and gate, ``stream`` decodes step by
+    step.
 
     Example:
         >>> module = fusedrnn.LSTM(3, 4, batch_first=True)
