@@ -183,7 +183,7 @@ def _packed_from_jagged(input: Tensor) -> tuple[PackedSequence, Jagged]:
         )
     nested: Any = input
     values, offsets = nested.values(), nested.offsets()
-    if values.dim() != 2 or nested.lengths() is not None:
+    if values.dim() != 2 or nested.lengths() is not None or nested._ragged_idx != 1:
         raise ValueError("input is a nested tensor with holes or of other than [B, jagged, I]")
     starts = offsets.cpu()
     lengths, order = starts.diff().sort(descending=True, stable=True)
@@ -204,7 +204,7 @@ def _checked_lengths(
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths)
+        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.long)
     kind = lengths.dtype
     if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise ValueError(f"lengths is {kind}; expected integers")
@@ -212,6 +212,7 @@ def _checked_lengths(
         raise ValueError("lengths was given with an input without a batch; cut the input instead")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
+    lengths = lengths.long()  # of a narrow dtype T might be no number
     if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .kernels.rows import SKIPPED
 from .kernels.spec import CellSpec, Weights, runs_of
 from .layout import Links
 
@@ -82,4 +83,5 @@ def projection_grad(
     dh += torch.where(links.last.unsqueeze(1), d_h_n.index_select(0, links.sequence), 0.0)
     if d_out is not None:
         dh += d_out.flatten(0, -2)[:, d * P : (d + 1) * P]
+    dh.masked_fill_((links.origins == SKIPPED).unsqueeze(1), 0.0)  # padding's may be NaN
     return [dh.t() @ (gates[:, 3 * H :] * cs.tanh())]  # o tanh(c)

@@ -66,7 +66,12 @@ def run(call: Call, wants_gates: bool) -> States:
         out, final, cs = rnn_stack(x, given, own, [], call.ragged, config, keep_states=True)
         finals.append(final)
         h.append(out.chunk(D, -1))
-        c.append([cs[0, d].view(*out.shape[:-1], -1) for d in range(D if len(final) == 2 else 0)])
+        c.append(
+            [
+                cs[0, d].view(*out.shape[:-1], request.hidden_size)
+                for d in range(D if len(final) == 2 else 0)
+            ]
+        )
         if wants_gates:
             (weights,) = group_weights(own, config)
             of_layer = []
@@ -78,7 +83,9 @@ def run(call: Call, wants_gates: bool) -> States:
                 absent = (link.origins == SKIPPED).unsqueeze(1)
                 of_layer.append(
                     {
-                        name: torch.where(absent, 0.0, gate).view(*out.shape[:-1], -1)
+                        name: torch.where(absent, 0.0, gate).view(
+                            *out.shape[:-1], request.hidden_size
+                        )
                         for name, gate in named.items()
                     }
                 )

@@ -176,12 +176,13 @@ def _resident_fwd_kernel(
         state, saved = FORWARD(ctx, gx, gh, entered)
         state = leave(state, entered, origins, RAGGED)
 
-        row = first_row(starts_ptr, t, B, PACKED) + offs_b
+        first = first_row(starts_ptr, t, B, PACKED)
         here = stored(origins, mask_b, PACKED)
         out = shown(state, origins, RAGGED)
-        store_rows(out_ptr + row * (D * H) + pid_d * H, here, 0, only(out, 0), 0, H, BLOCKS)
+        out_rows = out_ptr + (first + offs_b) * (D * H) + pid_d * H
+        store_rows(out_rows, here, 0, only(out, 0), 0, H, BLOCKS)
         if SAVE:
-            row += pid_d * R
+            row = pid_d * R + first + offs_b  # scalars first: fewer registers
             saved = shown(saved, origins, RAGGED)
             store_rows(gates_ptr + row * (len(SAVED) * H), here, 0, saved, 0, H, BLOCKS)
             if STATES == 2:

@@ -78,8 +78,7 @@ def test_resets_alone_in_the_resident_kernels(cell):
     check_budget(build(cell, 1, 2, torch.float32), KINDS["reset"], CPU)
 
 
-@pytest.mark.parametrize("H", [33, 64])
-@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@pytest.mark.parametrize(("cell", "H"), [("lstm", 64), ("gru_reset_before", 33)])
 def test_several_tiles_of_the_batch(cell, H):
     """Whole tiles without a sequence that goes on, and one that is not full."""
     steps, batch = 3, 35
@@ -163,8 +162,8 @@ def test_random_calls_of_the_resident_kernels(data):
         kind["reset"] = torch.tensor(data.draw(st.lists(row, min_size=steps, max_size=steps)))
     torch.manual_seed(0)
     cell, bias = data.draw(st.sampled_from(sorted(MODULES))), data.draw(st.booleans())
-    layers, directions = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
-    module = build(cell, layers, directions, torch.float32, bias=bias, batch_first=batch_first)
+    directions = data.draw(st.integers(1, 2))
+    module = build(cell, 1, directions, torch.float32, bias=bias, batch_first=batch_first)
     x, hx = torch.randn(steps, batch, 3), states_for(module, batch, torch.float32)
 
     def run(module, x, hx):
@@ -358,7 +357,7 @@ def test_one_hx_for_all_with_lengths_packed_and_nested(backend):
             torch.testing.assert_close(got, grad)
 
 
-@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.int16, torch.int32])
+@pytest.mark.parametrize("kind", [torch.int8, torch.uint8, torch.uint16, torch.int32])
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_lengths_of_every_integer_dtype(backend, kind):
     module = build("rnn_tanh", 1, 2)
@@ -368,7 +367,6 @@ def test_lengths_of_every_integer_dtype(backend, kind):
         assert torch.equal(module(x, lengths=LENGTHS.to(kind))[0], want)
 
 
-@pytest.mark.xfail(strict=True, reason="the loop clamps lengths to T in the lengths' dtype")
 @pytest.mark.parametrize("kind", [torch.int8, torch.uint8])
 def test_narrow_lengths_of_an_input_longer_than_they_can_count(kind):
     module, x = fusedrnn.RNN(3, 5), torch.randn(300, 2, 3)
@@ -380,9 +378,10 @@ def test_empty_batch_with_lengths_and_reset():
     module = build("lstm", 2, 2)
     x = torch.zeros(T, 0, 3, dtype=torch.float64)
     none = torch.zeros(T, 0, dtype=torch.bool)
-    output, (h_n, _) = module(x, lengths=torch.zeros(0, dtype=torch.long), reset=none)
-    assert output.shape == (T, 0, 10)
-    assert h_n.shape == (4, 0, 5)
+    for lengths in (torch.zeros(0, dtype=torch.long), []):
+        output, (h_n, _) = module(x, lengths=lengths, reset=none)
+        assert output.shape == (T, 0, 10)
+        assert h_n.shape == (4, 0, 5)
 
 
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
@@ -493,7 +492,6 @@ def test_nested_tensors_of_another_form_are_refused():
         fusedrnn.GRU(3, 4)(deeper)
 
 
-@pytest.mark.xfail(strict=True, reason="the ragged axis is taken to be the second")
 def test_a_transposed_nested_tensor_is_refused():
     """With as many rows as features its values have a shape that fits, and mean another thing."""
     jagged = torch.nested.nested_tensor([torch.ones(2, 3), torch.ones(1, 3)], layout=torch.jagged)
