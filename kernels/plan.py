@@ -364,9 +364,12 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
 
 
 def stepwise_tiles(H: int) -> Tiles:
-    """512 elements, of rows as long as a cache line where H is. With 4 warps fp64 would spill."""
+    """512 elements, of rows as long as a cache line where H is. With 4 warps fp64 would spill.
+
+    A tile may change hands between threads through shared memory, once 8 bytes an element.
+    """
     width = min(64, 1 << (H - 1).bit_length())
-    return Tiles(512 // width, ((0, width),), 8, None, "ieee", 0)
+    return Tiles(512 // width, ((0, width),), 8, None, "ieee", 4096)
 
 
 def _with_floors(plan: Plan, problem: Problem, chip: Chip) -> Plan:

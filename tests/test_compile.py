@@ -47,9 +47,9 @@ def triton_dir(request):
 
 
 def test_hopper():
-    """By the Triton of this environment; of ragged rows a third."""
-    dense, ragged = covering("sm_90", 1, (False,)), covering("sm_90", 3, (True,))
-    assert len(check(dense + ragged)) >= 130
+    """By the Triton of this environment: every second, of ragged rows every fourth."""
+    dense, ragged = covering("sm_90", 2, (False,)), covering("sm_90", 4, (True,))
+    assert len(check(dense + ragged)) >= 90
 
 
 @pytest.mark.parametrize("chip", CHIPS)
