@@ -38,6 +38,22 @@ def tanh(x):
 
 
 @triton.jit
+def batch_tile(B, BLOCK_B: tl.constexpr, MEMBERS: tl.constexpr):
+    """The sequences of a program on axis 0 of the grid, and which of them exist.
+
+    With members B is so many equal parts, each with programs of its own on axis 2.
+    """
+    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
+    if MEMBERS:
+        each = B // tl.num_programs(2)
+        mask_b = offs_b < each
+        offs_b += tl.program_id(2).to(tl.int64) * each
+    else:
+        mask_b = offs_b < B
+    return offs_b, mask_b
+
+
+@triton.jit
 def columns(start, WIDTH: tl.constexpr):
     return start + tl.arange(0, WIDTH)
 

@@ -1,9 +1,10 @@
 """Schedule *cooperative*: several programs share a batch tile, each owns a slice of hidden units.
 
-Axes: T time, B batch, H hidden, G gates, L layers, D directions, Z = L*D, S saved tiles, N gradient
-tiles (``spec.py``). Grid ``(cdiv(H, BLOCK_H), cdiv(B, BLOCK_B), Z)``. A program owns all gates of
-BLOCK_H units, so c and every gate stay with it; only h (forward) and dgates (backward) are handed
-round, by the protocol in ``exchange.py``. Programs wait for those of their own batch tile alone.
+Axes: T time, B batch, R rows (``rows.py``), H hidden, G gates, L layers, D directions, Z = L*D,
+S saved tiles, N gradient tiles (``spec.py``). Grid ``(cdiv(H, BLOCK_H), cdiv(B, BLOCK_B), Z)``. A
+program owns all gates of BLOCK_H units, so c and every gate stay with it; only h (forward) and
+dgates (backward) are handed round, by the protocol in ``exchange.py``. Programs wait for those of
+their own batch tile alone.
 
 On chip for the whole launch: the rows of W_hh (backward: the columns) that belong to the slice.
 h_t is exchanged through ``out`` and the gradients through ``dgates``, which are written anyway and
@@ -51,7 +52,6 @@ from .ragged import (
     load_origins,
     present,
     shown,
-    stored,
 )
 from .slices import (
     choose,
@@ -80,8 +80,8 @@ def _cooperative_fwd_kernel(
     aux_ptr,  # what the cell's own functions read
     # outputs
     out_ptrs,  # [Z], [R, D*H]
-    gates_ptr,  # [Z, R, S*H], written when SAVE
-    cs_ptr,  # [Z, R, H], written when SAVE and STATES == 2
+    gates_ptr,  # [Z, R, S*H], written when SAVE == 2
+    cs_ptr,  # [Z, R, H], written when SAVE > 0 and STATES == 2
     h_n_ptr,  # [Z, B, H]
     c_n_ptr,  # [Z, B, H]
     # workspace
@@ -180,15 +180,15 @@ def _cooperative_fwd_kernel(
         state, saved = FORWARD(ctx, gx, gh, entered)
         state = leave(state, entered, origins, RAGGED)
 
-        here = stored(origins, mask_b, PACKED)
+        here = present(origins, mask_b, PACKED)
         out = shown(state, origins, RAGGED)
-        out_rows = out_ptr + row * (D * H) + pid_d * H
-        store_rows(out_rows, here, start, only(out, 0), 0, H, BLOCKS)
+        store_rows(out_ptr + row * (D * H) + pid_d * H, here, start, only(out, 0), 0, H, BLOCKS)
         publish(counter_ptr)
         if SAVE:  # nobody waits for these
             row = pid_z * R + first + offs_b
-            saved = shown(saved, origins, RAGGED)
-            store_rows(gates_ptr + row * (len(SAVED) * H), here, start, saved, 0, H, BLOCKS)
+            if SAVE == 2:
+                saved = shown(saved, origins, RAGGED)
+                store_rows(gates_ptr + row * (len(SAVED) * H), here, start, saved, 0, H, BLOCKS)
             if STATES == 2:
                 store_rows(cs_ptr + row * H, here, start, only(out, 1), 0, H, BLOCKS)
 
@@ -216,7 +216,7 @@ def _cooperative_bwd_kernel(
     starts_ptr,
     aux_ptr,
     # outputs
-    dgates_ptr,  # [Z, R, N*H], and when PACKED BLOCK_B rows more to read in
+    dgates_ptr,  # [Z, R, N*H], and when PACKED ``SLACK`` rows more to read in
     d_h_0_ptr,  # [Z, B, H]
     d_c_0_ptr,
     # workspace
@@ -293,7 +293,7 @@ def _cooperative_bwd_kernel(
             SAVED, STATES, HAS_D_OUT, HAS_D_CS, RAGGED, PACKED, D, H, BLOCKS,
         )  # fmt: skip
         saved, prev, origins = to_float(loaded[0]), to_float(loaded[1]), loaded[5]
-        here = stored(origins, mask_b, PACKED)
+        here = present(origins, mask_b, PACKED)
         ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(start, BLOCKS))
         first = first_row(starts_ptr, t, B, PACKED)
         rows = dgates_ptr + (pid_z * R + first + offs_b) * (GRAD_TILES * H)

@@ -9,7 +9,7 @@ import torch
 from .cells import CELLS
 from .cooperative import _cooperative_bwd_kernel, _cooperative_fwd_kernel
 from .exchange import Workspace
-from .launch import cooperative_options, in_rounds, mask_of_each_layer
+from .launch import cooperative_options, in_rounds, kept, mask_of_each_layer
 from .plan import Plan, Tiles
 from .rows import Rows
 from .spec import SPECS, Weights
@@ -41,7 +41,7 @@ def cooperative_fwd(
     gx: ``[D, R, G*H]``, of the first layer; weights: one entry for each layer and direction (Z of
     them); masks: dropout factors ``[R, H]`` between the layers, L - 1 or none; h_0, c_0, h_n, c_n:
     ``[Z, B, H]``; outs: ``[R, D*H]`` for each layer; gates ``[Z, R, S*H]`` and cs ``[Z, R, H]``:
-    None when nothing is saved; rows: what R means; workspace: of ``exchange.workspace``, fresh for
+    None when not saved; rows: what R means; workspace: of ``exchange.workspace``, fresh for
     each call. All contiguous.
     """
     tiles = plan.forward
@@ -74,7 +74,7 @@ def cooperative_fwd(
             rows.total,
             first_tile,
             patience,
-            **fwd_constants(cell, plan, L, D, H, has_bias, bool(masks), gates is not None, rows),
+            **fwd_constants(cell, plan, L, D, H, has_bias, bool(masks), kept(gates, cs), rows),
             **cooperative_options(tiles),
         )
 
@@ -149,7 +149,7 @@ def cooperative_bwd(
 
 
 def fwd_constants(
-    cell: str, plan: Plan, L: int, D: int, H: int, has_bias: bool, has_mask: bool, save: bool,
+    cell: str, plan: Plan, L: int, D: int, H: int, has_bias: bool, has_mask: bool, save: int,
     rows: Rows,
 ) -> dict:  # fmt: skip
     """The compile-time arguments of the forward kernel; together with dtypes, one binary each."""

@@ -6,7 +6,8 @@ counter. With M members the e-th publication (e = 1, 2, ...) is complete when th
 M * e: nobody can make publication e + 1 before having waited for all of publication e, so a count
 of M * e cannot be reached in any other way.
 
-Why a reader that has waited sees the data, in terms of the PTX memory model (and HSA's alike):
+Why a reader that has waited sees the data, in terms of the PTX memory model (``docs/protocol.md``
+has the whole proof, beside the compiled instructions):
 
 1. ``publish``: the barrier orders the stores of all threads of a program before the add of one
    thread, and the add releases at GPU scope, which is cumulative over what the barrier ordered.
@@ -31,6 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
+from .launch import cdiv
 from .plan import Tiles
 from .spec import SPECS
 
@@ -66,7 +68,7 @@ def workspace(cell: str, tiles: Tiles, like: torch.Tensor, Z: int, B: int, H: in
     From torch's caching allocator and on the current stream: calls on two streams never share one,
     and in a CUDA graph the zeros are captured with the launch.
     """
-    groups = Z, triton.cdiv(B, tiles.block_b)
+    groups = Z, cdiv(B, tiles.block_b)
     operands = SPECS[cell].operands
     slots = 0 if set(operands) == {"h"} else (Z, 2, len(operands), B, H)
     zeros = torch.zeros(groups, dtype=torch.int32, device=like.device)

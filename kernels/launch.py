@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
-import triton
 
 from .plan import LaunchRefused, Tiles
 
@@ -22,18 +21,37 @@ def launch_options(tiles: Tiles) -> dict:
     return options
 
 
+def cdiv(a: int, b: int) -> int:
+    """a / b rounded up; triton.cdiv is for kernels, and takes 5 us on the host."""
+    return -(-a // b)
+
+
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Triton launches on the current device, which need not be the tensors'."""
     return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
 
 
+def kept(gates: torch.Tensor | None, cs: torch.Tensor | None) -> int:
+    """SAVE of the forward kernels: 0 nothing, 1 the c of each step, 2 the gates too."""
+    return 2 if gates is not None else int(cs is not None)
+
+
+def rounds(tiles: Tiles, B: int, H: int, Z: int) -> Iterator[tuple[tuple[int, int, int], int]]:
+    """The launches of programs that wait for each other: each one's grid and first batch tile.
+
+    As many batch tiles at once as the chip holds, until all are done.
+    """
+    members, count = cdiv(H, tiles.blocks[0][1]), cdiv(B, tiles.block_b)
+    for first_tile in range(0, count, tiles.at_once):
+        yield (members, min(tiles.at_once, count - first_tile), Z), first_tile
+
+
 def in_rounds(launch: Callable, tiles: Tiles, like: torch.Tensor, B: int, H: int, Z: int) -> None:
     """Launches as many batch tiles as the chip holds at once, until all are done."""
-    members, count = triton.cdiv(H, tiles.blocks[0][1]), triton.cdiv(B, tiles.block_b)
     with on_device(like):
-        for first_tile in range(0, count, tiles.at_once):
+        for grid, first_tile in rounds(tiles, B, H, Z):
             try:
-                launch((members, min(tiles.at_once, count - first_tile), Z), first_tile)
+                launch(grid, first_tile)
             except RuntimeError as error:
                 if "cooperative" in str(error).lower():  # cudaErrorCooperativeLaunchTooLarge
                     raise LaunchRefused(str(error)) from error

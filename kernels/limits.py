@@ -6,6 +6,13 @@
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
+from .spec import SPECS
+
+if TYPE_CHECKING:
+    from .plan import Problem
+
 #: The largest H one program can hold, by number of gates. With the next block size a kernel on
 #: sm_80, sm_90 or sm_100 spills registers or wants more shared memory than an SM has.
 LARGEST_H = {
@@ -45,6 +52,11 @@ LARGEST_RAGGED_SLICE = {
 LARGEST_H_GFX = {"16-bit": 64, "ieee": 32}
 
 
+def is_large_resident(kind: str, gates: int, units: int, direction: str, arch: str) -> bool:
+    """Likewise for schedule resident, where one kernel is: on sm_90 it multiplies by wgmma."""
+    return (kind, gates, units, direction, arch) == ("tf32x3", 4, 64, "backward", "sm_90")
+
+
 def holds_in_registers(
     kind: str,
     gates: int,
@@ -67,19 +79,64 @@ def holds_in_registers(
     return units <= most and units * columns <= room
 
 
+def operand_columns(kind: str, gates: int, direction: str, H: int) -> int:
+    """How many columns of an operand one chunk of schedule cooperative holds at most.
+
+    A piece is at most 8 mma instructions deep, and 8 warps have one each. LSTM backward in tf32
+    with 512 columns spills 16 bytes with one chunk: by Triton 3.6 if told that it may use 255
+    registers, by 3.9 if not.
+    """
+    if kind == "tf32" and gates == 4 and direction == "backward" and 384 < H <= 512:
+        return 256
+    return 1024 if kind == "16-bit" else 512
+
+
 def is_large(
-    kind: str, gates: int, units: int, chunks: tuple[tuple[int, int, int], ...], direction: str
+    kind: str,
+    gates: int,
+    units: int,
+    chunks: tuple[tuple[int, int, int], ...],
+    direction: str,
+    ragged: bool,
 ) -> bool:
     """Whether ptxas does better without being told that it may use 255 registers.
 
     Left to itself it stops at 128 in most kernels and spills 8 to 32 bytes; but it spills in the
     largest ones if told, by Triton 3.6.
     """
-    columns = sum(pieces * width for _, pieces, width in chunks)
+    widths = [pieces * width for _, pieces, width in chunks]
+    columns = sum(widths)
     if gates == 1:
         return False
     if kind == "tf32x3":
         return gates == 4 or direction == "backward"
     if kind == "tf32":
-        return units * columns >= 8192
+        return units * columns >= 8192 and (ragged or max(widths) > 256)
     return columns >= 768 if gates == 4 else units * columns > 16384
+
+
+def projects_in_kernel(input_size: int, padded: int, kind: str) -> bool:
+    """Whether x W_ih^T is memory-bound as a GEMM and W_ih small enough to stay on chip."""
+    # Products on the FMA units keep their operands in registers: 40 bytes spill at H = 32.
+    return input_size <= (64 if kind == "16-bit" else 16) and padded <= (
+        16 if kind == "ieee" else 64
+    )
+
+
+def shared_bytes(
+    gates: int, padded: int, columns: int, block_b: int, wide: bool, precision: str
+) -> int:
+    """An upper bound: all weights, and the operands of every dot on their way through memory."""
+    bytes_each = 4 if wide else 2
+    weights = gates * padded * columns * bytes_each
+    operands = max(block_b, 16) * (gates * padded + columns) * 4
+    return (weights + operands) * (2 if precision == "tf32x3" else 1)
+
+
+def slice_bytes(problem: Problem, kind: str, units: int, rows: int, columns: int) -> int:
+    """An upper bound: the slice of W_hh (and W_ih above the first layer), and an operand."""
+    gates, itemsize = SPECS[problem.cell].gates, problem.dtype.itemsize
+    weights = gates * units * columns * itemsize * (2 if problem.layers > 1 else 1)
+    # Triton 3.6 sums the warps' pieces through shared memory: 8 of each gate's tile.
+    operand = max(rows * columns * itemsize, gates * 8 * rows * units * 4)
+    return (weights + operand) * (2 if kind == "tf32x3" else 1)

@@ -27,6 +27,9 @@ ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
 ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
 SPECIALS_A_CYCLE = 16
 SHARED_BYTES_A_CYCLE = 128
+#: Microseconds of the host for one launch from Python: others' kernels of two to three launches a
+#: step, bound by the host, are reported at 20 us and more a step.
+HOST_LAUNCH = 8.0
 
 
 class Speeds(NamedTuple):
@@ -137,6 +140,11 @@ def floors_stepwise(problem: Problem, chip: Chip, direction: str) -> Floors:
         chain=0.0,
         sync=phases * (D + 1) * speeds.launch,
     )
+
+
+def host_step(problem: Problem) -> float:
+    """Microseconds that the host needs to launch a step of schedule stepwise without a graph."""
+    return len(SPECS[problem.cell].phases) * (problem.directions + 1) * HOST_LAUNCH
 
 
 def cudnn_step(problem: Problem) -> float | None:

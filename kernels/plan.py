@@ -1,8 +1,8 @@
 """Which schedule and which tiles, as a pure function of the problem and the chip.
 
-Nothing here imports triton or touches a device: ``plan`` is a table with a model behind it
-(``model.py``), and the tests compile what it returns for every chip it knows. Everything below is
-*modelled*: no entry has been measured on a GPU yet.
+Nothing here imports triton or touches a device: ``plan`` is a table of measurements
+(``measured.py``) with a model behind it (``model.py``), and the tests compile what it returns for
+every chip it knows. Whether a plan was measured or modelled stands in the plan.
 """
 
 from __future__ import annotations
@@ -15,9 +15,25 @@ from typing import NamedTuple
 
 import torch
 
-from .limits import LARGEST_H, LARGEST_H_GFX, holds_in_registers, is_large
-from .model import Floors, floors_on_chip, floors_stepwise, kind_of
+from .chips import CHIPS, Chip, chip_of, refuse_cooperation  # noqa: F401, handed on
+from .limits import (
+    LARGEST_H,
+    LARGEST_H_GFX,
+    holds_in_registers,
+    is_large,
+    is_large_resident,
+    operand_columns,
+    projects_in_kernel,
+    shared_bytes,
+    slice_bytes,
+)
+from .measured import Cut, Measured, measured_cut
+from .model import Floors, floors_on_chip, floors_stepwise, host_step, kind_of
 from .spec import SPECS, CellSpec
+
+#: Steps of a stepwise loop in one CUDA graph. The copies around it are up to 12 launches, the steps
+#: themselves at least 64; with more of them the buffers grow, and so does what T leaves over.
+GRAPH_STEPS = 32
 
 
 class NoPlan(Exception):  # noqa: N818, it is an answer and no error
@@ -28,31 +44,11 @@ class LaunchRefused(RuntimeError):  # noqa: N818, as above
     """The device does not hold all programs of a cooperative launch at once; nothing has run."""
 
 
-class Chip(NamedTuple):
-    """The limits of a GPU that a plan must respect."""
-
-    name: str
-    arch: str
-    sms: int
-    shared_bytes: int  # the most one program may have
-    warp_size: int = 32
-    concurrent: bool = True  # Triton's interpreter runs one program after the other
-    cooperates: bool = True  # it has not refused a cooperative launch
-
-
-CHIPS = {
-    "sm_80": Chip("sm_80", "sm_80", 108, 166_912),
-    "sm_90": Chip("sm_90", "sm_90", 132, 232_448),
-    "sm_100": Chip("sm_100", "sm_100", 148, 232_448),
-    "gfx942": Chip("gfx942", "gfx942", 304, 65_536, warp_size=64),
-}
-
-
 class Problem(NamedTuple):
     """What a plan depends on. T is missing on purpose: no binary and no choice depends on it."""
 
     cell: str
-    input_size: int
+    input_size: int  # 0: the input has been projected
     hidden_size: int
     batch: int
     directions: int
@@ -62,6 +58,8 @@ class Problem(NamedTuple):
     layers: int = 1
     proj_size: int = 0
     ragged: bool = False  # lengths, resets or packed input
+    members: int = 1  # equal parts of the batch with weights of their own
+    layer_by_layer: bool = False  # no wavefront: each layer's backward makes its gates again
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,9 @@ class Tiles:
 class Plan:
     """One launch, or in schedule stepwise T of them, forward and backward.
 
-    ``i_blocks`` is empty when a library GEMM projects the input; ``layers`` are run by one launch.
+    ``i_blocks`` is empty when a library GEMM projects the input; ``layers`` are run by one launch;
+    ``graph_steps`` of a stepwise loop are captured in one CUDA graph, 0 for none; ``members`` as of
+    the problem.
     """
 
     schedule: str
@@ -97,6 +97,22 @@ class Plan:
     i_blocks: tuple[tuple[int, int], ...]
     layers: int = 1
     floors: tuple[Floors, ...] = ()  # of a step forward and, if planned, backward
+    graph_steps: int = 0
+    members: int = 1
+    measured: Measured | None = None  # None: the model's choice
+
+    @property
+    def cut(self) -> Cut:
+        """What of the plan a table of measurements can choose."""
+        tiles = self.backward
+        back = (tiles.block_b, tiles.blocks[0][1], tiles.num_warps) if tiles else (0, 0, 0)
+        return Cut(
+            self.schedule,
+            *(self.forward.block_b, self.forward.blocks[0][1], self.forward.num_warps),
+            *back,
+            bool(self.i_blocks),
+            self.graph_steps,
+        )
 
     @property
     def step(self) -> float:
@@ -112,9 +128,13 @@ class Plan:
         )
         if self.layers > 1:
             parts.append(f"{self.layers} layers as a wavefront")
+        if self.graph_steps:
+            parts.append(f"CUDA graphs of {self.graph_steps} steps")
         names = ("forward at least", "backward at least")
         parts += [f"{n} {floors}" for n, floors in zip(names, self.floors, strict=False)]
-        return f"{self.schedule}: " + "; ".join(parts) + " (modelled, not measured)"
+        if self.measured is None:
+            return f"{self.schedule}: " + "; ".join(parts) + " (modelled, not measured)"
+        return f"{self.schedule}: " + "; ".join([*parts, str(self.measured)]) + " (floors modelled)"
 
 
 def blocks_of(size: int, least: int = 16, most: int = 128) -> tuple[tuple[int, int], ...]:
@@ -144,10 +164,11 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
     width = problem.directions * (problem.proj_size or problem.hidden_size)
-    above = problem._replace(input_size=width, layers=1)
-    first = plan(problem._replace(layers=1), chip)
-    best = (first, *(plan(above, chip) for _ in range(problem.layers - 1)))
-    if problem.layers > 1 and problem.directions == 1:
+    first, above = problem._replace(layers=1), problem._replace(input_size=width, layers=1)
+    choose = plan if problem.members == 1 else resident  # no other has weights for each tile
+    best = (choose(first, chip), *(choose(above, chip) for _ in range(problem.layers - 1)))
+    apart = problem.layer_by_layer or problem.members > 1 or problem.directions > 1
+    if problem.layers > 1 and not apart:
         waves = _wavefront(problem, chip)
         if waves and sum(p.step for p in waves) < sum(p.step for p in best):
             best = waves
@@ -156,7 +177,25 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, chip: Chip) -> Plan:
-    """The schedule and tiles of one layer: resident, else cooperative, else stepwise.
+    """The schedule and tiles of one layer: measured if this problem was on this chip, or modelled.
+
+    A measured choice must be one of ``candidates``: the table can prefer, but not overrule a limit.
+
+    Raises:
+        NoPlan: no schedule takes the problem; the message is the reason.
+    """
+    found = measured_cut(problem, chip)
+    if found is not None:
+        cut, source = found
+        for candidate in candidates(problem, chip):
+            if candidate.cut == cut:
+                return replace(candidate, measured=source)
+    return modelled(problem, chip)
+
+
+@lru_cache(maxsize=4096)
+def modelled(problem: Problem, chip: Chip) -> Plan:
+    """The model's choice for one layer: resident, else cooperative, else stepwise.
 
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
@@ -171,6 +210,64 @@ def plan(problem: Problem, chip: Chip) -> Plan:
         return stepwise(problem, chip)
     except NoPlan as reason:
         raise NoPlan("; ".join(map(str, [*refused, reason]))) from None
+
+
+def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
+    """Every plan of one layer that keeps all limits, the model's best of each schedule first.
+
+    Resident: rows of a program, its warps, and who projects the input. Cooperative: slices and rows
+    of each direction, in the order of their modelled times. Stepwise: with CUDA graphs and without.
+    """
+    for schedule, variants in (
+        (resident, _resident_variants),
+        (cooperative, _cooperative_variants),
+        (stepwise, _stepwise_variants),
+    ):
+        try:
+            best = schedule(problem, chip)
+        except NoPlan:
+            continue
+        yield best
+        for other in variants(best, problem, chip):
+            if other.cut != best.cut:
+                yield _with_floors(other, problem, chip)
+
+
+def _resident_variants(best: Plan, problem: Problem, chip: Chip) -> Iterator[Plan]:
+    """Never fewer warps or more rows than the model has: full registers would spill."""
+    tiles = best.forward
+    for rows, warps in product((8, 16) if chip.warp_size == 32 else (16,), (2, 4, 8)):
+        if rows <= tiles.block_b and warps >= tiles.num_warps:
+            forward, backward = (
+                side and replace(side, block_b=rows, num_warps=warps)
+                for side in (best.forward, best.backward)
+            )
+            assert forward is not None
+            yield replace(best, forward=forward, backward=backward)
+            if best.i_blocks:
+                yield replace(best, forward=forward, backward=backward, i_blocks=())
+
+
+def _cooperative_variants(best: Plan, problem: Problem, chip: Chip) -> Iterator[Plan]:
+    sides = [("forward", best.forward), ("backward", best.backward)][: 1 + problem.needs_grad]
+    choices = [
+        [tiles for *_, tiles in sorted(_cooperative_tiles(problem, chip, direction), key=_by_model)]
+        for direction, _ in sides
+    ]
+    # Neighbours first: a sum of ranks, and not all backward tiles of the first forward ones.
+    for ranks in sorted(product(*(range(len(choice)) for choice in choices)), key=sum):
+        forward, *backward = (choice[rank] for choice, rank in zip(choices, ranks, strict=True))
+        yield replace(best, forward=forward, backward=backward[0] if backward else None)
+
+
+def _by_model(found: tuple[float, int, int, Tiles]) -> tuple[float, int, int]:
+    return found[:3]
+
+
+def _stepwise_variants(best: Plan, problem: Problem, chip: Chip) -> Iterator[Plan]:
+    yield replace(best, graph_steps=0)
+    if chip.concurrent:
+        yield replace(best, graph_steps=GRAPH_STEPS)
 
 
 def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
@@ -230,34 +327,35 @@ def resident(problem: Problem, chip: Chip) -> Plan:
     num_warps = 2 if padded == 16 else 4 if amd or padded <= (32 if wide else 64) else 8
     # Latency, not occupancy: half the rows halve the special-function work of a step (10 per unit
     # and row for an LSTM), as long as there are SMs for twice the programs. The three products of
-    # tf32x3, or ragged rows in fp32, leave no registers for 16 rows; gfx942 has no matrix
+    # tf32x3, or ragged rows or members in fp32, leave no registers for 16; gfx942 has no matrix
     # instruction for fewer.
-    few = -(-problem.batch // 8) * problem.directions <= chip.sms
-    scarce = precision == "tf32x3" or (problem.ragged and wide)
+    each = problem.batch // problem.members
+    few = problem.members * -(-each // 8) * problem.directions <= chip.sms
+    more = problem.ragged or problem.members > 1
+    scarce = precision == "tf32x3" or (more and wide)
     block_b = 16 if amd else 8 if few or scarce else 16
 
     i_blocks: tuple[tuple[int, int], ...] = ()
-    if _projects_in_kernel(problem.input_size, padded, kind):
+    if problem.input_size and projects_in_kernel(problem.input_size, padded, kind):
         i_blocks = blocks_of(problem.input_size)
-    forward, backward = (
-        Tiles(
-            block_b,
-            blocks,
-            num_warps,
-            None if amd else 255,
-            precision,
-            _shared_bytes(spec.gates, padded, columns, block_b, wide, precision),
-        )
-        for columns in (padded + sum(width for _, width in i_blocks), padded)
-    )
+
+    def tiles(direction: str, columns: int) -> Tiles:
+        large = is_large_resident(kind, spec.gates, padded, direction, chip.arch)
+        shared = shared_bytes(spec.gates, padded, columns, block_b, wide, precision)
+        registers = None if amd or large else 255
+        return Tiles(block_b, blocks, num_warps, registers, precision, shared)
+
+    forward = tiles("forward", padded + sum(width for _, width in i_blocks))
+    backward = tiles("backward", padded)
     if forward.shared_bytes > chip.shared_bytes and i_blocks:
-        i_blocks, forward = (), backward
+        i_blocks, forward = (), tiles("forward", padded)
     if forward.shared_bytes > chip.shared_bytes:
         raise NoPlan(
             f"schedule resident needs {forward.shared_bytes:,} bytes of shared memory for "
             f"{problem.cell} in {kind} at H={H}; {chip.name} has {chip.shared_bytes:,}"
         )
-    return _with_floors(Plan("resident", forward, backward, i_blocks), problem, chip)
+    planned = Plan("resident", forward, backward, i_blocks, members=problem.members)
+    return _with_floors(planned, problem, chip)
 
 
 @lru_cache(maxsize=4096)
@@ -298,12 +396,13 @@ def _cooperative_tiles(
 ) -> Iterator[tuple[float, int, int, Tiles]]:
     """Everything that fits: its modelled time, for ties its size, and the tiles."""
     H, kind = problem.hidden_size, kind_of(problem, chip)
-    chunks, gates = k_chunks(H, kind), SPECS[problem.cell].gates
+    gates = SPECS[problem.cell].gates
+    chunks = k_chunks(H, kind, operand_columns(kind, gates, direction, H))
     columns = sum(pieces * width for _, pieces, width in chunks)
     for units, rows in product((8, 16, 32, 64, 128), (16, 32)):
         members = -(-H // units)
         groups = members * problem.directions * problem.layers
-        shared = _slice_bytes(problem, kind, units, rows, columns)
+        shared = slice_bytes(problem, kind, units, rows, columns)
         if (
             groups > chip.sms
             or (members > 1 and not chip.concurrent)
@@ -314,7 +413,7 @@ def _cooperative_tiles(
         ):
             continue
         at_once = max(1, min(-(-problem.batch // rows), chip.sms // groups))
-        large = is_large(kind, gates, units, chunks, direction)
+        large = is_large(kind, gates, units, chunks, direction, problem.ragged)
         tiles = Tiles(
             rows,
             ((0, units),),
@@ -329,21 +428,20 @@ def _cooperative_tiles(
         yield floors.step, rows, units, tiles
 
 
-def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
+def k_chunks(H: int, kind: str, most: int) -> tuple[tuple[int, int, int], ...]:
     """Cuts H columns into chunks of equally many pieces: (start, pieces, columns of a piece).
 
-    8 pieces, one for each warp, or 4 where that saves much padding; a piece is at most 8 mma
-    instructions deep. With fewer pieces several warps would compute the same.
+    8 pieces, one for each warp, or 4 where that saves much padding. With fewer pieces several warps
+    would compute the same. ``most``: how many columns 8 pieces hold together.
 
-    >>> k_chunks(1024, "16-bit")
+    >>> k_chunks(1024, "16-bit", 1024)
     ((0, 8, 128),)
-    >>> k_chunks(192, "16-bit")
+    >>> k_chunks(192, "16-bit", 1024)
     ((0, 4, 32), (128, 4, 16))
     """
-    deepest = 128 if kind == "16-bit" else 64
     saves = -H % 128 != -H % 64 and 4 * (-H % 128) > H
-    pieces = 4 if saves and H <= 4 * deepest else 8
-    most = pieces * deepest
+    pieces = 4 if saves and 2 * H <= most else 8
+    most = most * pieces // 8
     # Unequal chunks of fp32 spill above 512; equal ones pad H = 768 to 1024.
     least = most if kind != "16-bit" and most < H else 16 * pieces
     blocks = blocks_of(H, least, most)
@@ -360,7 +458,12 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
     if problem.proj_size and problem.ragged:
         raise NoPlan("schedule stepwise projects h (proj_size > 0) of dense sequences only")
     tiles = stepwise_tiles(problem.hidden_size)
-    return _with_floors(Plan("stepwise", tiles, tiles, ()), problem, chip)
+    planned = _with_floors(Plan("stepwise", tiles, tiles, ()), problem, chip)
+    # A graph costs copies in and out of its buffers, and where the chip is the slower one the host
+    # runs ahead of it anyway. Packed steps have sizes of their own, and no graph.
+    is_host_bound = planned.floors[0].step < host_step(problem)
+    graph_steps = GRAPH_STEPS if is_host_bound and chip.concurrent else 0
+    return replace(planned, graph_steps=graph_steps)
 
 
 def stepwise_tiles(H: int) -> Tiles:
@@ -383,66 +486,3 @@ def _with_floors(plan: Plan, problem: Problem, chip: Chip) -> Plan:
             floors.append(floors_on_chip(problem, chip, tiles, plan.layers, direction))
     backward = plan.backward if problem.needs_grad else None
     return replace(plan, backward=backward, floors=tuple(floors))
-
-
-def _projects_in_kernel(input_size: int, padded: int, kind: str) -> bool:
-    """Whether x W_ih^T is memory-bound as a GEMM and W_ih small enough to stay on chip."""
-    # Products on the FMA units keep their operands in registers: 40 bytes spill at H = 32.
-    return input_size <= (64 if kind == "16-bit" else 16) and padded <= (
-        16 if kind == "ieee" else 64
-    )
-
-
-def _shared_bytes(
-    gates: int, padded: int, columns: int, block_b: int, wide: bool, precision: str
-) -> int:
-    """An upper bound: all weights, and the operands of every dot on their way through memory."""
-    bytes_each = 4 if wide else 2
-    weights = gates * padded * columns * bytes_each
-    operands = max(block_b, 16) * (gates * padded + columns) * 4
-    return (weights + operands) * (2 if precision == "tf32x3" else 1)
-
-
-def _slice_bytes(problem: Problem, kind: str, units: int, rows: int, columns: int) -> int:
-    """An upper bound: the slice of W_hh (and W_ih above the first layer), and an operand."""
-    gates, itemsize = SPECS[problem.cell].gates, problem.dtype.itemsize
-    weights = gates * units * columns * itemsize * (2 if problem.layers > 1 else 1)
-    # Triton 3.6 sums the warps' pieces through shared memory: 8 of each gate's tile.
-    operand = max(rows * columns * itemsize, gates * 8 * rows * units * 4)
-    return (weights + operand) * (2 if kind == "tf32x3" else 1)
-
-
-_REFUSING: set[torch.device] = set()
-
-
-def refuse_cooperation(device: torch.device) -> None:
-    """From now on no plan for this device lets one program wait for another.
-
-    Another process may own a share of the SMs (MPS, green contexts).
-    """
-    _REFUSING.add(device)
-
-
-def chip_of(device: torch.device) -> Chip:
-    """The chip behind a device, as far as this process may use it."""
-    chip = _chip_of(device)
-    return chip._replace(cooperates=False) if device in _REFUSING else chip
-
-
-@lru_cache
-def _chip_of(device: torch.device) -> Chip:
-    """The chip behind a device; for the CPU, where the interpreter runs, the limits of sm_90."""
-    if device.type != "cuda":
-        return CHIPS["sm_90"]._replace(name="the interpreter", concurrent=False)
-    properties = torch.cuda.get_device_properties(device)
-    shared = (
-        getattr(properties, "shared_memory_per_block_optin", 0)
-        or properties.shared_memory_per_block
-    )
-    if properties.warp_size == 64:
-        arch = properties.gcnArchName.partition(":")[0]
-    else:
-        arch = f"sm_{properties.major}{properties.minor}"
-    return Chip(
-        properties.name, arch, properties.multi_processor_count, shared, properties.warp_size
-    )

@@ -34,18 +34,13 @@ def load_origins(origins_ptr, t, T, B, pid_d, offs_b, mask_b, RAGGED: tl.constex
 
 
 @triton.jit
-def present(origins, mask_b, RAGGED: tl.constexpr):
-    """The sequences that have this step."""
-    if RAGGED:
-        return origins != SKIPPED
-    else:
-        return mask_b
+def present(origins, mask_b, ONLY: tl.constexpr):
+    """All sequences, or where ONLY is set those that have this step.
 
-
-@triton.jit
-def stored(origins, mask_b, PACKED: tl.constexpr):
-    """The sequences that have a row for this step: when packed, no others than have the step."""
-    if PACKED:
+    Loads say ``RAGGED``: what is missing may hold anything. Stores say ``PACKED``: a dense row that
+    is missing is written too, as zero; a packed one does not exist.
+    """
+    if ONLY:
         return origins != SKIPPED
     else:
         return mask_b

@@ -1,8 +1,9 @@
 """Schedule *resident*: one program owns BLOCK_B sequences for all T; its weights never leave it.
 
-Axes: T time, B batch, I input, H hidden, G gates, D directions, S saved tiles, N gradient tiles
-(``spec.py``). Grid ``(cdiv(B, BLOCK_B), D)``: both directions of a layer run in one launch, and no
-program waits for another.
+Axes: T time, B batch, R rows (``rows.py``), I input, H hidden, G gates, D directions, S saved
+tiles, N gradient tiles (``spec.py``). Grid ``(cdiv(B, BLOCK_B), D)``: both directions of a layer
+run in one launch, and no program waits for another. With members (an ensemble: equal parts of B
+with weights of their own) it is ``(cdiv(B / members, BLOCK_B), D, members)``.
 
 On chip for the whole launch: W_hh (and W_ih when PROJECT), the biases, and h and c in fp32. Only
 dot operands and stores are rounded to the dtype of the tensors. What a step reads from memory does
@@ -28,6 +29,7 @@ from .common import (
     add_tile,
     adjoint_products,
     all_columns,
+    batch_tile,
     join,
     load_bias,
     load_left,
@@ -43,8 +45,8 @@ from .common import (
     time_of,
     to_float,
 )
-from .launch import launch_options, on_device
-from .plan import Plan
+from .launch import cdiv, kept, launch_options, on_device
+from .plan import Plan, Tiles
 from .ragged import (
     enter,
     enter_gradient,
@@ -53,7 +55,6 @@ from .ragged import (
     load_origins,
     present,
     shown,
-    stored,
 )
 from .rows import Rows
 from .spec import SPECS, Weights
@@ -96,8 +97,8 @@ def _resident_fwd_kernel(
     aux_ptr,  # what the cell's own functions read
     # outputs
     out_ptr,  # [R, D*H]
-    gates_ptr,  # [D, R, S*H], written when SAVE
-    cs_ptr,  # [D, R, H], written when SAVE and STATES == 2
+    gates_ptr,  # [D, R, S*H], written when SAVE == 2
+    cs_ptr,  # [D, R, H], written when SAVE > 0 and STATES == 2
     h_n_ptr,  # [D, B, H]
     c_n_ptr,  # [D, B, H]
     # run-time sizes and strides, in elements
@@ -126,11 +127,11 @@ def _resident_fwd_kernel(
     RAGGED: tl.constexpr,
     PACKED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    MEMBERS: tl.constexpr,  # whether weights and biases are [members, ...]
 ):
     G: tl.constexpr = len(GATES)
     pid_d = tl.program_id(1).to(tl.int64)
-    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_b = offs_b < B
+    offs_b, mask_b = batch_tile(B, BLOCK_B, MEMBERS)
     if not PROJECT:
         x_ptr += pid_d * R * (G * H)
     state_rows = (pid_d * B + offs_b) * H
@@ -140,6 +141,12 @@ def _resident_fwd_kernel(
         b_hh_ptr = tl.where(pid_d == 0, b_hh_ptr, b_hh_reverse_ptr)
         w_ih_ptr = tl.where(pid_d == 0, w_ih_ptr, w_ih_reverse_ptr)
         b_ih_ptr = tl.where(pid_d == 0, b_ih_ptr, b_ih_reverse_ptr)
+    if MEMBERS:
+        first_unit = tl.program_id(2).to(tl.int64) * (G * H)
+        w_hh_ptr += first_unit * H
+        b_hh_ptr += first_unit
+        w_ih_ptr += first_unit * I
+        b_ih_ptr += first_unit
     w_hh = load_weight(w_hh_ptr, G, H, BLOCKS, H, BLOCKS, True)
     b_hh = load_bias(b_hh_ptr, 0, HAS_BIAS, G, H, BLOCKS)
     if PROJECT:
@@ -177,14 +184,15 @@ def _resident_fwd_kernel(
         state = leave(state, entered, origins, RAGGED)
 
         first = first_row(starts_ptr, t, B, PACKED)
-        here = stored(origins, mask_b, PACKED)
+        here = present(origins, mask_b, PACKED)
         out = shown(state, origins, RAGGED)
         out_rows = out_ptr + (first + offs_b) * (D * H) + pid_d * H
         store_rows(out_rows, here, 0, only(out, 0), 0, H, BLOCKS)
         if SAVE:
             row = pid_d * R + first + offs_b  # scalars first: fewer registers
-            saved = shown(saved, origins, RAGGED)
-            store_rows(gates_ptr + row * (len(SAVED) * H), here, 0, saved, 0, H, BLOCKS)
+            if SAVE == 2:
+                saved = shown(saved, origins, RAGGED)
+                store_rows(gates_ptr + row * (len(SAVED) * H), here, 0, saved, 0, H, BLOCKS)
             if STATES == 2:
                 store_rows(cs_ptr + row * H, here, 0, only(out, 1), 0, H, BLOCKS)
         x = x_next
@@ -240,14 +248,16 @@ def _resident_bwd_kernel(
     RAGGED: tl.constexpr,
     PACKED: tl.constexpr,
     INPUT_PRECISION: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
     pid_d = tl.program_id(1).to(tl.int64)
-    offs_b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_b = offs_b < B
+    offs_b, mask_b = batch_tile(B, BLOCK_B, MEMBERS)
     state_rows = (pid_d * B + offs_b) * H
 
     if D == 2:
         w_hh_ptr = tl.where(pid_d == 0, w_hh_ptr, w_hh_reverse_ptr)
+    if MEMBERS:
+        w_hh_ptr += tl.program_id(2).to(tl.int64) * (len(GATES) * H * H)
     w_hh = load_weight(w_hh_ptr, len(GATES), H, BLOCKS, H, BLOCKS, False)
 
     d_state = to_float(
@@ -281,7 +291,7 @@ def _resident_bwd_kernel(
         ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(0, BLOCKS))
         row = pid_d * R + first_row(starts_ptr, t, B, PACKED) + offs_b
         dgates_rows = dgates_ptr + row * (GRAD_TILES * H)
-        here = stored(origins, mask_b, PACKED)
+        here = present(origins, mask_b, PACKED)
         du = no_tiles(BLOCKS)
         carry = no_tiles(BLOCKS)
         for later in tl.static_range(len(PHASES)):
@@ -320,8 +330,9 @@ def resident_fwd(
     """Runs one layer, all directions, and fills ``out``, ``h_n``, ``c_n`` and what is saved.
 
     x: if the plan projects in the kernel ``[T, B, I]``, packed ``[R, I]``, else
-    ``gx [D, R, G*H]``; weights: one entry a direction; h_0, c_0, h_n, c_n: ``[D, B, H]``; out:
-    ``[R, D*H]``; gates ``[D, R, S*H]`` and cs ``[D, R, H]``: None when nothing is saved; rows:
+    ``gx [D, R, G*H]``; weights: one entry a direction, each tensor with ``plan.members`` in front
+    if that is more than one; h_0, c_0, h_n, c_n: ``[D, B, H]``; out:
+    ``[R, D*H]``; gates ``[D, R, S*H]`` and cs ``[D, R, H]``: None when not saved; rows:
     what R means; aux: what a cell's own functions read through ``ctx``. All but x contiguous.
     """
     tiles = plan.forward
@@ -330,7 +341,7 @@ def resident_fwd(
     stride_b = x.stride(-2)
     dense_t = x.stride(-3) if plan.i_blocks and rows.sizes is None else B * stride_b
     with on_device(out):
-        _resident_fwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
+        _resident_fwd_kernel[grid(D, B, tiles, plan.members)](
             # A pointer that the switches below leave unread is any tensor of that dtype.
             x,
             first.w_ih,
@@ -357,7 +368,7 @@ def resident_fwd(
             dense_t if rows.sizes is None else stride_b,
             stride_b,
             **fwd_constants(
-                cell, plan, D, x.shape[-1], H, first.b_hh is not None, gates is not None, rows
+                cell, plan, D, x.shape[-1], H, first.b_hh is not None, kept(gates, cs), rows
             ),
             **launch_options(tiles),
         )
@@ -390,7 +401,7 @@ def resident_bwd(
     tiles = plan.backward
     D, B, H = h_0.shape
     with on_device(out):
-        _resident_bwd_kernel[(triton.cdiv(B, tiles.block_b), D)](
+        _resident_bwd_kernel[grid(D, B, tiles, plan.members)](
             out if d_out is None else d_out,
             out if d_cs is None else d_cs,
             d_h_n,
@@ -423,7 +434,7 @@ def fwd_constants(
     I: int,
     H: int,
     has_bias: bool,
-    save: bool,
+    save: int,
     rows: Rows,
 ) -> dict:
     """The compile-time arguments of the forward kernel; together with dtypes, one binary each."""
@@ -445,6 +456,7 @@ def fwd_constants(
         "HAS_BIAS": has_bias,
         "SAVE": save,
         "INPUT_PRECISION": tiles.input_precision,
+        "MEMBERS": plan.members > 1,
         **rows.switches,
     }
 
@@ -459,10 +471,7 @@ def bwd_constants(
         "FOLD": CELLS[cell].fold,
         "PHASES": spec.phases,
         "FIRST_TILE": spec.first_tiles,
-        "FACTORS": tuple(
-            tuple(stored.index(spec.recurrent[g]) for g in gates)
-            for gates, stored in zip(spec.phases, spec.grads, strict=True)
-        ),
+        "FACTORS": spec.factors,
         "GRAD_TILES": spec.grad_tiles,
         "SAVED": tuple(range(spec.saved)),
         "STATES": spec.states,
@@ -474,5 +483,11 @@ def bwd_constants(
         "HAS_D_OUT": has_d_out,
         "HAS_D_CS": has_d_cs,
         "INPUT_PRECISION": tiles.input_precision,
+        "MEMBERS": plan.members > 1,
         **rows.switches,
     }
+
+
+def grid(D: int, B: int, tiles: Tiles, members: int = 1) -> tuple[int, int, int]:
+    """The programs of a launch."""
+    return cdiv(B // members, tiles.block_b), D, members

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby
 from typing import NamedTuple
 
@@ -46,15 +47,23 @@ class CellSpec:
     specials: tuple[int, int] = (0, 0)
     rowwise: bool = False
 
-    @property
+    @cached_property
     def grad_tiles(self) -> int:
         """Tiles of ``dgates`` per step: G, and one more for each gate whose two parts differ."""
         return 1 + max(max(tiles) for tiles in self.grads)
 
-    @property
+    @cached_property
     def first_tiles(self) -> tuple[int, ...]:
         """Of each phase, where its gradient tiles begin in ``dgates``."""
         return tuple(tiles[0] for tiles in self.grads)
+
+    @cached_property
+    def factors(self) -> tuple[tuple[int, ...], ...]:
+        """For each gate of each phase the entry of ``grads`` that W_hh^T multiplies."""
+        return tuple(
+            tuple(stored.index(self.recurrent[g]) for g in gates)
+            for gates, stored in zip(self.phases, self.grads, strict=True)
+        )
 
 
 SPECS = {

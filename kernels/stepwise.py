@@ -1,8 +1,8 @@
 """Schedule *stepwise*: a library GEMM and one fused elementwise launch a step; any H, B and dtype.
 
-Axes: T time, B batch, H hidden, G gates, D directions, S saved tiles, N gradient tiles
-(``spec.py``). Grid ``(cdiv(B, BLOCK_B), cdiv(H, BLOCK_H), D)``: one program owns BLOCK_B sequences
-times BLOCK_H units of one direction in one step. The host runs the loop over T.
+Axes: T time, B batch, R rows (``rows.py``), H hidden, G gates, D directions, S saved tiles,
+N gradient tiles (``spec.py``). Grid ``(cdiv(B, BLOCK_B), cdiv(H, BLOCK_H), D)``: one program owns
+BLOCK_B sequences times BLOCK_H units of one direction in one step. The host runs the loop over T.
 
 A step has one product per phase of the cell, and after each a launch. It makes the operand of the
 next phase of all that the products gave so far; after the last it makes the new state, and of that
@@ -52,7 +52,6 @@ from .ragged import (
     load_origins,
     present,
     shown,
-    stored,
 )
 
 
@@ -108,8 +107,8 @@ def _stepwise_fwd_kernel(
     # outputs
     u_ptr,  # [D, B, H], the operand of PHASE
     out_ptr,  # [R, D*H], this and the rest written when READY == G
-    gates_ptr,  # [D, R, S*H], written when SAVE
-    cs_ptr,  # [D, R, H], written when SAVE and STATES == 2
+    gates_ptr,  # [D, R, S*H], written when SAVE == 2
+    cs_ptr,  # [D, R, H], written when SAVE > 0 and STATES == 2
     # run-time sizes
     step,
     T,
@@ -158,15 +157,16 @@ def _stepwise_fwd_kernel(
         store_rows(h_ptr + row * H, mask_b, start, only(state, 0), 0, H, BLOCKS)
         if STATES == 2:
             store_rows(c_ptr + row * H, mask_b, start, only(state, 1), 0, H, BLOCKS)
-        here = stored(origins, mask_b, PACKED)
+        here = present(origins, mask_b, PACKED)
         out = shown(state, origins, RAGGED)
         out_rows = out_ptr + out_row * (D * H) + pid_d * H
         store_rows(out_rows, here, start, only(out, 0), 0, H, BLOCKS)
         if SAVE:
             step_row = pid_d * R + out_row
-            saved = shown(saved, origins, RAGGED)
-            gates_rows = gates_ptr + step_row * (len(SAVED) * H)
-            store_rows(gates_rows, here, start, saved, 0, H, BLOCKS)
+            if SAVE == 2:
+                saved = shown(saved, origins, RAGGED)
+                gates_rows = gates_ptr + step_row * (len(SAVED) * H)
+                store_rows(gates_rows, here, start, saved, 0, H, BLOCKS)
             if STATES == 2:
                 cs_rows = cs_ptr + step_row * H
                 store_rows(cs_rows, here, start, only(out, 1), 0, H, BLOCKS)
@@ -278,7 +278,7 @@ def _stepwise_bwd_kernel(
         grads = shown(grads, origins, RAGGED)
         step_row = pid_d * R + first_row(starts_ptr, t, B, PACKED) + offs_b
         dgates_rows = dgates_ptr + step_row * (GRAD_TILES * H)
-        here = stored(origins, mask_b, PACKED)
+        here = present(origins, mask_b, PACKED)
         store_rows(dgates_rows, here, start, grads, FIRST_TILE[PHASE], H, BLOCKS)
 
     if PHASE <= 0:
