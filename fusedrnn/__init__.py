@@ -4,7 +4,9 @@ from .dispatch import explain, use_backend, use_precision
 from .functional import gru, lstm, rnn
 from .inspection import States
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
+from .patching import patch, replace_modules, to_torch, unpatch
 from .streaming import Stream
+from .tokens import TokenGRU, TokenLSTM
 
 __version__ = "0.1.0"
 
@@ -17,11 +19,17 @@ __all__ = [
     "RNNCell",
     "States",
     "Stream",
+    "TokenGRU",
+    "TokenLSTM",
     "__version__",
     "explain",
     "gru",
     "lstm",
+    "patch",
+    "replace_modules",
     "rnn",
+    "to_torch",
+    "unpatch",
     "use_backend",
     "use_precision",
 ]

@@ -17,6 +17,7 @@ from torch.nn.utils.rnn import PackedSequence
 from .dispatch import Request
 from .kernels.spec import SPECS
 from .layout import Ragged
+from .transforms import is_transformed
 
 
 class Layers(NamedTuple):
@@ -28,6 +29,10 @@ class Layers(NamedTuple):
     dropout: float = 0.0
     training: bool = False
     bidirectional: bool = False
+    recompute: bool = False
+    #: The input is ``x W_ih^T`` of the first layer already, ``[T, B, D*G*H]``, and that layer's
+    #: weight_ih is ``[G*H, 0]``.
+    projected: bool = False
 
 
 class Call(NamedTuple):
@@ -67,7 +72,10 @@ def prepare(
     """Checks the arguments of a stack and brings them into the one form that backends take."""
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
+    directions = 2 if layers.bidirectional else 1
     sizes = _sizes(cell, params, layers)
+    if layers.projected:
+        sizes = sizes._replace(input_size=directions * len(params[0]))
     jagged = None
     if isinstance(input, Tensor) and input.is_nested:
         input, jagged = _packed_from_jagged(input)
@@ -99,7 +107,6 @@ def prepare(
         None if packing is None else packing.batch_sizes,
     )
 
-    directions = 2 if layers.bidirectional else 1
     rows = layers.num_layers * directions
     if hx is None:
         states = tuple(data.new_zeros(rows, batch, size) for size in sizes.states)
@@ -115,6 +122,7 @@ def prepare(
     check_alike(data, states, params, check_dtype=autocast is None)
     if hx is not None and packing is not None and packing.sorted_indices is not None:
         states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
+    needs_grad, transformed = _needs_grad(data, states, params), is_transformed()
     request = Request(
         cell=cell,
         device=data.device,
@@ -129,8 +137,15 @@ def prepare(
         packed=packing is not None,
         lengths=ragged.lengths is not None,
         reset=ragged.reset is not None,
-        needs_grad=_needs_grad(data, states, params),
+        needs_grad=needs_grad,
         autocast=autocast,
+        dropout=layers.training and layers.dropout > 0 and layers.num_layers > 1,
+        compiled=torch.compiler.is_compiling(),
+        transformed=transformed,
+        projected=layers.projected,
+        needs_input_grad=needs_grad and data.requires_grad,
+        # A transform may hide that something requires a gradient; some cells save no gates.
+        recompute=layers.recompute and (needs_grad or transformed) and SPECS[cell].saved > 0,
     )
     return Call(request, layers, data, states, params, batched, ragged, packing, jagged)
 
@@ -171,6 +186,8 @@ def prepare_cell(
         needs_grad=_needs_grad(data, states, params),
         autocast=autocast,
         single_step=True,
+        compiled=torch.compiler.is_compiling(),
+        transformed=is_transformed(),
     )
     return Call(request, layers, data, states, params, batched)
 
@@ -213,7 +230,8 @@ def _checked_lengths(
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
     lengths = lengths.long()  # of a narrow dtype T might be no number
-    if lengths.device.type == "cpu" and batch and not torch.compiler.is_compiling():
+    hidden = torch.compiler.is_compiling() or is_transformed()
+    if lengths.device.type == "cpu" and batch and not hidden:
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0:
             raise ValueError(f"lengths has {low}; expected no negative number")

@@ -32,6 +32,19 @@ ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 #: 1.1 to 4.1 times on two cores with T = 50 to 500, B = 32 to 128, H = 16 to 512. With T = 20 or
 #: B = 1 it can be slower; forward alone it mostly is.
 _PACKED_STEPS, _PACKED_BATCH = 50, 8
+#: From how many steps on the loop trains a GRU and an RNN faster: on two cores, fp32, B = 1 to 128,
+#: H = 32 to 512, torch 2.13. With T = 10 a GRU takes torch's operator 0.94 to 1.05 times as long,
+#: with T = 20 an RNN 0.83 to 1.06 times.
+_LOOP_STEPS = {"gru": 15, "rnn_tanh": 30, "rnn_relu": 30}
+_LOOP_REASON = {
+    "gru": "training of so many steps takes torch's GRU 1.0 to 2.8 times as long",
+    "rnn_tanh": "training of so many steps takes torch's RNN 1.0 to 2.2 times as long",
+    "rnn_relu": "training of so many steps takes torch's RNN 1.0 to 2.2 times as long",
+}
+#: Numbers in the input from which on oneDNN's LSTM trains more slowly, if I >= 4 H: T = 30 to 200,
+#: B = 8 to 128, I = 300 to 1000, H = 16 to 128. Twice both if the input requires a gradient.
+_WIDE_INPUT = 1_900_000
+_SWITCHES = ("packed", "lengths", "reset", "states", "projected", "recompute")
 _PREFERENCE = ("triton", "aten", "torch")
 # Looked up once, without importing it: TorchDynamo cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -57,6 +70,12 @@ class Request(NamedTuple):
     needs_grad: bool = False
     autocast: torch.dtype | None = None
     single_step: bool = False  # a module like nn.LSTMCell
+    dropout: bool = False  # masks are drawn between layers
+    compiled: bool = False  # being traced by torch.compile or torch.export
+    transformed: bool = False  # inside vmap, grad, jvp, ... of torch.func
+    projected: bool = False  # the input is x W_ih^T of the first layer already
+    needs_input_grad: bool = False  # the input requires one, too
+    recompute: bool = False  # asked for, and there is a backward to make gates again for
 
     def __str__(self) -> str:
         parts = [
@@ -67,7 +86,7 @@ class Request(NamedTuple):
             f"directions={self.directions}",
         ]
         parts += [f"proj_size={self.proj_size}"] if self.proj_size else []
-        parts += [name for name in ("packed", "lengths", "reset", "states") if getattr(self, name)]
+        parts += [name for name in _SWITCHES if getattr(self, name)]
         parts += ["with gradients" if self.needs_grad else "no gradients"]
         return ", ".join(parts)
 
@@ -84,6 +103,8 @@ class Explanation:
         precision: of fp32 dots on triton, else None.
         layers: for triton the schedule and tiles of each launch, by its layers.
         refused: the backends that were tried before, each with its reason.
+        compiled: what a compiler makes of the call: the backend inside of the one node, or None if
+            a named one refuses.
         floors_us: for triton the microseconds that one step of the whole stack takes at least,
             forward and, with gradients, backward; modelled (``kernels/model.py``), not measured.
     """
@@ -95,6 +116,7 @@ class Explanation:
     precision: str | None
     layers: tuple[str, ...]
     refused: tuple[tuple[str, str], ...]
+    compiled: str | None = None
     floors_us: tuple[float, ...] = ()
 
     def __str__(self) -> str:
@@ -106,6 +128,8 @@ class Explanation:
         lines += [f"precision: {self.precision}"] if self.precision else []
         lines += self.layers
         lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
+        if self.compiled != self.backend:
+            lines.append(f"under torch.compile: {self.compiled or 'none, it would raise'}")
         return "\n".join(lines)
 
     # So that a prompt or a notebook shows the text and not a dataclass.
@@ -233,6 +257,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
         precision=precision() if is_triton and request.dtype == torch.float32 else None,
         layers=_described(plans),
         refused=refused,
+        compiled=_weigh(request._replace(compiled=True), requested)[0],
         floors_us=tuple(map(sum, zip(*([f.step for f in p.floors] for p in plans), strict=True))),
     )
 
@@ -243,10 +268,46 @@ def cpu_prefers_loop(request: Request) -> str | None:
     Returns:
         The reason, or None where aten is the better choice, or nothing else was measured.
     """
-    is_large = request.steps >= _PACKED_STEPS and request.batch >= _PACKED_BATCH
-    if request.packed and request.needs_grad and is_large:
+    # Sizes last: a compiler makes guards of what is compared.
+    if not request.needs_grad:
+        return None
+    T, B = request.steps, request.batch
+    if request.packed and T >= _PACKED_STEPS and B >= _PACKED_BATCH:
         return "with gradients a PackedSequence takes torch's operator 1.1 to 4.1 times as long"
+    if request.dtype != torch.float32 or request.autocast is not None or request.packed:
+        return None  # not measured
+    least = _LOOP_STEPS.get(request.cell)
+    if least is not None and least <= T:
+        return _LOOP_REASON[request.cell]
+    wide = 2 if request.needs_input_grad else 1
+    if (
+        request.cell == "lstm"
+        and request.num_layers == 1
+        and request.input_size >= wide * 4 * request.hidden_size
+        and T * B * request.input_size >= wide * _WIDE_INPUT
+    ):
+        return "the backward of oneDNN's LSTM takes 1.0 to 1.7 times as long with so wide an input"
     return None
+
+
+def prefers_table(
+    vocabulary: int, features: int | None, tokens: int, columns: int, fast_product: bool
+) -> bool:
+    """Whether tokens are looked up in a table of ``W_ih e`` and not multiplied one by one.
+
+    features: None for one-hot rows, whose table is W_ih itself; columns: D*G*H; fast_product:
+    whether torch's operator on the CPU runs the rest, which multiplies the rows by an identity of
+    so many columns and is still the fastest without gradients.
+    """
+    if fast_product and columns >= (features or vocabulary):
+        return False
+    return features is None or vocabulary <= tokens
+
+
+def runs_as_one_node(request: Request) -> bool:
+    """Whether torch's operator can run inside ours, which compilers leave alone: without autograd,
+    for which it would have to hand over what it saves."""
+    return not (request.needs_grad or request.dropout or request.packed)
 
 
 def _weigh(request: Request, requested: str) -> tuple[str | None, tuple[tuple[str, str], ...]]:
@@ -278,15 +339,21 @@ def _triton_refusal(request: Request, requested: str) -> str | None:
         plans = _plans(request)
     except NoPlan as no_plan:
         return str(no_plan)
-    if named or _aten_refusal(request, "aten") is not None:
+    if named or _aten_refusal(request, requested) is not None:
         return None
     return _expected_slower(request, plans)
 
 
 def _expected_slower(request: Request, plans: tuple[Plan, ...]) -> str | None:
-    """Why torch's own operator is the better choice on a GPU, or None."""
+    """Why torch's own operator is the better choice on a GPU, or None; a measurement decides."""
+    found = [plan.measured for plan in plans if plan.measured]
+    if len(found) == len(plans):
+        us, torch_us = sum(m.us for m in found), sum(m.torch_us for m in found)
+        if us <= torch_us:
+            return None
+        return f"a step took {us:.2f} us and torch.nn's {torch_us:.2f} us, as {found[0].where}"
     if any(plan.schedule == "stepwise" for plan in plans):
-        return "schedule stepwise costs the host two launches a step (no speed is measured yet)"
+        return "schedule stepwise reads all weights in each step (no speed is measured yet)"
     ours, theirs = sum(plan.step for plan in plans), cudnn_step(_problem(request))
     if theirs is not None and ours > theirs:
         return (
@@ -303,6 +370,16 @@ def _aten_refusal(request: Request, requested: str) -> str | None:
         return "torch's operator takes no lengths and no reset"
     if request.states:
         return "torch's operator keeps no state but the last"
+    unlike = request.needs_grad or request.compiled or request.device.type != "cpu"
+    if requested == "auto" and request.projected and unlike:
+        return "torch's operator would multiply a projected input by an identity"
+    if request.recompute:
+        return "torch's operator saves whatever its backward needs"
+    if requested == "auto" and request.transformed:
+        return "torch.func has no rules for torch's operator"
+    if requested == "auto" and request.compiled and not runs_as_one_node(request):
+        # And AOTAutograd fails on what oneDNN's LSTM saves for its backward (torch 2.11 to 2.13).
+        return "torch.compile unrolls torch's operator over T, and would for each T again"
     if request.device.type != "cpu":
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
@@ -342,7 +419,7 @@ def _described(plans: tuple[Plan, ...]) -> tuple[str, ...]:
 def _problem(request: Request) -> Problem:
     return Problem(
         request.cell,
-        request.input_size,
+        0 if request.projected else request.input_size,
         request.hidden_size,
         request.batch,
         request.directions,
@@ -352,6 +429,7 @@ def _problem(request: Request) -> Problem:
         1 if request.states else request.num_layers,
         request.proj_size,
         request.packed or request.lengths or request.reset,
+        layer_by_layer=request.recompute,
     )
 
 

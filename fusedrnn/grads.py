@@ -6,12 +6,47 @@ they make the gradients of the weights. Axes: T time, B batch, R rows, H hidden,
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from torch import Tensor
 
 from .kernels.rows import SKIPPED
 from .kernels.spec import CellSpec, Weights, runs_of
 from .layout import Links
+
+
+def layer_grads(
+    spec: CellSpec,
+    weights: Sequence[Weights],
+    xs: Sequence[Tensor],
+    h_0: Tensor,
+    out: Tensor,
+    cs: Tensor | None,
+    d_out: Tensor | None,
+    d_h_n: Tensor,
+    gates: Tensor,
+    dgates: Tensor,
+    links: Sequence[Links],
+    is_ragged: bool,
+    groups: int,
+) -> list[Tensor]:
+    """The gradients of a layer's weights in torch's order, each summed over all rows.
+
+    Each tensor has an entry for each direction, ``[D, ...]``, but for out and d_out ``[R, D*P]``;
+    xs: its input in each direction, ``[R, I]``; links: where rows are ragged or h is projected.
+    """
+    found: list[Tensor] = []
+    for d, w in enumerate(weights):
+        own = links[d] if is_ragged else None
+        found += weight_grads(spec, d, w, xs[d], h_0[d], out, gates[d], dgates[d], own, groups)
+        if w.w_hr is not None:
+            assert cs is not None
+            found += projection_grad(
+                d, w, d_out, d_h_n[d], gates[d], cs[d], dgates[d], links[d], groups
+            )
+    return found
 
 
 def weight_grads(
@@ -24,30 +59,64 @@ def weight_grads(
     gates: Tensor,
     dgates: Tensor,
     links: Links | None,
+    groups: int = 1,
 ) -> list[Tensor]:
     """dW_ih, dW_hh and, with biases, db_ih, db_hh of direction d, each summed over all rows.
 
     x: ``[R, I]`` or ``[T, B, I]``; h_0 ``[B, P]``; out ``[R, D*P]``; gates ``[R, S*H]``; dgates
-    ``[R, N*H]``; links: of the rows, or None where they are dense and without origins.
+    ``[R, N*H]``; links: of the rows, or None where they are dense and without origins; groups: how
+    many equal parts of B have sums of their own, of dense rows only: the results then have one
+    dimension more, the first.
     """
-    H, P = w.w_hh.shape[0] // spec.gates, w.w_hh.shape[1]
-    dgx = dgates[:, : spec.gates * H]
-    dw_ih = dgx.t() @ x.reshape(-1, x.shape[-1])
-    dw_hh, db_hh = torch.empty_like(w.w_hh), dgx.new_empty(spec.gates * H)
+    H, P = w.w_hh.shape[-2] // spec.gates, w.w_hh.shape[-1]
+    cut = partial(by_group, B=h_0.shape[0], groups=groups)
     entering = _entering(out.flatten(0, -2)[:, d * P : (d + 1) * P], h_0, d, links)
+    if groups > 1:
+        entering = [(slice(None), torch.cat([h for _, h in sorted(entering, key=_first_row)]))]
+    grads, h_parts = cut(dgates), [(rows, cut(h)) for rows, h in entering]
+    dgx = grads[..., : spec.gates * H]
+    dw_ih = dgx.new_empty(groups, *w.w_ih.shape[-2:])
+    if dw_ih.shape[-1]:  # else the input was projected
+        _add_product(dw_ih, dgx, cut(x.reshape(-1, x.shape[-1])), 0.0)
+    dw_hh, db_hh = dgx.new_empty(groups, *w.w_hh.shape[-2:]), dgx.new_empty(groups, spec.gates * H)
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
+        operands = h_parts
         if operand == "r*h":
-            operands = [(rows, gates[rows, :H] * h) for rows, h in entering]
-        else:
-            operands = entering
+            operands = [(rows, cut(gates)[:, rows, :H] * h) for rows, h in h_parts]
         for first_gate, first_tile, count in runs_of(phase, spec.recurrent):
             units = slice(first_gate * H, (first_gate + count) * H)
-            grads = dgates[:, first_tile * H : (first_tile + count) * H]
+            of_run = grads[..., first_tile * H : (first_tile + count) * H]
             for part, (rows, u) in enumerate(operands):
-                target = dw_hh[units]
-                torch.addmm(target, grads[rows].t(), u, beta=float(part > 0), out=target)
-            torch.sum(grads, 0, out=db_hh[units])
-    return [dw_ih, dw_hh] if w.b_ih is None else [dw_ih, dw_hh, dgx.sum(0), db_hh]
+                _add_product(dw_hh[:, units], of_run[:, rows], u, float(part > 0))
+            torch.sum(of_run, 1, out=db_hh[:, units])
+    found = [dw_ih, dw_hh] if w.b_ih is None else [dw_ih, dw_hh, dgx.sum(1), db_hh]
+    return found if groups > 1 else [grad.squeeze(0) for grad in found]
+
+
+def by_group(rows: Tensor, B: int, groups: int) -> Tensor:
+    """``[R, C]`` by group of sequences, ``[groups, R / groups, C]``; no copy of one group."""
+    if groups == 1:
+        return rows.unsqueeze(0)
+    by_time = rows.unflatten(0, (-1, groups, B // groups))
+    return by_time.transpose(0, 1).flatten(1, 2)
+
+
+def from_groups(groups: Tensor, B: int) -> Tensor:
+    """The way back from ``by_group``."""
+    by_time = groups.unflatten(1, (-1, B // len(groups))).transpose(0, 1)
+    return by_time.flatten(0, 2)
+
+
+def _add_product(target: Tensor, grads: Tensor, operand: Tensor, beta: float) -> None:
+    """``target = beta target + grads^T operand``, each ``[groups, ...]``, summed over rows."""
+    if target.shape[0] == 1:  # oneDNN's and cuBLAS's GEMM need no batch
+        torch.addmm(target[0], grads[0].t(), operand[0], beta=beta, out=target[0])
+    else:
+        torch.baddbmm(target, grads.mT, operand, beta=beta, out=target)
+
+
+def _first_row(part: tuple[slice, Tensor]) -> int:
+    return part[0].start or 0
 
 
 def _entering(hs: Tensor, h_0: Tensor, d: int, links: Links | None) -> list[tuple[slice, Tensor]]:
@@ -55,7 +124,7 @@ def _entering(hs: Tensor, h_0: Tensor, d: int, links: Links | None) -> list[tupl
     if links is not None:
         return [(slice(None), links.entering(hs, h_0))]
     # Of all steps but the direction's first it lies in `hs`, one step further on: no copy.
-    B, rest = len(h_0), len(hs) - len(h_0)
+    B, rest = h_0.shape[0], hs.shape[0] - h_0.shape[0]
     if d == 0:
         return [(slice(0, B), h_0), (slice(B, None), hs[:rest])]
     return [(slice(rest, None), h_0), (slice(0, rest), hs[B:])]
@@ -70,8 +139,9 @@ def projection_grad(
     cs: Tensor,
     dgates: Tensor,
     links: Links,
+    groups: int = 1,
 ) -> list[Tensor]:
-    """dW_hr.
+    """dW_hr, with ``groups`` as in ``weight_grads``.
 
     The gradient of every h is made again of what reached it: that of out, of h_n, and dgates of the
     step that follows times W_hh, which no schedule keeps.
@@ -84,4 +154,7 @@ def projection_grad(
     if d_out is not None:
         dh += d_out.flatten(0, -2)[:, d * P : (d + 1) * P]
     dh.masked_fill_((links.origins == SKIPPED).unsqueeze(1), 0.0)  # padding's may be NaN
-    return [dh.t() @ (gates[:, 3 * H :] * cs.tanh())]  # o tanh(c)
+    cut = partial(by_group, B=len(d_h_n), groups=groups)
+    dw_hr = dh.new_empty(groups, P, H)
+    _add_product(dw_hr, cut(dh), cut(gates[:, 3 * H :] * cs.tanh()), 0.0)  # o tanh(c)
+    return [dw_hr if groups > 1 else dw_hr.squeeze(0)]

@@ -15,10 +15,11 @@ from . import dispatch
 from .arguments import Call
 from .functional import config_of, in_form, operands, states_in_form
 from .kernels.rows import SKIPPED
-from .layout import layout_of, links_of, without_padding
-from .ops import rnn_stack
+from .kernels.spec import SPECS, Weights
+from .launches import group_weights
+from .layout import Links, layout_of, links_of, without_padding
 from .reference import gates_of
-from .stack import group_weights
+from .transforms import rnn_stack
 
 
 class States(NamedTuple):
@@ -74,22 +75,13 @@ def run(call: Call, wants_gates: bool) -> States:
         )
         if wants_gates:
             (weights,) = group_weights(own, config)
-            of_layer = []
-            for d, w in enumerate(weights):
-                link = links[d]
-                entering = link.entering(h[-1][d].flatten(0, -2), given[0][d])
-                gx = F.linear(without_padding(x, layout.rows), w.w_ih, w.b_ih).flatten(0, -2)
-                named = gates_of(request.cell, gx, entering, w)
-                absent = (link.origins == SKIPPED).unsqueeze(1)
-                of_layer.append(
-                    {
-                        name: torch.where(absent, 0.0, gate).view(
-                            *out.shape[:-1], request.hidden_size
-                        )
-                        for name, gate in named.items()
-                    }
-                )
-            gates.append(of_layer)
+            seen = without_padding(x, layout.rows)
+            gates.append(
+                [
+                    _gates(request.cell, seen, h[-1][d], given[0][d], w, links[d])
+                    for d, w in enumerate(weights)
+                ]
+            )
         x = out * masks[layer] if masks and layer < request.num_layers - 1 else out
     h_n, *c_n = states_in_form(call, [torch.cat(parts) for parts in zip(*finals, strict=True)])
     return States(
@@ -105,6 +97,17 @@ def run(call: Call, wants_gates: bool) -> States:
         if wants_gates
         else None,
     )
+
+
+def _gates(
+    cell: str, x: Tensor, h: Tensor, h_0: Tensor, w: Weights, links: Links
+) -> dict[str, Tensor]:
+    """One direction's gates of every step, by name, ``[..., H]``; zero where there is no step."""
+    gx = F.linear(x, w.w_ih, w.b_ih).flatten(0, -2)
+    named = gates_of(cell, gx, links.entering(h.flatten(0, -2), h_0), w)
+    absent = (links.origins == SKIPPED).unsqueeze(1)
+    shape = *h.shape[:-1], w.w_ih.shape[0] // SPECS[cell].gates
+    return {name: torch.where(absent, 0.0, gate).view(shape) for name, gate in named.items()}
 
 
 def _formed(call: Call, tensors: list) -> tuple[tuple[Any, ...], ...]:

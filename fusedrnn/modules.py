@@ -24,9 +24,15 @@ _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn
 class _Stack(torch.nn.RNNBase):
     """What the three modules share."""
 
+    #: For modules that began as torch's: see replace_modules, and pickles loaded under patch().
+    recompute: bool = False
+
     @property
     def _cell(self) -> str:
         return _CELLS[self.mode]
+
+    def extra_repr(self) -> str:
+        return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     @property
     def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
@@ -47,16 +53,27 @@ class _Stack(torch.nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
     ) -> arguments.Call:
-        layers = arguments.Layers(
+        params, layers = self._params(), self._layers()
+        return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
+
+    def _params(self) -> list[Tensor]:
+        """The weights as they are now, computed ones too, in torch's order."""
+        plain = self._parameters
+        names = self._flat_weights_names
+        # Module.__getattr__ takes 0.5 us for each.
+        found: Any = [plain[name] if name in plain else getattr(self, name) for name in names]
+        return found
+
+    def _layers(self) -> arguments.Layers:
+        return arguments.Layers(
             self.num_layers,
             self.bias,
             self.batch_first,
             self.dropout,
             self.training,
             bool(self.bidirectional),
+            self.recompute,
         )
-        params = [getattr(self, name) for name in self._flat_weights_names]
-        return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
 
     def forward(
         self,
@@ -67,7 +84,16 @@ class _Stack(torch.nn.RNNBase):
         reset: Tensor | None = None,
     ):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
-        return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
+        key, params, layers = None, self._params(), self._layers()
+        if lengths is None and reset is None:
+            result, key = functional.run_known(self._cell, input, hx, params, layers)
+            if result is not None:
+                return result
+        # Not _prepare, which would compute parametrized weights a second time.
+        call = arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
+        result = functional.run(call)
+        functional.remember(key, call, hx)
+        return result
 
     def states(
         self,
@@ -104,6 +130,8 @@ class _Stack(torch.nn.RNNBase):
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         torch.nn.Module.__setstate__(self, state)
+        # A module that was pickled as torch's and is loaded under patch() brings its list along.
+        self.__dict__.pop("_flat_weights", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """The state for pickle and deepcopy, which refuse tensors that have a history.
@@ -132,6 +160,8 @@ class LSTM(_Stack):
         proj_size: P > 0 projects h to P features (Sak et al. 2014, arXiv 1402.1128).
         device: where the weights are made.
         dtype: of the weights.
+        recompute: whether backward makes the gates again, for a third of the memory that training
+            keeps (see ``fusedrnn.lstm``). Keyword only.
 
     Raises:
         TypeError, ValueError: as ``nn.LSTM``, for an argument of the wrong type or range.
@@ -159,6 +189,8 @@ class LSTM(_Stack):
         proj_size: int = 0,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
+        *,
+        recompute: bool = False,
     ) -> None:
         super().__init__(
             "LSTM",
@@ -173,6 +205,8 @@ class LSTM(_Stack):
             device,
             dtype,
         )
+        if recompute:  # else the class says so, also in modules that began as torch's
+            self.recompute = True
 
 
 class GRU(_Stack):
@@ -183,17 +217,25 @@ class GRU(_Stack):
     Args:
         reset_after: whether the reset gate applies after the recurrent product, as in torch and
             cuDNN, or before it, as in the original paper and ONNX's default. Keyword only.
+        recompute: as of ``LSTM``. Keyword only.
 
     Raises:
         ValueError: ``proj_size`` is given; and as ``LSTM``.
         TypeError: as ``LSTM``.
     """
 
+    #: For modules that began as torch's: see replace_modules, and pickles loaded under patch().
+    reset_after: bool = True
+
     # torch's signature: by position proj_size keeps its place between bidirectional and device.
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+    def __init__(
+        self, *args: Any, reset_after: bool = True, recompute: bool = False, **kwargs: Any
+    ) -> None:
         _refuse_proj_size(args[7:8], kwargs)
         super().__init__("GRU", *args, **kwargs)
         self.reset_after = reset_after
+        if recompute:
+            self.recompute = True
 
     @property
     def _cell(self) -> str:
@@ -210,6 +252,7 @@ class RNN(_Stack):
 
     Args:
         nonlinearity: ``"tanh"`` or ``"relu"``.
+        recompute: as of ``LSTM``, keyword only; an RNN saves h alone, and nothing changes.
 
     Raises:
         ValueError: another nonlinearity, or ``proj_size`` is given; and as ``LSTM``.
@@ -217,7 +260,7 @@ class RNN(_Stack):
     """
 
     # torch's signature: only RNN has an argument between num_layers and bias.
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
@@ -227,6 +270,8 @@ class RNN(_Stack):
             raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
+        if recompute:
+            self.recompute = True
 
 
 class _SingleStep(torch.nn.RNNCellBase):
@@ -292,6 +337,8 @@ class GRUCell(_SingleStep):
     Raises:
         ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
     """
+
+    reset_after: bool = True  # as of GRU
 
     def __init__(
         self,

@@ -91,6 +91,13 @@ def _project(h: Tensor, w: Weights) -> Tensor:
     return h if w.w_hr is None else F.linear(h, w.w_hr)
 
 
+def _projected(x: Tensor, w: Weights, d: int) -> Tensor:
+    """gx of direction d, of an input that holds ``x W_ih^T`` of all directions side by side."""
+    columns = w.w_hh.shape[0]
+    x = x[..., d * columns : (d + 1) * columns]
+    return x if w.b_ih is None else x + w.b_ih
+
+
 def one_step(cell: str, x: Tensor, h: Tensor, c: State, w: Weights) -> tuple[Tensor, State]:
     """The states after one step with the input ``[B, I]``."""
     h, c, _ = _CELLS[cell](F.linear(x, w.w_ih, w.b_ih), h, c, w)
@@ -168,7 +175,8 @@ def _one_direction(
     step: Callable, x: Tensor, h: Tensor, c: State, w: Weights, d: int, steps: _Steps
 ):
     """Outputs of every step, the final states, and c of every step or None."""
-    gx = F.linear(x, w.w_ih, w.b_ih)
+    is_projected = x.shape[-1] > 0 and not w.w_ih.shape[1]
+    gx = _projected(x, w, d) if is_projected else F.linear(x, w.w_ih, w.b_ih)
     hs: list[Tensor] = [h] * len(gx)
     cs: list[State] = [c] * len(gx)
     for t in range(len(gx)) if d == 0 else range(len(gx) - 1, -1, -1):

@@ -18,8 +18,8 @@ from torch import _VF, Tensor
 
 from . import arguments, dispatch, functional
 from .kernels.spec import Weights
+from .launches import Config, group_weights
 from .reference import differentiable_stack, one_step
-from .stack import Config, group_weights
 
 #: torch's operators for a single step. They take weights as they lie, and are 1.1 to 10 times as
 #: fast as its operators for a stack with T = 1.

@@ -1,0 +1,255 @@
+"""The launches of a stack: which layers each runs by which plan, and the GEMMs around it.
+
+``stack.py`` goes through them, forward and backward. Axes: T time, B batch, R rows, I input, H
+hidden, P columns of h, G gates, S saved tiles, N gradient tiles, D directions, L layers, Z layers
+and directions of a launch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grads import by_group, from_groups
+from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan_stack
+from .kernels.spec import SPECS, CellSpec, Weights
+from .layout import Layout
+from .loop import loop_bwd, loop_fwd
+
+
+class Config(NamedTuple):
+    """What of a stack is not a tensor."""
+
+    cell: str
+    backend: str  # "triton" or "torch"
+    has_bias: bool
+    num_layers: int
+    bidirectional: bool
+    precision: str  # "ieee", "tf32", "tf32x3"; of fp32 on triton only
+    compact: bool = False  # lengths are packed, for which the host reads their values
+    # With more than one, B is so many equal parts with weights of their own: params are
+    # [members, ...]. Dense rows on schedule resident only (`takes_members`).
+    members: int = 1
+    recompute: bool = False  # backward makes the gates again (``recompute.py``)
+    projected: bool = False  # the input is [T, B, D*G*H] and the first weight_ih [G*H, 0]
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def spec(self) -> CellSpec:
+        return SPECS[self.cell]
+
+
+class Launched(NamedTuple):
+    """What the layers of a launch left behind, and the gradients that arrive at their outputs."""
+
+    xs: Sequence[Tensor]  # each layer's input [R, I]
+    weights: Sequence[Weights]  # Z
+    h_0: Tensor  # [Z, B, P]
+    c_0: Tensor | None  # [Z, B, H]
+    outs: Sequence[Tensor]  # each layer's [R, D*P]
+    cs: Tensor | None  # [Z, R, H]
+    d_out: Tensor | None  # of the uppermost layer, [R, D*P]
+    d_cs: Tensor | None  # [Z, R, H]
+
+
+def group_weights(params: Sequence[Tensor], config: Config) -> list[list[Weights]]:
+    """The flat list in torch's order as ``weights[layer][direction]``."""
+    D = config.directions
+    each = len(params) // (config.num_layers * D)
+    weights = []
+    for first in range(0, len(params), each):
+        w_ih, w_hh, *rest = params[first : first + each]
+        b_ih, b_hh = rest[:2] if config.has_bias else (None, None)
+        w_hr = rest[-1] if len(rest) % 2 else None
+        weights.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
+    return [weights[i : i + D] for i in range(0, len(weights), D)]
+
+
+def of_launch(states: Tensor | None, rows: slice) -> Any:
+    """The part ``[Z, ...]`` of a stack's ``[L*D, ...]`` that a launch has; None stays None."""
+    if states is None or rows.stop - rows.start == states.shape[0]:
+        return states
+    return states[rows]
+
+
+def hidden_size(h_0: Tensor, c_0: Tensor | None) -> int:
+    """H: the columns of c, if there is one; those of h are fewer under a projection."""
+    return (h_0 if c_0 is None else c_0).shape[-1]
+
+
+def takes_members(
+    config: Config, ragged: bool, input: Tensor, h_0: Tensor, c_0: Tensor | None
+) -> bool:
+    """Whether one launch a layer can serve ``config.members`` parts of B with their own weights."""
+    if config.recompute or config.projected:
+        return False
+    try:
+        launches_of(config, input, h_0, c_0, True, ragged)
+    except NoPlan:
+        return False
+    return True
+
+
+def launches_of(
+    config: Config,
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    needs_grad: bool,
+    ragged: bool,
+) -> list[tuple[range, Plan | None]]:
+    """The layers of each launch with its plan; without a plan for the reference."""
+    if config.backend == "torch":
+        return [(range(layer, layer + 1), None) for layer in range(config.num_layers)]
+    H, P = hidden_size(h_0, c_0), h_0.shape[-1]
+    problem = Problem(
+        config.cell,
+        0 if config.projected else input.shape[-1],
+        H,
+        h_0.shape[1],
+        config.directions,
+        input.dtype,
+        config.precision,
+        needs_grad,
+        config.num_layers,
+        P if P != H else 0,
+        ragged,
+        config.members,
+        config.recompute,
+    )
+    launches: list[tuple[range, Plan | None]] = []
+    first = 0
+    for plan in plan_stack(problem, chip_of(input.device)):
+        launches.append((range(first, first + plan.layers), plan))
+        first += plan.layers
+    return launches
+
+
+@cache
+def lazily(module: str) -> Any:
+    """A module of the kernels that needs Triton, imported when it is first needed."""
+    return import_module(f".kernels.{module}", __package__)
+
+
+def run_forward(
+    config: Config, plan: Plan | None, x, weights, masks, h_0, c_0, outs, h_n, c_n, gates, cs,
+    layout: Layout,
+) -> None:  # fmt: skip
+    """Calls the launcher that the plan names; arguments as of ``cooperative_fwd``."""
+    cell, given = config.cell, (x, weights)
+    results: Any = (h_n, c_n, gates, cs, layout.rows)
+    if plan is None:
+        loop_fwd(cell, *given, h_0, c_0, outs[0], *results)
+    elif plan.schedule == "resident":
+        lazily("resident").resident_fwd(cell, plan, *given, h_0, c_0, outs[0], *results)
+    elif plan.schedule == "stepwise":
+        with gemm_precision(config.precision, x):
+            lazily("stepwise_launch").stepwise_fwd(
+                cell, *given, h_0, c_0, outs[0], *(*results, None, plan.graph_steps)
+            )
+    else:
+        shared = lazily("exchange").workspace(cell, plan.forward, x, *h_0.shape)
+        lazily("cooperative_launch").cooperative_fwd(
+            cell, plan, *given, masks, h_0, c_0, outs, *(*results, shared)
+        )
+
+
+def run_backward(
+    config: Config, plan: Plan | None, d_out, d_cs, d_h_n, d_c_n, weights, masks, h_0, c_0, outs,
+    gates, cs, dgates, d_h_0, d_c_0, layout: Layout,
+) -> None:  # fmt: skip
+    """Calls the launcher that the plan names; arguments as of ``cooperative_bwd``."""
+    cell, given = config.cell, (d_out, d_cs, d_h_n, d_c_n, weights)
+    rest: Any = (gates, cs, dgates, d_h_0, d_c_0, layout.rows)
+    if plan is None:
+        loop_bwd(cell, *given, h_0, c_0, outs[0], *rest)
+    elif plan.schedule == "resident":
+        lazily("resident").resident_bwd(cell, plan, *given, h_0, c_0, outs[0], *rest)
+    elif plan.schedule == "stepwise":
+        with gemm_precision(config.precision, h_0):
+            lazily("stepwise_launch").stepwise_bwd(
+                cell, *given, h_0, c_0, outs[0], *(*rest, None, plan.graph_steps)
+            )
+    else:
+        shared = lazily("exchange").workspace(cell, plan.backward, h_0, *h_0.shape)
+        lazily("cooperative_launch").cooperative_bwd(
+            cell, plan, *given, masks, h_0, c_0, outs, *(*rest, shared)
+        )
+
+
+def is_projected(x: Tensor, weights: Sequence[Weights]) -> bool:
+    """Whether x is what weight_ih would make of an input."""
+    return x.shape[-1] > 0 and not weights[0].w_ih.shape[-1]
+
+
+def project(
+    x: Tensor, weights: Sequence[Weights], config: Config, gx: Tensor | None = None
+) -> Tensor:
+    """gx ``[D, R, G*H]``, written without a temporary, and into ``gx`` if it is given."""
+    rows, columns = x.reshape(-1, x.shape[-1]), weights[0].w_hh.shape[-2]
+    if gx is None:
+        gx = x.new_empty(len(weights), rows.shape[0], columns)
+    if is_projected(x, weights):
+        for d, w in enumerate(weights):
+            own = rows[:, d * columns : (d + 1) * columns]
+            gx[d].copy_(own) if w.b_ih is None else torch.add(own, w.b_ih, out=gx[d])
+        return gx
+    with gemm_precision(config.precision, x):
+        for d, w in enumerate(weights):
+            if config.members > 1:
+                B = x.shape[-2]
+                products = by_group(rows, B, config.members) @ w.w_ih.mT
+                products += 0.0 if w.b_ih is None else w.b_ih.unsqueeze(1)
+                gx[d] = from_groups(products, B)
+            elif w.b_ih is None:
+                torch.mm(rows, w.w_ih.t(), out=gx[d])
+            else:
+                torch.addmm(w.b_ih, rows, w.w_ih.t(), out=gx[d])
+    return gx
+
+
+def input_grad(dgates: Tensor, weights: Sequence[Weights], members: int = 1, B: int = 0) -> Tensor:
+    """dx ``[R, I]``: the sum over directions of the input pre-activations' gradients W_ih.
+
+    members, B: as of ``Config``, and sequences in all; B is not read without members.
+    """
+    rows, columns = weights[0].w_ih.shape[-2:]
+    if not columns:  # the input was projected
+        return torch.cat(list(dgates[..., :rows]), 1)
+    if members > 1:
+        grads = [by_group(dgates[d, :, :rows], B, members) for d in range(len(weights))]
+        parts = [from_groups(g @ w.w_ih, B) for g, w in zip(grads, weights, strict=True)]
+        return parts[0] if len(parts) == 1 else parts[0] + parts[1]
+    dx = dgates.new_empty(dgates.shape[1], columns)
+    for d, w in enumerate(weights):
+        torch.addmm(dx, dgates[d, :, :rows], w.w_ih, beta=float(d > 0), out=dx)
+    return dx
+
+
+def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]:
+    """Makes the library's fp32 GEMMs on CUDA agree with the dots in the kernels.
+
+    torch has no argument for it, only a process-wide switch, which is set here and put back.
+    cuBLAS has no tf32x3; ieee is at least as exact.
+    """
+    return _switched(precision) if like.is_cuda and like.dtype == torch.float32 else nullcontext()
+
+
+@contextmanager
+def _switched(precision: str) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

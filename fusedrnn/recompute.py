@@ -1,0 +1,205 @@
+"""Backward of a layer whose gates were not saved: they are made again, some steps at a time.
+
+The forward pass keeps h and c of every step, 2 numbers a unit for an LSTM instead of 6. What
+entered each step is therefore known, and the gates of any number of steps are *one* step of as many
+sequences: a GEMM and an element-wise pass with nothing to wait for, by the same loop or kernel that
+runs a step elsewhere, so the equations stand in one place. A dense sequence is cut into segments,
+the last first, and what backward holds at once does not grow with T. (Trading arithmetic for memory
+along time: Chen et al. 2016, arXiv 1604.06174; Gruslys et al. 2016, arXiv 1606.03401.)
+
+Axes: T time, B batch, R rows, r rows of a segment, I input, H hidden, P columns of h, D directions,
+G gates, S saved tiles, N gradient tiles.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from .grads import layer_grads
+from .kernels.plan import Plan, Problem, chip_of, stepwise
+from .kernels.rows import SLACK, Rows
+from .launches import (
+    Config,
+    Launched,
+    gemm_precision,
+    hidden_size,
+    input_grad,
+    project,
+    run_backward,
+    run_forward,
+)
+from .layout import Layout, Links
+
+#: Numbers of gates that are made again at once: 8 MiB in fp32, which a CPU's cache holds. Training
+#: on one thread takes 1.31 times as long as with saved gates (geometric mean of eight sizes), and
+#: 1.33, 1.35, 1.32, 1.36, 1.37 times at 2 ** (18, 19, 20, 22, 24). A GPU, whose launches cost more,
+#: takes eight times as many (not measured).
+SEGMENT = 1 << 21
+
+
+class Segment(NamedTuple):
+    """Some steps of each direction: the forward one's last, mirrored the reverse one's first."""
+
+    rows: tuple[slice, ...]
+    layout: Layout
+
+    def of_out(self, out: Tensor) -> Tensor:
+        """Of ``[R, D*P]`` each direction's rows in its columns, ``[r, D*P]``."""
+        if len(self.rows) == 1:
+            return out[self.rows[0]]
+        parts = out.chunk(len(self.rows), 1)
+        return torch.cat([part[own] for part, own in zip(parts, self.rows, strict=True)], 1)
+
+    def of_each(self, states: Tensor | None) -> Tensor | None:
+        """Of ``[D, R, H]`` each direction's rows, ``[D, r, H]``."""
+        if states is None or len(self.rows) == 1:
+            return states if states is None else states[:, self.rows[0]]
+        return torch.stack([state[own] for state, own in zip(states, self.rows, strict=True)])
+
+
+def backward_again(
+    config: Config,
+    plan: Plan | None,
+    layer: Launched,
+    d_h_n: Tensor,
+    d_c_n: Tensor | None,
+    d_h_0: Tensor,
+    d_c_0: Tensor | None,
+    layout: Layout,
+    links: Sequence[Links],
+    needs_input: bool,
+    groups: int,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Runs one layer backwards, fills d_h_0 and d_c_0, and returns dx ``[R, I]`` and d_weights.
+
+    plan: of the recurrence, None for the loop; d_h_n, d_h_0 ``[D, B, P]`` and d_c_n, d_c_0
+    ``[D, B, H]``; links: of each direction where rows are ragged or h is projected; needs_input:
+    dx is None unless needed; groups: as of ``stack_backward``, d_weights are [] for 0.
+    """
+    D, B, H = config.directions, layer.h_0.shape[1], hidden_size(layer.h_0, layer.c_0)
+    d_h, d_c = d_h_n, d_c_n
+    (whole_x,), (whole_out,), columns = layer.xs, layer.outs, config.spec.gates * H
+    d_x = torch.zeros_like(whole_x) if needs_input else None
+    total: list[Tensor] = []
+    for segment in _segments(layout, D, B, columns, bool(links), whole_x.is_cuda):
+        out = segment.of_out(whole_out)
+        part = layer._replace(
+            outs=[out],
+            cs=segment.of_each(layer.cs),
+            d_out=None if layer.d_out is None else segment.of_out(layer.d_out),
+            d_cs=segment.of_each(layer.d_cs),
+        )
+        xs = [whole_x[own] for own in segment.rows]
+        entering, (h_0, c_0) = _entering(layer, segment, links)
+        assert h_0 is not None
+        gates = _gates(config, xs, part, entering)
+        room = gates.new_empty(D * len(xs[0]) + SLACK, config.spec.grad_tiles * H)
+        dgates = room[:-SLACK].view(D, len(xs[0]), -1)
+        new_d_h, new_d_c = torch.empty_like(d_h), None if d_c is None else torch.empty_like(d_c)
+        run_backward(
+            config, plan, part.d_out, part.d_cs, d_h, d_c, layer.weights, (), h_0, c_0, part.outs,
+            gates, part.cs, dgates, new_d_h, new_d_c, segment.layout,
+        )  # fmt: skip
+        with gemm_precision(config.precision, gates):
+            if groups:
+                found = layer_grads(
+                    config.spec, layer.weights, xs, h_0, out, part.cs, part.d_out, d_h,
+                    gates, dgates, links, layout.is_ragged, groups,
+                )  # fmt: skip
+                total = [a + b for a, b in zip(total, found, strict=True)] if total else found
+            if d_x is not None:
+                for d, own in enumerate(segment.rows):
+                    d_x[own] += input_grad(dgates[d : d + 1], layer.weights[d : d + 1])
+        d_h, d_c = new_d_h, new_d_c
+    d_h_0.copy_(d_h)
+    if d_c_0 is not None and d_c is not None:
+        d_c_0.copy_(d_c)
+    return d_x, total
+
+
+def _segments(
+    layout: Layout, D: int, B: int, columns: int, whole: bool, on_gpu: bool
+) -> list[Segment]:
+    """The segments of a layer with ``columns = G*H``, in the order of backward."""
+    T = layout.rows.T
+    if whole:  # a row does not tell by its number what entered it
+        return [Segment((slice(None),) * D, layout)]
+    most = SEGMENT * (8 if on_gpu else 1)
+    steps, found = max(most // max(B * columns, 1), 1), []
+    for stop in range(T, 0, -steps):
+        start = max(stop - steps, 0)
+        rows = slice(start * B, stop * B), slice((T - stop) * B, (T - start) * B)
+        found.append(Segment(rows[:D], Layout(Rows(stop - start, B))))
+    return found
+
+
+def _entering(
+    layer: Launched, segment: Segment, links: Sequence[Links]
+) -> tuple[list[Tensor | None], list[Tensor | None]]:
+    """h and c that entered each step, ``[D, r, ...]``, and those that entered the segment."""
+    D, B = layer.h_0.shape[:2]
+    of_steps: list[Tensor | None] = []
+    of_segment: list[Tensor | None] = []
+    for initial, left in ((layer.h_0, layer.outs[0].unflatten(1, (D, -1))), (layer.c_0, layer.cs)):
+        if initial is None or left is None:
+            of_steps.append(None)
+            of_segment.append(None)
+            continue
+        steps, firsts = [], []
+        for d, own in enumerate(segment.rows):
+            states = left[:, d] if initial is layer.h_0 else left[d]
+            if links:
+                steps.append(links[d].entering(states, initial[d]))
+                firsts.append(initial[d])
+                continue
+            # Rows further on by a step, which for all segments but the first lie in one piece.
+            own = (
+                slice(own.start - B, own.stop - B) if d == 0 else slice(own.start + B, own.stop + B)
+            )
+            if own.start < 0:
+                pieces = torch.cat([initial[d], states[: own.stop]])
+            elif own.stop > len(states):
+                pieces = torch.cat([states[own.start :], initial[d]])
+            else:
+                pieces = states[own]
+            steps.append(pieces)
+            firsts.append(pieces[:B] if d == 0 else pieces[-B:])
+        of_steps.append(_stacked(steps))
+        of_segment.append(_stacked(firsts))
+    return of_steps, of_segment
+
+
+def _stacked(parts: Sequence[Tensor]) -> Tensor:
+    """``torch.stack``, of one part without a copy."""
+    return torch.stack(list(parts)) if parts[1:] else parts[0].unsqueeze(0)
+
+
+def _gates(
+    config: Config, xs: Sequence[Tensor], part: Launched, entering: Sequence[Tensor | None]
+) -> Tensor:
+    """The gates ``[D, r, S*H]`` of r steps, as those of one step of r sequences."""
+    h, c = entering
+    assert h is not None
+    (D, r, P), H, spec = h.shape, hidden_size(h, c), config.spec
+    gx = h.new_empty(D, r, spec.gates * H)
+    for d, x in enumerate(xs):
+        project(x, part.weights[d : d + 1], config, gx[d : d + 1])
+    plan = None
+    if config.backend == "triton":
+        proj_size = P if P != H else 0
+        problem = Problem(
+            config.cell, 1, H, r, D, h.dtype, config.precision, True, proj_size=proj_size
+        )
+        # One GEMM for all of it: a matrix kept on chip gains nothing where nothing waits.
+        plan = replace(stepwise(problem, chip_of(h.device)), graph_steps=0)
+    gates = gx if plan is None and spec.saved == spec.gates else gx.new_empty(D, r, spec.saved * H)
+    run_forward(
+        config, plan, gx, part.weights, (), h, c, [h.new_empty(r, D * P)], torch.empty_like(h),
+        None if c is None else torch.empty_like(c), gates, None, Layout(Rows(1, r)),
+    )  # fmt: skip
+    return gates
