@@ -10,67 +10,134 @@ from pathlib import Path
 
 import torch
 
-from . import gates, gpu, imdb, modelled, plots, ragged, text
+from . import comparing, cpu, gpu, imdb, modelled, plots, protocol, ragged, text
 from .archives import DataError
-from .cases import CELLS, Workload, lessons
+from .cases import CELLS, WORKLOADS, CaseError, Workload, cut_down, every_sweep, lessons, named
+from .comparing import CompareError
 from .imdb import Corpus
+from .lessons import command
 from .progress import Progress
+from .protocol import ProviderError
 from .providers import names_for
 from .report import LEGEND, environment, header, table_head, table_line
 from .results import FolderError, Results
 from .run import Settings, measure
 
 #: Lessons of their own kind, with a table of their own.
-SHORT = ("ragged", "text", "gates")
+SHORT = ("ragged", "text")
 DEFAULT_FOLDER = Path(__file__).parent / "results" / "local"
+
+
+class UsageError(ValueError):
+    """Arguments that do not go together; the message is one sentence."""
+
+
+#: What the user can put right: one sentence, and exit code 2.
+USER_ERRORS = (
+    CaseError,
+    CompareError,
+    DataError,
+    FolderError,
+    plots.PlotError,
+    ProviderError,
+    UsageError,
+    gpu.NoDeviceError,
+    gpu.OptionError,
+)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a red gate, 2 for what the user can put right."""
-    options = _parser().parse_args(argv)
+    arguments = sys.argv[1:] if argv is None else argv
+    if arguments and arguments[0] == "lesson":
+        return command.main(arguments[1:])
+    options = _parser().parse_args(arguments)
+    if options.list:
+        for workload in (*WORKLOADS, *every_sweep()):
+            print(f"{workload.name:<28} {workload.shape} {workload.dtype}")
+        return 0
     try:
         if options.lesson == "gpu":
-            return gpu.run(options.minutes, options.out, quick=options.quick, seed=options.seed)
+            return _gpu(options)
+        _check_files(options)
+        if options.lesson == "plot":
+            print(plots.redraw(Path(options.files[0])))
+            return 0
+        if options.lesson == "compare":
+            return comparing.run(*map(Path, options.files))
         if options.lesson == "model":
             modelled.write(options.out or DEFAULT_FOLDER)
             return 0
+        if options.lesson == "cpu":
+            out = options.out or DEFAULT_FOLDER
+            return cpu.run(out, quick=options.quick, seed=options.seed)
         if options.lesson in SHORT:
             return _short(options)
-        return run_lessons(options)
-    except (DataError, FolderError, gpu.NoDeviceError) as error:
+        return run_cases(options) if options.cases else run_lessons(options)
+    except USER_ERRORS as error:
         print(f"{options.prog}: {error}", file=sys.stderr)
         return 2
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser = argparse.ArgumentParser(
+        prog="python -m bench",
+        description=__doc__,
+        epilog="python -m bench lesson: the experiments of a course, each by its name.",
+    )
     parser.set_defaults(prog=parser.prog)
     add = parser.add_argument
     add(
         "lesson",
         nargs="?",
-        choices=("all", "imdb", "sine", *SHORT, "gpu", "model"),
+        choices=("all", "imdb", "sine", *SHORT, "cpu", "gpu", "model", "plot", "compare"),
         default="all",
         help="what to run; all is imdb and sine; ragged: sequences of unequal length beside "
         "torch.nn's two ways; text: a language model that learns and speaks, token by token; "
-        "gates: an LSTM's gates while it follows a sine; gpu: the kernel tests and a sweep on a "
+        "cpu: speed and memory beside "
+        "torch.nn on the CPU; gpu: the kernel tests and a sweep on a "
         "CUDA machine; model: the floors of a step by arithmetic (default: all)",
     )
+    add("files", nargs="*", help="plot FOLDER: pictures of its CSV; compare OLD.csv NEW.csv")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--imdb", metavar="PATH", help="imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB")
     add("--download", action="store_true", help="fetch imdb.npz (17 MB) if it is not at hand")
     add("--out", type=Path, metavar="DIR", help="where CSV and PNG go")
     add("--seed", type=int, default=0, help="of weights, order of examples and dropout")
     add("--quick", action="store_true", help="tiny sizes: tests the machinery, measures nothing")
-    add("--minutes", type=float, default=9, help="time for gpu (default: 9)")
+    add("--cases", metavar="NAMES", help="every provider on lessons, sweep, smoke or named cases")
+    add("--providers", metavar="NAMES", help="of --cases: these beside torch.nn (default: all)")
+    add("--list", action="store_true", help="print the cases")
+    add("--minutes", type=float, help="time for gpu (default: 9) and --cases (default: no limit)")
+    add("--only", metavar="STAGES", help=f"of gpu, with commas: {', '.join(gpu.NAMES)}")
+    add("--dry-run", action="store_true", help="of gpu: say what would be run; needs no GPU")
+    add("--keep-failing", action="store_true", help="of gpu: measure what failed its tests too")
     return parser
+
+
+def _check_files(options: argparse.Namespace) -> None:
+    expected = {"plot": 1, "compare": 2}.get(options.lesson, 0)
+    if len(options.files) != expected:
+        raise UsageError(f"{options.lesson} takes {expected} paths, and got {len(options.files)}")
+
+
+def _gpu(options: argparse.Namespace) -> int:
+    wanted = gpu.Options(
+        9 if options.minutes is None else options.minutes,
+        gpu.parse_only(options.only),
+        options.quick,
+        options.seed,
+        options.keep_failing,
+    )
+    if options.dry_run:
+        print(gpu.describe(wanted))
+        return 0
+    return gpu.run(wanted, options.out)
 
 
 def _short(options: argparse.Namespace) -> int:
     """What needs no data."""
     out, device = options.out or DEFAULT_FOLDER, pick_device(options.device)
-    if options.lesson == "gates":
-        return gates.run(out, seed=options.seed, quick=options.quick)
     if options.lesson == "ragged":
         return ragged.run(out, device, quick=options.quick, seed=options.seed)
     return text.run(out, quick=options.quick, seed=options.seed, device=device)
@@ -109,6 +176,20 @@ def run_lessons(options: argparse.Namespace) -> int:
     for line in complaints:
         print(line, file=sys.stderr)
     return 1 if complaints else 0
+
+
+def run_cases(options: argparse.Namespace) -> int:
+    """Every provider on the named cases; see ``bench/protocol.py``."""
+    workloads = named(options.cases)
+    device = pick_device(options.device)
+    providers = protocol.chosen(options.providers, device)
+    settings = Settings(device, options.seed)
+    if options.quick or options.cases == "smoke":
+        workloads = tuple(map(cut_down, workloads))
+        settings = Settings(device, options.seed, seconds=0.0, least_rounds=2)
+        print("quick    tiny sizes: none of these numbers means anything")
+    corpus, folder = _corpus(workloads, options), options.out or DEFAULT_FOLDER
+    return protocol.run(workloads, providers, settings, folder, corpus, options.minutes)
 
 
 def pick_device(name: str) -> torch.device:

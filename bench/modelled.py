@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from fusedrnn.kernels.model import cudnn_step
-from fusedrnn.kernels.plan import CHIPS, Problem, plan
+from fusedrnn.kernels.plan import CHIPS, Problem, modelled
 
 from .cases import CELLS, DTYPES
 
@@ -36,7 +36,7 @@ def rows(chip: str) -> Iterator[dict[str, object]]:
 
 def _row(chip: str, cell: str, dtype: str, H: int, B: int) -> dict[str, object]:
     problem = Problem(cell, H, H, B, 1, getattr(torch, dtype), "tf32", True)
-    chosen = plan(problem, CHIPS[chip])
+    chosen = modelled(problem, CHIPS[chip])
     tiles, (forward, backward) = chosen.forward, chosen.floors
     members = -(-H // tiles.blocks[0][1]) if tiles.k_chunks else 1
     batch_tiles = -(-B // tiles.block_b)

@@ -97,10 +97,13 @@ MODELS: dict[str, Callable[[nn.RNNBase, Workload], Model]] = {
 def remember(rnn: nn.RNNBase) -> None:
     """Starts with a memory of some twenty steps: 3 onto the bias of the LSTM's f or the GRU's z.
 
-    Both are the second gate. Without it the gradient of h_T dies out over 100 words, and training
-    spends its first epoch on a plateau where rounding decides the direction of Adam's steps.
+    Both are the second gate, in every layer and direction. Without it the gradient of h_T dies out
+    over 100 words, and training spends its first epoch on a plateau where rounding decides the
+    direction of Adam's steps.
     """
-    rnn.get_parameter("bias_hh_l0")[rnn.hidden_size : 2 * rnn.hidden_size] += 3
+    for name, parameter in rnn.named_parameters():
+        if name.startswith("bias_hh"):
+            parameter[rnn.hidden_size : 2 * rnn.hidden_size] += 3
 
 
 def final_hidden(result: tuple) -> Tensor:

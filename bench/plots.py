@@ -17,8 +17,38 @@ COLOURS = {
 }
 
 
+#: For the other providers, in the order of their names.
+_OTHERS = ("#3b6ea5", "#5b8c5a", "#8e6c8a", "#2a9d8f", "#b5838d", "#6d6875", "#a98467")
+
+
+class PlotError(ValueError):
+    """The folder holds no results; the message is one sentence."""
+
+
+def colours(providers: Iterable[str]) -> dict[str, str]:
+    """A colour for each provider."""
+    others = sorted(set(providers) - set(COLOURS))
+    return COLOURS | {name: _OTHERS[n % len(_OTHERS)] for n, name in enumerate(others)}
+
+
+def redraw(folder: Path) -> str:
+    """``draw``, of a folder that somebody names.
+
+    Raises:
+        PlotError: it holds no results.
+    """
+    try:
+        return draw(folder)
+    except (OSError, KeyError, ValueError) as error:
+        raise PlotError(f"{folder} holds no results that can be drawn: {error}") from error
+
+
 def draw(folder: Path) -> str:
-    """Writes speed.png, losses.png and, after a sweep, sweep.png; says what it did in words."""
+    """Writes a picture of each kind there is data for; says what it did in words.
+
+    speed.png and losses.png of the lessons; of a sweep sweep.png, axes.png (time against T, B and
+    H) and maps.png (ratios over H and B); roofline.png where floors were modelled.
+    """
     try:
         from matplotlib.figure import Figure
     except ImportError:
@@ -27,12 +57,15 @@ def draw(folder: Path) -> str:
     env = json.loads((folder / "environment.json").read_text())
     caption = f"{env['device']}, torch {env['torch']}, triton {env['triton']}; {env['data']}"
     lesson_rows = [row for row in rows if row["lesson"] != "sweep"]
-    sweep_rows = [row for row in rows if row["lesson"] == "sweep"]
+    sweep_rows = [row for row in rows if row["lesson"] == "sweep" and row["provider"] != "torch.nn"]
     losses = _read(folder / "losses.csv")
     for name, data, painter in (
         ("speed.png", lesson_rows, _speed),
         ("losses.png", losses, _losses),
-        ("sweep.png", sweep_rows, _sweep),
+        ("sweep.png", [row for row in sweep_rows if row["fwbw_speedup"]], _sweep),
+        ("axes.png", [r for r in rows if r["lesson"] == "sweep" and r["fw_ms"]], _axes),
+        ("maps.png", [row for row in sweep_rows if row["fw_speedup"]], _maps),
+        ("roofline.png", [r for r in rows if r["fw_floor_ms"] and r["fw_ms"]], _roofline),
     ):
         if data:
             figure = Figure(layout="constrained")
@@ -58,14 +91,17 @@ def _groups(rows: Iterable[dict[str, str]], *keys: str) -> dict[tuple[str, ...],
 def _speed(figure, rows: list[dict[str, str]]) -> None:
     """Bars of the median with the 20th to 80th percentile, a panel for each workload and cell."""
     panels = _groups(rows, "workload", "cell")
+    palette = colours(row["provider"] for row in rows)
     columns = 4
     figure.set_size_inches(13, 2.3 * -(-len(panels) // columns))
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
     for axis, (title, lines) in zip(axes, panels.items(), strict=False):
         axis.set_title(" ".join(title), fontsize=9)
         for position, row in enumerate(lines):
-            colour = COLOURS[row["provider"]]
+            colour = palette[row["provider"]]
             for offset, mode, fade in ((-0.2, "fw", 0.5), (0.2, "fwbw", 1.0)):
+                if not row[f"{mode}_ms"]:  # only infers
+                    continue
                 p50, p20, p80 = (float(row[f"{mode}_ms{q}"]) for q in ("", "_p20", "_p80"))
                 axis.barh(
                     position + offset,
@@ -86,6 +122,7 @@ def _speed(figure, rows: list[dict[str, str]]) -> None:
 def _losses(figure, points: list[dict[str, str]]) -> None:
     """Loss curves of all providers on top of each other, a panel for each workload and cell."""
     panels = _groups(points, "workload", "cell")
+    palette = colours(point["provider"] for point in points)
     columns = 4
     figure.set_size_inches(13, 2.3 * -(-len(panels) // columns))
     axes = figure.subplots(-(-len(panels) // columns), columns, squeeze=False).flat
@@ -97,7 +134,7 @@ def _losses(figure, points: list[dict[str, str]]) -> None:
             axis.plot(
                 [int(point["step"]) for point in curve],
                 [float(point["loss"]) for point in curve],
-                color=COLOURS[provider],
+                color=palette[provider],
                 linewidth=width,
                 label=provider,
             )
@@ -113,9 +150,8 @@ def _losses(figure, points: list[dict[str, str]]) -> None:
 
 def _sweep(figure, rows: list[dict[str, str]]) -> None:
     """Speed of fusedrnn against torch.nn over H, a panel for each cell, mode and dtype."""
-    ours = [row for row in rows if row["provider"] != "torch.nn"]
     modes = ("fw", "fwbw")
-    panels = _groups(ours, "cell", "dtype")
+    panels = _groups(rows, "cell", "dtype")
     figure.set_size_inches(3.2 * len(panels), 6)
     grid = figure.subplots(2, max(1, len(panels)), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
@@ -134,6 +170,75 @@ def _sweep(figure, rows: list[dict[str, str]]) -> None:
             axis.set_yscale("log", base=2)
             axis.legend(fontsize=7)
     figure.suptitle("times as fast as torch.nn, over H", fontsize=10)
+
+
+def _axes(figure, rows: list[dict[str, str]]) -> None:
+    """Forward ms against T, B and H, the other sizes held where most points are."""
+    figure.set_size_inches(12, 4)
+    palette = colours(row["provider"] for row in rows)
+    rest = ("cell", "dtype", "layout", "layers", "directions", "T", "B", "H")
+    for axis, size in zip(figure.subplots(1, 3), ("T", "B", "H"), strict=True):
+        held = [name for name in rest if name != size]
+        groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
+        for row in rows:
+            groups.setdefault(tuple(row[name] for name in held), []).append(row)
+        where, points = max(groups.items(), key=lambda item: len(item[1]))
+        for provider in sorted({row["provider"] for row in points}):
+            line = [row for row in points if row["provider"] == provider]
+            line.sort(key=lambda row: int(row[size]))
+            axis.plot(
+                [int(row[size]) for row in line],
+                [float(row["fw_ms"]) for row in line],
+                marker="o",
+                color=palette[provider],
+                label=provider,
+            )
+        axis.set_xscale("log", base=2)
+        axis.set_yscale("log")
+        axis.set_xlabel(size)
+        axis.set_title(" ".join(f"{n}={v}" for n, v in zip(held, where, strict=True)), fontsize=6)
+        axis.legend(fontsize=7)
+    figure.suptitle("forward, ms", fontsize=10)
+
+
+def _maps(figure, rows: list[dict[str, str]]) -> None:
+    """Ratio of forward to torch.nn over H and B, a panel for each of the other keys."""
+    keys = ("provider", "cell", "dtype", "T", "layout", "layers", "directions")
+    panels = _groups(sorted(rows, key=lambda row: [row[k] for k in keys]), *keys)
+    columns = min(4, len(panels))
+    lines = -(-len(panels) // columns)
+    figure.set_size_inches(3.4 * columns, 2.8 * lines)
+    axes = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for axis, (title, points) in zip(axes, panels.items(), strict=False):
+        heights, widths = (sorted({int(row[k]) for row in points}) for k in ("H", "B"))
+        grid = [[float("nan")] * len(widths) for _ in heights]
+        for row in points:
+            x = float(row["fw_speedup"])
+            at = heights.index(int(row["H"])), widths.index(int(row["B"]))
+            grid[at[0]][at[1]] = x
+            axis.text(at[1], at[0], f"{x:.2f}", ha="center", va="center", fontsize=6)
+        axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=2, aspect="auto")
+        axis.set_xticks(range(len(widths)), widths, fontsize=6)
+        axis.set_yticks(range(len(heights)), heights, fontsize=6)
+        axis.set_title(" ".join(title), fontsize=6)
+    for axis in axes[len(panels) :]:
+        axis.set_axis_off()
+    figure.suptitle("forward, times as fast as torch.nn, over B (across) and H (up)", fontsize=10)
+
+
+def _roofline(figure, rows: list[dict[str, str]]) -> None:
+    """Measured forward over the floor of the same plan, which is modelled."""
+    figure.set_size_inches(6, 5)
+    axis = figure.subplots()
+    floors = [float(row["fw_floor_ms"]) for row in rows]
+    axis.scatter(floors, [float(row["fw_ms"]) for row in rows], s=12, color=COLOURS["fusedrnn"])
+    ends = [min(floors), max(floors)]
+    axis.plot(ends, ends, color=COLOURS["torch.nn"], label="floor (modelled, not measured)")
+    axis.set_xscale("log")
+    axis.set_yscale("log")
+    axis.set_xlabel("floor, ms (modelled, not measured)")
+    axis.set_ylabel("forward, ms (measured)")
+    axis.legend(fontsize=7)
 
 
 def _batch(row: dict[str, str]) -> int:

@@ -21,6 +21,7 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_
 import fusedrnn
 from fusedrnn.testing import error_budget
 
+from .cases import RAGGED
 from .report import environment, header
 from .timing import Times, interleaved
 
@@ -36,10 +37,10 @@ PADDED, PACKED = "torch.nn padded", "torch.nn packed"
 
 
 class Sizes(NamedTuple):
-    T: int = 500
-    B: int = 32
-    I: int = 128
-    H: int = 128
+    T: int = RAGGED.T
+    B: int = RAGGED.B
+    I: int = RAGGED.I
+    H: int = RAGGED.H
 
 
 class Problem(NamedTuple):

@@ -116,13 +116,13 @@ def table_line(row: Row) -> str:
     if not row.has_numbers:
         return (start + row.note)[:WIDTH]
     cells = (
-        _time(row.fw_ms, row.fw_ms_p20, row.fw_ms_p80),
-        _number(row.fw_speedup, ".2f", 5),
-        _time(row.fwbw_ms, row.fwbw_ms_p20, row.fwbw_ms_p80),
-        _number(row.fwbw_speedup, ".2f", 5),
-        _number(row.final_loss, ".4f" if (row.final_loss or 1) >= 1e-3 else ".1e", 7),
-        _number(row.test, _METRIC_FORMAT.get(row.metric, ""), 6),
-        _number(row.loss_difference, ".0e" if row.loss_difference else ".0f", 7),
+        clock_cell(row.fw_ms, row.fw_ms_p20, row.fw_ms_p80),
+        number_cell(row.fw_speedup, ".2f", 5),
+        clock_cell(row.fwbw_ms, row.fwbw_ms_p20, row.fwbw_ms_p80),
+        number_cell(row.fwbw_speedup, ".2f", 5),
+        number_cell(row.final_loss, ".4f" if (row.final_loss or 1) >= 1e-3 else ".1e", 7),
+        number_cell(row.test, _METRIC_FORMAT.get(row.metric, ""), 6),
+        number_cell(row.loss_difference, ".0e" if row.loss_difference else ".0f", 7),
     )
     line = start + " ".join(cells)
     if row.fw_floor_ms is None or row.fwbw_floor_ms is None:
@@ -134,11 +134,11 @@ def table_line(row: Row) -> str:
 _METRIC_FORMAT = {"accuracy": ".1%", "rmse": ".4f"}
 
 
-def _number(value: float | None, form: str, width: int) -> str:
+def number_cell(value: float | None, form: str, width: int) -> str:
     return f"{'' if value is None else format(value, form):>{width}}"
 
 
-def _time(p50: float | None, p20: float | None, p80: float | None) -> str:
+def clock_cell(p50: float | None, p20: float | None, p80: float | None) -> str:
     if p50 is None or p20 is None or p80 is None:
         return " " * 19
     return f"{_ms(p50):>6} {f'{_ms(p20)}-{_ms(p80)}':>12}"

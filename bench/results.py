@@ -23,6 +23,8 @@ class Row:
     ``gate`` is ``"yardstick"``, ``"ok"``, ``"red"``, ``"refused"`` or ``"failed"``; only the first
     two have times. ``share`` is the largest error as a part of the allowed one. ``plan`` names the
     schedules of our kernels, and ``*_floor_ms`` is what they take at least: modelled, not measured.
+    ``error`` is the largest of output and final states against fp64; ``*_device_ms`` replays a CUDA
+    graph; ``kept_mb`` is what autograd keeps for backward.
     """
 
     workload: str
@@ -58,6 +60,14 @@ class Row:
     fw_floor_ms: float | None = None
     fwbw_floor_ms: float | None = None
     note: str = ""
+    layout: str = "padded"
+    error: float | None = None
+    rounds: int | None = None
+    fw_device_ms: float | None = None
+    fw_device_speedup: float | None = None
+    fwbw_device_ms: float | None = None
+    fwbw_device_speedup: float | None = None
+    kept_mb: float | None = None
 
     @property
     def has_numbers(self) -> bool:
@@ -77,6 +87,7 @@ class Row:
             H=workload.H,
             layers=workload.layers,
             directions=2 if workload.bidirectional else 1,
+            layout="packed" if workload.ragged else "padded",
             **values,
         )
 
@@ -92,6 +103,19 @@ class Loss:
     loss: float
 
 
+def begin(folder: Path, environment: dict[str, object]) -> None:
+    """Makes the folder and writes environment.json into it.
+
+    Raises:
+        FolderError: it cannot be written.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
+    except OSError as error:
+        raise FolderError(f"no results can be written to {folder}: {error.strerror}") from error
+
+
 class Results:
     """The folder of results. Every line is on disk before the next is measured."""
 
@@ -102,19 +126,17 @@ class Results:
             FolderError: it cannot be written.
         """
         self.folder = folder
+        begin(folder, environment)
         try:
-            folder.mkdir(parents=True, exist_ok=True)
             for kind, name in ((Row, "results.csv"), (Loss, "losses.csv")):
                 with open(folder / name, "w", newline="") as file:
                     csv.writer(file).writerow(f.name for f in fields(kind))
-            self.note(environment)
         except OSError as error:
             raise FolderError(f"no results can be written to {folder}: {error.strerror}") from error
 
     def note(self, environment: dict[str, object]) -> None:
         """Writes environment.json anew."""
-        text = json.dumps(environment, indent=2) + "\n"
-        (self.folder / "environment.json").write_text(text)
+        begin(self.folder, environment)
 
     def add(self, rows: Iterable[Row], losses: Iterable[Loss] = ()) -> None:
         for name, lines in (("results.csv", rows), ("losses.csv", losses)):

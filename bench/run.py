@@ -8,14 +8,16 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
 
 from .cases import Workload
 from .gate import Gate
 from .imdb import Corpus
+from .memory import kept
 from .models import MODELS, Examples, Input, examples_of
+from .peers import Jax, Peer
 from .progress import Progress
 from .providers import PROVIDERS, TORCH, build, names_for
 from .results import Loss, Row
@@ -66,7 +68,7 @@ def measure(
     progress.at(f"{workload.name} {cell}: gate")
     gate = Gate(workload, cell, subject.weights, subject.gate_input())
     for provider in names_for(workload, settings.device):
-        row, failures = _judged(gate, subject, provider)
+        row, failures = judged(gate, subject, provider)
         rows[provider] = row
         complaints += [f"{workload.name} {cell} {provider}: {line}" for line in failures]
     del gate
@@ -75,7 +77,7 @@ def measure(
     progress.at(f"{workload.name} {cell}: speed")
     for mode in ("fw", "fwbw"):
         for provider, times in subject.times(able, mode).items():
-            _enter_times(rows[provider], mode, times)
+            enter_times(rows[provider], mode, times)
     if settings.device.type == "cuda":
         for provider in able:
             rows[provider].peak_mb = subject.peak_mb(provider)
@@ -83,7 +85,7 @@ def measure(
     return Measured(list(rows.values()), losses, complaints)
 
 
-def _judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]]:
+def judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]]:
     """The provider's row with the gate's verdict, and what failed."""
     workload, cell = subject.workload, subject.cell
 
@@ -105,12 +107,12 @@ def _judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]
     except NotImplementedError as error:
         return Row.of(workload, cell, provider, backend="", gate="refused", note=str(error)), []
     if verdict.ok:
-        return row(gate="ok", share=verdict.share), []
+        return row(gate="ok", share=verdict.share, error=verdict.error), []
     note = f"{len(verdict.failures)} tensors are over the error budget: no speed is shown"
     return row(gate="red", share=verdict.share, note=note), verdict.failures
 
 
-def _enter_times(row: Row, mode: str, times: Times) -> None:
+def enter_times(row: Row, mode: str, times: Times) -> None:
     for field, value in (
         ("ms", times.p50),
         ("ms_p20", times.p20),
@@ -159,8 +161,7 @@ class Subject:
         torch.manual_seed(settings.seed)
         if workload.task == "none":
             rnn = build(TORCH, cell, workload)
-            shape = (workload.B, workload.T, workload.I)
-            self.input: Input = torch.randn(shape).to(settings.device, self.dtype)
+            self.input: Input = random_input(workload, settings.device)
         else:
             self.examples = examples_of(workload, corpus, settings.seed)
             model = MODELS[workload.task](build(TORCH, cell, workload), workload)
@@ -175,9 +176,11 @@ class Subject:
 
     def gate_input(self) -> Input:
         """The input, of the sweep only its first steps."""
-        if self.workload.task == "none" and isinstance(self.input, Tensor):
+        if self.workload.task != "none":
+            return self.input
+        if isinstance(self.input, Tensor):
             return self.input[:, :_SWEEP_GATE_STEPS]
-        return self.input
+        return first_steps(self.input, _SWEEP_GATE_STEPS)
 
     def rnn(self, provider: str) -> nn.Module:
         rnn = build(provider, self.cell, self.workload)
@@ -192,18 +195,28 @@ class Subject:
             return fusedrnn.explain(self.rnn(provider), self.input)
 
     def call(self, provider: str, mode: str) -> Call:
-        """What is timed: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train()."""
+        """What is timed: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train().
+
+        Each call starts from the final state of the one before, so that none can be left out.
+        """
         rnn, context, input = self.rnn(provider), PROVIDERS[provider].context, self.input
+        if isinstance(rnn, Jax) and isinstance(input, Tensor):
+            with torch.no_grad():
+                outputs = _tensors(rnn(input))
+            return rnn.timed(mode, input, [torch.randn_like(output) for output in outputs])
+        wanted: list[Tensor] = rnn.fix() if isinstance(rnn, Peer) else list(rnn.parameters())
+        state = None
         if mode == "fw":
             rnn.eval()
 
             def forward():
+                nonlocal state
                 with context(), torch.no_grad():
-                    return rnn(input)
+                    output, state = rnn(input, state)
+                return output, state
 
             return forward
 
-        wanted: list[Tensor] = list(rnn.parameters())
         if self.workload.needs_input_grad:
             leaf = input.data.detach().clone().requires_grad_()
             input = input._replace(data=leaf) if isinstance(input, PackedSequence) else leaf
@@ -211,11 +224,18 @@ class Subject:
         cotangents: list[Tensor] = []
 
         def forward_and_backward():
+            nonlocal state
             with context():
-                outputs = _tensors(rnn(input))
+                result = rnn(input, state)
+                outputs = _tensors(result)
                 if not cotangents:  # the first call only, which is never timed
                     cotangents.extend(torch.randn_like(output) for output in outputs)
-                return torch.autograd.grad(outputs, wanted, cotangents)
+                gradients = torch.autograd.grad(outputs, wanted, cotangents)
+            final = result[1]
+            state = (
+                final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
+            )
+            return gradients
 
         return forward_and_backward
 
@@ -235,6 +255,13 @@ class Subject:
         before = torch.cuda.memory_allocated(self.settings.device)
         call()
         return (torch.cuda.max_memory_allocated(self.settings.device) - before) / 1e6
+
+    def kept_mb(self, provider: str) -> float:
+        """What autograd keeps for backward, in MB."""
+        rnn = self.rnn(provider)
+        weights = rnn.fix() if isinstance(rnn, Peer) else []
+        with PROVIDERS[provider].context():
+            return kept(rnn, self.input, weights) / 1e6
 
     def trains(self, provider: str) -> bool:
         return self.workload.train_reference or provider != "fusedrnn torch"
@@ -256,6 +283,23 @@ class Subject:
                 self.settings.seed,
                 tick,
             )
+
+
+def random_input(workload: Workload, device: torch.device) -> Input:
+    """``[B, T, I]``, or packed with lengths from T/2 to T, the longest T; drawn on the CPU."""
+    input = torch.randn(workload.B, workload.T, workload.I)
+    input = input.to(device, getattr(torch, workload.dtype))
+    if not workload.ragged:
+        return input
+    lengths = torch.randint((workload.T + 1) // 2, workload.T + 1, (workload.B,))
+    lengths[0] = workload.T
+    return pack_padded_sequence(input, lengths, batch_first=True, enforce_sorted=False)
+
+
+def first_steps(packed: PackedSequence, steps: int) -> PackedSequence:
+    """A packed sequence cut off: its data lie step by step."""
+    sizes = packed.batch_sizes[:steps]
+    return packed._replace(data=packed.data[: int(sizes.sum())], batch_sizes=sizes)
 
 
 def _tensors(result: tuple) -> list[Tensor]:

@@ -41,7 +41,24 @@ def windows(series: Tensor, length: int) -> Windows:
     return Windows(cut.unsqueeze(-1).contiguous(), series[length:].float())
 
 
+class Scale(NamedTuple):
+    """The range ``low`` to ``high`` that is mapped to [0, 1], and back."""
+
+    low: Tensor
+    high: Tensor
+
+    @classmethod
+    def of(cls, series: Tensor, known: int) -> Scale:
+        """The range of the first ``known`` values; the rest is not looked at."""
+        return cls(series[:known].min(), series[:known].max())
+
+    def apply(self, values: Tensor) -> Tensor:
+        return (values - self.low) / (self.high - self.low)
+
+    def invert(self, scaled: Tensor) -> Tensor:
+        return self.low + scaled * (self.high - self.low)
+
+
 def rescaled(series: Tensor, known: int) -> Tensor:
-    """Maps the range of the first ``known`` values to [0, 1]; the rest is not looked at."""
-    low, high = series[:known].min(), series[:known].max()
-    return (series - low) / (high - low)
+    """Maps the range of the first ``known`` values to [0, 1]."""
+    return Scale.of(series, known).apply(series)

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 import fusedrnn
 from fusedrnn.streaming import Stream
 
+from .cases import CHARACTER
 from .plots import COLOURS
 from .progress import Progress
 from .providers import TORCH
@@ -102,8 +103,8 @@ class Sizes:
     """Of text, model, training (T characters, B rows) and timing."""
 
     characters: int = 20_000
-    embedding: int = 32
-    H: int = 128
+    embedding: int = CHARACTER.I
+    H: int = CHARACTER.H
     T: int = 64
     B: int = 16
     steps: int = 300

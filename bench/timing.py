@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 Call = Callable[[], object]
+Clock = Callable[[Call], float]
 #: Enough to evict the L2 cache of every GPU there is (B200: 126 MB).
 _FLUSH_BYTES = 256 << 20
 
@@ -31,6 +32,8 @@ def interleaved(
     seconds: float,
     least: int = 3,
     most: int = 200,
+    clock: Clock | None = None,
+    warmed: bool = False,
 ) -> dict[str, Times]:
     """Times each call once a round, in rotating order, after one or two untimed rounds.
 
@@ -40,15 +43,14 @@ def interleaved(
             flush of the L2 cache, which also hides Python's part of a launch as a busy GPU would.
         seconds: stop after about so long, warm-up included.
         least, most: bounds of the number of rounds; ``least`` rounds are run whatever they take.
+        clock: what takes the milliseconds of one call, if not the device's own.
+        warmed: whether ``warm`` was called; then every round is timed.
     """
-    clock = _CudaClock(device) if device.type == "cuda" else _cpu_clock
+    clock = clock or (_CudaClock(device) if device.type == "cuda" else _cpu_clock)
     deadline = time.perf_counter() + seconds
     names = list(calls)
-    for _ in range(2):
-        for call in calls.values():
-            call()
-        if time.perf_counter() > deadline:  # slow calls: the second round would warm nothing
-            break
+    if not warmed:
+        warm(calls, deadline)
     samples: dict[str, list[float]] = {name: [] for name in names}
     for round_ in range(most):
         if round_ >= least and time.perf_counter() > deadline:
@@ -57,6 +59,15 @@ def interleaved(
         for name in names[first:] + names[:first]:
             samples[name].append(clock(calls[name]))
     return {name: _summary(samples[names[0]], taken) for name, taken in samples.items()}
+
+
+def warm(calls: dict[str, Call], deadline: float | None = None) -> None:
+    """Two untimed rounds; one, if the deadline (of ``perf_counter``) has passed after it."""
+    for _ in range(2):
+        for call in calls.values():
+            call()
+        if deadline is not None and time.perf_counter() > deadline:
+            break  # slow calls: the second round would warm nothing
 
 
 def _summary(yardstick: list[float], taken: list[float]) -> Times:
@@ -95,3 +106,34 @@ class _CudaClock:
             end.record()
             end.synchronize()
             return start.elapsed_time(end)
+
+
+class WallClock:
+    """From the call until its results are there, host included; on CUDA with a cold L2."""
+
+    def __init__(self, device: torch.device):
+        cuda = device.type == "cuda"
+        self.flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device=device) if cuda else None
+        self.device = device
+
+    def __call__(self, call: Call) -> float:
+        if self.flush is None:
+            return _cpu_clock(call)
+        self.flush.zero_()
+        torch.cuda.synchronize(self.device)
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize(self.device)
+        return (time.perf_counter() - start) * 1e3
+
+
+def captured(call: Call, device: torch.device) -> Call:
+    """The replay of a CUDA graph of one call: its device time has no host in it.
+
+    Raises:
+        RuntimeError: the call cannot be captured, because it waits for the device or allocates.
+    """
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.device(device), torch.cuda.graph(graph):
+        call()
+    return graph.replay

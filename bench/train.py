@@ -61,6 +61,13 @@ def train(
     return Training(curve, _test(model, examples, device, classifies), seconds)
 
 
+class Predictions(NamedTuple):
+    """What a model says of the test part, in its order, and what is true."""
+
+    values: Tensor  # [N]: logits of reviews, forecasts of series
+    targets: Tensor  # [N]
+
+
 def metric_name(workload: Workload) -> str:
     return "accuracy" if workload.vocabulary else "rmse"
 
@@ -74,12 +81,17 @@ def _row_batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def _test(model: nn.Module, examples: Examples, device: torch.device, classifies: bool) -> float:
+def predict(model: nn.Module, examples: Examples, device: torch.device) -> Predictions:
+    """The model, in ``eval()``, on the test part."""
     model.eval()
     rows = torch.arange(examples.known, len(examples.targets))
     batches = [examples.batch(part, device) for part in rows.split(_TEST_BATCH)]
-    predictions = torch.cat([model(batch) for batch in batches])
-    targets = torch.cat([batch.targets for batch in batches])
+    values = torch.cat([model(batch) for batch in batches])
+    return Predictions(values, torch.cat([batch.targets for batch in batches]))
+
+
+def _test(model: nn.Module, examples: Examples, device: torch.device, classifies: bool) -> float:
+    predictions, targets = predict(model, examples, device)
     if classifies:
         return ((predictions > 0) == (targets > 0.5)).double().mean().item()
     return (predictions - targets).square().mean().sqrt().item()

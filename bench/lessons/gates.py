@@ -1,4 +1,4 @@
-"""``python -m bench gates``: what the gates of a small LSTM do while it follows a sine.
+"""What the gates of a small LSTM do while it follows a sine.
 
 Eight units are trained for a few seconds to say the next value; then twenty values of the sine run
 through them, and ``module.states(..., gates=True)`` says what every gate did at every step.
@@ -6,9 +6,7 @@ through them, and ``module.states(..., gates=True)`` says what every gate did at
 
 from __future__ import annotations
 
-import json
-import sys
-from pathlib import Path
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -16,8 +14,8 @@ from torch import Tensor, nn
 
 import fusedrnn
 
-from .series import sine, windows
-from .text import folder_for
+from ..series import sine, windows
+from .lesson import Lesson, Numbers, Setting, backend_of
 
 T, H = 20, 8
 #: Of ten periods: one takes as many values as are watched.
@@ -68,58 +66,43 @@ def watch(rnn: Any, fc: nn.Linear, values: Tensor) -> dict[str, Any]:
     }
 
 
-def run(out: Path | None, *, seed: int, quick: bool) -> int:
-    """Trains, watches, and leaves gates.json and gates.png in the folder.
-
-    Args:
-        out: the folder; None means ``bench/results/local``.
-        seed: of weights and batches.
-        quick: hardly trained: tests the machinery.
-
-    Returns:
-        0, or 1 if the gates do not make the cell state.
-
-    Raises:
-        results.FolderError: the folder cannot be written.
-    """
-    folder = folder_for(out)
-    rnn, fc, losses = fit(seed, steps=5 if quick else 600)
+def measure(setting: Setting) -> Numbers:
+    rnn, fc, losses = fit(setting.seed, steps=5 if setting.quick else 600)
     series = sine(POINTS)[: T + 1].float()
-    seen = watch(rnn, fc, series[:-1])
-    seen |= {"target": series[1:].tolist(), "first_loss": losses[0], "final_loss": losses[-1]}
-    seen |= {"seed": seed, "steps": len(losses), "hidden_size": H}
-    (folder / "gates.json").write_text(json.dumps(seen, indent=1) + "\n")
-    print(f"LSTM H={H}, {len(losses)} steps: mean square {losses[0]:.4f}, then {losses[-1]:.1e}")
+    return {
+        "backends": {"training": backend_of(rnn, torch.zeros(T, 32, 1))},
+        "hidden_size": H,
+        "steps": len(losses),
+        "first_loss": losses[0],
+        "final_loss": losses[-1],
+        "target": series[1:].tolist(),
+        **watch(rnn, fc, series[:-1]),
+    }
+
+
+def table(numbers: Numbers) -> Iterator[str]:
+    first, final = numbers["first_loss"], numbers["final_loss"]
+    yield f"LSTM H={H}, {numbers['steps']} steps: mean square {first:.4f}, then {final:.1e}"
     for name, title in GATES.items():
-        gate = torch.tensor(seen["gates"][name])
+        gate = torch.tensor(numbers["gates"][name])
         swing = gate.amax(0) - gate.amin(0)
-        print(
+        yield (
             f"{title:<12} {gate.min():.2f} to {gate.max():.2f}, mean {gate.mean():.2f}; "
             f"unit {int(swing.argmax())} moves most, by {swing.max():.2f}"
         )
-    print(draw(folder))
-    if not seen["residual"] <= TOLERANCE:
-        print(f"f c + i g is {seen['residual']:.1e} from c", file=sys.stderr)
-        return 1
-    return 0
 
 
-def draw(folder: Path) -> str:
-    """Writes gates.png from gates.json: the sine on top, a panel for each gate below."""
-    try:
-        from matplotlib.figure import Figure
-    except ImportError:
-        return f"JSON in {folder} (no picture: matplotlib is not installed)"
-    seen = json.loads((folder / "gates.json").read_text())
-    steps = range(1, len(seen["input"]) + 1)
-    figure = Figure(figsize=(7, 8), layout="constrained")
+def draw(figure: Any, numbers: Numbers) -> None:
+    """The sine on top, a panel for each gate below."""
+    figure.set_size_inches(7, 8)
+    steps = range(1, len(numbers["input"]) + 1)
     top, *panels = figure.subplots(1 + len(GATES), sharex=True, height_ratios=(1, 2, 2, 2))
-    top.plot(steps, seen["input"], color="#555555", marker=".", label="input")
-    top.plot(steps, seen["target"], color="#555555", ls=":", label="next value")
-    top.plot(steps, seen["prediction"], color="#d1495b", label="predicted")
+    top.plot(steps, numbers["input"], color="#555555", marker=".", label="input")
+    top.plot(steps, numbers["target"], color="#555555", ls=":", label="next value")
+    top.plot(steps, numbers["prediction"], color="#d1495b", label="predicted")
     top.legend(fontsize=7)
     for axis, (name, title) in zip(panels, GATES.items(), strict=True):
-        for unit, line in enumerate(zip(*seen["gates"][name], strict=True)):
+        for unit, line in enumerate(zip(*numbers["gates"][name], strict=True)):
             axis.plot(steps, line, label=f"unit {unit}")
         axis.set_ylim(-0.03, 1.03)
         axis.set_title(title, fontsize=9)
@@ -128,5 +111,14 @@ def draw(folder: Path) -> str:
     )
     panels[-1].set_xticks(list(steps)[::2])
     panels[-1].set_xlabel("step")
-    figure.savefig(folder / "gates.png", dpi=110)
-    return f"JSON and PNG in {folder}"
+
+
+def fault(numbers: Numbers) -> str:
+    """The gates must make the cell state."""
+    residual = numbers["residual"]
+    return "" if residual <= TOLERANCE else f"f c + i g is {residual:.1e} from c"
+
+
+LESSON = Lesson(
+    "the gates of an LSTM over time, while it follows a sine", measure, table, draw, fault
+)
