@@ -20,7 +20,7 @@ COMPILE_ALL := $(PY) tests/compile_all.py --table docs/compiled.csv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench compile-all precision gpu clean
+.PHONY: help demo test lint format bench compile-all precision beside gpu tables gpu-plan clean
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -50,8 +50,17 @@ compile-all: $(READY) $(TRITONS_READY)  ## every kernel and tile size, for every
 precision: $(READY)  ## README's table of precision
 	PYTHONPATH=. $(PY) tests/precision.py
 
-gpu:  ## kernel tests and benchmark on a CUDA device; no network, no install
+beside: $(READY)  ## README's table of what torch.nn refuses
+	PYTHONPATH=. $(PY) tests/beside_torch.py
+
+gpu:  ## tests, sanitizer, benchmark and autotuning on a CUDA device; no network, no install
 	PYTHONPATH=. $(PYTHON) -m bench gpu $(ARGS)
+
+tables:  ## README's tables of measurements, from the newest results folders
+	PYTHONPATH=. $(PYTHON) -m bench.readme
+
+gpu-plan:  ## the fastest plans of FOLDER=bench/results/... into kernels/measured.csv
+	PYTHONPATH=. $(PYTHON) -m bench.autotable $(FOLDER)
 
 clean:  ## everything that make made
 	rm -rf $(VENV) .triton-* build dist *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis

@@ -81,7 +81,11 @@ def row(job: Job, usage: dict) -> dict:
         "H": job.problem.hidden_size if tiles.k_chunks else "",
         "units": "+".join(str(width) for _, width in tiles.blocks),
         "I": "+".join(str(width) for _, width in chosen.i_blocks) or "GEMM",
-        "rows": "ragged" if job.problem.ragged else "dense",
+        "rows": "members"
+        if job.problem.members > 1
+        else "ragged"
+        if job.problem.ragged
+        else "dense",
         "directions": job.problem.directions,
         "layers": chosen.layers,
         "kernel": f"{job.direction} {job.launch}"

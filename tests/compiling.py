@@ -1,4 +1,4 @@
-"""Compiles a plan's kernels for a GPU that is not there, and reads what the binary needs.
+"""Which kernels there are to compile, and what must hold of each; ``offline.py`` compiles them.
 
 Must run in a process without ``TRITON_INTERPRET``. Run as a script it takes jobs as JSON lines on
 standard input and answers one line each, so that another Triton can be put on ``PYTHONPATH``.
@@ -8,20 +8,16 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
-import tempfile
 from collections.abc import Iterator
 from dataclasses import replace
 from itertools import product
-from pathlib import Path
 from typing import NamedTuple
 
 import torch
 import triton
-from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
+from fusedrnn.kernels import measured, offline
 from fusedrnn.kernels.plan import (
     CHIPS,
     Chip,
@@ -30,26 +26,9 @@ from fusedrnn.kernels.plan import (
     Problem,
     cooperative,
     plan,
-    stepwise_tiles,
+    plan_stack,
 )
-from fusedrnn.kernels.rows import Rows
 from fusedrnn.kernels.spec import SPECS
-
-TARGETS = {
-    "sm_80": GPUTarget("cuda", 80, 32),
-    "sm_90": GPUTarget("cuda", 90, 32),
-    "sm_100": GPUTarget("cuda", 100, 32),
-    "gfx942": GPUTarget("hip", "gfx942", 64),
-}
-POINTERS = {
-    torch.float64: "*fp64",
-    torch.float32: "*fp32",
-    torch.float16: "*fp16",
-    torch.bfloat16: "*bf16",
-}
-#: What schedule stepwise carries in fp32 where the tensors have 16 bits.
-CARRIED = ("h_ptr", "c_ptr", "d_h_ptr", "d_c_ptr")
-INTEGERS = {"counters_ptr": "*i32", "origins_ptr": "*i8", "starts_ptr": "*i64"}
 
 
 class Job(NamedTuple):
@@ -86,6 +65,8 @@ COOPERATIVE_STACKS = ((1, 1), (2, 1), (1, 2))
 
 def plan_of(problem: Problem, chip: Chip) -> Plan:
     """The plan of one launch of all the problem's layers."""
+    if problem.members > 1:
+        return plan_stack(problem, chip)[0]
     return cooperative(problem, chip) if problem.layers > 1 else plan(problem, chip)
 
 
@@ -105,7 +86,41 @@ def _problems(chip: Chip) -> Iterator[Problem]:
             if H == 256 or (cell in ("lstm", "gru", "rnn_tanh") and (D, L) == (1, 1)):
                 yield Problem(cell, H, H, batch, D, dtype, precision, True, L)
     yield from _ragged_problems(chip)
+    yield from _member_problems(chip)
     yield from _stepwise_problems()
+    yield from measured_problems(chip)
+
+
+def measured_problems(chip: Chip) -> Iterator[Problem]:
+    """Those of the table of measurements: what a GPU preferred must compile as well."""
+    for shape in measured.table():
+        dtype, precision = getattr(torch, shape.dtype), shape.precision or "tf32"
+        problem = Problem(
+            shape.cell, shape.I, shape.H, shape.B, shape.directions, dtype, precision,
+            shape.needs_grad,
+        )  # fmt: skip
+        if measured.shape_of(problem, chip) == shape:
+            yield problem
+
+
+def _member_problems(chip: Chip) -> Iterator[Problem]:
+    """Ensembles: the largest resident H of every cell, precision and rows per program, both ways to
+    project. What members add is an offset of each pointer before the loop."""
+    for cell, (dtype, precision), I in product(SPECS, KINDS, (1, 65)):
+        for batch in (16, 8 * chip.sms + 2):
+            problems = [
+                Problem(cell, I, H, batch, 2, dtype, precision, True, members=2)
+                for H in range(16, 257, 16)
+            ]
+            yield from [p for p in problems if _is_resident(p, chip)][-1:]
+
+
+def _is_resident(problem: Problem, chip: Chip) -> bool:
+    try:
+        plan_of(problem, chip)
+    except NoPlan:
+        return False
+    return True
 
 
 def _ragged_problems(chip: Chip) -> Iterator[Problem]:
@@ -157,7 +172,7 @@ def _tilings(problem: Problem, chosen: Plan) -> tuple:
     """What of a plan makes a binary: not how many tiles run at once, nor how long it takes."""
     tiles = (chosen.forward, chosen.backward)
     size = (problem.hidden_size, problem.directions) if chosen.forward.k_chunks else ()
-    size += (problem.ragged, chosen.schedule)
+    size += (problem.ragged, chosen.schedule, problem.members)
     return *(t and replace(t, at_once=1) for t in tiles), chosen.layers, size
 
 
@@ -173,107 +188,24 @@ def every_job(chip: str) -> Iterator[Job]:
             key = direction, problem.cell, problem.dtype, tiles, tuple(more)
             if key not in seen:
                 seen.add(key)
-                launches = 1
-                if chosen.schedule == "stepwise":  # one more than products: first or last of all
-                    launches += len(SPECS[problem.cell].phases)
-                yield from (Job(direction, problem, chip, launch) for launch in range(launches))
+                launches = range(offline.launches_of(problem, chosen))
+                yield from (Job(direction, problem, chip, launch) for launch in launches)
 
 
-def compile_kernel(job: Job) -> dict:
+def compile_job(job: Job) -> dict:
     """Compiles one kernel; returns its shared bytes, registers, spilled bytes and mma count."""
-    problem, chosen = job.problem, plan_of(job.problem, CHIPS[job.chip])
-    forward = job.direction == "forward"
-    if chosen.schedule == "stepwise":
-        kernel, tiles, constants, options = _stepwise_kernel_of(problem, forward, job.launch)
-    else:
-        kernel, tiles, constants, options = _kernel_of(problem, chosen, forward)
-    constants["aux_ptr"] = None
-    if not problem.ragged:
-        constants |= {"origins_ptr": None, "starts_ptr": None}
-    signature, attributes = {}, {}
-    aligned = [["tt.divisibility", 16]]  # as torch's allocations are
-    for index, name in enumerate(kernel.arg_names):
-        if name in constants:
-            signature[name] = "constexpr"
-        elif name in INTEGERS:
-            signature[name] = INTEGERS[name]
-        elif name.endswith("_ptrs"):
-            count = problem.directions * chosen.layers
-            signature[name] = (POINTERS[problem.dtype],) * count
-            attributes.update({(index, each): aligned for each in range(count)})
-        elif name.endswith("_ptr"):
-            carried = chosen.schedule == "stepwise" and name in CARRIED
-            wide = carried and problem.dtype.itemsize < 4
-            signature[name] = POINTERS[torch.float32 if wide else problem.dtype]
-            attributes[(index,)] = aligned
-        else:
-            signature[name] = "i32"
-    source = ASTSource(kernel, signature, constants, attributes)
-    binary = triton.compile(source, target=TARGETS[job.chip], options=options)
+    chip = CHIPS[job.chip]
+    chosen = plan_of(job.problem, chip)
+    compiled = offline.compile_kernel(job.problem, chosen, chip, job.direction, job.launch)
+    binary = compiled.binary
     usage = {
-        "shared": binary.metadata.shared,
-        "narrow": _narrow_rows(binary, tiles.block_b),
+        "shared": compiled.shared_bytes,
+        "narrow": narrow_rows(binary, compiled.tiles.block_b),
     }
-    nvidia = not job.chip.startswith("gfx")
     if chosen.schedule == "cooperative":
-        usage |= _exchanged_loads(binary, problem.hidden_size, nvidia)
-    return usage | (_nvidia_usage(binary) if nvidia else _amd_usage(binary.asm["amdgcn"]))
-
-
-def _kernel_of(problem: Problem, chosen: Plan, forward: bool):
-    """The kernel of a plan, its tiles, constants and launch options."""
-    from fusedrnn.kernels import cooperative as together
-    from fusedrnn.kernels import cooperative_launch, launch, resident
-
-    rows = _rows_of(problem)
-    cell, I, H, D = problem.cell, problem.input_size, problem.hidden_size, problem.directions
-    tiles, L = chosen.forward if forward else chosen.backward, chosen.layers
-    with_d_cs = False  # of module.states() alone
-    if chosen.schedule == "cooperative":
-        options, mask = launch.cooperative_options(tiles), L > 1
-        if forward:
-            constants = cooperative_launch.fwd_constants(
-                cell, chosen, L, D, H, True, mask, True, rows
-            )
-            return together._cooperative_fwd_kernel, tiles, constants, options
-        constants = cooperative_launch.bwd_constants(
-            cell, chosen, L, D, H, True, with_d_cs, mask, rows
-        )
-        return together._cooperative_bwd_kernel, tiles, constants, options
-    options = launch.launch_options(tiles)
-    if forward:
-        constants = resident.fwd_constants(cell, chosen, D, I, H, True, problem.needs_grad, rows)
-        return resident._resident_fwd_kernel, tiles, constants, options
-    constants = resident.bwd_constants(cell, chosen, D, H, True, with_d_cs, rows)
-    return resident._resident_bwd_kernel, tiles, constants, options
-
-
-def _rows_of(problem: Problem) -> Rows:
-    """Ragged ones packed, which is all a kernel can be asked for: addresses of their own, too."""
-    some = torch.empty(0) if problem.ragged else None
-    return Rows(1, 1, some, some, some)
-
-
-def _stepwise_kernel_of(problem: Problem, forward: bool, launch: int):
-    """One of the launches of a step: forward the first of all is number 0, backward the last."""
-    from fusedrnn.kernels import stepwise, stepwise_launch
-    from fusedrnn.kernels.launch import launch_options
-
-    cell, H, D, phases = problem.cell, problem.hidden_size, problem.directions, len(
-        SPECS[problem.cell].phases
-    )  # fmt: skip
-    tiles, switches = stepwise_tiles(H), _rows_of(problem).switches
-    if forward:
-        kernel, ready = stepwise._stepwise_fwd_kernel, 0
-        if launch:
-            ready = SPECS[cell].phases[launch - 1][-1] + 1
-        constants = stepwise_launch.fwd_constants(
-            cell, D, H, True, launch > 0, launch % phases, ready
-        )
-    else:
-        kernel, has_d_cs = stepwise._stepwise_bwd_kernel, SPECS[cell].states == 2
-        constants = stepwise_launch.bwd_constants(cell, D, H, True, has_d_cs, launch - 1)
-    return kernel, tiles, constants | switches, launch_options(tiles)
+        nvidia = not job.chip.startswith("gfx")
+        usage |= _exchanged_loads(binary, job.problem.hidden_size, nvidia)
+    return usage | offline.figures(binary)
 
 
 def _exchanged_loads(binary, H: int, nvidia: bool) -> dict:
@@ -290,7 +222,7 @@ def _exchanged_loads(binary, H: int, nvidia: bool) -> dict:
     return {"early": early, "scalar": 0 if H % 16 else len(scalar)}
 
 
-def _narrow_rows(binary, block_b: int) -> int:
+def narrow_rows(binary, block_b: int) -> int:
     """How often a vector of row pointers is moved by 32-bit offsets, which overflow at 2**31.
 
     Counted only for 8 rows: no block of columns, whose offsets are small, is 8 wide.
@@ -302,60 +234,11 @@ def _narrow_rows(binary, block_b: int) -> int:
     )
 
 
-def _nvidia_usage(binary) -> dict:
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(binary.asm["cubin"])
-        file.flush()
-        usage = _run_tool("cuobjdump", "-res-usage", file.name)
-        sass = _run_tool("nvdisasm", "-c", file.name)
-    found = {key: int(value) for key, value in re.findall(r"(REG|STACK|LOCAL):(\d+)", usage)}
-    ptx = binary.asm["ptx"]
-    return {
-        "registers": found["REG"],
-        "spills": found["STACK"] + found["LOCAL"],
-        "mma": len(re.findall(r"\b(?:mma\.sync|wgmma\.mma_async|tcgen05\.mma)", ptx)),
-        "step": _longest_loop(sass),
-    }
-
-
-def _run_tool(name: str, *arguments: str) -> str:
-    """Runs a program that Triton brings along."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
-
-
-def _longest_loop(sass: str) -> int:
-    """Instructions from the target of the farthest backward branch to it: the loop over T."""
-    labels: dict[str, int] = {}
-    count = longest = 0
-    for line in sass.splitlines():
-        if label := re.match(r"\s*(\.L_x_\d+):", line):
-            labels[label[1]] = count
-        elif instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?);", line):
-            count += 1
-            target = re.search(r"BRA.*`\((\.L_x_\d+)\)", instruction[1])
-            if target and target[1] in labels:
-                longest = max(longest, count - labels[target[1]])
-    return longest
-
-
-def _amd_usage(asm: str) -> dict:
-    def figure(key: str) -> int:
-        return int(re.search(rf"\.{key}:\s+(\d+)", asm).group(1))
-
-    return {
-        "registers": figure("vgpr_count"),
-        "spills": figure("vgpr_spill_count"),
-        "mma": len(re.findall(r"\bv_mfma_", asm)),
-        "step": 0,  # not counted
-    }
-
-
 def main() -> None:
     """Reads jobs and answers each with what its binary needs, one JSON object a line."""
     for line in sys.stdin:
         job = Job.from_json(line)
-        usage = compile_kernel(job)
+        usage = compile_job(job)
         sys.stdout.write(json.dumps({"triton": triton.__version__, **usage}) + "\n")
 
 

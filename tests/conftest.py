@@ -39,7 +39,7 @@ def _nan_poisoned_allocations(monkeypatch):
             return tensor
         return tensor.fill_(float("nan")) if tensor.device.type in ("cpu", "cuda") else tensor
 
-    from fusedrnn import ops, stack
+    from fusedrnn import launches, ops, recompute, stack
 
     class Poisoned:
         """The torch namespace of one module, with empty_like poisoned."""
@@ -51,10 +51,19 @@ def _nan_poisoned_allocations(monkeypatch):
         def empty_like(*args, **kwargs):
             return poison(empty_like(*args, **kwargs))
 
-    monkeypatch.setattr(stack, "torch", Poisoned())
-    monkeypatch.setattr(ops, "torch", Poisoned())
+    for module in (launches, ops, recompute, stack):
+        monkeypatch.setattr(module, "torch", Poisoned())
     monkeypatch.setattr(
         torch.Tensor,
         "new_empty",
         lambda self, *a, **k: poison(new_empty(self, *a, **k)),
     )
+
+
+@pytest.fixture(params=["3.9", "3.6"])
+def triton_dir(request):
+    """The newest Triton and the oldest supported one (torch 2.11's), which `make test` installs."""
+    variable = "FUSEDRNN_TRITON_" + request.param.replace(".", "")
+    if variable not in os.environ:
+        pytest.skip(f"{variable} names no folder with Triton {request.param}; `make test` does")
+    return os.environ[variable]

@@ -12,7 +12,7 @@ import triton
 from models import Op, make_inputs, torch_module
 from triton.backends.compiler import GPUTarget
 
-from fusedrnn import stack
+from fusedrnn import launches
 from fusedrnn.kernels import cooperative, resident, stepwise
 from fusedrnn.kernels.plan import CHIPS
 from fusedrnn.kernels.spec import SPECS
@@ -50,7 +50,7 @@ def main() -> None:
             kernel.run = lambda *args, run=kernel.run, **kwargs: compiled.append(
                 run(*args, **{**kwargs, "warmup": True})
             )
-    stack.chip_of = lambda device: CHIPS["sm_90"]
+    launches.chip_of = lambda device: CHIPS["sm_90"]
     for cell in SPECS:
         for case, bias, stacked in (
             (Case(3, 2, 1, 5), True, {"bidirectional": True}),

@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fusedrnn import ops
+from fusedrnn import transforms
 from fusedrnn.kernels.spec import SPECS
+from fusedrnn.launches import Config
 from fusedrnn.layout import Ragged
-from fusedrnn.stack import Config
 from fusedrnn.testing import assert_budget, run_module
 
 CELLS = tuple(SPECS)
@@ -79,7 +79,7 @@ class Op(nn.Module):
             self.precision,
         )
         states = [hx] if isinstance(hx, Tensor) else hx
-        output, final, _ = ops.rnn_stack(
+        output, final, _ = transforms.rnn_stack(
             input, states, list(module.parameters()), dropout_masks, ragged, config
         )
         return output, final[0] if len(final) == 1 else tuple(final)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import importlib.util
 import json
 import sys
 from dataclasses import asdict, replace
@@ -11,19 +10,25 @@ from pathlib import Path
 
 import pytest
 import torch
+from torch.nn.utils.rnn import pad_packed_sequence
 
 import bench.__main__ as main_module
-from bench import gpu, imdb, plots, providers, run, timing
+from bench import imdb, plots, providers, run, timing
 from bench.cases import (
     CELLS,
     EMBEDDING,
     LESSONS,
     ONE_HOT,
     PRICE,
+    RAGGED,
     SINE,
+    WORKLOADS,
+    CaseError,
     Workload,
     cut_down,
+    every_sweep,
     lessons,
+    named,
     sweep,
 )
 from bench.gate import Gate
@@ -32,7 +37,7 @@ from bench.progress import Progress
 from bench.providers import PROVIDERS, TORCH, Provider
 from bench.report import WIDTH, environment, header, table_head, table_line
 from bench.results import FolderError, Loss, Results, Row
-from bench.run import Settings, Subject, measure
+from bench.run import Settings, Subject, first_steps, measure, random_input
 from bench.timing import interleaved, quantile
 from bench.train import train
 
@@ -90,10 +95,50 @@ def test_the_lessons_are_the_ones_promised():
 def test_the_sweep_covers_sizes_batches_and_dtypes():
     points = list(sweep())
     assert {w.H for w in points} >= {16, 64, 128, 192, 256, 384, 512, 768, 1024, 2048}
-    assert {w.B for w in points} == {1, 16, 64, 128}
+    assert {w.B for w in points} == {1, 16, 64, 128, 256}
     assert {w.dtype for w in points} == {"float32", "float16", "bfloat16"}
     assert {w.T for w in points} == {512}
     assert len({w.name for w in points}) == len(points)
+
+
+def test_every_workload_has_a_name_of_its_own_and_is_found_by_it():
+    points = [*WORKLOADS, *every_sweep()]
+    assert len({w.name for w in points}) == len(points)
+    for name in ("many-to-one", "character", "H64-B16-fp16", "H64-B1-fp32-T4096-packed"):
+        assert [w.name for w in named(name)] == [name]
+    assert [w.name for w in named("sine-10,character,sine-10")] == ["sine-10", "character"]
+    assert {w.H for w in points if w.lesson == "sweep"} >= {16, 2048}
+    assert {w.T for w in points if w.lesson == "sweep"} >= {64, 4096}
+
+
+def test_the_groups():
+    lessons_ = {w.name: w for w in named("lessons")}
+    assert set(lessons_) >= {"many-to-one", "toy-both-ways", "imdb-one-hot", "imdb-embedding"}
+    assert set(lessons_) >= {"price-30", "character", *(f"sine-{T}" for T in (10, 20, 30, 50, 100))}
+    assert (lessons_["character"].T, lessons_["imdb-embedding"].B) == (1, 64)
+    assert {w.lesson for w in named("sweep")} == {"sweep"}
+    assert len(named("sweep")) == len(list(every_sweep()))
+    assert all(w.T <= 12 and w.H <= 8 for w in named("smoke"))
+    assert {w.name for w in named("smoke")} == {w.name for w in WORKLOADS}
+
+
+@pytest.mark.parametrize(
+    ("name", "near"), [("many-to-on", "many-to-one"), ("sin-20", "sine-20"), ("???", "--list")]
+)
+def test_an_unknown_case_is_a_sentence_with_those_near(name, near):
+    with pytest.raises(CaseError, match=rf"there is no case .*{near}"):
+        named(f"sine-10,{name}")
+
+
+def test_what_is_ragged_is_packed_with_the_longest_of_all_steps():
+    packed = random_input(replace(RAGGED, T=7, B=4, I=3), CPU)
+    assert len(packed.batch_sizes) == 7
+    assert packed.batch_sizes[3] == 4  # nothing is shorter than half
+    cut = first_steps(packed, 5)
+    padded, lengths = pad_packed_sequence(cut)
+    whole, _ = pad_packed_sequence(packed)
+    assert torch.equal(padded, whole[:5])
+    assert lengths.max() == 5
 
 
 @pytest.mark.parametrize("workload", SMALL.values(), ids=lambda w: w.name)
@@ -314,7 +359,7 @@ def test_pictures_come_from_the_csv_alone(tmp_path, monkeypatch):
     results.add([shown, a_row(gate="red"), *sweep_rows], [Loss("w", "lstm", TORCH, 0, 0.5)])
     assert "PNG" in plots.draw(tmp_path)
     made = sorted(path.name for path in tmp_path.glob("*.png"))
-    assert made == ["losses.png", "speed.png", "sweep.png"]
+    assert made == ["axes.png", "losses.png", "maps.png", "speed.png", "sweep.png"]
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert "matplotlib is not installed" in plots.draw(tmp_path)
 
@@ -377,75 +422,10 @@ def tiny_sweep() -> Workload:
     return replace(next(iter(sweep(T=4))), B=2, I=3, H=5, dtype="float32")
 
 
-def test_a_session_tests_measures_and_writes(tmp_path, capsys, monkeypatch, no_imdb):
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    monkeypatch.setattr(gpu, "run_tests", lambda *_: (True, "3 passed"))
-    monkeypatch.setattr(gpu.imdb, "load", lambda **_: imdb.Corpus(imdb.generate(64, 32), "none"))
-    code = gpu.session(CPU, tmp_path, gpu.Deadline(600), [SMALL["imdb-one-hot"], tiny_sweep()])
-    out = capsys.readouterr().out
-    assert code == 0
-    env = json.loads((tmp_path / "environment.json").read_text())
-    assert (env["tests"], env["cases"]) == ("3 passed", "4 of 4 cases")
-    with open(tmp_path / "results.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    triton = [row for row in rows if row["provider"] == "fusedrnn triton"]
-    assert [(row["backend"], row["gate"]) for row in triton] == [("triton", "ok")] * 2
-    assert "4 of 4 cases" in out
-
-
 def test_the_truth_starts_from_the_weights_that_are_tested():
     """Rounded to the case's dtype before the gate makes fp64 of them."""
     subject = Subject(replace(tiny_sweep(), dtype="float16"), "gru", SETTINGS)
     assert {weight.dtype for weight in subject.weights.values()} == {torch.float16}
-
-
-def test_no_time_left_is_no_case_and_no_crash(tmp_path, monkeypatch, no_imdb):
-    monkeypatch.setattr(gpu, "run_tests", lambda *_: (True, "not run"))
-    monkeypatch.setattr(gpu.imdb, "load", lambda **_: imdb.Corpus(imdb.generate(64, 32), "none"))
-    assert gpu.session(CPU, tmp_path, gpu.Deadline(0), [tiny_sweep()]) == 0
-    assert len((tmp_path / "results.csv").read_text().splitlines()) == 1
-
-
-def test_one_broken_case_costs_the_others_nothing(corpus, monkeypatch):
-    def breaks(workload, cell, *_):
-        if cell == "lstm":
-            raise RuntimeError("out of memory\nand a long story")
-        return run.Measured([a_row()], [], [])
-
-    monkeypatch.setattr(gpu, "measure", breaks)
-    cases = [(SMALL["sine-20"], cell) for cell in CELLS]
-    first, second = gpu.measure_all(cases, gpu.Deadline(60), SETTINGS, corpus)
-    assert {row.gate for row in first.rows} == {"failed"}
-    assert "RuntimeError: out of memory" in table_line(first.rows[0])
-    assert first.complaints
-    assert second.rows[0].gate == "ok"
-
-
-def test_the_kernel_tests_run_as_a_process_with_a_limit(tmp_path, monkeypatch):
-    found = importlib.util.find_spec
-    with monkeypatch.context() as patch:
-        patch.setattr(importlib.util, "find_spec", lambda n: None if n == "pytest" else found(n))
-        assert gpu.run_tests(tmp_path, 10) == (True, "not run: pytest is not installed")
-    monkeypatch.setattr(gpu, "ROOT", tmp_path)
-    (tmp_path / "tests").mkdir()
-    test = tmp_path / "tests" / "test_x.py"
-    head = "import time, pytest\npytestmark = pytest.mark.gpu\n"
-    (tmp_path / "pytest.ini").write_text("[pytest]\nmarkers =\n    gpu: x\n")
-    for body, seconds, ok, line in (
-        ("def test(): pass\n", 60, True, "1 passed"),
-        ("def test(): assert False\n", 60, False, "1 failed"),
-        ("def test(): time.sleep(60)\n", 1, False, "stopped after 1 s"),
-    ):
-        test.write_text(head + body)
-        verdict, text = gpu.run_tests(tmp_path, seconds)
-        assert verdict is ok
-        assert line in text
-
-
-def test_the_folder_of_a_gpu_is_a_plain_name():
-    folder = gpu.default_folder("NVIDIA H100 80GB HBM3 (x/y)", today="2026-01-02")
-    assert folder.name == "nvidia-h100-80gb-hbm3-x-y-2026-01-02"
-    assert folder.parent.name == "results"
 
 
 # The model

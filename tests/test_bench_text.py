@@ -1,20 +1,18 @@
-"""The language of the text lesson, its samples, and the watched gates."""
+"""The language of the text lesson, and its samples."""
 
 from __future__ import annotations
 
 import csv
-import json
 import re
 import sys
 from dataclasses import replace
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import nn
 
 import fusedrnn
-from bench import gates, text
+from bench import text
 from bench.providers import TORCH
 from bench.results import FolderError
 
@@ -145,16 +143,14 @@ def test_the_whole_lesson_in_small(tmp_path, capsys):
     assert 0 <= float(values["known_words", "temperature 1.5", ""]) <= 1
 
 
-def test_the_pictures_need_matplotlib_and_nothing_else_does(tmp_path, monkeypatch, watched):
+def test_the_picture_needs_matplotlib_and_nothing_else_does(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
     assert text.run(tmp_path, quick=True, seed=0, device=CPU) == 0
-    assert gates.run(tmp_path, quick=True, seed=0) == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"text.csv", "gates.json"}
+    assert {path.name for path in tmp_path.iterdir()} == {"text.csv"}
     monkeypatch.undo()
     pytest.importorskip("matplotlib", reason="matplotlib is not installed")
     text.draw(tmp_path)
-    gates.draw(tmp_path)
-    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".json", ".png"}
+    assert {path.suffix for path in tmp_path.iterdir()} == {".csv", ".png"}
 
 
 def test_a_stream_that_goes_astray_is_exit_code_1(tmp_path, capsys, monkeypatch):
@@ -171,79 +167,3 @@ def test_a_folder_that_cannot_be(tmp_path, monkeypatch):
         text.folder_for(tmp_path / "file")
     assert text.folder_for(tmp_path / "a" / "b").is_dir()
     assert text.folder_for(None) == tmp_path / "local"
-
-
-# The gates
-
-
-def stand_in(module, input, hx=None, gates=False):
-    """``LSTM.states`` for one layer, from the equations."""
-    w_ih, w_hh, b_ih, b_hh = module.parameters()
-    h = c = torch.zeros(input.shape[1], module.hidden_size)
-    seen = {name: [] for name in "ifgohc"}
-    for x in input:
-        i, f, g, o = (x @ w_ih.T + b_ih + h @ w_hh.T + b_hh).chunk(4, -1)
-        i, f, g, o = i.sigmoid(), f.sigmoid(), g.tanh(), o.sigmoid()
-        c = f * c + i * g
-        h = o * c.tanh()
-        for name, value in zip("ifgohc", (i, f, g, o, h, c), strict=True):
-            seen[name].append(value)
-    all_of = {name: torch.stack(values) for name, values in seen.items()}
-    return SimpleNamespace(
-        output=all_of["h"],
-        h=[[all_of["h"]]],
-        c=[[all_of["c"]]],
-        gates=[[{name: all_of[name] for name in "ifgo"}]],
-    )
-
-
-@pytest.fixture(params=["stand-in", "module"])
-def watched(request, monkeypatch):
-    """The LSTM with a ``states`` of the test's, and with its own."""
-    if request.param == "stand-in":
-        monkeypatch.setattr(fusedrnn.LSTM, "states", stand_in, raising=False)
-    elif not hasattr(fusedrnn.LSTM, "states"):
-        pytest.skip("LSTM has no method states")
-
-
-def test_the_gates_are_those_of_the_equations(watched):
-    rnn, fc, _ = gates.fit(seed=0, steps=1)
-    values = torch.linspace(-1, 1, gates.T)
-    seen = gates.watch(rnn, fc, values)
-    expected = stand_in(rnn, values.view(-1, 1, 1)).gates[0][0]
-    for name, gate in seen["gates"].items():
-        torch.testing.assert_close(torch.tensor(gate), expected[name][:, 0].detach())
-    with torch.no_grad():
-        prediction = fc(rnn(values.view(-1, 1, 1))[0]).flatten()
-    torch.testing.assert_close(torch.tensor(seen["prediction"]), prediction)
-    assert seen["residual"] < gates.TOLERANCE
-
-
-def test_training_follows_the_sine():
-    _, _, losses = gates.fit(seed=0, steps=60)
-    assert losses[-1] < losses[0] / 5
-
-
-def test_the_gates_in_small(watched, tmp_path, capsys):
-    assert gates.run(tmp_path, seed=0, quick=True) == 0
-    out, err = capsys.readouterr()
-    assert err == ""
-    for title in gates.GATES.values():
-        assert title in out
-    seen = json.loads((tmp_path / "gates.json").read_text())
-    assert len(seen["input"]) == len(seen["target"]) == len(seen["prediction"]) == gates.T
-    assert seen["target"][:-1] == seen["input"][1:]
-    for name in "ifgo":
-        assert [len(row) for row in seen["gates"][name]] == [gates.H] * gates.T
-
-
-def test_gates_of_another_run_are_exit_code_1(tmp_path, capsys, monkeypatch):
-    def swapped(*args, **kwargs):
-        states = stand_in(*args, **kwargs)
-        (all_gates,) = states.gates[0]
-        all_gates["i"], all_gates["f"] = all_gates["f"], all_gates["i"]
-        return states
-
-    monkeypatch.setattr(fusedrnn.LSTM, "states", swapped, raising=False)
-    assert gates.run(tmp_path, seed=0, quick=True) == 1
-    assert "from c" in capsys.readouterr().err

@@ -1,7 +1,6 @@
 """Ring 3: kernels compiled for GPUs that are not there; a covering subset of `make compile-all`."""
 
 import json
-import os
 from itertools import groupby
 from pathlib import Path
 
@@ -18,7 +17,8 @@ def covering(chip: str, every: int, ragged: tuple[bool, ...] = (False, True)):
     def kind(job):
         p = job.problem
         schedule = plan_of(p, CHIPS[job.chip]).schedule
-        return schedule, job.direction, job.launch, p.cell, str(p.dtype), p.precision, p.ragged
+        rows = p.ragged, p.members
+        return schedule, job.direction, job.launch, p.cell, str(p.dtype), p.precision, rows
 
     def weight(job):
         # The widest tile of rows and, for the forward, the input projected in the kernel.
@@ -35,15 +35,6 @@ def check(jobs, triton_dir=None):
     found = [(job, usage) for job, usage in zip(jobs, usages, strict=True) if faults(job, usage)]
     assert not found, "\n".join(f"{faults(*pair)}: {pair}" for pair in found)
     return usages
-
-
-@pytest.fixture(params=["3.9", "3.6"])
-def triton_dir(request):
-    """The newest Triton and the oldest supported one (torch 2.11's), which `make test` installs."""
-    variable = "FUSEDRNN_TRITON_" + request.param.replace(".", "")
-    if variable not in os.environ:
-        pytest.skip(f"{variable} names no folder with Triton {request.param}; `make test` does")
-    return os.environ[variable]
 
 
 def test_hopper():

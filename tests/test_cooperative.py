@@ -360,7 +360,10 @@ def rewritten(kernel: triton.JITFunction, old: str, new: str) -> triton.JITFunct
     return namespace[kernel.fn.__name__]
 
 
-STORE_H = "        store_rows(out_rows, here, start, only(out, 0), 0, H, BLOCKS)\n"
+STORE_H = (
+    "        store_rows(out_ptr + row * (D * H) + pid_d * H, here, start, "
+    "only(out, 0), 0, H, BLOCKS)\n"
+)
 STORE_DGATES = (
     "            store_rows(rows, here, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)\n"
 )

@@ -310,6 +310,7 @@ class TestExplain:
             "backend: aten (asked for: auto, default)",
             "not triton: the kernels need CUDA tensors, these are on cpu "
             "(TRITON_INTERPRET=1 and a named backend run CPU tensors)",
+            "under torch.compile: torch",
         ]
         assert repr(told) == str(told)
 
@@ -394,3 +395,42 @@ def test_importing_does_not_import_triton():
         new = set(sys.modules) - before
         assert not [name for name in new if name.split(".")[0] == "triton"], new
     """)
+
+
+def training(cell, T, B, I, H, **more):
+    return dispatch.Request(
+        cell, torch.device("cpu"), torch.float32, T, B, I, H, needs_grad=True, **more
+    )
+
+
+@pytest.mark.parametrize(
+    ("request_", "backend"),
+    [
+        (training("gru", 15, 8, 4, 4), "torch"),
+        (training("gru", 14, 8, 4, 4), "aten"),
+        (training("gru", 15, 8, 4, 4)._replace(needs_grad=False), "aten"),
+        (training("gru", 15, 8, 4, 4)._replace(dtype=torch.float64), "aten"),
+        (training("gru", 15, 8, 4, 4, autocast=torch.bfloat16), "aten"),
+        (training("rnn_tanh", 30, 8, 4, 4), "torch"),
+        (training("rnn_relu", 29, 8, 4, 4), "aten"),
+        (training("lstm", 100, 64, 300, 16), "torch"),
+        (training("lstm", 100, 64, 290, 16), "aten"),
+        (training("lstm", 100, 64, 300, 76), "aten"),
+        (training("lstm", 100, 64, 300, 16, num_layers=2), "aten"),
+        (training("lstm", 100, 64, 300, 16, needs_input_grad=True), "aten"),
+        (training("lstm", 100, 128, 300, 16, needs_input_grad=True), "torch"),
+        (training("lstm", 500, 64, 64, 64), "aten"),
+    ],
+)
+def test_the_cpus_table(request_, backend, monkeypatch):
+    """Where the loop was measured to train faster than torch's operator, and next to there."""
+    monkeypatch.delenv("FUSEDRNN_BACKEND", raising=False)
+    assert dispatch.choose(request_) == backend
+
+
+def test_explain_says_what_a_compiler_gets():
+    """Torch's operator cannot be one node of a training graph; without gradients it can."""
+    module, x = fusedrnn.LSTM(3, 4), torch.randn(5, 2, 3)
+    assert "\nunder torch.compile: torch" in str(fusedrnn.explain(module, x))
+    with torch.no_grad():
+        assert "under torch.compile" not in str(fusedrnn.explain(module, x))

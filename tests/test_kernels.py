@@ -14,8 +14,8 @@ from models import (
     torch_module,
 )
 
-from fusedrnn import dispatch, stack
-from fusedrnn.kernels import cooperative_launch, launch
+from fusedrnn import dispatch, launches
+from fusedrnn.kernels import chips, cooperative_launch, launch
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.plan import chip_of
 from fusedrnn.loop import loop_fwd
@@ -72,7 +72,7 @@ def test_half_precision(cell, case, dtype, device):
 def test_sixteen_rows_a_program(cell, directions, device, monkeypatch):
     """Where SMs are scarce the plan gives a program 16 rows and not 8."""
     crowded = chip_of(device)._replace(name="crowded", sms=1)
-    monkeypatch.setattr(stack, "chip_of", lambda device: crowded)
+    monkeypatch.setattr(launches, "chip_of", lambda device: crowded)
     check(cell, Case(4, 21, 3, 40), device, directions=directions)
 
 
@@ -285,7 +285,7 @@ def test_empty_batch(device):
 def test_layers_in_one_launch(cell, layers, dropout, device, monkeypatch):
     """A wavefront through the operator: one program a layer, which the interpreter runs in order.
     What several programs do to each other is `test_cooperative.py`'s."""
-    monkeypatch.setattr(stack, "plan_stack", lambda p, chip: (planning.cooperative(p, chip),))
+    monkeypatch.setattr(launches, "plan_stack", lambda p, chip: (planning.cooperative(p, chip),))
     module = torch_module(cell, 3, 16, num_layers=layers).to(device)
     x, hx, _ = make_inputs(cell, SMALL._replace(H=16), layers=layers, device=device)
     masks = [torch.rand(6, 5, 16, device=device).round() * 2 for _ in range(layers - 1)] * dropout
@@ -326,11 +326,11 @@ def test_double_precision(device):
 @pytest.mark.parametrize("refused", ["forward", "backward"])
 def test_a_refused_launch_is_done_another_way(refused, device, monkeypatch):
     """Another process may own part of the SMs. The first refusal is said, and is the last."""
-    monkeypatch.setattr(planning, "_REFUSING", set())
+    monkeypatch.setattr(chips, "_REFUSING", set())
     monkeypatch.setattr(
-        stack,
+        launches,
         "chip_of",
-        lambda d: planning.CHIPS["sm_90"]._replace(cooperates=d not in planning._REFUSING),
+        lambda d: planning.CHIPS["sm_90"]._replace(cooperates=d not in chips._REFUSING),
     )
     asked = []
 
@@ -353,7 +353,7 @@ def test_a_refused_launch_is_done_another_way(refused, device, monkeypatch):
     ):
         assert_equals_torch(module, Op(module, "gru", "triton", "tf32"), *inputs)
     assert len(asked) == 1
-    assert {device} == planning._REFUSING
+    assert {device} == chips._REFUSING
 
 
 def like_the_reference(cell, plan, gx, weights, masks, h_0, c_0, outs, *results):

@@ -511,48 +511,6 @@ def test_aten_refuses_and_auto_does_not_choose_it(option):
         module(x, **options)
 
 
-# What the host must not wait for.
-
-
-@pytest.mark.parametrize("schedule", DTYPES)
-@pytest.mark.parametrize("through", ["forward", "states"])
-def test_no_schedule_looks_at_a_value(schedule, through, monkeypatch):
-    """Only Triton's interpreter may, in place of the device."""
-    from triton.runtime.interpreter import GridExecutor
-
-    module = build("lstm", 1, 2, DTYPES[schedule])
-    x = torch.randn(T, 5, 3, dtype=DTYPES[schedule], requires_grad=True)
-    names = ("item", "tolist", "cpu", "nonzero", "__bool__", "__int__", "__index__", "numpy")
-    looks = {name: getattr(torch.Tensor, name) for name in names}
-    execute, launches = GridExecutor.__call__, []
-
-    def look(self, *args, **kwargs):
-        raise AssertionError("the host looked at a value")
-
-    def launch(*args, **kwargs):
-        launches.append(args)
-        with pytest.MonkeyPatch.context() as inside:
-            for name, real in looks.items():
-                inside.setattr(torch.Tensor, name, real)
-            return execute(*args, **kwargs)
-
-    monkeypatch.setattr(arguments, "_checked_lengths", lambda lengths, *_: lengths)
-    monkeypatch.setattr(GridExecutor, "__call__", launch)
-    for name in names:
-        monkeypatch.setattr(torch.Tensor, name, look)
-    with pytest.raises(AssertionError, match="looked"):
-        LENGTHS.tolist()
-    with fusedrnn.use_backend("triton"):
-        if through == "forward":
-            output, _ = module(x, **KINDS["both"])
-        else:
-            output = module.states(x, gates=True, **KINDS["both"]).output
-        grads = torch.autograd.grad(output, (x, *module.parameters()), torch.ones_like(output))
-    monkeypatch.undo()
-    assert launches
-    assert all(grad.isfinite().all() for grad in grads)
-
-
 # Traps: what would be wrong must be found, on every route.
 
 

@@ -17,7 +17,7 @@ LSTM = Problem("lstm", 1024, 1024, 16, 1, torch.bfloat16, "ieee", True)
 
 
 def tiles(units=16, at_once=2, **changes) -> Tiles:
-    chunks = k_chunks(1024, "16-bit")
+    chunks = k_chunks(1024, "16-bit", 1024)
     settings = {"block_b": 16, "blocks": ((0, units),), "num_warps": 8, "max_registers": None,
                 "input_precision": "ieee", "shared_bytes": 0, "k_chunks": chunks,
                 "at_once": at_once}  # fmt: skip

@@ -31,6 +31,8 @@ import importlib.metadata, torch, fusedrnn
 from fusedrnn.kernels.plan import plan
 print(fusedrnn.__file__)
 print(importlib.metadata.version("fusedrnn"), fusedrnn.__version__)
+from fusedrnn.kernels.measured import table
+assert isinstance(table(), dict), "the table of measurements is read where it is installed"
 print(tuple(fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))[0].shape))
 """
 
@@ -80,7 +82,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel):
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         texts = {name: archive.read(name) for name in names}
         licenses = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
-    assert names == modules() | {"fusedrnn/py.typed"}  # for type checkers: the annotations count
+    # py.typed is for type checkers: the annotations count.
+    assert names == modules() | {"fusedrnn/py.typed", "fusedrnn/kernels/measured.csv"}
     assert texts == {name: (ROOT / name).read_bytes() for name in names}
     assert len(licenses) == 1
     assert wheel.name == f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"

@@ -7,6 +7,7 @@ import pytest
 import torch
 from compiling import COOPERATIVE_H, every_plan
 
+from fusedrnn.kernels.limits import operand_columns
 from fusedrnn.kernels.plan import (
     CHIPS,
     NoPlan,
@@ -126,9 +127,10 @@ def test_a_cell_that_reduces_over_a_row_stays_in_one_program(monkeypatch):
 
 
 @pytest.mark.parametrize("H", range(1, 2100, 7))
+@pytest.mark.parametrize("gates", [1, 4])
 @pytest.mark.parametrize("kind", ["16-bit", "tf32"])
-def test_chunks_cover_h_in_short_chains(H, kind):
-    chunks = k_chunks(H, kind)
+def test_chunks_cover_h_in_short_chains(H, kind, gates):
+    chunks = k_chunks(H, kind, operand_columns(kind, gates, "backward", H))
     assert len({pieces for _, pieces, _ in chunks}) == 1
     ends = [start + pieces * width for start, pieces, width in chunks]
     assert [start for start, _, _ in chunks] == [0, *ends[:-1]]

@@ -4,9 +4,9 @@ import pytest
 import torch
 from models import CELLS, Op, make_inputs, torch_module
 
-from fusedrnn import ops
+from fusedrnn import transforms
+from fusedrnn.launches import Config
 from fusedrnn.layout import Ragged
-from fusedrnn.stack import Config
 from fusedrnn.testing import CASES, Case, run_module
 
 
@@ -43,7 +43,9 @@ def stack_function(cell, has_bias, layers, directions, masks=()):
 
     def function(x, *rest):
         config = Config(cell, "torch", has_bias, layers, directions == 2, "ieee")
-        output, final, _ = ops.rnn_stack(x, rest[:states], rest[states:], masks, Ragged(), config)
+        output, final, _ = transforms.rnn_stack(
+            x, rest[:states], rest[states:], masks, Ragged(), config
+        )
         return output, *final
 
     return function

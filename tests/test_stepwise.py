@@ -287,6 +287,8 @@ def main() -> None:
     import compiling
     from launching import Driver
 
+    from fusedrnn.kernels import offline
+
     triton.runtime.driver.set_active(Driver())
     compiled: list = []
     for kernel in (stepwise._stepwise_fwd_kernel, stepwise._stepwise_bwd_kernel):
@@ -298,8 +300,8 @@ def main() -> None:
             for case in (Case(2, 3, 1, 48), Case(1, 1, 1, 48)):  # other T and B: no other binary
                 run(STEPWISE, cell, make(cell, case, 2, dtype))
     for number, binary in {id(binary): binary for binary in compiled}.items():
-        usage = compiling._nvidia_usage(binary)
-        usage["narrow"] = compiling._narrow_rows(binary, planning.stepwise_tiles(48).block_b)
+        usage = offline.figures(binary)
+        usage["narrow"] = compiling.narrow_rows(binary, planning.stepwise_tiles(48).block_b)
         print(json.dumps({"name": binary.metadata.name, "binary": number, **usage}))  # noqa: T201
 
 

@@ -1,0 +1,114 @@
+"""Other implementations beside torch.nn: adapters pass the gate, and who is absent says so."""
+
+from __future__ import annotations
+
+from functools import partial
+from importlib.util import find_spec
+
+import pytest
+import torch
+
+from bench import peers, providers
+from bench.cases import CELLS, Workload
+from bench.gate import Gate
+from bench.providers import PROVIDERS, TORCH, absent, build, contenders
+from bench.run import Settings, Subject
+
+CPU = torch.device("cpu")
+ONE = Workload("one", "toy", "none", T=4, B=3, I=5, H=6)
+BOTH_WAYS = Workload("both", "toy", "none", T=4, B=3, I=5, H=6, layers=2, bidirectional=True)
+PACKED = Workload("packed", "toy", "none", T=6, B=3, I=5, H=6, ragged=True)
+
+
+@pytest.fixture(autouse=True)
+def nothing_is_generated(monkeypatch):
+    """Inductor takes a minute for what Dynamo alone shows: the graph is the loop's."""
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="eager"))
+
+
+def gate(workload, cell):
+    subject = Subject(workload, cell, Settings(CPU))
+    return Gate(workload, cell, subject.weights, subject.gate_input())
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's own
+@pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of the peers about their own insides
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("workload", [ONE, BOTH_WAYS], ids=lambda w: w.name)
+@pytest.mark.parametrize(
+    "name", [n for n in PROVIDERS if n != TORCH and "cpu" in PROVIDERS[n].devices]
+)
+def test_every_adapter_passes_the_gate(name, workload, cell):
+    if reason := absent(name, CPU):
+        pytest.skip(reason)
+    if name == "jax" and workload is BOTH_WAYS:
+        with pytest.raises(NotImplementedError, match="one layer in one direction"):
+            build(name, cell, workload)
+        return
+    verdict = gate(workload, cell).judge(name)
+    assert verdict.ok, verdict.failures
+    assert 0 < verdict.error < 1e-6
+    names = {budget.name for budget in verdict.budgets}
+    assert ("d_input" in names) == PROVIDERS[name].backward
+    assert "d_weight_hh_l0" in names or not PROVIDERS[name].backward
+
+
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("gate_of", ["i or r", "the last"])
+def test_gates_in_another_order_are_red(cell, gate_of, monkeypatch):
+    """What an adapter with the wrong permutation would compute."""
+    gates = 4 if cell == "lstm" else 3
+    order = (
+        (1, 0, 2, 3)[:gates] if gate_of == "i or r" else (*range(gates - 2), gates - 1, gates - 2)
+    )
+
+    class Swapped(peers.EagerLoop):
+        def convert(self, *weights):
+            return tuple(peers._swapped(t, gates, order) for t in weights)
+
+    monkeypatch.setitem(PROVIDERS, "eager loop", providers.Provider(peers.both(Swapped)))
+    assert not gate(ONE, cell).judge("eager loop").ok
+
+
+@pytest.mark.parametrize("peer", [peers.Keras, peers.Haste, peers.FlashRNN])
+@pytest.mark.parametrize("cell", CELLS)
+def test_converted_weights_are_a_permutation_of_torchs(peer, cell):
+    """Of those that are not installed too: nothing is lost but that two biases may be one."""
+    rnn = peer(cell.upper(), 5, 6, batch_first=True)
+    w_ih, w_hh, b_ih, b_hh = rnn.parameters()
+    matrices = [t for t in rnn.convert(w_ih, w_hh, b_ih, b_hh) if t.numel() >= w_ih.numel()]
+    for ours, theirs in zip((w_ih, w_hh), matrices, strict=True):
+        assert torch.equal(ours.flatten().sort().values, theirs.flatten().sort().values)
+
+
+def test_what_is_timed_is_converted_once():
+    rnn = build("eager loop", "gru", ONE)
+    leaves = rnn.fix()
+    assert all(leaf.is_leaf and leaf.requires_grad for leaf in leaves)
+    with torch.no_grad():
+        rnn.weight_hh_l0.zero_()
+    output, _ = rnn(torch.randn(3, 4, 5))
+    assert torch.autograd.grad(output.sum(), leaves[1])[0].abs().sum() > 0
+
+
+def test_peers_refuse_in_a_sentence():
+    subject = gate(PACKED, "lstm")
+    with pytest.raises(NotImplementedError, match="takes no packed sequences"):
+        subject.judge("eager loop")
+    long = Workload("long", "toy", "none", T=5, B=1, I=2, H=3)
+    with pytest.raises(NotImplementedError, match="unrolls all steps"):
+        gate(long, "gru").judge("compiled loop")
+    with pytest.raises(NotImplementedError, match="does not compute in"):
+        build("keras", "lstm", ONE)(torch.randn(3, 4, 5, dtype=torch.float64))
+
+
+def test_who_is_absent_says_how_to_bring_it(monkeypatch):
+    found = find_spec
+    monkeypatch.setattr(providers, "find_spec", lambda n: None if n == "keras" else found(n))
+    assert absent("keras", CPU) == "not installed: pip install keras"
+    assert "keras" not in contenders(CPU)
+    assert "not released as a package" in absent("fastlstm", CPU)
+    monkeypatch.setattr(providers, "find_spec", lambda n: object())
+    assert absent("haste", CPU) == "computes on cuda only"
+    assert contenders(CPU)[0] == TORCH
+    assert set(contenders(torch.device("cuda"))) >= {"haste", "flashrnn", "torchrl", "keras"}

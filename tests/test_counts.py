@@ -1,0 +1,133 @@
+"""Cost in counts, not seconds: the loop's operator calls and allocations, and the host's calls.
+
+The loop's time on small batches is its calls times 1 to 2 us (``loop.py``), so one call more in a
+step is a slower loop, on every machine; likewise Python's part of a launch.
+"""
+
+import sys
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import fusedrnn
+from fusedrnn.kernels import resident
+from fusedrnn.launches import Config
+from fusedrnn.layout import Ragged
+from fusedrnn.stack import stack_backward, stack_forward
+
+
+class Counter(TorchDispatchMode):
+    """Counts operators below autograd, and those that allocate: that neither write nor view."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = self.allocations = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        writes = func._schema.is_mutable
+        views = any(value.alias_info is not None for value in func._schema.returns)
+        self.calls += not (views and not writes)
+        self.allocations += not writes and not views
+        return result
+
+
+def counts(kind, steps, training):
+    """Calls and allocations of a forward and a backward, or of a forward without gradients."""
+    cell = {"LSTM": "lstm", "GRU": "gru", "RNN": "rnn_tanh"}[kind]
+    config = Config(cell, "torch", True, 1, False, "ieee")
+    params = list(getattr(torch.nn, kind)(4, 5).parameters())
+    x, h_0 = torch.randn(steps, 3, 4), torch.zeros(1, 3, 5)
+    c_0 = torch.zeros(1, 3, 5) if kind == "LSTM" else None
+    with torch.no_grad(), Counter() as counter:
+        call = x, h_0, c_0, params, (), Ragged(), config
+        output, *_, saved = stack_forward(*call, training)
+        if training:
+            of_states = torch.zeros_like(h_0), c_0, None
+            given = x, torch.ones_like(output), *of_states, *call[1:5]
+            stack_backward(*given, saved, Ragged(), config, True, 1)
+    return counter.calls, counter.allocations
+
+
+def per_step(kind, training):
+    few, many = counts(kind, 8, training), counts(kind, 16, training)
+    return tuple((b - a) / 8 for a, b in zip(few, many, strict=True))
+
+
+#: Calls of a step: forward without gradients, and forward with backward.
+MOST = {
+    "LSTM": (9, 17),
+    "GRU": (7, 14),
+    "RNN": (3, 6),
+}
+
+
+@pytest.mark.parametrize("kind", MOST)
+def test_calls_and_allocations_of_a_step(kind):
+    forward, both = per_step(kind, False), per_step(kind, True)
+    assert forward[0] <= MOST[kind][0]
+    assert both[0] <= MOST[kind][1]
+    assert forward[1] == both[1] == 0, "a step allocates"
+
+
+class Launch:
+    """Stands for a kernel: its launch does nothing but end the counting of Python's calls."""
+
+    calls = at_launch = 0
+
+    def __getitem__(self, grid):
+        return self.launch
+
+    def launch(self, *args, **kwargs):
+        self.at_launch = self.calls
+
+    def count(self, frame, event, arg):
+        self.calls += event in ("call", "c_call")
+
+    def counted(self, function, *args):
+        self.calls = 0
+        before = sys.getprofile()
+        sys.setprofile(self.count)
+        try:
+            return function(*args)
+        finally:
+            sys.setprofile(before)
+
+
+#: Calls of Python and of C functions up to the launch: forward, backward. The host's time on small
+#: RNNs is about these times 0.5 us (``python -m bench.host``).
+MOST_TO_LAUNCH = {"LSTM": (230, 235), "GRU": (215, 215), "RNN": (212, 215)}
+
+
+@pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer's own calls would be counted")
+@pytest.mark.parametrize("kind", MOST_TO_LAUNCH)
+def test_calls_of_the_host_up_to_the_launch(kind, monkeypatch):
+    launch = Launch()
+    for name in ("_resident_fwd_kernel", "_resident_bwd_kernel"):
+        monkeypatch.setattr(resident, name, launch)
+    module, x = getattr(fusedrnn, kind)(8, 16), torch.randn(4, 2, 8)
+    weights = list(module.parameters())
+    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
+        # The first call is checked, planned and remembered.
+        torch.autograd.grad(module(x)[0].sum(), weights)
+        output, _ = launch.counted(module, x)
+        forward = launch.at_launch
+        launch.counted(torch.autograd.grad, output.sum(), weights)
+    assert 0 < forward <= MOST_TO_LAUNCH[kind][0]
+    assert 0 < launch.at_launch <= MOST_TO_LAUNCH[kind][1]
+
+
+@pytest.mark.parametrize("kind", MOST)
+def test_calls_of_the_host_around_torchs_operator(kind):
+    """Where auto chooses torch's operator, ours calls no more in Python than torch.nn itself."""
+    launch, calls = Launch(), []
+    theirs = getattr(torch.nn, kind)(3, 4)
+    ours = getattr(fusedrnn, kind)(3, 4)
+    x = torch.randn(4, 2, 3)
+    for module in (theirs, ours):
+        module(x)
+        launch.counted(module, x)
+        calls.append(launch.calls)
+    assert fusedrnn.explain(ours, x).backend == "aten"
+    assert calls[1] <= calls[0], calls

@@ -1,0 +1,236 @@
+"""The host never waits for the device: forward and backward look at no value of a tensor.
+
+There is no device here, so every way to look raises, in Python and below it. Only Triton's
+interpreter may look, since it stands for the device. The loop is made to believe that it runs on
+CUDA. What the host has anyway it may read: lengths on the CPU, a PackedSequence's ``batch_sizes``.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager, nullcontext
+
+import pytest
+import torch
+from test_modules_inputs import leaves, states_for
+from test_ragged import build
+from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
+from triton.runtime.interpreter import GridExecutor
+
+import fusedrnn
+from fusedrnn import arguments, functional, ops, stack
+
+T, B = 3, 4
+LENGTHS = torch.tensor([2, 0, 3, 1])
+RESET = torch.zeros(T, B, dtype=torch.bool)
+RESET[[0, 1, 2], [2, 0, 2]] = True
+#: What runs, and the dtype that brings it about.
+ROUTES = {"resident": torch.float32, "stepwise": torch.float64, "loop": torch.float64}
+CALLS = {
+    "plain": {},
+    "lengths": {"lengths": LENGTHS},
+    "reset": {"reset": RESET},
+    "lengths and reset": {"lengths": LENGTHS, "reset": RESET},
+}
+LOOKS = (
+    *("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "equal", "is_nonzero"),
+    *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"),
+    *("allclose", "unique"),
+)
+#: The operators below them; torch.where(condition), a mask as an index and others end there too.
+OPERATORS = {
+    *("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"),
+    *("_unique2", "unique_dim", "unique_consecutive", "allclose", "argwhere", "nonzero_numpy"),
+}
+OVERLOADS = {"where.default", "repeat_interleave.Tensor"}
+MASKED = {"index", "index_put", "index_put_", "_index_put_impl_"}
+
+
+class LookedError(AssertionError):
+    """The host looked at a value."""
+
+
+class Blind(TorchDispatchMode):
+    """Raises where an operator needs a value on the host: for its result, or for its shape."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.__name__.partition(".")[0]
+        if name in OPERATORS or func.__name__ in OVERLOADS:
+            raise LookedError(func.__name__)
+        if name in MASKED and any(i is not None and i.dtype == torch.bool for i in args[1]):
+            raise LookedError(f"{func.__name__} by a mask")
+        return func(*args, **(kwargs or {}))
+
+
+@contextmanager
+def blind():
+    """Every look raises, but in a launch. Yields the launches that were made."""
+    launches, execute, move = [], GridExecutor.__call__, torch.Tensor.to
+    real = {name: getattr(torch.Tensor, name) for name in LOOKS if hasattr(torch.Tensor, name)}
+
+    def look(self, *args, **kwargs):
+        raise LookedError
+
+    def to(self, *args, **kwargs):
+        return look(self) if "cpu" in (*args, *kwargs.values()) else move(self, *args, **kwargs)
+
+    def launch(*args, **kwargs):
+        launches.append(args)
+        with pytest.MonkeyPatch.context() as seeing, _disable_current_modes():
+            for name, method in {**real, "to": move}.items():
+                seeing.setattr(torch.Tensor, name, method)
+            return execute(*args, **kwargs)
+
+    def within(function):
+        """A mode ends at our operators; so it is begun again inside."""
+
+        def run(*args):
+            with Blind():
+                return function(*args)
+
+        return run
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arguments, "_checked_lengths", lambda lengths, *_: lengths)
+        patch.setattr(GridExecutor, "__call__", launch)
+        for name in ("stack_forward", "stack_backward"):
+            patch.setattr(ops, name, within(getattr(ops, name)))
+        for name in real:
+            patch.setattr(torch.Tensor, name, look)
+        patch.setattr(torch.Tensor, "to", to)
+        with Blind():
+            yield launches
+
+
+@contextmanager
+def as_on_cuda():
+    """The loop as it runs on CUDA: with masks where the CPU would look, and lengths not packed."""
+    config_of = functional.config_of
+
+    def config(call, backend):
+        return config_of(call, backend)._replace(compact=False)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.Tensor, "is_cuda", property(lambda self: True))
+        patch.setattr(functional, "config_of", config)
+        yield
+
+
+def run_blind(route, run):
+    """Runs what returns results and gradients; those of the loop are also compared."""
+    is_loop = route == "loop"
+    with fusedrnn.use_backend("torch" if is_loop else "triton"):
+        with torch.random.fork_rng():
+            seeing = run() if is_loop else []
+        with as_on_cuda() if is_loop else nullcontext(), blind() as launches:
+            unseen = run()
+    assert bool(launches) != is_loop
+    assert all(result.isfinite().all() for result in unseen)
+    for got, want in zip(unseen, seeing, strict=is_loop):
+        torch.testing.assert_close(got, want, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("call", CALLS)
+@pytest.mark.parametrize(
+    ("route", "cell", "directions"),
+    [
+        ("resident", "lstm", 1),
+        ("stepwise", "lstm", 1),
+        ("loop", "lstm", 2),
+        ("loop", "gru", 2),
+        ("loop", "gru_reset_before", 2),
+        ("loop", "rnn_relu", 2),
+    ],
+)
+def test_forward_and_backward(route, cell, directions, call):
+    """Two layers with dropout between them, from a given hx."""
+    dtype = ROUTES[route]
+    module = build(cell, 2, directions, dtype, dropout=0.3)
+    x = torch.randn(T, B, 3, dtype=dtype, requires_grad=True)
+    hx = states_for(module, B)
+    sources = [x, *(state.requires_grad_() for state in leaves(hx)), *module.parameters()]
+
+    def run():
+        results = leaves(module(x, hx, **CALLS[call]))
+        arriving = [torch.ones_like(result) for result in results]
+        return [*results, *torch.autograd.grad(results, sources, arriving)]
+
+    run_blind(route, run)
+
+
+@pytest.mark.parametrize("call", ["plain", "lengths and reset"])
+@pytest.mark.parametrize("route", ROUTES)
+@pytest.mark.parametrize("form", ["states", "batch first", "no gradients", "autocast"])
+def test_other_ways_to_call(form, route, call):
+    dtype = ROUTES[route]
+    module = build("lstm", 1, 1, dtype, batch_first=form == "batch first")
+    x, options = torch.randn(T, B, 3, dtype=dtype), dict(CALLS[call])
+    if form == "batch first":
+        x = x.transpose(0, 1)
+        options |= {"reset": options["reset"].t()} if "reset" in options else {}
+
+    def run():
+        if form == "states":
+            states = module.states(x, gates=True, **options)
+            output = states.output + sum(states.gates[0][0].values()).sum(-1, keepdim=True)
+        else:
+            output = module(x, **options)[0]
+        if form == "no gradients":
+            return [output]
+        return [output, *torch.autograd.grad(output, [*module.parameters()], output)]
+
+    cast = torch.autocast("cpu", torch.float16, enabled=form == "autocast")
+    with cast, torch.set_grad_enabled(form != "no gradients"):
+        run_blind(route, run)
+
+
+PLANTED = {
+    "item": lambda t: t.sum().item(),
+    "truth": lambda t: bool(t.any()),
+    "number": lambda t: int(t.sum()),
+    "fraction": lambda t: float(t.sum()),
+    "list": lambda t: t.tolist(),
+    "copy": lambda t: t.cpu(),
+    "move": lambda t: t.to("cpu"),
+    "array": lambda t: t.numpy(),
+    "range": lambda t: range(t.sum().long()),
+    "nonzero": lambda t: torch.nonzero(t),
+    "where": lambda t: torch.where(t > 0),
+    "mask": lambda t: t[t > 0],
+    "write by mask": lambda t: t.index_put((t > 0,), t.sum()),
+    "equal": lambda t: torch.equal(t, t),
+    "unique": lambda t: torch.unique(t),
+    "repeat": lambda t: torch.repeat_interleave(t.flatten().long().abs()),
+}
+
+
+WHERE = {
+    "before": (functional, "_dropout_masks"),
+    "forward": (stack, "layout_of"),
+    "backward": (ops, "stack_backward"),
+}
+
+
+@pytest.mark.parametrize("where", WHERE)
+@pytest.mark.parametrize("look", PLANTED)
+def test_a_planted_look_is_found(look, where, monkeypatch):
+    real = getattr(*WHERE[where])
+
+    def curious(input, *args):
+        PLANTED[look](input.detach())
+        return real(input, *args)
+
+    monkeypatch.setattr(*WHERE[where], curious)
+    module = build("rnn_tanh")
+    x = torch.randn(T, B, 3, dtype=torch.float64, requires_grad=True)
+    with fusedrnn.use_backend("torch"):
+        module(x)[0].sum().backward()
+        with as_on_cuda(), pytest.raises(LookedError), blind():
+            module(x)[0].sum().backward()
+
+
+@pytest.mark.parametrize("call", ["lengths", "reset"])
+def test_the_loop_looks_where_it_may(call):
+    """On the CPU, to do nothing for steps that are not there: blindness is no matter of course."""
+    module, x = build("gru"), torch.randn(T, B, 3, dtype=torch.float64)
+    with fusedrnn.use_backend("torch"), pytest.raises(LookedError), blind():
+        module(x, **CALLS[call])
