@@ -275,9 +275,13 @@ def run_known(
         or is_transformed()
     ):
         return None, None
-    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
-    if not isinstance(states, (tuple, list)):
-        return None, None
+    states: Sequence[Tensor] = ()
+    if hx is not None:
+        if isinstance(hx, Tensor) if SPECS[cell].states == 2 else not isinstance(hx, Tensor):
+            return None, None  # the checks have the sentence
+        states = (hx,) if isinstance(hx, Tensor) else hx
+        if not isinstance(states, (tuple, list)):
+            return None, None
     dtype, device, first, second = input.dtype, input.device, *params[:2]
     if not _are_plain((first, *states), dtype, device):
         return None, None
@@ -380,26 +384,15 @@ def run_cell(call: Call) -> Any:
 
 def _run_aten(call: Call) -> tuple[Tensor, Sequence[Tensor]]:
     layers, packing = call.layers, call.packing
-    params = _with_identities(call) if call.request.projected else call.params
     output, *states = ATEN[call.request.cell](
         call.input,
         *(() if packing is None else (packing.batch_sizes,)),
         as_hx(call.states),
-        params,
+        call.params,
         # The input is time-major by now, and packed there is no batch_first.
         *_for_aten(layers._replace(batch_first=False))[: 6 if packing is None else 5],
     )
     return output, states
-
-
-def _with_identities(call: Call) -> list[Tensor]:
-    """The weights, with the first W_ih such that each direction takes its part of the input."""
-    params, directions = list(call.params), call.request.directions
-    identity = torch.eye(call.input.shape[-1], dtype=call.input.dtype, device=call.input.device)
-    each = len(params) // (directions * call.layers.num_layers)
-    for d, part in enumerate(identity.chunk(directions)):
-        params[d * each] = part
-    return params
 
 
 def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:

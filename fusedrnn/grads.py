@@ -109,10 +109,13 @@ def from_groups(groups: Tensor, B: int) -> Tensor:
 
 def _add_product(target: Tensor, grads: Tensor, operand: Tensor, beta: float) -> None:
     """``target = beta target + grads^T operand``, each ``[groups, ...]``, summed over rows."""
-    if target.shape[0] == 1:  # oneDNN's and cuBLAS's GEMM need no batch
-        torch.addmm(target[0], grads[0].t(), operand[0], beta=beta, out=target[0])
-    else:
+    if target.shape[0] > 1:
         torch.baddbmm(target, grads.mT, operand, beta=beta, out=target)
+    elif target.device.type == "cpu" and not beta and operand.shape[2] > grads.shape[2]:
+        # The CPU's GEMMs want the longer side first: 1.5 ms instead of 2.2 for 64 x 6400 x 300.
+        target[0].copy_((operand[0].t() @ grads[0]).t())
+    else:  # oneDNN's and cuBLAS's GEMM need no batch
+        torch.addmm(target[0], grads[0].t(), operand[0], beta=beta, out=target[0])
 
 
 def _first_row(part: tuple[slice, Tensor]) -> int:

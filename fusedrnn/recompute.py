@@ -186,20 +186,22 @@ def _gates(
     h, c = entering
     assert h is not None
     (D, r, P), H, spec = h.shape, hidden_size(h, c), config.spec
-    gx = h.new_empty(D, r, spec.gates * H)
+    gates, columns = h.new_empty(D, r, spec.saved * H), spec.gates * H
+    in_place = config.backend == "torch"  # the loop turns gx into gates where it lies
+    gx = gates[..., :columns] if in_place else h.new_empty(D, r, columns)
     for d, x in enumerate(xs):
         project(x, part.weights[d : d + 1], config, gx[d : d + 1])
     plan = None
-    if config.backend == "triton":
+    if not in_place:
         proj_size = P if P != H else 0
         problem = Problem(
             config.cell, 1, H, r, D, h.dtype, config.precision, True, proj_size=proj_size
         )
         # One GEMM for all of it: a matrix kept on chip gains nothing where nothing waits.
         plan = replace(stepwise(problem, chip_of(h.device)), graph_steps=0)
-    gates = gx if plan is None and spec.saved == spec.gates else gx.new_empty(D, r, spec.saved * H)
     run_forward(
-        config, plan, gx, part.weights, (), h, c, [h.new_empty(r, D * P)], torch.empty_like(h),
-        None if c is None else torch.empty_like(c), gates, None, Layout(Rows(1, r)),
+        config, plan, gates if in_place else gx, part.weights, (), h, c, [h.new_empty(r, D * P)],
+        torch.empty_like(h), None if c is None else torch.empty_like(c), gates, None,
+        Layout(Rows(1, r)),
     )  # fmt: skip
     return gates

@@ -35,6 +35,7 @@ from .launches import (
     run_forward,
 )
 from .layout import Layout, Links, Ragged, layout_of, links_of, without_padding
+from .loop import room_of
 from .recompute import backward_again
 
 
@@ -109,11 +110,15 @@ def stack_forward(
             for layer in layers
         ]
         gates = of_launch(work.gates.flatten(0, 1), rows) if keeps_gates else None
-        if plan is None or not plan.i_blocks:
-            # The loop turns gx into gates of the same size where it lies: one buffer less.
-            in_place = plan is None and tiles == config.spec.gates
-            gx = gates if in_place else None
-            x = project(x, grouped[layers[0]], config, gx)
+        if plan is None:
+            # The loop turns gx into gates where it lies: one buffer, and no copy.
+            gx = gates
+            if gx is None or not tiles:
+                gx = x.new_empty(D, x.shape[:-1].numel(), room_of(config.cell, H))
+            project(x, grouped[layers[0]], config, gx[..., : config.spec.gates * H])
+            x = gx
+        elif not plan.i_blocks:
+            x = project(x, grouped[layers[0]], config)
         elif x.stride(-1) != 1:  # the kernel takes any stride of T and B
             x = x.contiguous()
         run_forward(

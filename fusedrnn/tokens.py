@@ -97,47 +97,73 @@ class _Tokens:
         reset: Tensor | None = None,
         embedded: bool = False,
     ) -> arguments.Call:
+        rows, params, layers = self._rows(input, embedded)
+        return arguments.prepare(self._cell, rows, hx, params, layers, lengths, reset)
+
+    def _rows(self: Any, input: Any, embedded: bool = False) -> tuple[Any, list[Tensor], Any]:
+        """What the layers are given, and their weights: features, or rows of a table.
+
+        embedded: features in any case.
+        """
         tokens = input.data if isinstance(input, PackedSequence) else input
         if not isinstance(tokens, Tensor) or tokens.dtype not in _INTEGERS:
             kind = tokens.dtype if isinstance(tokens, Tensor) else f"a {type(tokens).__name__}"
             raise ValueError(f"input is {kind}; expected tokens, a tensor of int64 or int32")
-        features = None if self.embedding is None else self.input_size
-        params, directions = self._params(), 1 + bool(self.bidirectional)
+        params, layers = self._params(), self._layers()
         trains = torch.is_grad_enabled() and any(p.requires_grad for p in self.parameters())
+        by_identity = dispatch.prefers_identity(self._cell, tokens.device, trains)
         gathers = not (embedded or self.recompute) and dispatch.prefers_table(
             self.num_embeddings,
-            features,
+            None if self.embedding is None else self.input_size,
             tokens.numel(),
-            directions * len(params[0]),
-            fast_product=tokens.device.type == "cpu" and not trains,
+            len(params[0]) * (1 + bool(self.bidirectional)),
+            by_identity,
         )
         if gathers:
-            rows, params = self._gathered(tokens, params)
+            rows, params = self._gathered(tokens, params, by_identity)
+            layers = layers._replace(projected=not by_identity)
         elif self.embedding is None:
             rows = F.one_hot(tokens.long(), self.num_embeddings).to(params[0].dtype)
         else:
             rows = self.embedding(tokens)
         if isinstance(input, PackedSequence):
             rows = PackedSequence(rows, *input[1:])
-        layers = self._layers()._replace(projected=gathers)
-        return arguments.prepare(self._cell, rows, hx, params, layers, lengths, reset)
+        return rows, params, layers
 
-    def _gathered(self: Any, tokens: Tensor, params: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-        """``W_ih e`` of each token, ``[..., D*G*H]``, and the weights without the first W_ih."""
+    def _gathered(
+        self: Any, tokens: Tensor, params: list[Tensor], by_identity: bool
+    ) -> tuple[Tensor, list[Tensor]]:
+        """``W_ih e`` of each token, ``[..., D*G*H]``, and the weights without the first W_ih, or
+        with an identity in its place."""
         directions, params = 1 + bool(self.bidirectional), list(params)
         each = len(params) // (directions * self.num_layers)
         first = [params[d * each] for d in range(directions)]
-        table = torch.cat(first).t()  # of one-hot rows: W_ih's own columns
-        if self.embedding is not None:
+        weights = torch.cat(first) if directions == 2 else first[0]
+        if self.embedding is None:
+            # W_ih's own columns as rows: a look-up of columns takes six times as long.
+            table = weights.t().contiguous()
+        else:
             every = torch.arange(self.num_embeddings, device=tokens.device)
-            table = self.embedding(every) @ table
-        for d in range(directions):
-            params[d * each] = first[d][:, :0]
+            table = self.embedding(every) @ weights.t()
+        parts: Any = [w[:, :0] for w in first]
+        if by_identity:
+            identity = torch.eye(len(weights), dtype=table.dtype, device=table.device)
+            parts = identity.chunk(directions)
+        for d, part in enumerate(parts):
+            params[d * each] = part
         return F.embedding(tokens, table), params
 
     def forward(self: Any, input: Any, hx: Any = None, **options: Any):
         """Runs the stack on tokens; see the class."""
-        return functional.run(self._prepare(input, hx, **options))
+        key, (rows, params, layers) = None, self._rows(input)
+        if not options:
+            result, key = functional.run_known(self._cell, rows, hx, params, layers)
+            if result is not None:
+                return result
+        call = arguments.prepare(self._cell, rows, hx, params, layers, **options)
+        result = functional.run(call)
+        functional.remember(key, call, hx)
+        return result
 
     def states(self: Any, input: Any, hx: Any = None, *, gates: bool = False, **options: Any):
         """As ``LSTM.states``, of tokens."""

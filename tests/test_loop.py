@@ -288,8 +288,8 @@ def test_the_input_part_may_stand_in_the_gates(cell):
 @pytest.mark.parametrize("d", [0, 1])
 def test_chunks_hold_all_rows_once_and_few_at_a_time(d, monkeypatch):
     monkeypatch.setattr(loop, "CHUNK", 6 * H)
-    steps = loop._Steps(_case("gru", 2, "packed").rows, d)
-    steps.cut(H)
+    steps = loop.Steps(_case("gru", 2, "packed").rows, d)
+    steps.cut(loop.CHUNK // H)
     found = sorted(steps.chunks, key=lambda chunk: chunk[0].start)
     assert found == (steps.chunks[::-1] if d == 0 else steps.chunks)
     assert [t for times, _ in found for t in times] == list(range(T))

@@ -71,7 +71,7 @@ def test_equals_an_embedding_in_front_of_torchs(kind, one_hot):
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_without_gradients_by_torchs_operator(kind):
-    """Which multiplies the gathered rows by an identity, if that is smaller than W_ih."""
+    """An LSTM's, which multiplies gathered rows by an identity, if that is smaller than W_ih."""
     torch.manual_seed(0)
     name, options = KINDS[kind]
     theirs = getattr(nn, name)(100, H, **options).double()
@@ -79,13 +79,19 @@ def test_without_gradients_by_torchs_operator(kind):
     tokens = torch.randint(100, (T, B))
     with torch.no_grad():
         said = fusedrnn.explain(ours, tokens)
-        assert (said.backend, said.request.projected) == ("aten", True)
+        columns = sum(p.shape[0] for p in theirs.parameters() if p.shape[-1] == 100)
+        by_identity = ("aten", False, columns) if name == "LSTM" else ("torch", True, columns)
+        assert (said.backend, said.request.projected, said.request.input_size) == by_identity
         want = results(theirs, F.one_hot(tokens, 100).double())
         for left, right in zip(results(ours, tokens), want, strict=True):
             torch.testing.assert_close(left, right, atol=1e-12, rtol=1e-12)
+        with fusedrnn.use_backend("aten"):
+            for left, right in zip(results(ours, tokens), want, strict=True):
+                torch.testing.assert_close(left, right, atol=1e-12, rtol=1e-12)
     _, small = pair(kind, True)
-    with torch.no_grad():
-        assert not fusedrnn.explain(small, tokens_of(kind)).request.projected
+    with torch.no_grad():  # an identity would be as wide as the rows
+        said = fusedrnn.explain(small, tokens_of(kind))
+        assert name == "GRU" or said.request.input_size == V
 
 
 @pytest.mark.parametrize("one_hot", [False, True])

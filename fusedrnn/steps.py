@@ -1,0 +1,165 @@
+"""The rows of one direction cut into steps, for a loop in torch: views, masks and entering states.
+
+Axes: T time, B batch, H hidden, D directions, R rows (``kernels/rows.py``), n the sequences that a
+step has. A step's state is a row of the history that the loop writes anyway (``out``, and c of
+every step), so no state is carried beside it, and nothing is copied from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from .kernels.rows import INITIAL, SKIPPED, ZERO, Rows
+
+
+class Steps:
+    """The rows of one direction, cut into steps.
+
+    Packed sequences stand by falling length, so a step works on the first n of them: in the forward
+    direction those behind have ended, in the backward direction they have yet to begin.
+    """
+
+    def __init__(self, rows: Rows, d: int) -> None:
+        self.rows, self.T, self.B, self.d = rows, rows.T, rows.B, d
+        self.sizes = [rows.B] * rows.T if rows.sizes is None else rows.sizes.tolist()
+        self.starts = [0, *accumulate(self.sizes)]
+        self.chunks: list[tuple[range, slice]] = []
+        self.order = range(self.T) if d == 0 else range(self.T - 1, -1, -1)
+        #: Whether every step has all sequences and enters with the state of the step before.
+        self.is_dense = rows.sizes is None and rows.origins is None
+        kinds = (ZERO, SKIPPED, INITIAL)
+        self.zero, self.skipped, self.initial = (self._masks(rows, kind) for kind in kinds)
+        self.skips = any(mask is not None for mask in self.skipped)
+
+    def _masks(self, rows: Rows, kind: int) -> list[Tensor | None]:
+        """A mask ``[n, 1]`` for each step, or None where the CPU sees that it masks nothing."""
+        if rows.origins is None or (rows.sizes is not None and kind != ZERO):
+            return [None] * self.T  # what is packed skips nothing, and its order tells INITIAL
+        of_all = rows.origins[self.d] == kind
+        masks = [m[:n] for m, n in zip(of_all.unsqueeze(2).unbind(0), self.sizes, strict=True)]
+        if of_all.is_cuda:  # a look at the values would wait for the device
+            return list(masks)
+        needed = of_all.any(1).tolist()
+        return [mask if need else None for mask, need in zip(masks, needed, strict=True)]
+
+    def split(self, by_row: Tensor) -> tuple[Tensor, ...]:
+        """Of what has R rows, those of each step."""
+        return by_row.split(self.sizes)
+
+    def prefix(self, state: Tensor) -> list[Tensor]:
+        """Of what has B rows, those of each step."""
+        if self.rows.sizes is None:
+            return [state] * self.T
+        views = {n: state[:n] for n in set(self.sizes)}
+        return [views[n] for n in self.sizes]
+
+    def entering(self, initial: Tensor, history: Sequence[Tensor]) -> Iterable[Tensor]:
+        """The state ``[n, .]`` that enters each step, in the order of the direction; not to be
+        written to.
+
+        initial: ``[B, .]``; history: what left each step, read when the next one asks.
+        """
+        if self.is_dense:
+            left = history if self.d == 0 else history[::-1]
+            return [initial, *left[:-1]]
+        return self._entering(initial, history)
+
+    def _entering(self, initial: Tensor, history: Sequence[Tensor]) -> Iterator[Tensor]:
+        left, known = initial, 0
+        for t in self.order:
+            n = self.sizes[t]
+            if not known:
+                state = initial if n == self.B else initial[:n]
+            elif known < n:
+                state = torch.cat([left, initial[known:n]])
+            else:
+                state = left if known == n else left[:n]
+            if (mask := self.initial[t]) is not None:
+                state = torch.where(mask, initial, state)
+            if (mask := self.zero[t]) is not None:
+                # Whatever it holds: a product with 0 would keep inf and NaN.
+                state = state.masked_fill(mask, 0)
+            yield state
+            left, known = history[t], n
+
+    def finish(self, initial: Tensor, by_row: Tensor, to: Tensor) -> None:
+        """Fills ``to [B, .]`` with each sequence's final state; one without a step keeps initial.
+
+        by_row: what left each step, ``[R, .]``.
+        """
+        sizes, starts = self.sizes, self.starts
+        if self.rows.sizes is not None:
+            first = sizes[0]
+            to[first:] = initial[first:]
+            if self.d:
+                to[:first] = by_row[:first]
+                return
+            for t, (n, after) in enumerate(zip(sizes, [*sizes[1:], 0], strict=True)):
+                if after < n:
+                    to[after:n] = by_row[starts[t] + after : starts[t + 1]]
+            return
+        by_time = by_row.unflatten(0, (self.T, self.B))
+        if not self.skips:
+            to.copy_(by_time[self.order[-1]])
+            return
+        assert self.rows.origins is not None
+        there = self.rows.origins[self.d] != SKIPPED
+        last = there.sum(0).sub_(1).clamp_min_(0) if self.d == 0 else there.new_zeros(self.B).long()
+        left = by_time[last, torch.arange(self.B, device=last.device)]
+        torch.where(there.any(0).unsqueeze(1), left, initial, out=to)
+
+    def cut(self, limit: int) -> None:
+        """Sets chunks: times and rows of at most ``limit`` rows, in the order of backward."""
+        first = 0
+        for t in range(1, self.T + 1):
+            if t == self.T or self.starts[t + 1] - self.starts[first] > limit:
+                self.chunks.append((range(first, t), slice(self.starts[first], self.starts[t])))
+                first = t
+        if self.d == 0:
+            self.chunks.reverse()
+
+    def scratch(self, like: Tensor) -> Tensor:
+        """A buffer for the rows of the longest chunk."""
+        longest = max((rows.stop - rows.start for _, rows in self.chunks), default=0)
+        return like.new_empty(longest, like.shape[1])
+
+    def gather(self, initial: Tensor, by_row: Tensor) -> Callable[[range, slice], Tensor]:
+        """What gathers the states that entered a chunk; not to be written to.
+
+        initial: ``[B, .]``; by_row: what left each step, ``[R, .]``.
+        """
+        buffer = self.scratch(initial)
+        history = () if self.is_dense else self.split(by_row)
+
+        def before(times: range, rows: slice) -> Tensor:
+            pieces = []
+            for t in times:
+                n, previous = self.sizes[t], t - 1 if self.d == 0 else t + 1
+                known = self.sizes[previous] if 0 <= previous < self.T else 0
+                if known:
+                    pieces.append(history[previous] if known <= n else history[previous][:n])
+                if known < n or n == 0:
+                    pieces.append(initial[known:n])
+            entering = torch.cat(pieces, out=buffer[: rows.stop - rows.start])
+            views = entering.split(self.sizes[times.start : times.stop])
+            for t, state in zip(times, views, strict=True):
+                if (mask := self.initial[t]) is not None:
+                    torch.where(mask, initial, state, out=state)
+                if (mask := self.zero[t]) is not None:
+                    state.masked_fill_(mask, 0)
+            return entering
+
+        def next_to_it(_: range, rows: slice) -> Tensor:
+            """Dense: the rows of a step before, which lie in one piece but at the first step."""
+            shift = -self.B if self.d == 0 else self.B
+            first, last = rows.start + shift, rows.stop + shift
+            if first >= 0 and last <= len(by_row):
+                return by_row[first:last]
+            pieces = [initial, by_row[:last]] if self.d == 0 else [by_row[first:], initial]
+            return torch.cat(pieces, out=buffer[: rows.stop - rows.start])
+
+        return next_to_it if self.is_dense else before
