@@ -21,7 +21,7 @@ from .kernels.spec import SPECS
 from .launches import Config
 from .layout import Ragged
 from .ops import ATEN
-from .transforms import is_transformed, rnn_stack
+from .transforms import is_transformed, is_watched, rnn_stack, run_eagerly
 
 _ATEN_CELL: dict[str, Callable] = {
     "lstm": _VF.lstm_cell,
@@ -251,6 +251,7 @@ class _Known(NamedTuple):
     shapes: list[torch.Size]  # of all params
 
 
+_DENSE = Ragged()
 #: By all that the choice depends on.
 _KNOWN: dict[tuple, _Known] = {}
 
@@ -297,9 +298,12 @@ def run_known(
         return None, key
     if not states:
         B, H = input.shape[not layers.batch_first], first.shape[0] // SPECS[cell].gates
-        count = layers.num_layers * (1 + layers.bidirectional)
-        sizes = (second.shape[1], H)[: SPECS[cell].states]
-        states = tuple([torch.zeros(count, B, n, dtype=dtype, device=device) for n in sizes])
+        count, P = layers.num_layers * (1 + layers.bidirectional), second.shape[1]
+        h_0 = input.new_zeros(count, B, P)
+        if SPECS[cell].states == 1:
+            states = (h_0,)
+        else:  # nobody writes to them
+            states = h_0, h_0 if P == H else input.new_zeros(count, B, H)
     if known.config is None:
         try:
             output, *final = ATEN[cell](input, as_hx(states), params, *_for_aten(layers))
@@ -311,7 +315,12 @@ def run_known(
         return None, None
     rows = input.transpose(0, 1) if layers.batch_first else input
     masks = _dropout_masks(rows, second.shape[1], layers)
-    output, final, _ = rnn_stack(rows, states, params, masks, Ragged(), known.config)
+    if is_watched(input):
+        output, final, _ = rnn_stack(rows, states, params, masks, _DENSE, known.config)
+    else:
+        c_0 = states[1] if len(states) == 2 else None
+        results = run_eagerly(rows, states[0], c_0, params, masks, _DENSE, known.config, grad, grad)
+        output, *final = results[: 1 + len(states)]
     return (output.transpose(0, 1) if layers.batch_first else output, as_hx(final)), key
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from .grads import by_group, from_groups
-from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan_stack
+from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of, plan_stack
 from .kernels.spec import SPECS, CellSpec, Weights
 from .layout import Layout
 from .loop import loop_bwd, loop_fwd
@@ -107,17 +107,32 @@ def launches_of(
     needs_grad: bool,
     ragged: bool,
 ) -> list[tuple[range, Plan | None]]:
-    """The layers of each launch with its plan; without a plan for the reference."""
+    """The layers of each launch with its plan; without a plan for the loop."""
+    sizes = input.shape[-1], hidden_size(h_0, c_0), *h_0.shape[1:]
+    return _launches(config, *sizes, input.dtype, chip_of(input.device), needs_grad, ragged)
+
+
+@lru_cache(maxsize=4096)
+def _launches(
+    config: Config,
+    I: int,
+    H: int,
+    B: int,
+    P: int,
+    dtype: torch.dtype,
+    chip: Chip,
+    needs_grad: bool,
+    ragged: bool,
+) -> list[tuple[range, Plan | None]]:
     if config.backend == "torch":
         return [(range(layer, layer + 1), None) for layer in range(config.num_layers)]
-    H, P = hidden_size(h_0, c_0), h_0.shape[-1]
     problem = Problem(
         config.cell,
-        0 if config.projected else input.shape[-1],
+        0 if config.projected else I,
         H,
-        h_0.shape[1],
+        B,
         config.directions,
-        input.dtype,
+        dtype,
         config.precision,
         needs_grad,
         config.num_layers,
@@ -128,7 +143,7 @@ def launches_of(
     )
     launches: list[tuple[range, Plan | None]] = []
     first = 0
-    for plan in plan_stack(problem, chip_of(input.device)):
+    for plan in plan_stack(problem, chip):
         launches.append((range(first, first + plan.layers), plan))
         first += plan.layers
     return launches

@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.rows import INITIAL, PREVIOUS, SKIPPED, Rows, origins_of, packed_rows
+from .kernels.rows import INITIAL, PREVIOUS, SKIPPED, SLACK, Rows, origins_of, packed_rows
 
 
 class Ragged(NamedTuple):
@@ -147,3 +147,8 @@ def without_padding(x: Tensor, rows: Rows) -> Tensor:
     if rows.origins is None or rows.sizes is not None:
         return x
     return x.masked_fill((rows.origins[0] == SKIPPED).unsqueeze(-1), 0.0)
+
+
+def with_slack(like: Tensor, shape: tuple[int, int, int]) -> Tensor:
+    """An empty ``[Z, R, C]`` with rows behind it that kernels may read of packed dgates."""
+    return like.new_empty(shape[0] * shape[1] + SLACK, shape[2])[:-SLACK].view(shape)

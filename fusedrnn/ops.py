@@ -52,8 +52,8 @@ torch.library.define(
 )
 
 
-def forward_impl(input, h_0, c_0, params, dropout_masks, *rest):
-    ragged, config, (save,) = sorted_out(rest)
+def forward_impl(input, h_0, c_0, params, dropout_masks, ragged: Ragged, config: Config, save):
+    """``rnn_forward`` on real tensors, without the dispatcher."""
     if config.backend == "aten":
         return _forward_by_torch(input, h_0, c_0, params, config)
     output, h_n, c_n, saved = again_if_refused(
@@ -62,7 +62,12 @@ def forward_impl(input, h_0, c_0, params, dropout_masks, *rest):
     return output, h_n, input.new_empty(0) if c_n is None else c_n, *saved[1:]
 
 
-torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"), forward_impl)
+def _forward_flat(input, h_0, c_0, params, dropout_masks, *rest):
+    ragged, config, (save,) = sorted_out(rest)
+    return forward_impl(input, h_0, c_0, params, dropout_masks, ragged, config, save)
+
+
+torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"), _forward_flat)
 
 
 def _forward_by_torch(input, h_0, c_0, params, config: Config):
@@ -106,14 +111,16 @@ def sorted_out(rest):
     return Ragged(*rest[:n]), Config(*rest[n:m]), rest[m:]
 
 
-def backward_impl(
-    d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, dropout_masks, output, gates, cs, hidden,
-    *rest,
-):  # fmt: skip
-    ragged, config, (needs_input, groups) = sorted_out(rest)
+def backward_impl(given, call, saved, ragged: Ragged, config: Config, needs_input, groups):
+    """``rnn_backward`` on real tensors, without the dispatcher.
+
+    given: d_output, d_h_n, d_c_n, d_cs; call: input, h_0, c_0, params, dropout_masks; saved:
+    output, gates, cs, hidden.
+    """
+    (d_output, d_h_n, d_c_n, d_cs), (input, h_0, c_0, params, dropout_masks) = given, call
     d_h_n = torch.zeros_like(h_0) if d_h_n is None else d_h_n
-    if c_0 is not None:
-        d_c_n = torch.zeros_like(c_0) if d_c_n is None else d_c_n
+    if c_0 is not None and d_c_n is None:
+        d_c_n = torch.zeros_like(c_0)
     d_input, d_h_0, d_c_0, d_params = again_if_refused(
         stack_backward,
         input,
@@ -125,7 +132,7 @@ def backward_impl(
         c_0,
         params,
         dropout_masks,
-        Saved(output, gates, cs, hidden),
+        Saved(*saved),
         ragged,
         config,
         needs_input,
@@ -139,7 +146,21 @@ def backward_impl(
     )
 
 
-torch.library.impl("fusedrnn::rnn_backward", ("cpu", "cuda"), backward_impl)
+def _backward_flat(*flat):
+    ragged, config, (needs_input, groups) = sorted_out(flat[13:])
+    return backward_impl(flat[:4], flat[4:9], flat[9:13], ragged, config, needs_input, groups)
+
+
+torch.library.impl("fusedrnn::rnn_backward", ("cpu", "cuda"), _backward_flat)
+
+
+def flat_backward(op: Callable) -> Callable:
+    """``op``, which takes all as ``rnn_backward`` does, with the arguments of ``backward_impl``."""
+
+    def backward(given, call, saved, ragged, config, needs_input, groups):
+        return op(*given, *call, *saved, *ragged, *config, needs_input, groups)
+
+    return backward
 
 
 @torch.library.register_fake("fusedrnn::rnn_backward")
@@ -159,18 +180,24 @@ def _backward_fake(
 
 def setup_context(ctx, inputs, output):
     input, h_0, c_0, params, dropout_masks, *rest = inputs
-    ragged, ctx.config, _ = sorted_out(rest)
+    ragged, config, _ = sorted_out(rest)
+    keep(ctx, (input, h_0, c_0, params, dropout_masks), ragged, config, output)
+
+
+def keep(ctx, call, ragged: Ragged, config: Config, output) -> None:
+    """Saves in ctx what ``pull_back`` needs."""
+    input, h_0, c_0, params, dropout_masks = call
     out, _, _, gates, cs, hidden = output
+    ctx.config, ctx.counts = config, (len(params), len(dropout_masks))
     ctx.mark_non_differentiable(gates, hidden)
     ctx.set_materialize_grads(False)
-    ctx.counts = len(params), len(dropout_masks)
     ctx.save_for_backward(input, h_0, c_0, *ragged, out, gates, cs, hidden, *params, *dropout_masks)
 
 
 def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Callable):
     """The gradients of ``rnn_forward`` in all its arguments, of those of its results.
 
-    backward: ``rnn_backward``, or what stands for it under a transform.
+    backward: ``backward_impl``, or what stands for it with its arguments.
     """
     input, h_0, c_0, *rest = ctx.saved_tensors
     ragged, saved, rest = Ragged(*rest[:3]), rest[3:7], rest[7:]
@@ -183,9 +210,9 @@ def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Calla
     if all(grad is None for grad in given):
         return None, None, None, [None] * n_params, *others
     call = input, h_0, c_0, params, masks
-    d_input, d_h_0, d_c_0, d_params = backward(
-        *given, *call, *saved, *ragged, *ctx.config, needs_input, ctx.config.members * needs_params
-    )
+    groups = ctx.config.members * needs_params
+    found = backward(given, call, saved, ragged, ctx.config, needs_input, groups)
+    d_input, d_h_0, d_c_0, d_params = found
     d_input = d_input if needs_input else None
     d_c_0 = None if c_0 is None else d_c_0
     return d_input, d_h_0, d_c_0, list(d_params) or [None] * n_params, *others
@@ -193,7 +220,8 @@ def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Calla
 
 def _autograd(ctx, *grads):
     needs = ctx.needs_input_grad
-    return pull_back(ctx, grads, needs[0], any(needs[3]), torch.ops.fusedrnn.rnn_backward)
+    backward = flat_backward(torch.ops.fusedrnn.rnn_backward)
+    return pull_back(ctx, grads, needs[0], any(needs[3]), backward)
 
 
 torch.library.register_autograd("fusedrnn::rnn_forward", _autograd, setup_context=setup_context)

@@ -22,7 +22,7 @@ from torch import Tensor
 
 from .grads import layer_grads
 from .kernels.plan import Plan, Problem, chip_of, stepwise
-from .kernels.rows import SLACK, Rows
+from .kernels.rows import Rows
 from .launches import (
     Config,
     Launched,
@@ -33,7 +33,7 @@ from .launches import (
     run_backward,
     run_forward,
 )
-from .layout import Layout, Links
+from .layout import Layout, Links, with_slack
 
 #: Numbers of gates that are made again at once: 8 MiB in fp32, which a CPU's cache holds. Training
 #: on one thread takes 1.31 times as long as with saved gates (geometric mean of eight sizes), and
@@ -98,8 +98,7 @@ def backward_again(
         entering, (h_0, c_0) = _entering(layer, segment, links)
         assert h_0 is not None
         gates = _gates(config, xs, part, entering)
-        room = gates.new_empty(D * len(xs[0]) + SLACK, config.spec.grad_tiles * H)
-        dgates = room[:-SLACK].view(D, len(xs[0]), -1)
+        dgates = with_slack(gates, (D, len(xs[0]), config.spec.grad_tiles * H))
         new_d_h, new_d_c = torch.empty_like(d_h), None if d_c is None else torch.empty_like(d_c)
         run_backward(
             config, plan, part.d_out, part.d_cs, d_h, d_c, layer.weights, (), h_0, c_0, part.outs,

@@ -20,7 +20,6 @@ from torch import Tensor
 
 from .grads import layer_grads
 from .kernels.plan import LaunchRefused, Plan, refuse_cooperation
-from .kernels.rows import SLACK
 from .launches import (
     Config,
     Launched,
@@ -34,7 +33,7 @@ from .launches import (
     run_backward,
     run_forward,
 )
-from .layout import Layout, Links, Ragged, layout_of, links_of, without_padding
+from .layout import Layout, Links, Ragged, layout_of, links_of, with_slack, without_padding
 from .loop import room_of
 from .recompute import backward_again
 
@@ -85,20 +84,21 @@ def stack_forward(
     for each row of the input, however the rows are laid out: its shapes depend on no value.
     """
     P, L, D, H = h_0.shape[-1], config.num_layers, config.directions, hidden_size(h_0, c_0)
-    layout = layout_of(input, h_0.shape[1], config.directions, ragged, config.compact)
+    layout = layout_of(input, h_0.shape[1], D, ragged, config.compact)
     h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
     tiles, keeps_gates = config.spec.saved, save and not config.recompute
-    room = input.shape[:-1].numel()
-    output = input.new_empty(*input.shape[:-1], D * P)
+    grid, empty = input.shape[:-1], input.new_empty
+    room = grid.numel()
+    output = empty(*grid, D * P)
     saved = Saved(
-        output=output if layout.dense is None else input.new_empty(layout.rows.total, D * P),
+        output=output if layout.dense is None else empty(layout.rows.total, D * P),
         # Each empty one is a tensor of its own, as an operator's results must be.
-        gates=input.new_empty(L, D, room, tiles * H) if keeps_gates else input.new_empty(0),
-        cs=input.new_empty(L, D, room, H) if save and c_0 is not None else input.new_empty(0),
-        hidden=input.new_empty(L - 1, room, D * P) if save else input.new_empty(0),
+        gates=empty(L, D, room, tiles * H) if keeps_gates else empty(0),
+        cs=empty(L, D, room, H) if save and c_0 is not None else empty(0),
+        hidden=empty(L - 1, room, D * P) if save else empty(0),
     )
-    work = Saved(saved.output, *map(layout.part, saved[1:]))
+    work = saved if layout.dense is None else Saved(saved.output, *map(layout.part, saved[1:]))
     dropout_masks = [layout.take(mask) for mask in dropout_masks]
     # A parametrisation may hand out weights of any strides; the kernels read rows.
     grouped = group_weights([p.contiguous() for p in params], config)
@@ -170,8 +170,9 @@ def stack_backward(
     D, H = config.directions, hidden_size(h_0, c_0)
     layout = layout_of(input, h_0.shape[1], config.directions, ragged, config.compact)
     # A transform may have made views of them.
-    saved = Saved(*(tensor.contiguous() for tensor in saved))
-    saved = Saved(layout.take(saved.output), *map(layout.part, saved[1:]))
+    saved = Saved(*[tensor.contiguous() for tensor in saved])
+    if layout.dense is not None:
+        saved = Saved(layout.take(saved.output), *map(layout.part, saved[1:]))
     h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
     d_h_n, d_c_n = layout.sort(d_h_n), None if d_c_n is None else layout.sort(d_c_n)
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
@@ -241,9 +242,8 @@ def _backward(
     Returns dx of the lowest, ``[R, I]``, and d_weights; the rest as of ``backward_again``.
     """
     D, L = config.directions, len(left.outs)
-    columns = config.spec.grad_tiles * hidden_size(d_h_n, d_c_n)
-    room = gates.new_empty(gates.shape[0] * layout.rows.total + SLACK, columns)
-    dgates = room[:-SLACK].view(gates.shape[0], layout.rows.total, columns)
+    shape = gates.shape[0], layout.rows.total, config.spec.grad_tiles * hidden_size(d_h_n, d_c_n)
+    dgates = with_slack(gates, shape) if layout.rows.sizes is not None else gates.new_empty(shape)
     run_backward(
         config, plan, left.d_out, left.d_cs, d_h_n, d_c_n, left.weights, masks, left.h_0, left.c_0,
         left.outs, gates, left.cs, dgates, d_h_0, d_c_0, layout,

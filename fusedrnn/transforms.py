@@ -24,7 +24,9 @@ from .launches import Config, group_weights, takes_members
 from .layout import Ragged
 from .ops import (
     backward_impl,
+    flat_backward,
     forward_impl,
+    keep,
     pull_back,
     second_autograd,
     setup_context,
@@ -98,16 +100,33 @@ def rnn_forward(*arguments: Any) -> Sequence[Any]:
     """The operator, or what stands for it under a transform or where nobody looks at operators."""
     if is_transformed():
         return _Forward.apply(*_counts(arguments, 3), *_flat(arguments))
-    if _is_watched(arguments[0]):
+    if is_watched(arguments[0]):
         return torch.ops.fusedrnn.rnn_forward(*arguments)
-    input, h_0, c_0, params, *rest = arguments
+    ragged, config, (save,) = sorted_out(arguments[5:])
+    input, h_0, c_0, params, masks = arguments[:5]
     tensors = (input, h_0, *params) if c_0 is None else (input, h_0, c_0, *params)
-    if torch.is_grad_enabled() and any(t.requires_grad for t in tensors):
-        return _Eager.apply(rest, input, h_0, c_0, *params)
-    return forward_impl(*arguments)
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return run_eagerly(input, h_0, c_0, params, masks, ragged, config, save, needs_grad)
 
 
-def _is_watched(tensor: Tensor) -> bool:
+def run_eagerly(
+    input: Tensor,
+    h_0: Tensor,
+    c_0: Tensor | None,
+    params: Sequence[Tensor],
+    masks: Sequence[Tensor],
+    ragged: Ragged,
+    config: Config,
+    save: bool,
+    needs_grad: bool,
+) -> Sequence[Any]:
+    """The operator's results where nobody looks at operators, without the dispatcher."""
+    if needs_grad:
+        return _Eager.apply((masks, ragged, config, save), input, h_0, c_0, *params)
+    return forward_impl(input, h_0, c_0, params, masks, ragged, config, save)
+
+
+def is_watched(tensor: Tensor) -> bool:
     """Whether a compiler, a mode, a profiler or a tensor subclass must see operators."""
     return (
         type(tensor) is not Tensor
@@ -154,18 +173,19 @@ class _Eager(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, rest, input, h_0, c_0, *params):
-        arguments = (input, h_0, c_0, params, *rest)
-        results = forward_impl(*arguments)
-        setup_context(ctx, arguments, results)
+        masks, ragged, config, save = rest
+        call = input, h_0, c_0, params, masks
+        results = forward_impl(*call, ragged, config, save)
+        keep(ctx, call, ragged, config, results)
         return results
 
     @staticmethod
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad
         # With create_graph the gradients are the operator's, which has second derivatives.
-        watched = any(grad is not None and _is_watched(grad) for grad in grads)
+        watched = any(grad is not None and is_watched(grad) for grad in grads)
         differentiable = torch.is_grad_enabled() or watched
-        backward = rnn_backward if differentiable else backward_impl
+        backward = flat_backward(rnn_backward) if differentiable else backward_impl
         found = pull_back(ctx, grads, needs[1], any(needs[4:]), backward)
         return None, *found[:3], *found[3]
 
@@ -185,7 +205,7 @@ class _Forward(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad[2:]
         needs_params = any(needs[3 : 3 + ctx.counts[0]])
-        found = pull_back(ctx, grads, needs[0], needs_params, rnn_backward)
+        found = pull_back(ctx, grads, needs[0], needs_params, flat_backward(rnn_backward))
         return None, None, *_flat(found)
 
     @staticmethod
