@@ -188,6 +188,16 @@ def test_lone_tensor_for_lstm(packed_input):
     assert_same_error(*cells, (zeros(2, 3), zeros(2, 4)), r"hx is a tensor; .* \(h_0, c_0\)")
 
 
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_a_tuple_for_one_state(name):
+    """Refused also where a call of these shapes is known."""
+    modules = getattr(nn, name)(3, 4, 2), getattr(fusedrnn, name)(3, 4, 2)
+    x, hx = zeros(5, 2, 3), zeros(2, 2, 4)
+    for _ in range(2):
+        assert_same_error(*modules, (x, (hx,)), r"hx is a tuple; expected a tensor, h_0")
+        modules[1](x, hx)
+
+
 def test_states_of_lstm_that_differ():
     modules = nn.LSTM(3, 4, 2), fusedrnn.LSTM(3, 4, 2)
     hx = zeros(2, 2, 4), zeros(2, 2, 5)
