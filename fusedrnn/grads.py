@@ -16,6 +16,10 @@ from .kernels.rows import SKIPPED
 from .kernels.spec import CellSpec, Weights, runs_of
 from .layout import Links
 
+#: On the CPU the sum over rows is one of so many parts, each of at least so many rows, as long as
+#: the parts' products take no more than so many numbers.
+_PARTS, _ROWS_OF_A_PART, _ROOM_OF_PARTS = 16, 64, 1 << 20
+
 
 def layer_grads(
     spec: CellSpec,
@@ -111,11 +115,34 @@ def _add_product(target: Tensor, grads: Tensor, operand: Tensor, beta: float) ->
     """``target = beta target + grads^T operand``, each ``[groups, ...]``, summed over rows."""
     if target.shape[0] > 1:
         torch.baddbmm(target, grads.mT, operand, beta=beta, out=target)
-    elif target.device.type == "cpu" and not beta and operand.shape[2] > grads.shape[2]:
-        # The CPU's GEMMs want the longer side first: 1.5 ms instead of 2.2 for 64 x 6400 x 300.
-        target[0].copy_((operand[0].t() @ grads[0]).t())
-    else:  # oneDNN's and cuBLAS's GEMM need no batch
+    elif target.device.type == "cpu":
+        _add_in_parts(target[0], grads[0], operand[0], beta)
+    else:  # cuBLAS's GEMM needs no batch
         torch.addmm(target[0], grads[0].t(), operand[0], beta=beta, out=target[0])
+
+
+def _add_in_parts(target: Tensor, grads: Tensor, operand: Tensor, beta: float) -> None:
+    """Likewise on the CPU, where a GEMM adds up all rows one after the other.
+
+    With T = 200, B = 16, H = 8 that is 2.9 times the error budget. torch.nn adds step by step; here
+    parts of the rows have sums of their own, which are as many GEMMs side by side.
+    """
+    rows, room = len(grads), max(target.numel(), 1)
+    parts = min(_PARTS, rows // _ROWS_OF_A_PART, _ROOM_OF_PARTS // room)
+    if parts < 2:
+        torch.addmm(target, grads.t(), operand, beta=beta, out=target)
+        return
+    whole = rows - rows % parts
+    left, right = (x[:whole].unflatten(0, (parts, -1)) for x in (grads, operand))
+    # The CPU's GEMMs want the longer side first: 1.5 ms instead of 2.2 for 64 x 6400 x 300.
+    is_wide = target.shape[1] > target.shape[0]
+    found = (right.mT @ left).sum(0).t() if is_wide else (left.mT @ right).sum(0)
+    if whole < rows:
+        found.addmm_(grads[whole:].t(), operand[whole:])
+    if beta:
+        target.add_(found)
+    else:
+        target.copy_(found)
 
 
 def _first_row(part: tuple[slice, Tensor]) -> int:

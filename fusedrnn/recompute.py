@@ -144,14 +144,15 @@ def _entering(
     D, B = layer.h_0.shape[:2]
     of_steps: list[Tensor | None] = []
     of_segment: list[Tensor | None] = []
-    for initial, left in ((layer.h_0, layer.outs[0].unflatten(1, (D, -1))), (layer.c_0, layer.cs)):
+    outs = layer.outs[0].unflatten(1, (D, -1)).transpose(0, 1)  # as cs lies, [D, R, P]
+    for initial, left in ((layer.h_0, outs), (layer.c_0, layer.cs)):
         if initial is None or left is None:
             of_steps.append(None)
             of_segment.append(None)
             continue
         steps, firsts = [], []
         for d, own in enumerate(segment.rows):
-            states = left[:, d] if initial is layer.h_0 else left[d]
+            states = left[d]
             if links:
                 steps.append(links[d].entering(states, initial[d]))
                 firsts.append(initial[d])

@@ -101,9 +101,9 @@ class Launch:
             sys.setprofile(before)
 
 
-#: Calls of Python and of C functions up to the launch, with about 30 of the tests' own that fill what
-#: is empty: forward, backward. The host's time on small RNNs is about 0.5 us for each of the others
-#: (``python -m bench.host``).
+#: Calls of Python and of C functions up to the launch: forward, backward. About 30 are the tests'
+#: own, which fill what is empty; the host's time on small RNNs is about 0.5 us for each of the
+#: others (``python -m bench.host``).
 MOST_TO_LAUNCH = {"LSTM": (172, 193), "GRU": (161, 178), "RNN": (161, 178)}
 
 

@@ -12,7 +12,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import pack_padded_sequence
 
+import fusedrnn
 from fusedrnn import loop, onednn, reference
 from fusedrnn.kernels.rows import Rows, origins_of, packed_rows
 from fusedrnn.kernels.spec import SPECS, Weights
@@ -397,3 +399,31 @@ class TestByOneDNN:
         finally:
             torch._C._set_mkldnn_enabled(True)
         assert onednn.takes(*arguments)
+
+
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_sums_over_many_rows_are_as_exact_as_torchs(kind, layout):
+    """2400 to 3200 rows: one GEMM over all of them was up to 2.9 times the error budget."""
+    torch.manual_seed(0)
+    modules = [getattr(torch.nn, kind)(8, 8, 2, bidirectional=True).double() for _ in range(2)]
+    modules += [getattr(fusedrnn, kind)(8, 8, 2, bidirectional=True)]
+    modules[1].load_state_dict(modules[2].state_dict())
+    modules[0].load_state_dict(modules[2].state_dict())
+    modules[1].float()
+    x, lengths = torch.randn(200, 16, 8), torch.randint(100, 201, (16,))
+    found = []
+    for module in modules:
+        given = x.to(module.weight_hh_l0.dtype)
+        if layout == "packed":
+            given = pack_padded_sequence(given, lengths, enforce_sorted=False)
+        with fusedrnn.use_backend("torch"):
+            output = module(given)[0]
+        data = output if layout == "dense" else output.data
+        weights = dict(module.named_parameters())
+        cotangent = torch.sin(torch.arange(data.numel())).view_as(data).to(data.dtype)
+        grads = torch.autograd.grad(data, list(weights.values()), cotangent)
+        found.append(dict(zip(weights, grads, strict=True)))
+    truth, theirs, ours = found
+    for name, want in truth.items():
+        assert_budget(name, ours[name], theirs[name], want)

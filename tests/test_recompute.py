@@ -107,6 +107,23 @@ def test_on_the_kernels(kind, form, monkeypatch):
         assert_equal(everything(again, x, **options), everything(plain, x, **options), 2e-6)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_calls_that_are_known_begin_with_the_same_zeros(kind):
+    """From the second call on h_0 and c_0 may be one tensor of zeros."""
+    plain, again = pair_of(kind)
+    x = torch.randn(B, T, I, dtype=torch.float64)
+    x = x if plain.batch_first else x.transpose(0, 1)
+    for _ in range(3):
+        found = []
+        for module in (plain, again):
+            torch.manual_seed(1)  # the masks
+            with fusedrnn.use_backend("torch"):
+                output = module(x)[0]
+            found.append(torch.autograd.grad(output.square().sum(), list(module.parameters())))
+        for left, right in zip(*found, strict=True):
+            torch.testing.assert_close(left, right, rtol=1e-12, atol=1e-12)
+
+
 def test_a_wavefront_is_taken_apart():
     """Stacked layers save c of each, and each runs backwards by itself."""
     torch.manual_seed(0)
