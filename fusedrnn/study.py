@@ -37,7 +37,8 @@ TERMS = {
     "shared": "shared memory",
     "specials": "MUFU",
     "l2": "L2",
-    "chain": "dependent chain",
+    "mma": "mma chain",
+    "chain": "other chain",
     "sync": "sync hop",
 }
 
@@ -284,7 +285,7 @@ def _floor_lines(parts: list[Part], chip: Chip) -> Iterator[str]:
             values = (f"{value:.3f}" for value in (*terms.values(), floors.step))
             rows.append((direction, *values, binds))
         yield from _table(rows)
-    yield "   a step: the largest of the first four, which overlap, plus chain plus hop"
+    yield "   a step: the largest of the first five, which overlap, plus other chain plus hop"
     if any(part.plan.schedule == "stepwise" for part in parts):
         yield "   of schedule stepwise the hop is the launches of a step"
 

@@ -349,8 +349,7 @@ def adjoint_products(
 ):
     """``out[block of K] = sum over gates and blocks of grads W[gate]`` in fp32, for PHASES[PHASE].
 
-    The gates have accumulators of their own: one chain over all of them would be G times as many
-    dependent mma instructions, 24 cycles each.
+    With one block the compiler makes one accumulator for all gates, with several one for each.
     """
     out = ()
     for k in tl.static_range(len(w[0][0])):

@@ -1,9 +1,10 @@
 """How long one step must take at least: the physical floors of a plan, in microseconds.
 
 Arithmetic on the chip's figures and no measurement: everything it says is *modelled*. A step of a
-recurrence cannot be faster than the slowest of four throughputs (matrix units, shared memory,
-special-function units, L2), plus what is strictly one after the other: the chain of dependent mma
-instructions and activations, and the hop from one program's store to another's load.
+recurrence cannot be faster than the slowest of five: four throughputs (matrix units, shared
+memory, special-function units, L2) and the chain of dependent mma instructions, which runs while
+they do. To that comes what is strictly one after the other: operands through shared memory,
+activations, and the hop from one program's store to another's load.
 
 Figures of sm_90 (H100, H200), by source: 24 cycles from mma to dependent mma, 63 % of the tensor
 peak within reach of mma.sync, L2 latency 263 cycles (Luo et al., arXiv 2402.13499); 16
@@ -64,12 +65,13 @@ class Floors(NamedTuple):
     shared: float  # weights from shared memory to the matrix units
     specials: float  # exponentials and reciprocals
     l2: float  # what all programs read through L2
-    chain: float  # dependent mma, activations, operands through shared memory
+    mma: float  # the longest chain of dependent mma instructions
+    chain: float  # operands through shared memory, activations
     sync: float  # handing h or dgates to the other programs
 
     @property
     def step(self) -> float:
-        return max(self[:4]) + self.chain + self.sync
+        return max(self[:5]) + self.chain + self.sync
 
     def __str__(self) -> str:
         parts = ", ".join(f"{name} {value:.2f}" for name, value in self._asdict().items() if value)
@@ -84,6 +86,29 @@ def kind_of(problem: Problem, chip: Chip) -> str:
     return "ieee" if problem.dtype.itemsize == 8 or chip.warp_size == 64 else problem.precision
 
 
+def dependent_mma(
+    problem: Problem, kind: str, tiles: Tiles, layers: int, direction: str
+) -> tuple[int, ...]:
+    """For each product of a step the longest chain of mma instructions as it is compiled.
+
+    The compiler makes of a sum of products one accumulator wherever it may: forward of all chunks
+    or blocks of H, backward of all gates of a phase as well. Backward in a wavefront has a product
+    more, with all gates of the layer above; forward that of the layer below falls into the hop.
+    """
+    spec = SPECS[problem.cell]
+    cut = [width for *_, width in tiles.k_chunks or tiles.blocks]
+    each = [-(-width // (16 if kind == "16-bit" else 8)) for width in cut]
+    gates = [len(phase) for phase in spec.phases]
+    if direction == "backward" and layers > 1:
+        gates.append(spec.gates)
+    if kind == "tf32x3":  # three products of one pair are a chain, and what they give is added
+        return (3 * max(each),) * len(gates)
+    if direction == "forward" or (len(each) > 1 and not tiles.k_chunks):
+        return (sum(each),) * len(gates)
+    # Of several gates each chunk has an accumulator of its own; they are added at the end.
+    return tuple(n * max(each) if n > 1 else sum(each) for n in gates)
+
+
 def floors_on_chip(
     problem: Problem, chip: Chip, tiles: Tiles, layers: int, direction: str
 ) -> Floors:
@@ -95,11 +120,7 @@ def floors_on_chip(
     forward, itemsize = direction == "forward", problem.dtype.itemsize
     together = bool(tiles.k_chunks)
     units = sum(width for _, width in tiles.blocks)
-    if together:
-        columns = sum(pieces * width for _, pieces, width in tiles.k_chunks)
-        longest = max(width for _, _, width in tiles.k_chunks)
-    else:
-        columns = longest = units
+    columns = sum(n * width for _, n, width in tiles.k_chunks) if together else units
     operands = 2 if layers > 1 else 1  # a layer above the first projects its own input
     weights = spec.gates * units * columns * operands
     rows = max(tiles.block_b, 16)  # an mma has no fewer
@@ -111,15 +132,15 @@ def floors_on_chip(
     programs = members * batch_tiles * problem.directions * layers
     read = tiles.block_b * columns * itemsize * (1 if forward else spec.gates) * operands
     phases = len(spec.phases)
-    mma = -(-longest // (16 if itemsize == 2 else 8))
-    cycles = phases * (MMA_LATENCY * mma + ROUND_TRIP) + ACTIVATIONS
+    chains = dependent_mma(problem, kind, tiles, layers, direction)
     specials = tiles.block_b * units * spec.specials[not forward]
     one = Floors(
         products=2 * rows * weights / speeds.flops[kind],
         shared=weights * itemsize / SHARED_BYTES_A_CYCLE / speeds.cycles,
         specials=specials / SPECIALS_A_CYCLE / speeds.cycles,
         l2=programs * read / speeds.l2_bytes if together else 0.0,
-        chain=cycles / speeds.cycles,
+        mma=MMA_LATENCY * sum(chains) / speeds.cycles,
+        chain=(ROUND_TRIP * len(chains) + ACTIVATIONS) / speeds.cycles,
         sync=phases * (speeds.hop + speeds.l2_latency) if together else 0.0,
     )
     return Floors(*(rounds * floor for floor in one))
@@ -137,6 +158,7 @@ def floors_stepwise(problem: Problem, chip: Chip, direction: str) -> Floors:
         shared=0.0,
         specials=specials / SPECIALS_A_CYCLE / speeds.cycles / chip.sms,
         l2=weights * problem.dtype.itemsize / speeds.l2_bytes,
+        mma=0.0,
         chain=0.0,
         sync=phases * (D + 1) * speeds.launch,
     )

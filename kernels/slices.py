@@ -2,9 +2,11 @@
 
 The sum over H is cut into *chunks* ``K_CHUNKS = ((start, KS, KC), ...)`` of KS pieces with KC
 columns each; KS is the same for all. A chunk is one batched product
-``[KS, BLOCK_B, KC] x [KS, KC, BLOCK_H]``: KS short chains of dependent mma instructions (24 cycles
-each) on as many warps instead of one long chain, and every warp reads its own pieces of the operand
-only. What the warps have is added at the end, once for each tile and always in one order.
+``[KS, BLOCK_B, KC] x [KS, KC, BLOCK_H]``: KS chains of dependent mma instructions (24 cycles each)
+on as many warps instead of one KS times as long, and every warp reads its own pieces of the operand
+only. Where dots are added the compiler makes one accumulator of them, so a chain goes on through
+all chunks (``gate_products``) or all gates of a phase (``gradient_product``); ``model.py`` counts
+it. What the warps have is added at the end, once for each tile and always in one order.
 """
 
 import triton

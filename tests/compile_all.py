@@ -14,10 +14,12 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from compiling import Job, every_job, plan_of
 
+from fusedrnn.kernels.model import dependent_mma, kind_of
 from fusedrnn.kernels.plan import CHIPS
 
 HERE = Path(__file__).parent
@@ -57,6 +59,12 @@ def faults(job: Job, usage: dict) -> list[str]:
         found.append(f"{usage['early']} loads of exchanged data before the wait")
     if usage.get("scalar"):
         found.append(f"{usage['scalar']} loads of exchanged data element by element")
+    if usage.get("endless"):
+        found.append(f"{usage['endless']} waits without a limit")
+    if usage.get("apart"):
+        found.append("no cooperative launch of programs that wait for each other")
+    if "chain" in usage and usage["chain"] != (chain := expected_chain(job)):
+        found.append(f"{usage['chain']} dependent mma, {chain} modelled")
     on_fma_units = job.chip != "gfx942" and job.problem.precision == "ieee"
     in_library = chosen.schedule == "stepwise"  # whose products are torch.mm
     if (
@@ -68,11 +76,23 @@ def faults(job: Job, usage: dict) -> list[str]:
     return found
 
 
-def row(job: Job, usage: dict) -> dict:
+def expected_chain(job: Job) -> int:
+    """The longest chain of mma by the model, which leaves out a projection in the kernel."""
+    chosen, chip = plan_of(job.problem, CHIPS[job.chip]), CHIPS[job.chip]
+    forward, kind = job.direction == "forward", kind_of(job.problem, chip)
+    tiles = chosen.forward if forward else chosen.backward
+    chains = dependent_mma(job.problem, kind, tiles, chosen.layers, job.direction)
+    if forward and chosen.i_blocks:
+        given = replace(tiles, blocks=chosen.i_blocks)
+        chains += dependent_mma(job.problem, kind, given, 1, job.direction)
+    return max(chains)
+
+
+def about(job: Job) -> dict:
+    """The columns of the table that say which kernel it is."""
     chosen = plan_of(job.problem, CHIPS[job.chip])
     tiles = chosen.forward if job.direction == "forward" else chosen.backward
     return {
-        "triton": usage["triton"],
         "chip": job.chip,
         "schedule": chosen.schedule,
         "cell": job.problem.cell,
@@ -93,7 +113,15 @@ def row(job: Job, usage: dict) -> dict:
         else job.direction,
         "block_b": tiles.block_b,
         "warps": tiles.num_warps,
-        **{key: usage[key] for key in ("registers", "spills", "shared", "mma", "step")},
+    }
+
+
+def row(job: Job, usage: dict) -> dict:
+    found = {key: usage[key] for key in ("registers", "spills", "shared", "mma", "step")}
+    return {
+        "triton": usage["triton"],
+        **about(job),
+        **found,
         "faults": "; ".join(faults(job, usage)),
     }
 

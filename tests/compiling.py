@@ -202,9 +202,12 @@ def compile_job(job: Job) -> dict:
         "shared": compiled.shared_bytes,
         "narrow": narrow_rows(binary, compiled.tiles.block_b),
     }
+    if chosen.schedule != "stepwise":
+        deep = 16 if job.problem.dtype.itemsize == 2 else 8  # columns of one mma
+        usage["chain"] = longest_chain(binary.asm["ttgir"], deep)
     if chosen.schedule == "cooperative":
         nvidia = not job.chip.startswith("gfx")
-        usage |= _exchanged_loads(binary, job.problem.hidden_size, nvidia)
+        usage |= _exchanged_loads(binary, job.problem.hidden_size, nvidia) | _waits(binary)
     return usage | offline.figures(binary)
 
 
@@ -220,6 +223,49 @@ def _exchanged_loads(binary, H: int, nvidia: bool) -> dict:
     early = sum(start < ir.index("acquire") for start in loads)
     scalar = re.findall(r"ld\.global\.cg\.b\d+", binary.asm["ptx"]) if nvidia else []
     return {"early": early, "scalar": 0 if H % 16 else len(scalar)}
+
+
+def _waits(binary) -> dict:
+    """What the launch options of programs that wait for each other must have come to.
+
+    endless: how many polling loops have no call of the device's assertion to end them; apart:
+    whether the launch would not ask for all programs at once.
+    """
+    polls = len(re.findall(r"atomic_rmw add, acquire", binary.asm["ttgir"])) // 2  # before, inside
+    bounds = len(re.findall(r"call\S* __assertfail", binary.asm["ptx"]))
+    assert polls, "no wait is left"
+    return {
+        "endless": max(0, polls - bounds),
+        "apart": not binary.metadata.launch_cooperative_grid,
+    }
+
+
+_VALUE = re.compile(r"%\w+(?:#\d+)?")
+_ACCUMULATES = re.compile(
+    r"\s*(%\w+) = (tt\.dot|arith\.addf|arith\.select|arith\.cmpf|ttg\.convert_layout)\b([^:]*):(.*)"
+)
+_COLUMNS = re.compile(r"tensor<(?:\d+x)*(\d+)x(?:bf|f)\d+, #ttg\.dot_op<\{opIdx = 0")
+
+
+def longest_chain(ttgir: str, deep: int) -> int:
+    """The most mma instructions of which each adds to what the one before gave.
+
+    Through the accumulators of dots, and the sums of what they gave; the operands of a dot, an
+    activation or memory end a chain. ``deep``: how many columns one instruction multiplies.
+    """
+    depths: dict[str, int] = {}
+    for name, operation, operands, types in map(re.Match.groups, _matches(ttgir)):
+        values, own = _VALUE.findall(operands), 0
+        if operation == "tt.dot":
+            columns = _COLUMNS.search(types)
+            assert columns, types
+            values, own = values[2:3], -(-int(columns[1]) // deep)
+        depths[name] = own + max((depths.get(value, 0) for value in values), default=0)
+    return max(depths.values(), default=0)
+
+
+def _matches(ttgir: str) -> Iterator[re.Match]:
+    return filter(None, map(_ACCUMULATES.match, ttgir.splitlines()))
 
 
 def narrow_rows(binary, block_b: int) -> int:

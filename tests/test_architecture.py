@@ -24,6 +24,8 @@ ORDER = (
     "kernels",
     "layout",
     "reference",
+    "steps",
+    "onednn",
     "loop",
     "grads",
     "launches",
@@ -230,6 +232,24 @@ def names_no_machine(source: Source) -> Iterator[str]:
                 yield f"{source.path}:{number} names {host}, which is not in PUBLIC_HOSTS"
 
 
+def marks_what_needs_a_gpu(source: Source) -> Iterator[str]:
+    """`-m gpu` must select a test that skips without CUDA: by the fixture ``device``, or a mark."""
+    absent = "not torch.cuda.is_available()"
+    named: dict[str, str] = {}  # what the module's own names, decorators among them, stand for
+    for node in source.tree.body:
+        if isinstance(node, ast.Assign):
+            named |= {ast.unparse(target): ast.unparse(node.value) for target in node.targets}
+    everywhere = named.get("pytestmark", "")
+    for node in ast.walk(source.tree):
+        if isinstance(node, ast.FunctionDef) and node.name.startswith("test"):
+            decorators = [ast.unparse(decorator) for decorator in node.decorator_list]
+            marks = [everywhere, *decorators, *(named.get(name, "") for name in decorators)]
+            skips = absent in ast.unparse(node) or any(absent in mark for mark in marks)
+            selected = any("mark.gpu" in mark for mark in marks)
+            if skips and not selected and "device" not in [arg.arg for arg in node.args.args]:
+                yield f"{source.path}:{node.lineno}: `-m gpu` leaves out {node.name}"
+
+
 PACKAGE = ("fusedrnn/*.py", "kernels/*.py")
 KERNELS = ("kernels/*.py",)
 RULES: list[tuple[Callable[[Source], Iterator[str]], tuple[str, ...]]] = [
@@ -240,6 +260,7 @@ RULES: list[tuple[Callable[[Source], Iterator[str]], tuple[str, ...]]] = [
     (says_its_precision, KERNELS),
     (compiles_once_for_all_lengths, KERNELS),
     (stays_short, (*PACKAGE, "bench/*.py", "bench/lessons/*.py")),
+    (marks_what_needs_a_gpu, ("tests/*.py",)),
 ]
 
 
@@ -263,6 +284,7 @@ def test_no_machine_is_named():
     assert not found, "\n".join(found)
 
 
+NEEDS_CUDA = "pytest.mark.skipif(not torch.cuda.is_available(), reason='')\n"
 LONG_BODY = "def f():\n    '''Doc.'''\n" + "    x = 1\n" * 81
 PLANTED = [
     (imports_go_downwards, "fusedrnn/ops.py", "from .modules import LSTM"),
@@ -287,6 +309,14 @@ PLANTED = [
     (compiles_once_for_all_lengths, "kernels/x.py", "def f(stride_x_b: tl.constexpr): pass"),
     (stays_short, "bench/x.py", "x = 1\n" * 501),
     (stays_short, "bench/x.py", LONG_BODY),
+    (marks_what_needs_a_gpu, "tests/x.py", f"@{NEEDS_CUDA}def test(cell): pass"),
+    (marks_what_needs_a_gpu, "tests/x.py", f"gpu = {NEEDS_CUDA}@gpu\ndef test(): pass"),
+    (marks_what_needs_a_gpu, "tests/x.py", f"pytestmark = {NEEDS_CUDA}def test(): pass"),
+    (
+        marks_what_needs_a_gpu,
+        "tests/x.py",
+        "def test():\n    if not torch.cuda.is_available():\n        pytest.skip('')",
+    ),
     (names_no_machine, "docs/x.md", "see /" + "home/me/x"),
     (names_no_machine, "docs/x.md", "pip --index-" + "url=x"),
     (names_no_machine, "docs/x.md", "https:" + "//packages.example.org/simple"),
@@ -305,6 +335,8 @@ ALLOWED = [
     (takes_schedules_lazily, "fusedrnn/ops.py", "def f():\n    from .kernels import resident"),
     (has_no_banned_call, "kernels/x.py", '"""No libdevice here."""  # nor make_block_ptr'),
     (stays_short, "kernels/x.py", "def f(" + "\n    a,\n" * 90 + "): pass"),
+    (marks_what_needs_a_gpu, "tests/x.py", f"@{NEEDS_CUDA}def test(cell, device): pass"),
+    (marks_what_needs_a_gpu, "tests/x.py", f"@pytest.mark.gpu\n@{NEEDS_CUDA}def test(): pass"),
     (names_no_machine, "docs/x.md", "../shared/home/x, work/x, https:" + "//arxiv.org/abs/1"),
 ]
 

@@ -367,6 +367,7 @@ STORE_H = (
 STORE_DGATES = (
     "            store_rows(rows, here, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)\n"
 )
+STORE_SLOT = "                store_rows(slots, mask_b, start, only((u,), 0), 0, H, BLOCKS)\n"
 PUBLISH = "publish(counter_ptr)\n"
 
 
@@ -400,6 +401,20 @@ def break_flag_before_dgates(patch):
     patch.setattr(cooperative_launch, "_cooperative_bwd_kernel", late)
 
 
+def break_flag_before_slot(patch):
+    late = rewritten(
+        cooperative._cooperative_fwd_kernel,
+        STORE_SLOT + " " * 16 + PUBLISH,
+        " " * 16 + PUBLISH + STORE_SLOT,
+    )
+    patch.setattr(cooperative_launch, "_cooperative_fwd_kernel", late)
+
+
+def break_turns_of_slots(patch):
+    one = rewritten(cooperative._cooperative_fwd_kernel, "pid_z * 2 + step % 2", "pid_z * 2")
+    patch.setattr(cooperative_launch, "_cooperative_fwd_kernel", one)
+
+
 MUTANTS = [break_wait_dropped, break_counter_target, break_flag_before_h, break_flag_before_dgates]
 
 
@@ -412,6 +427,41 @@ def test_a_broken_protocol_is_found(mutate, monkeypatch):
     failed = run("lstm", shape, data, delay=0.01, slow=1)
     assert not failed
     assert bool(differences("lstm", shape, data)) == (mutate is not break_nothing)
+
+
+@pytest.mark.parametrize(
+    ("mutate", "is_found"),
+    [
+        (break_nothing, False),
+        (break_flag_before_slot, True),
+        (break_flag_before_dgates, True),
+        # With h exchanged too, one slot does: whoever stores into it again has waited for an h that
+        # everyone published after reading the slot. The next test has a cell without that wait.
+        (break_turns_of_slots, False),
+    ],
+)
+def test_a_broken_exchange_of_operands_is_found(mutate, is_found, monkeypatch):
+    shape = SHAPES["two slices"]
+    data = prepared("gru_reset_before", shape)
+    mutate(monkeypatch)
+    failed = run("gru_reset_before", shape, data, delay=0.02, slow=1)
+    assert not failed
+    assert bool(differences("gru_reset_before", shape, data)) == is_found
+
+
+@pytest.mark.parametrize("mutate", [break_nothing, break_flag_before_slot, break_turns_of_slots])
+def test_a_broken_exchange_of_operands_alone_is_found(mutate, dropped, monkeypatch):
+    """Where h itself goes round nowhere, beside results of the same launch unbroken."""
+    shape = SHAPES["two slices"]
+    data = prepared(dropped, shape)
+    broken = shared({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in data.items()})
+    broken["outs"] = shared([out.clone() for out in data["outs"]])
+    aux = shared((torch.rand(shape.B, shape.H) > 0.3) / 0.7)
+    assert not run(dropped, shape, data, aux=aux)
+    mutate(monkeypatch)
+    assert not run(dropped, shape, broken, aux=aux, delay=0.05, slow=1)
+    is_right = torch.equal(data["outs"][0], broken["outs"][0])
+    assert is_right == (mutate is break_nothing)
 
 
 def test_counters_that_were_not_cleared_are_found():
@@ -439,19 +489,25 @@ def masked_fold(ctx, d_state, du):
     return ((d_state[0][0] + masked_operand(0, ctx, (), (), (du,))[0],),)
 
 
-def test_an_operand_that_is_not_h(monkeypatch):
+@pytest.fixture
+def dropped(monkeypatch):
     """h' = tanh(gx + W (m * h) + b): the operand goes round through slots, and h through none."""
-    like, shape = cells.CELLS["rnn_tanh"], SHAPES["three slices, the last one not full"]
-    dropped = SPECS["rnn_tanh"].__class__(1, 1, 0, ((0,),), ((0,),), (0,), operands=("m*h",))
-    monkeypatch.setitem(SPECS, "dropped", dropped)
+    like = cells.CELLS["rnn_tanh"]
+    spec = SPECS["rnn_tanh"].__class__(1, 1, 0, ((0,),), ((0,),), (0,), operands=("m*h",))
+    monkeypatch.setitem(SPECS, "dropped", spec)
     monkeypatch.setitem(
         cells.CELLS,
         "dropped",
-        cells.Cell(dropped, masked_operand, like.forward, like.adjoint, masked_fold),
+        cells.Cell(spec, masked_operand, like.forward, like.adjoint, masked_fold),
     )
-    data = prepared("dropped", shape)
+    return "dropped"
+
+
+def test_an_operand_that_is_not_h(dropped):
+    shape = SHAPES["three slices, the last one not full"]
+    data = prepared(dropped, shape)
     aux = shared((torch.rand(shape.B, shape.H) > 0.3) / 0.7)
-    assert not run("dropped", shape, data, aux=aux)
+    assert not run(dropped, shape, data, aux=aux)
 
     results = {}
     for name, dtype in (("ref", torch.float32), ("truth", torch.float64)):

@@ -224,11 +224,11 @@ def test_the_plan_asks_for_graphs_where_the_host_is_slower():
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="CUDA graphs need a GPU")
 @pytest.mark.parametrize("cell", CELLS)
-def test_on_a_gpu(cell):
+def test_on_a_gpu(cell, device):
     weights, given = make(cell, 2, torch.float32, 0)
 
     def moved(tensor):
-        return tensor.cuda() if isinstance(tensor, torch.Tensor) else tensor
+        return tensor.to(device) if isinstance(tensor, torch.Tensor) else tensor
 
     weights = [Weights(*map(moved, w)) for w in weights]
     given = {name: moved(tensor) for name, tensor in given.items()}

@@ -6,6 +6,7 @@ import torch
 from fusedrnn.kernels.model import (
     Floors,
     cudnn_step,
+    dependent_mma,
     floors_on_chip,
     floors_stepwise,
     kind_of,
@@ -32,7 +33,8 @@ def test_a_step_of_an_lstm_worked_out_by_hand():
     assert floors.shared == pytest.approx(weights * 2 / 128 / 1755)
     assert floors.specials == pytest.approx(16 * 16 * 10 / 16 / 1755)
     assert floors.l2 == pytest.approx(64 * 16 * 1024 * 2 / 5.5e6)
-    assert floors.chain == pytest.approx((8 * 24 + 100 + 150) / 1755)  # 128 columns: 8 mma
+    assert floors.mma == pytest.approx(8 * 24 / 1755)  # 128 columns, 16 an instruction
+    assert floors.chain == pytest.approx((100 + 150) / 1755)
     assert floors.sync == pytest.approx(0.65 + 0.15)
     assert floors.step == pytest.approx(floors.shared + floors.chain + floors.sync)
 
@@ -42,6 +44,54 @@ def test_backward_reads_every_gate_and_activates_little():
     assert backward.l2 == pytest.approx(4 * forward.l2)
     assert backward.specials == pytest.approx(forward.specials / 5)
     assert backward.products == forward.products
+
+
+TWO = ((0, 8, 64), (512, 8, 32))  # chunks of H = 768
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind", "chunks", "layers", "direction", "chains"),
+    [
+        ("lstm", "16-bit", ((0, 8, 64),), 1, "forward", (4,)),  # 64 columns, 16 an instruction
+        ("lstm", "16-bit", ((0, 8, 64),), 1, "backward", (16,)),  # all four gates
+        ("lstm", "16-bit", TWO, 1, "forward", (6,)),  # both chunks
+        ("lstm", "16-bit", TWO, 1, "backward", (16,)),  # of all gates the longer chunk
+        ("rnn_tanh", "16-bit", TWO, 1, "backward", (6,)),  # one gate: both chunks
+        ("gru_reset_before", "16-bit", TWO, 1, "backward", (8, 6)),  # two gates, then one
+        ("gru_reset_before", "16-bit", TWO, 1, "forward", (6, 6)),
+        ("lstm", "tf32", ((0, 8, 64),), 1, "backward", (32,)),  # 8 columns an instruction
+        ("lstm", "tf32x3", TWO, 1, "backward", (24,)),  # three products of 64 columns
+        ("lstm", "16-bit", ((0, 8, 64),), 2, "forward", (4,)),
+        ("gru", "16-bit", ((0, 8, 64),), 2, "backward", (12, 12)),  # the layer above as well
+    ],
+)
+def test_chains_of_a_slice(cell, kind, chunks, layers, direction, chains):
+    found = dependent_mma(LSTM._replace(cell=cell), kind, tiles(k_chunks=chunks), layers, direction)
+    assert found == chains
+
+
+@pytest.mark.parametrize(
+    ("cell", "kind", "blocks", "direction", "chains"),
+    [
+        ("lstm", "16-bit", ((0, 128),), "forward", (8,)),
+        ("lstm", "16-bit", ((0, 128),), "backward", (32,)),  # all four gates
+        ("lstm", "16-bit", ((0, 64), (64, 32)), "forward", (6,)),  # both blocks
+        ("lstm", "16-bit", ((0, 64), (64, 32)), "backward", (6,)),  # likewise, for each gate
+        ("gru_reset_before", "tf32", ((0, 64),), "backward", (16, 8)),
+        ("gru", "tf32x3", ((0, 64), (64, 32)), "backward", (24,)),
+    ],
+)
+def test_chains_of_a_whole_row(cell, kind, blocks, direction, chains):
+    whole = tiles(k_chunks=(), blocks=blocks)
+    assert dependent_mma(LSTM._replace(cell=cell), kind, whole, 1, direction) == chains
+
+
+def test_the_longest_chain_of_mma_runs_beside_the_throughputs():
+    whole = tiles(units=64, k_chunks=())
+    floors = floors_on_chip(LSTM._replace(hidden_size=64), CHIP, whole, 1, "backward")
+    assert floors.mma == pytest.approx(4 * 4 * 24 / 1755)  # of four gates 64 columns each
+    assert floors.mma > max(floors[:4])
+    assert floors.step == pytest.approx(floors.mma + floors.chain + floors.sync)
 
 
 def test_rounds_of_batch_tiles_add_up():
@@ -102,6 +152,6 @@ def test_what_is_reported_for_cudnn():
 
 
 def test_floors_print_what_is_not_zero():
-    assert str(Floors(0.1, 0.0, 0.25, 0.0, 0.2, 0.0)) == (
-        "0.45 us a step (products 0.10, specials 0.25, chain 0.20)"
+    assert str(Floors(0.1, 0.0, 0.25, 0.0, 0.3, 0.2, 0.0)) == (
+        "0.50 us a step (products 0.10, specials 0.25, mma 0.30, chain 0.20)"
     )

@@ -2,6 +2,7 @@
 
 import io
 import time
+from itertools import product
 
 import pytest
 import torch
@@ -10,6 +11,9 @@ from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
+from fusedrnn import dispatch
+from fusedrnn.kernels import plan as planning
+from fusedrnn.kernels.chips import CHIPS
 
 pytestmark = [
     # What inductor itself imports, and what torch's operator says of its own way.
@@ -196,6 +200,83 @@ def test_export_with_dynamic_sizes(name, grad):
         torch.testing.assert_close(loaded.module()(x), module(x))
 
 
+#: The second is beyond a limit of the planner, where the tiles of the resident kernels change.
+FEW, MANY = (7, 3), (2, 8 * CHIPS["sm_90"].sms + 9)
+
+
+@pytest.mark.parametrize(
+    ("name", "strict", "shapes"),
+    [*((name, False, [FEW]) for name in MODULES), ("rnn", True, [FEW, MANY])],
+)
+def test_export_of_the_kernels_with_dynamic_sizes(name, strict, shapes, device):
+    """The choice is made with a T and B that have no values; the operator plans with those it gets.
+
+    In the program no size is compared with anything: both may still be what was said of them.
+    """
+    module = MODULES[name]().eval().to(device)
+    T, B = torch.export.Dim("T", min=2, max=4096), torch.export.Dim("B", min=2, max=2048)
+    make = lambda *shape: torch.randn(*shape, I, device=device)  # noqa: E731
+    with fusedrnn.use_backend("triton"):
+        sizes = ({0: T, 1: B},)
+        program = torch.export.export(module, (make(5, 6),), dynamic_shapes=sizes, strict=strict)
+        buffer = io.BytesIO()
+        torch.export.save(program, buffer)
+        buffer.seek(0)
+        loaded = torch.export.load(buffer)
+        assert {(r.lower, r.upper) for r in loaded.range_constraints.values()} == {
+            (2, 4096),
+            (2, 2048),
+        }
+        (node,) = [node for node in loaded.graph.nodes if "fusedrnn" in str(node.target)]
+        assert "triton" in node.args
+        for shape in shapes:
+            x = make(*shape)
+            assert_equal(loaded.module()(x), module(x))
+
+
+@pytest.mark.parametrize(
+    ("name", "training"),
+    [("lstm-2", True), ("gru-reset-before", True), ("gru-both-ways", False), ("rnn", False)],
+)
+def test_one_compilation_of_the_kernels(name, training, device):
+    module = MODULES[name]().to(device)
+
+    def make(T, B):
+        return (torch.randn(T, B, I, device=device),), {}
+
+    with fusedrnn.use_backend("triton"):
+        nodes = check(module, make, training=training)
+    assert nodes.operators == ["fusedrnn.rnn_forward"] * 2
+
+
+@pytest.mark.parametrize("requested", ["triton", "auto"])
+def test_a_compilers_choice_depends_on_no_size_of_the_input(requested, monkeypatch):
+    """On a GPU too, where ``auto`` compares what the model says of a problem."""
+    asked = []
+
+    def plan_stack(problem, chip):
+        asked.append(problem)
+        return planning.plan_stack(problem, chip)
+
+    monkeypatch.setattr(dispatch, "plan_stack", plan_stack)
+    monkeypatch.setattr(dispatch, "chip_of", lambda device: CHIPS["sm_90"])
+    request = dispatch.Request("lstm", torch.device("cuda"), torch.float16, 5, 3, 64, 512)
+    with fusedrnn.use_backend(requested):
+        chosen = {
+            dispatch.choose(request._replace(steps=T, batch=B, compiled=True))
+            for T, B in product((1, 10_000), (1, 16, 64, 4096))
+        }
+        assert len(asked) == 8
+        assert len(set(asked)) == len(chosen) == 1
+        dispatch.choose(request)
+    assert asked[-1].batch == 3  # without a compiler it does
+
+
+def assert_equal(got, want):
+    for left, right in zip(tree_leaves(got), tree_leaves(want), strict=True):
+        assert torch.equal(left, right)
+
+
 def test_export_with_states_and_lengths():
     module = fusedrnn.GRU(I, H).eval()
     T, B = torch.export.Dim("T", min=2, max=4096), torch.export.Dim("B", min=2, max=1024)
@@ -215,8 +296,6 @@ def test_export_with_states_and_lengths():
 
 def test_what_a_compiler_gets():
     request = fusedrnn.explain(fusedrnn.GRU(I, H), torch.randn(5, 3, I)).request
-    from fusedrnn import dispatch
-
     assert dispatch.choose(request) == "aten"
     assert dispatch.choose(request._replace(compiled=True)) == "torch"
     assert dispatch.choose(request._replace(compiled=True, needs_grad=False)) == "aten"
