@@ -40,23 +40,23 @@ format: $(READY)  ## what lint would complain about, repaired where a tool can
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-bench: $(READY)  ## the same cases, timed by pytest-benchmark
+bench: $(READY)  ## the cases of the main job, timed by pytest-benchmark
 	$(PY) -m pytest bench $(ARGS)
 
 compile-all: $(READY) $(TRITONS_READY)  ## every kernel and tile size, for every chip, by every Triton
 	mkdir -p docs
 	$(TRITON_PATHS) $(COMPILE_ALL)
 
-precision: $(READY)  ## README's table of precision
+precision: $(READY)  ## README's table of precision, under the interpreter
 	PYTHONPATH=. $(PY) tests/precision.py
 
 beside: $(READY)  ## README's table of what torch.nn refuses
 	PYTHONPATH=. $(PY) tests/beside_torch.py
 
-gpu:  ## tests, sanitizer, benchmark and autotuning on a CUDA device; no network, no install
+gpu:  ## on a CUDA device: tests, sanitizer, lessons, sweep, autotuning; no network, no install
 	PYTHONPATH=. $(PYTHON) -m bench gpu $(ARGS)
 
-tables:  ## README's tables of measurements, from the newest results folders
+tables:  ## README's tables of GPU and CPU, from the newest results folders
 	PYTHONPATH=. $(PYTHON) -m bench.readme
 
 gpu-plan:  ## the fastest plans of FOLDER=bench/results/... into kernels/measured.csv

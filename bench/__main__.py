@@ -59,7 +59,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if options.lesson == "gpu":
             return _gpu(options)
-        _check_files(options)
+        _check(options)
         if options.lesson == "plot":
             print(plots.redraw(Path(options.files[0])))
             return 0
@@ -70,7 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return 0
         if options.lesson == "cpu":
             out = options.out or DEFAULT_FOLDER
-            return cpu.run(out, quick=options.quick, seed=options.seed)
+            corpus = _corpus(cpu.workloads(options.quick), options)
+            return cpu.run(out, corpus, quick=options.quick, seed=options.seed)
         if options.lesson in SHORT:
             return _short(options)
         return run_cases(options) if options.cases else run_lessons(options)
@@ -83,7 +84,8 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m bench",
         description=__doc__,
-        epilog="python -m bench lesson: the experiments of a course, each by its name.",
+        epilog="python -m bench lesson: the experiments of a course, each by its name. All cases "
+        "stand in bench/cases.py, what the columns mean in docs/benchmarking.md.",
     )
     parser.set_defaults(prog=parser.prog)
     add = parser.add_argument
@@ -92,13 +94,14 @@ def _parser() -> argparse.ArgumentParser:
         nargs="?",
         choices=("all", "imdb", "sine", *SHORT, "cpu", "gpu", "model", "plot", "compare"),
         default="all",
-        help="what to run; all is imdb and sine; ragged: sequences of unequal length beside "
-        "torch.nn's two ways; text: a language model that learns and speaks, token by token; "
-        "cpu: speed and memory beside "
-        "torch.nn on the CPU; gpu: the kernel tests and a sweep on a "
-        "CUDA machine; model: the floors of a step by arithmetic (default: all)",
+        help="what to run; all: every lesson, imdb and sine: those that are trained; ragged: "
+        "sequences of unequal length beside torch.nn's two ways; text: a language model that "
+        "learns and speaks, token by token; cpu: speed and memory beside torch.nn on the CPU; gpu: "
+        "on a CUDA machine tests, compute-sanitizer, lessons, a sweep and autotuning; model: the "
+        "floors of a step by arithmetic; plot: the pictures of a results folder; compare: what "
+        "became slower, wrong or broke from one results.csv to another (default: all)",
     )
-    add("files", nargs="*", help="plot FOLDER: pictures of its CSV; compare OLD.csv NEW.csv")
+    add("files", nargs="*", help="of plot: FOLDER; of compare: OLD.csv NEW.csv")
     add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
     add("--imdb", metavar="PATH", help="imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB")
     add("--download", action="store_true", help="fetch imdb.npz (17 MB) if it is not at hand")
@@ -106,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--seed", type=int, default=0, help="of weights, order of examples and dropout")
     add("--quick", action="store_true", help="tiny sizes: tests the machinery, measures nothing")
     add("--cases", metavar="NAMES", help="every provider on lessons, sweep, smoke or named cases")
-    add("--providers", metavar="NAMES", help="of --cases: these beside torch.nn (default: all)")
+    add("--providers", metavar="NAMES", help="of --cases: these beside torch.nn, or all (default)")
     add("--list", action="store_true", help="print the cases")
     add("--minutes", type=float, help="time for gpu (default: 9) and --cases (default: no limit)")
     add("--only", metavar="STAGES", help=f"of gpu, with commas: {', '.join(gpu.NAMES)}")
@@ -115,7 +118,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _check_files(options: argparse.Namespace) -> None:
+def _check(options: argparse.Namespace) -> None:
+    if options.providers and not options.cases:
+        raise UsageError("--providers is of --cases, and none are named")
     expected = {"plot": 1, "compare": 2}.get(options.lesson, 0)
     if len(options.files) != expected:
         raise UsageError(f"{options.lesson} takes {expected} paths, and got {len(options.files)}")
@@ -144,11 +149,10 @@ def _short(options: argparse.Namespace) -> int:
 
 
 def run_lessons(options: argparse.Namespace) -> int:
-    """The lessons of IMDB and sine: header, table and files."""
+    """The lessons: header, table and files."""
     started = time.monotonic()
     device = pick_device(options.device)
-    names = ("imdb", "sine") if options.lesson == "all" else (options.lesson,)
-    workloads = lessons(names, options.quick)
+    workloads = lessons((options.lesson,), options.quick)
     corpus = _corpus(workloads, options)
     settings = Settings(device, options.seed)
     if options.quick:
@@ -171,7 +175,8 @@ def run_lessons(options: argparse.Namespace) -> int:
     print(f"\n{LEGEND}")
     for workload in workloads:
         steps = workload.steps_on(device)
-        print(f"{workload.name}: {workload.shape}, {steps} training steps")
+        trained = f"{steps} training steps" if steps else "not trained"
+        print(f"{workload.name}: {workload.shape}, {trained}")
     print(f"\n{time.monotonic() - started:.0f} s; {plots.draw(results.folder)}")
     for line in complaints:
         print(line, file=sys.stderr)

@@ -12,7 +12,9 @@ from typing import Any
 
 import torch
 
+#: Of the main job and the GPU's sweep; ``--cases``, ``cpu`` and ``ragged`` take RNN (tanh) too.
 CELLS = ("lstm", "gru")
+EVERY_CELL = (*CELLS, "rnn")
 DTYPES = {"float16": "fp16", "float32": "fp32", "bfloat16": "bf16"}
 #: Axes of the sweep, the usual values first: it may be cut off.
 SWEEP_H = (64, 256, 1024, 128, 512, 32, 16, 192, 384, 768, 2048)
@@ -140,9 +142,11 @@ CHARACTER = Workload("character", "text", "none", T=1, B=1, I=32, H=128)
 #: What ``python -m bench ragged`` takes apart.
 RAGGED = Workload("ragged", "ragged", "none", T=500, B=32, I=128, H=128, ragged=True)
 #: What the main job trains.
-LESSONS = (ONE_HOT, EMBEDDING, *SINE, PRICE)
+TRAINED = (ONE_HOT, EMBEDDING, *SINE, PRICE)
+#: What it shows: these are gated and timed as well.
+LESSONS = (MANY_TO_ONE, TOY_BOTH_WAYS, *TRAINED, CHARACTER)
 #: All but the sweep.
-WORKLOADS = (MANY_TO_ONE, TOY_BOTH_WAYS, *LESSONS, CHARACTER, RAGGED)
+WORKLOADS = (*LESSONS, RAGGED)
 #: ``--cases NAME`` of several workloads.
 GROUPS = ("lessons", "sweep", "smoke")
 
@@ -168,7 +172,7 @@ def named(names: str) -> tuple[Workload, ...]:
             hint = f"near are {', '.join(near)}" if near else "--list prints those there are"
             raise CaseError(f"there is no case {name!r}: {hint}")
         group = {
-            "lessons": tuple(w for w in WORKLOADS if w is not RAGGED),
+            "lessons": LESSONS,
             "smoke": tuple(map(cut_down, WORKLOADS)),
             "sweep": tuple(w for w in points.values() if w.lesson == "sweep"),
         }.get(name)
@@ -177,8 +181,8 @@ def named(names: str) -> tuple[Workload, ...]:
 
 
 def lessons(names: tuple[str, ...], quick: bool = False) -> tuple[Workload, ...]:
-    """The workloads of the named lessons; ``quick`` cuts them down to test the machinery."""
-    chosen = tuple(w for w in LESSONS if w.lesson in names)
+    """The workloads of the named lessons, ``"all"`` of every one; ``quick`` cuts them down."""
+    chosen = tuple(w for w in LESSONS if "all" in names or w.lesson in names)
     return tuple(map(cut_down, chosen)) if quick else chosen
 
 

@@ -14,6 +14,9 @@ from typing import NamedTuple
 
 from .providers import TORCH
 
+#: What a gate says of who has times, and of who is wrong or breaks.
+PASSED, BROKEN = ("yardstick", "ok"), ("red", "failed")
+
 #: What makes two rows the same case.
 KEYS = ("workload", "cell", "provider", "dtype", "T", "B", "I", "H", "layers", "directions")
 TIMES = ("fw_ms", "fw_ms_p20", "fw_ms_p80", "fwbw_ms", "fwbw_ms_p20", "fwbw_ms_p80")
@@ -35,11 +38,11 @@ class Ratio(NamedTuple):
         return f"{self.x:.2f} ({self.low:.2f}-{self.high:.2f})"
 
 
-def ratios(path: Path) -> dict[Key, Ratio]:
-    """Of every provider but torch.nn; the last part of a key is ``fw`` or ``fwbw``.
+def read(path: Path) -> dict[Key, dict[str, str]]:
+    """The rows by ``KEYS``; the last of each counts.
 
     Raises:
-        CompareError: the file cannot be read, lacks a column, or has a time that is no number.
+        CompareError: the file cannot be read, or lacks a column.
     """
     try:
         with open(path, newline="") as file:
@@ -48,10 +51,18 @@ def ratios(path: Path) -> dict[Key, Ratio]:
             columns = reader.fieldnames or []
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise CompareError(f"{path} cannot be read: {error}") from error
-    missing = [name for name in (*KEYS, *TIMES) if name not in columns]
+    missing = [name for name in (*KEYS, "gate", *TIMES) if name not in columns]
     if missing:
         raise CompareError(f"{path} is no results.csv: it has no column {', '.join(missing)}")
-    by_key = {tuple(row[name] for name in KEYS): row for row in rows}
+    return {tuple(row[name] for name in KEYS): row for row in rows}
+
+
+def ratios(path: Path, by_key: dict[Key, dict[str, str]]) -> dict[Key, Ratio]:
+    """Of every provider but torch.nn; the last part of a key is ``fw`` or ``fwbw``.
+
+    Raises:
+        CompareError: a time is no number.
+    """
     found: dict[Key, Ratio] = {}
     for key, row in by_key.items():
         yardstick = by_key.get((*key[:2], TORCH, *key[3:]))
@@ -75,12 +86,22 @@ def _ratio(path: Path, mode: str, yardstick: dict[str, str], row: dict[str, str]
 
 
 def run(old_path: Path, new_path: Path) -> int:
-    """Prints what changed beyond the spread, and what is in one file only; 1 if anything regressed.
+    """Prints what changed beyond the spread, what is red or failed now, what is in one file only.
+
+    Returns:
+        1 if anything became slower, or passed the gate before and does not now; else 0.
 
     Raises:
         CompareError: a file is no results.csv.
     """
-    old, new = ratios(old_path), ratios(new_path)
+    old_rows, new_rows = read(old_path), read(new_path)
+    old, new = ratios(old_path, old_rows), ratios(new_path, new_rows)
+    broken = [
+        key for key, row in new_rows.items()
+        if row["gate"] in BROKEN and key in old_rows and old_rows[key]["gate"] in PASSED
+    ]  # fmt: skip
+    for key in broken:
+        print(f"{new_rows[key]['gate']:<8} {_name(key)}: it was {old_rows[key]['gate']}")
     both = [key for key in old if key in new]
     slower = [key for key in both if new[key].high < old[key].low]
     faster = [key for key in both if new[key].low > old[key].high]
@@ -93,12 +114,10 @@ def run(old_path: Path, new_path: Path) -> int:
                 print(f"only in {path}   {_name(key)}")
     within = len(both) - len(slower) - len(faster)
     print(f"{len(both)} ratios: {len(slower)} slower, {len(faster)} faster, {within} within spread")
-    return 1 if slower else 0
+    return 1 if slower or broken else 0
 
 
 def _name(key: Key) -> str:
-    workload, cell, provider, dtype, T, B, I, H, layers, directions, mode = key
-    return (
-        f"{workload} {cell} {provider} {dtype} T{T} B{B} I{I} H{H} layers {layers} "
-        f"directions {directions} {mode}"
-    )
+    workload, cell, provider, dtype, T, B, I, H, layers, directions, *mode = key
+    sizes = f"T{T} B{B} I{I} H{H} layers {layers} directions {directions}"
+    return " ".join((workload, cell, provider, dtype, sizes, *mode))

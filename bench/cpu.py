@@ -1,20 +1,24 @@
 """``python -m bench cpu``: speed and memory beside torch.nn on the CPU, under ``auto``.
 
-Tables, but for the last measured in turns in one process from the same weights:
-
-- every workload of the lessons, LSTM, GRU and RNN, forward and forward with backward;
-- decoding one step at a time, packed sequences, and tokens instead of one-hot rows;
+- every lesson as it is (layers, dropout, lengths), LSTM, GRU and RNN, forward and with backward;
+- decoding one step at a time, ``lengths`` beside packing, and tokens instead of one-hot rows;
+- the targets, each with what was measured;
 - memory: bytes kept for backward, and what it costs to make the gates again (``recompute=True``);
 - the host's part of a kernel's launch (``bench/host.py``).
 
-``x`` is the median over the rounds of torch.nn's time divided by fusedrnn's: above 1 is faster.
+Every case is gated, once for each cell, with the backends that are timed; then all are warmed; then
+each pair is timed in turns. ``x`` is the median over the rounds of torch.nn's time divided by
+fusedrnn's: above 1 is faster.
 """
 
 from __future__ import annotations
 
-import csv
+import copy
 import math
-from collections.abc import Callable, Iterable
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,127 +27,173 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 
-from . import host
-from .cases import CHARACTER, ONE_HOT, RAGGED, Workload, cut_down, named
+from . import host, ragged
+from .cases import CELLS, CHARACTER, EVERY_CELL, LESSONS, ONE_HOT, Workload, cut_down
+from .disk import Table
+from .gate import Gate, Verdict, outcome, verdict
+from .imdb import Corpus
 from .memory import kept
+from .providers import TORCH, build
 from .report import environment, header
-from .results import begin
-from .timing import interleaved
+from .results import FolderError, begin
+from .run import Settings, Subject, chained
+from .timing import Call, interleaved, warm
 
-CELLS = ("lstm", "gru", "rnn")
 CPU = torch.device("cpu")
-FIELDS = ("case", "cell", "what", "backend", "torch_ms", "fusedrnn_ms", "x")
+#: A second holds thousands of rounds of a short call, and the more there are, the less the median
+#: of their ratios depends on those that were interrupted.
+MOST_ROUNDS = 5000
+PASSES = {"fw": "forward", "fwbw": "training"}
+MEMORY = ("case", "cell", "torch_MiB", "default_MiB", "recompute_MiB", "recompute_x_time")
+#: How many steps of a decoder are gated.
+_DECODED = 20
 
 
-class Row(NamedTuple):
-    """One line: milliseconds of torch.nn (or of the default) and of fusedrnn, and their ratio."""
+@dataclass(kw_only=True)
+class Row:
+    """A line of cpu.csv; where the gate is red there are no times."""
 
     case: str
     cell: str
     what: str
     backend: str
-    torch_ms: float
-    fusedrnn_ms: float
-    x: float
+    gate: str
+    share: float
+    torch_ms: float | None = None
+    torch_ms_p20: float | None = None
+    torch_ms_p80: float | None = None
+    fusedrnn_ms: float | None = None
+    fusedrnn_ms_p20: float | None = None
+    fusedrnn_ms_p80: float | None = None
+    x: float | None = None
+    rounds: int | None = None
 
 
-def pair(cell: str, *args: Any, **kwargs: Any) -> tuple[nn.RNNBase, Any]:
+class Pair(NamedTuple):
+    """What one row times, and for about how long."""
+
+    case: str
+    what: str
+    backend: str
+    theirs: Call
+    ours: Call
+    seconds: float
+
+
+class Gated(NamedTuple):
+    """A case and cell: what the gate said, and what is timed if it is green."""
+
+    cell: str
+    verdicts: Sequence[Verdict]
+    pairs: Sequence[Pair]
+
+
+def workloads(quick: bool) -> tuple[Workload, ...]:
+    """The lessons."""
+    return tuple(map(cut_down, LESSONS)) if quick else LESSONS
+
+
+def lesson(workload: Workload, cell: str, settings: Settings, corpus: Corpus | None) -> Gated:
+    """As the main job and ``--cases`` run it."""
+    subject = Subject(workload, cell, settings, corpus)
+    gate = Gate(workload, cell, subject.weights, subject.gate_input())
+    verdicts = [gate.judge("fusedrnn", inference=True)]
+    pairs = []
+    for mode, what in PASSES.items():
+        told = subject.explain("fusedrnn", mode)
+        assert told is not None
+        backend = told.backend or ""
+        theirs, ours = (subject.call(name, mode) for name in (TORCH, "fusedrnn"))
+        pairs.append(Pair(workload.name, what, backend, theirs, ours, settings.seconds))
+    # By name: of the gate's input all is differentiated, for which auto may take another one.
+    verdicts.append(gate.judge(f"fusedrnn {pairs[-1].backend}"))
+    return Gated(cell, verdicts, pairs)
+
+
+def couple(cell: str, I: int, H: int) -> tuple[nn.RNNBase, Any]:
     """torch.nn's module and ours with the same weights."""
-    theirs, ours = (getattr(library, cell.upper())(*args, **kwargs) for library in (nn, fusedrnn))
+    theirs, ours = (getattr(library, cell.upper())(I, H) for library in (nn, fusedrnn))
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
-def forward(module: Callable, *inputs: Any, **options: Any) -> Callable[[], object]:
-    """A call without gradients."""
+@torch.no_grad()
+def decoding(workload: Workload, cell: str, seconds: float) -> Gated:
+    """A step from the state before, by ``stream`` and by the module itself."""
+    theirs, ours = couple(cell, workload.I, workload.H)
+    stream = ours.stream(batch_size=1)
+    xs = torch.randn(_DECODED, 1, workload.I)
+    truth = copy.deepcopy(theirs).double()(xs.double())[0]
+    reference, by_module = (_step_by_step(module, xs) for module in (theirs, ours))
+    verdicts = [
+        verdict({"output": got}, {"output": reference}, {"output": truth}, ("output",))
+        for got in (torch.stack([stream(x) for x in xs]), by_module)
+    ]
+    x = xs[:1]
+    backend = fusedrnn.explain(ours, x).backend or ""
+    name, step = f"decode {workload.shape}", chained(theirs, x, (), "fw")
+    ways = {"stream": _without_gradients(stream, x[0]), backend: chained(ours, x, (), "fw")}
+    pairs = [Pair(name, "step", way, step, call, seconds) for way, call in ways.items()]
+    return Gated(cell, verdicts, pairs)
 
+
+def _step_by_step(module: nn.Module, xs: Tensor) -> Tensor:
+    outputs, state = [], None
+    for x in xs.split(1):
+        output, state = module(x, state)
+        outputs.append(output)
+    return torch.cat(outputs)
+
+
+def _without_gradients(function: Callable, *inputs: Tensor) -> Call:
     def call() -> object:
         with torch.no_grad():
-            return module(*inputs, **options)
+            return function(*inputs)
 
     return call
 
 
-def training(module: nn.Module, *inputs: Any, **options: Any) -> Callable[[], object]:
-    """A forward and a backward into the weights and, if it requires one, into the input."""
-    leaves = [*module.parameters(), *(t for t in inputs if getattr(t, "requires_grad", False))]
-
-    def call() -> object:
-        output = module(*inputs, **options)[0]
-        data = output if isinstance(output, Tensor) else output.data
-        return torch.autograd.grad(data.sum(), leaves)
-
-    return call
-
-
-def compared(
-    row: tuple[str, str, str, str], theirs: Callable, ours: Callable, seconds: float
-) -> Row:
-    """Both in turns."""
-    times = interleaved({"torch": theirs, "fusedrnn": ours}, CPU, seconds=seconds, least=5)
-    return Row(*row, times["torch"].p50, times["fusedrnn"].p50, times["fusedrnn"].speedup)
+def with_lengths(sizes: ragged.Sizes, cell: str, seconds: float) -> Gated:
+    """``lengths`` beside torch.nn's PackedSequence: two ways of ``bench ragged``."""
+    problem = ragged.make(cell, sizes, CPU, torch.float32)
+    ours = "fusedrnn lengths"
+    name = f"lengths T{sizes.T} B{sizes.B} I{sizes.I} H{sizes.H}"
+    pairs = []
+    for mode, what in PASSES.items():
+        with torch.set_grad_enabled(mode == "fwbw"):
+            backend = ragged.backend_of(problem, ours)
+        theirs_call, ours_call = (ragged.call(problem, w, mode) for w in (ragged.PACKED, ours))
+        pairs.append(Pair(name, what, backend, theirs_call, ours_call, 4 * seconds))
+    return Gated(cell, [ragged.gate(problem, ours)], pairs)
 
 
-def lessons(workloads: Iterable[Workload], seconds: float) -> Iterable[Row]:
-    """Every workload, cell and pass under ``auto``."""
-    for w in workloads:
-        for cell in CELLS:
-            kwargs = {"num_layers": w.layers, "bidirectional": w.bidirectional}
-            theirs, ours = pair(cell, w.I, w.H, **kwargs)
-            x = torch.randn(w.T, w.B, w.I)
-            if w.task == "one-hot":
-                x = F.one_hot(torch.randint(w.I, (w.T, w.B)), w.I).float()
-            for what, way in (("forward", forward), ("training", training)):
-                given = x.clone().requires_grad_(what == "training" and w.needs_input_grad)
-                with torch.set_grad_enabled(what == "training"):
-                    backend = fusedrnn.explain(ours, given).backend or ""
-                row = (w.name, cell, what, backend)
-                yield compared(row, way(theirs, given), way(ours, given), seconds)
-
-
-def others(seconds: float, quick: bool) -> Iterable[Row]:
-    """Decoding, packed sequences, tokens."""
-    decode, ragged, reviews = (cut_down(w) if quick else w for w in (CHARACTER, RAGGED, ONE_HOT))
-    T, B, H = ragged.T, ragged.B, ragged.H
-    for cell in CELLS:
-        theirs, ours = pair(cell, decode.I, decode.H)
-        x, states = torch.randn(1, 1, decode.I), [None, None]
-        stream = ours.stream(batch_size=1)
-
-        def step(module: nn.Module, n: int, x=x, states=states) -> None:
-            with torch.no_grad():
-                states[n] = module(x, states[n])[1]
-
-        row = (f"decode {decode.shape}", cell, "step", "stream")
-        yield compared(row, partial(step, theirs, 0), forward(stream, x[0]), seconds)
-        row = (f"decode {decode.shape}", cell, "step", fusedrnn.explain(ours, x).backend or "")
-        yield compared(row, partial(step, theirs, 0), partial(step, ours, 1), seconds)
-    lengths = torch.randint(T // 2, T + 1, (B,))
-    for cell in CELLS:
-        theirs, ours = pair(cell, ragged.I, H)
-        x = torch.randn(T, B, ragged.I)
-        packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
-        for what, way in (("forward", forward), ("training", training)):
-            row = (f"lengths {ragged.shape}", cell, what, "torch")
-            yield compared(row, way(theirs, packed), way(ours, x, lengths=lengths), 4 * seconds)
-    T, B, words, H = reviews.T, reviews.B, reviews.vocabulary, reviews.H
-    for cell in CELLS[:2]:
-        theirs, _ = pair(cell, words, H)
-        ours = (fusedrnn.TokenLSTM if cell == "lstm" else fusedrnn.TokenGRU).of(None, theirs)
-        tokens = torch.randint(words, (T, B))
-        rows = F.one_hot(tokens, words).float()
-        for what, way in (("forward", forward), ("training", training)):
-            with torch.set_grad_enabled(what == "training"):
-                backend = fusedrnn.explain(ours, tokens).backend or ""
-            row = (f"tokens T{T} B{B} V{words} H{H}", cell, what, backend)
-            yield compared(row, way(theirs, rows), way(ours, tokens), seconds)
-            row = (f"{row[0]} from tokens", *row[1:])
-            from_tokens = _OneHot(theirs, words)
-            yield compared(row, way(from_tokens, tokens), way(ours, tokens), seconds)
+def with_tokens(workload: Workload, cell: str, seconds: float) -> Gated:
+    """``TokenLSTM`` or ``TokenGRU`` beside torch.nn on one-hot rows that are there, or are made."""
+    T, B, words, H = workload.T, workload.B, workload.vocabulary, workload.H
+    theirs, _ = couple(cell, words, H)
+    ours = (fusedrnn.TokenLSTM if cell == "lstm" else fusedrnn.TokenGRU).of(None, theirs)
+    tokens = torch.randint(words, (T, B))
+    rows = F.one_hot(tokens, words).float()
+    double = copy.deepcopy(theirs).double()
+    truth, reference, got = (
+        outcome(module, input, dict(module.named_parameters()))
+        for module, input in ((double, rows.double()), (theirs, rows), (ours, tokens))
+    )
+    name, pairs = f"tokens T{T} B{B} V{words} H{H}", []
+    for mode, what in PASSES.items():
+        with torch.set_grad_enabled(mode == "fwbw"):
+            backend = fusedrnn.explain(ours, tokens).backend or ""
+        call = partial(chained, wanted=[*theirs.parameters()], mode=mode)
+        for case, module, input in (
+            (name, theirs, rows),
+            (f"{name} from tokens", _OneHot(theirs, words), tokens),
+        ):
+            theirs_call, ours_call = call(module, input), call(ours, tokens)
+            pairs.append(Pair(case, what, backend, theirs_call, ours_call, seconds))
+    return Gated(cell, [verdict(got, reference, truth, truth)], pairs)
 
 
 class _OneHot(nn.Module):
@@ -153,23 +203,69 @@ class _OneHot(nn.Module):
         super().__init__()
         self.rnn, self.words = rnn, words
 
-    def forward(self, tokens: Tensor) -> Any:
-        return self.rnn(F.one_hot(tokens, self.words).float())
+    def forward(self, tokens: Tensor, hx: Any = None) -> Any:
+        return self.rnn(F.one_hot(tokens, self.words).float(), hx)
 
 
-def memory(workloads: Iterable[Workload], seconds: float) -> Iterable[tuple[str, ...]]:
-    """Kept bytes by torch.nn, by default and with recompute, and the latter's time."""
-    for w in workloads:
-        for cell in CELLS[:2]:
-            kwargs = {"num_layers": w.layers, "bidirectional": w.bidirectional}
-            theirs, ours = pair(cell, w.I, w.H, **kwargs)
-            again = getattr(fusedrnn, cell.upper())(w.I, w.H, recompute=True, **kwargs)
-            x = torch.randn(w.T, w.B, w.I)
-            with fusedrnn.use_backend("torch"):
-                sizes = [kept(module, x) / 2**20 for module in (theirs, ours, again)]
-                calls = {"default": training(ours, x), "again": training(again, x)}
-                times = interleaved(calls, CPU, seconds=seconds, least=5)
-            yield w.name, cell, *(f"{s:.2f}" for s in sizes), f"{1 / times['again'].speedup:.2f}"
+def gated(settings: Settings, corpus: Corpus | None, quick: bool) -> Iterator[Gated]:
+    """Every case and cell."""
+    for workload in workloads(quick):
+        for cell in EVERY_CELL:
+            yield lesson(workload, cell, settings, corpus)
+    decode, reviews = (cut_down(w) if quick else w for w in (CHARACTER, ONE_HOT))
+    sizes = ragged.QUICK if quick else ragged.Sizes()
+    for cell in EVERY_CELL:
+        yield decoding(decode, cell, settings.seconds)
+    for cell in EVERY_CELL:
+        yield with_lengths(sizes, cell, settings.seconds)
+    for cell in CELLS:
+        yield with_tokens(reviews, cell, settings.seconds)
+
+
+def timed(cases: Sequence[Gated], least: int) -> Iterator[Row]:
+    """Warms all, then times one after the other; of a red case there are rows without times."""
+    for case in cases:
+        for pair in case.pairs if _is_green(case) else ():
+            warm({"torch": pair.theirs, "fusedrnn": pair.ours})
+    for case in cases:
+        share = max(found.share for found in case.verdicts)
+        for pair in case.pairs:
+            gate = "ok" if _is_green(case) else "red"
+            row = Row(case=pair.case, cell=case.cell, what=pair.what, backend=pair.backend,
+                      gate=gate, share=share)  # fmt: skip
+            if _is_green(case):
+                calls = {"torch": pair.theirs, "fusedrnn": pair.ours}
+                limits = {"least": least, "most": MOST_ROUNDS}
+                times = interleaved(calls, CPU, seconds=pair.seconds, warmed=True, **limits)  # type: ignore[arg-type]
+                for who, found in times.items():
+                    for field in ("p50", "p20", "p80"):
+                        tail = "" if field == "p50" else f"_{field}"
+                        setattr(row, f"{who}_ms{tail}", getattr(found, field))
+                row.x, row.rounds = times["fusedrnn"].speedup, times["fusedrnn"].rounds
+            yield row
+
+
+def _is_green(case: Gated) -> bool:
+    return all(found.ok for found in case.verdicts)
+
+
+def memory(workload: Workload, cell: str, settings: Settings, corpus: Corpus | None) -> tuple:
+    """A line of ``MEMORY``: by torch.nn, by our loop, and with recompute, and the latter's time."""
+    subject = Subject(workload, cell, settings, corpus)
+    again = build("fusedrnn", cell, workload, recompute=True)
+    again.load_state_dict(subject.weights)
+    modules = subject.rnn(TORCH), subject.rnn("fusedrnn"), again
+    input, leaves = subject.differentiable()
+    with fusedrnn.use_backend("torch"):
+        sizes = [kept(module, input) / 2**20 for module in modules]
+        calls = {
+            name: chained(module, input, [*module.parameters(), *leaves], "fwbw")
+            for name, module in zip(("default", "again"), modules[1:], strict=True)
+        }
+        limits = {"least": settings.least_rounds, "most": MOST_ROUNDS}
+        times = interleaved(calls, CPU, seconds=settings.seconds, **limits)  # type: ignore[arg-type]
+    x_time = 1 / times["again"].speedup
+    return workload.name, cell, *(f"{size:.2f}" for size in sizes), f"{x_time:.2f}"
 
 
 def geomean(values: Iterable[float]) -> float:
@@ -177,54 +273,162 @@ def geomean(values: Iterable[float]) -> float:
     return math.exp(sum(logs) / len(logs))
 
 
-def run(out: Path, *, quick: bool = False, seed: int = 0) -> int:
+class Target(NamedTuple):
+    """``of`` the ratios of the rows that are ``meant`` shall be at least ``least``."""
+
+    words: str
+    least: float
+    of: Callable[[list[float]], float]
+    meant: Callable[[Row], bool]
+
+
+_LESSONS = frozenset(w.name for w in LESSONS)
+
+
+def _training_of(cell: str) -> Callable[[Row], bool]:
+    return lambda r: (r.case in _LESSONS) and (r.cell, r.what) == (cell, "training")
+
+
+TARGETS = (
+    Target("every lesson, cell and pass", 0.95, min, lambda r: r.case in _LESSONS),
+    Target("LSTM training, geometric mean", 1.1, geomean, _training_of("lstm")),
+    Target(
+        "IMDB one-hot, LSTM training", 1.8, min,
+        lambda r: r.case == ONE_HOT.name and _training_of("lstm")(r),
+    ),
+    Target("GRU training, geometric mean", 1.6, geomean, _training_of("gru")),
+    Target("a step of T=1 by stream", 1.0, min, lambda r: r.backend == "stream"),
+    Target(
+        "a step of T=1 by the module", 1.0, min,
+        lambda r: r.what == "step" and r.backend != "stream",
+    ),
+    Target(
+        "lengths beside packed, training", 3.0, min,
+        lambda r: r.case.startswith("lengths") and r.what == "training",
+    ),
+    Target(
+        "tokens beside one-hot rows, forward", 2.0, min,
+        lambda r: r.case.startswith("tokens") and r.what == "forward"
+        and not r.case.endswith("from tokens"),
+    ),
+    Target(
+        "tokens beside making one-hot rows, forward", 2.0, min,
+        lambda r: r.case.endswith("from tokens") and r.what == "forward",
+    ),
+)  # fmt: skip
+
+
+def verdict_on(target: Target, rows: Sequence[Row]) -> str:
+    """A line: the target, the value, and whether it holds; it does not where a gate is red."""
+    meant = [row for row in rows if target.meant(row)]
+    found = [row.x for row in meant if row.x is not None]
+    value = target.of(found) if found else None
+    holds = value is not None and len(found) == len(meant) and value >= target.least
+    shown = "-" if value is None else f"{value:.2f}"
+    where = ""
+    if value is not None and target.of is min:
+        worst = next(row for row in meant if row.x == value)
+        where = f" ({worst.case} {worst.cell} {worst.what})"
+    return f"{target.words} >= {target.least:g}: {shown} {'holds' if holds else 'missed'}{where}"
+
+
+def run(out: Path, corpus: Corpus | None, *, quick: bool = False, seed: int = 0) -> int:
     """Prints the tables, and writes them with ``environment.json`` into ``out``.
+
+    Returns:
+        1 if a gate was red, else 0.
 
     Raises:
         FolderError: it cannot be written.
     """
     torch.manual_seed(seed)
-    env = environment(CPU, "random numbers")
+    started = time.monotonic()
+    data = corpus.source if corpus else "random numbers"
+    env = environment(CPU, data)
     begin(out, env)
-    workloads = list(named("lessons"))
-    if quick:
-        workloads = list(map(cut_down, workloads))
-    seconds = 0.0 if quick else 1.0
-    print(f"{header(env)}\n\n{'case':34} {'cell':5} what      backend  torch ms  ours ms     x")
+    tables = _tables(out)
+    seconds, least = (0.0, 2) if quick else (0.6, 5)
+    settings = Settings(CPU, seed, seconds, least)
+    print(f"{header(env)}\n\ngate and warm-up of every case", flush=True)
+    cases = list(gated(settings, corpus, quick))
+    print(f"\n{'case':34} {'cell':5} {'what':9} {'backend':8} {'gate':>8} {'torch ms':>22} "
+          f"{'ours ms':>22} {'x':>5}")  # fmt: skip
     rows: list[Row] = []
-    for part in (lessons(workloads, seconds), others(seconds, quick)):
-        for row in part:
-            rows.append(row)
-            print(
-                f"{row.case:34} {row.cell:5} {row.what:9} {row.backend:8} "
-                f"{row.torch_ms:8.2f} {row.fusedrnn_ms:8.2f} {row.x:5.2f}",
-                flush=True,
-            )
-    names = {w.name for w in workloads}
-    for cell in CELLS:
-        for what in ("forward", "training"):
-            found = [r.x for r in rows if r.case in names and (r.cell, r.what) == (cell, what)]
-            print(f"{cell} {what}: geometric mean {geomean(found):.2f}, least {min(found):.2f}")
-    _write(out / "cpu.csv", FIELDS, rows)
-    fields = ("case", "cell", "torch_MiB", "default_MiB", "recompute_MiB", "recompute_x_time")
-    lines = list(memory([w for w in workloads if w.T >= 100 or quick], seconds))
-    _show(out / "memory.csv", fields, lines)
-    if find_spec("triton"):
-        _show(out / "host.csv", host.FIELDS, host.measured(20 if quick else 2000))
-    return 0
-
-
-def _show(path: Path, fields: tuple[str, ...], rows: list[tuple[str, ...]]) -> None:
-    """Prints a table and writes it."""
-    _write(path, fields, rows)
-    widths = [max(map(len, column)) for column in zip(fields, *rows, strict=True)]
+    for row in timed(cases, least):
+        rows.append(row)
+        tables["cpu.csv"].add(_cells(row))
+        print(shown(row), flush=True)
     print()
-    for row in (fields, *rows):
+    for cell in EVERY_CELL:
+        for what in PASSES.values():
+            found = [r.x for r in rows if r.case in _LESSONS and (r.cell, r.what) == (cell, what)]
+            good = [x for x in found if x is not None]
+            if good:
+                print(f"{cell} {what}: geometric mean {geomean(good):.2f}, least {min(good):.2f}")
+    print("\ntargets")
+    for target in TARGETS:
+        print(verdict_on(target, rows))
+    long = [w for w in workloads(quick) if w.T >= 100 or quick]
+    lines = (memory(w, cell, settings, corpus) for w in long for cell in CELLS)
+    _show(tables["memory.csv"], MEMORY, lines)
+    if find_spec("triton"):
+        _show(tables["host.csv"], host.FIELDS, iter(host.measured(20 if quick else 2000)))
+    print(f"\n{time.monotonic() - started:.0f} s; CSV in {out}")
+    return _complain(cases)
+
+
+def _complain(cases: Sequence[Gated]) -> int:
+    red = [case for case in cases if not _is_green(case)]
+    for case in red:
+        for found in case.verdicts:
+            for line in found.failures:
+                print(f"{case.pairs[0].case} {case.cell}: {line}", file=sys.stderr)
+    return 1 if red else 0
+
+
+def _tables(out: Path) -> dict[str, Table]:
+    """The files anew."""
+    columns = {
+        "cpu.csv": [field.name for field in fields(Row)],
+        "memory.csv": MEMORY,
+        "host.csv": host.FIELDS,
+    }
+    try:
+        for name in columns:
+            (out / name).unlink(missing_ok=True)
+        return {name: Table(out / name, row) for name, row in columns.items()}
+    except OSError as error:
+        raise FolderError(f"no results can be written to {out}: {error.strerror}") from error
+
+
+def _cells(row: Row) -> list[object]:
+    values = ("" if value is None else value for value in asdict(row).values())
+    return [f"{value:.6g}" if isinstance(value, float) else value for value in values]
+
+
+def shown(row: Row) -> str:
+    """One line of the table."""
+    names = f"{row.case:34} {row.cell:5} {row.what:9} {row.backend:8}"
+    start = f"{names} {row.gate:>3} {row.share:4.2f}"
+    if row.x is None:
+        return start
+    times = (
+        f"{p50:8.2f} {f'{p20:.2f}-{p80:.2f}':>13}"
+        for p50, p20, p80 in (
+            (row.torch_ms, row.torch_ms_p20, row.torch_ms_p80),
+            (row.fusedrnn_ms, row.fusedrnn_ms_p20, row.fusedrnn_ms_p80),
+        )
+    )
+    return f"{start} {' '.join(times)} {row.x:5.2f}"
+
+
+def _show(table: Table, names: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:
+    """Writes each row as it comes, and prints all when they are there."""
+    lines = [names]
+    for row in rows:
+        table.add(row)
+        lines.append(row)
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    print()
+    for row in lines:
         print("  ".join(map(str.ljust, row, widths)).rstrip())
-
-
-def _write(path: Path, fields: tuple[str, ...], rows: Iterable[Iterable[object]]) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.writer(file)
-        writer.writerow(fields)
-        writer.writerows([f"{v:.3f}" if isinstance(v, float) else v for v in row] for row in rows)

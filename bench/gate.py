@@ -7,11 +7,12 @@ the input, the initial states and all parameters) within the error budget of
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Iterable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence
+from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
 from fusedrnn.dispatch import precision
 from fusedrnn.testing import Budget, error_budget, run_module
@@ -77,38 +78,82 @@ class Gate:
         self.truth = self._run(TORCH, torch.float64)
         self.reference = self._run(TORCH, data.dtype)
 
-    def judge(self, provider: str) -> Verdict:
+    def judge(self, provider: str, *, inference: bool = False) -> Verdict:
         """Runs a provider and compares all it returns.
+
+        Args:
+            provider: a name of ``PROVIDERS``.
+            inference: in ``eval()`` and without gradients: outputs and final states alone.
 
         Raises:
             NotImplementedError: the provider refuses the workload.
         """
-        got = self._run(provider, self.input.data.dtype)
+        backward = PROVIDERS[provider].backward and not inference
+        got = self._run(provider, self.input.data.dtype, backward)
         tf32 = self.input.data.is_cuda and got["output"].dtype == torch.float32
         eps = 2**-11 if tf32 and precision() == "tf32" else PROVIDERS[provider].eps
-        budgets = tuple(
-            error_budget(name, got[name], self.reference[name], self.truth[name], eps=eps)
-            for name in (self.truth if PROVIDERS[provider].backward else got)
-        )
-        error = max(b.max_err for b in budgets if b.name in OUTPUTS)
-        return Verdict(all(b.ok for b in budgets), max(map(_share, budgets)), budgets, error)
+        return verdict(got, self.reference, self.truth, self.truth if backward else got, eps)
 
-    def _run(self, provider: str, dtype: torch.dtype) -> dict[str, Tensor]:
+    def _run(self, provider: str, dtype: torch.dtype, backward: bool = True) -> dict[str, Tensor]:
         # Dropout draws other numbers in fp64, and other ones again on a GPU: the gate has none.
         rnn = build(provider, self.cell, self.workload, dropout=0.0)
         rnn.load_state_dict(self.weights)
-        rnn = rnn.to(device=self.input.data.device, dtype=dtype)
+        rnn = rnn.to(device=self.input.data.device, dtype=dtype).train(backward)
         module = Flat(rnn, self.input) if isinstance(self.input, PackedSequence) else rnn
         hx = tuple(state.to(dtype) for state in self.hx)
-        with PROVIDERS[provider].context():
+        with PROVIDERS[provider].context(), torch.set_grad_enabled(backward):
             return run_module(
                 module,
                 self.input.data.to(dtype),
                 hx if len(hx) == 2 else hx[0],
-                [cotangent.to(dtype) for cotangent in self.cotangents]
-                if PROVIDERS[provider].backward
-                else None,
+                [cotangent.to(dtype) for cotangent in self.cotangents] if backward else None,
             )
+
+
+def outcome(
+    module: nn.Module, input: Any, leaves: dict[str, Tensor], **options: Any
+) -> dict[str, Tensor]:
+    """What a call without initial states gives: all that ``run_module`` does, of any input.
+
+    Args:
+        module: an RNN.
+        input: of whatever kind it takes; a packed output is padded.
+        leaves: what is differentiated, by name.
+        **options: of the call.
+
+    Returns:
+        Output, final states and the gradients of ``leaves``, and output and final states of a call
+        without gradients in ``eval()``, which may run by another way.
+    """
+    named = _outputs(module.train(), input, options)
+    loss = torch.stack([tensor.sin().sum() for tensor in named.values()]).sum()
+    grads = torch.autograd.grad(loss, [*leaves.values()])
+    with torch.no_grad():
+        inferred = _outputs(module.eval(), input, options)
+    named |= {f"d_{name}": grad for name, grad in zip(leaves, grads, strict=True)}
+    named |= {f"{name} in eval()": tensor for name, tensor in inferred.items()}
+    return {name: tensor.detach() for name, tensor in named.items()}
+
+
+def _outputs(module: nn.Module, input: Any, options: dict[str, Any]) -> dict[str, Tensor]:
+    output, final = module(input, **options)
+    if isinstance(output, PackedSequence):
+        output, _ = pad_packed_sequence(output)
+    states = (final,) if isinstance(final, Tensor) else final
+    return dict(zip(OUTPUTS, (output, *states), strict=False))
+
+
+def verdict(
+    got: dict[str, Tensor],
+    reference: dict[str, Tensor],
+    truth: dict[str, Tensor],
+    names: Iterable[str],
+    eps: float | None = None,
+) -> Verdict:
+    """Compares tensors by name, each within its error budget."""
+    budgets = tuple(error_budget(n, got[n], reference[n], truth[n], eps=eps) for n in names)
+    error = max((b.max_err for b in budgets if b.name in OUTPUTS), default=0.0)
+    return Verdict(all(b.ok for b in budgets), max(map(_share, budgets)), budgets, error)
 
 
 def _share(budget: Budget) -> float:

@@ -33,20 +33,25 @@ def both(peer: type[Peer]) -> SimpleNamespace:
     def constructor(mode: str) -> Callable[..., Peer]:
         return lambda *sizes, **options: peer(mode, *sizes, **options)
 
-    return SimpleNamespace(LSTM=constructor("LSTM"), GRU=constructor("GRU"))
+    names = {"LSTM": "LSTM", "GRU": "GRU", "RNN": "RNN_TANH"}
+    return SimpleNamespace(**{name: constructor(mode) for name, mode in names.items()})
 
 
 class Peer(nn.RNNBase):
     """``[B, T, I]`` and states ``[layers * directions, B, H]`` in, the same as torch.nn out.
 
     Raises:
-        NotImplementedError: the peer does not take the sequences, dtype or sizes.
+        NotImplementedError: the peer does not take the cell, sequences, dtype or sizes.
     """
 
+    #: LSTM and GRU, unless a peer says more.
+    modes: tuple[str, ...] = ("LSTM", "GRU")
     #: In fp32 alone, unless a peer says more.
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 
     def __init__(self, mode: str, *sizes: Any, **options: Any):
+        if mode not in self.modes:
+            raise NotImplementedError(f"has {' and '.join(self.modes)} only")
         super().__init__(mode, *sizes, **options)
         self.fixed: list[Weights] | None = None
 
@@ -97,18 +102,21 @@ class Peer(nn.RNNBase):
 
 
 def loop(mode: str, weights: Weights, x: Tensor, states: States) -> tuple[Tensor, States]:
-    """The loop of a tutorial: what nn.LSTMCell and nn.GRUCell call, once a step."""
+    """The loop of a tutorial: what nn.LSTMCell, nn.GRUCell and nn.RNNCell call, once a step."""
     outputs = []
     for x_t in x.unbind(1):
         if mode == "LSTM":
             states = torch.lstm_cell(x_t, states, *weights)
-        else:
+        elif mode == "GRU":
             states = (torch.gru_cell(x_t, states[0], *weights),)
+        else:
+            states = (torch.rnn_tanh_cell(x_t, states[0], *weights),)
         outputs.append(states[0])
     return torch.stack(outputs, 1), states
 
 
 class EagerLoop(Peer):
+    modes = ("LSTM", "GRU", "RNN_TANH")
     dtypes = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 
     def layer(self, weights: Weights, x: Tensor, states: States) -> tuple[Tensor, States]:

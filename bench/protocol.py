@@ -9,12 +9,13 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from itertools import product
 from pathlib import Path
 
 import torch
 
 from . import plots
-from .cases import CELLS, Workload
+from .cases import EVERY_CELL, Workload
 from .gate import Gate
 from .imdb import Corpus
 from .providers import PROVIDERS, TORCH, absent, peer_versions
@@ -23,10 +24,11 @@ from .results import Results, Row
 from .run import Settings, Subject, enter_times, judged
 from .timing import Call, WallClock, captured, interleaved, warm
 
+CELLS = EVERY_CELL
 #: Values of inputs and outputs that a block of cases holds at a time: 1 GB in fp32.
 BLOCK = 2**28
 HEAD = (
-    f"{'case':<15} {'cell':<4} {'provider':<14} {'gate':>8} {'error':>7} "
+    f"{'case':<15} {'cell':<4} {'provider':<20} {'gate':>8} {'error':>7} "
     f"{'forward ms':>19} {'x':>5} {'device':>7} {'fw+bw ms':>19} {'x':>5} {'device':>7} "
     f"{'kept MB':>8}"
 )
@@ -149,25 +151,43 @@ def blocks(workloads: Sequence[Workload]) -> Iterator[list[Workload]]:
 
 
 def measure_block(
-    block: Sequence[Workload], settings: Settings, providers: Sequence[str], corpus: Corpus | None
+    block: Sequence[Workload],
+    settings: Settings,
+    providers: Sequence[str],
+    corpus: Corpus | None,
+    end: float = float("inf"),
 ) -> Iterator[Prepared]:
-    """All of a block gated, then all warmed, then memory, and only then the first is timed."""
-    made = [Prepared(w, cell, settings, providers, corpus) for w in block for cell in CELLS]
+    """All of a block gated, then all warmed, then memory, and only then the first is timed.
+
+    Nothing is begun after ``end`` (of ``time.monotonic``). As a gate without a time is worth
+    little, no case but the first is gated in the second half of what is left.
+    """
+    half = (time.monotonic() + end) / 2
+    made: list[Prepared] = []
+    for workload, cell in product(block, CELLS):
+        if made and time.monotonic() > half:
+            break
+        made.append(Prepared(workload, cell, settings, providers, corpus))
     for stage in (Prepared.warm, Prepared.measure_memory):
         for prepared in made:
+            if time.monotonic() > end:
+                break
             stage(prepared)
-    for prepared in made:
+    for prepared in made:  # what is not warm by now comes after the end
+        if time.monotonic() > end:
+            break
         prepared.time()
         yield prepared
 
 
 def chosen(names: str | None, device: torch.device) -> tuple[str, ...]:
-    """The providers of ``--providers``, torch.nn first; by default all that can take part.
+    """The providers of ``--providers``, torch.nn first; ``all``, the default, is who can.
 
     Raises:
         ProviderError: a name is unknown.
     """
-    wanted = tuple(PROVIDERS) if names is None else (TORCH, *names.split(","))
+    wanted = (TORCH, *("all" if names is None else names).split(","))
+    wanted = tuple(PROVIDERS) if "all" in wanted else wanted
     for name in wanted:
         if name not in PROVIDERS:
             raise ProviderError(f"there is no provider {name!r}: {', '.join(PROVIDERS)}")
@@ -203,12 +223,12 @@ def run(
     for block in blocks(workloads):
         if time.monotonic() > end:
             break
-        for prepared in measure_block(block, settings, providers, corpus):
+        for prepared in measure_block(block, settings, providers, corpus, end):
+            done += prepared.subject.cell == CELLS[-1]
             results.add(prepared.rows.values())
             complaints += prepared.complaints
             for row in prepared.rows.values():
                 print(line(row), flush=True)
-        done += len(block)
     print(f"\n{LEGEND}\n\n{done} of {len(workloads)} cases; {plots.draw(folder)}")
     for complaint in complaints:
         print(complaint, file=sys.stderr)
@@ -219,7 +239,7 @@ def line(row: Row) -> str:
     """One row of the table; where there are no numbers, the reason."""
     gate = "" if row.gate == "yardstick" else row.gate
     gate += f" {row.share:.2f}" if row.share is not None else ""
-    start = f"{row.workload:<15} {row.cell:<4} {row.provider:<14} {gate:>8} "
+    start = f"{row.workload:<15} {row.cell:<4} {row.provider:<20} {gate:>8} "
     if not row.has_numbers:
         return (start + row.note)[: len(HEAD)]
     cells = [number_cell(row.error, ".0e", 7)]

@@ -1,4 +1,4 @@
-"""Who is measured: torch.nn, fusedrnn under each of its backends, and other implementations.
+"""Who is measured: torch.nn, fusedrnn by each backend and schedule, and other implementations.
 
 A provider builds an RNN with torch's constructor arguments and says under which context it runs.
 A peer stands in ``PROVIDERS`` whether it is installed or not: ``absent`` tells.
@@ -18,6 +18,7 @@ import fusedrnn
 
 from . import peers
 from .cases import Workload
+from .forcing import scheduled
 
 #: The provider that all others are compared with.
 TORCH = "torch.nn"
@@ -28,7 +29,7 @@ class Provider:
     """One contender.
 
     Attributes:
-        classes: holds LSTM and GRU.
+        classes: holds LSTM, GRU and RNN.
         context: is entered around every call.
         package: what must be importable, or ``""``.
         install: the line that brings it.
@@ -52,12 +53,19 @@ def _ours(backend: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> Provider:
     return Provider(fusedrnn, lambda: fusedrnn.use_backend(backend), devices=devices)
 
 
+def _forced(schedule: str) -> Provider:
+    return Provider(fusedrnn, lambda: scheduled(schedule), devices=("cuda",))
+
+
 PROVIDERS = {
     TORCH: Provider(torch.nn),
     "fusedrnn": _ours("auto"),
     "fusedrnn torch": _ours("torch"),
     "fusedrnn aten": _ours("aten"),
     "fusedrnn triton": _ours("triton", ("cuda",)),
+    "fusedrnn resident": _forced("resident"),
+    "fusedrnn cooperative": _forced("cooperative"),
+    "fusedrnn stepwise": _forced("stepwise"),
     "eager loop": Provider(peers.both(peers.EagerLoop)),
     "compiled loop": Provider(peers.both(peers.CompiledLoop)),
     "keras": Provider(peers.both(peers.Keras), package="keras", install="pip install keras"),

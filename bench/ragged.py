@@ -9,21 +9,23 @@ the error budget. Then forward, and forward with backward, in turns in one proce
 from __future__ import annotations
 
 import copy
-import csv
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
-from fusedrnn.testing import error_budget
 
-from .cases import RAGGED
+from .cases import EVERY_CELL, RAGGED
+from .disk import Table
+from .gate import Verdict, outcome, verdict
 from .report import environment, header
-from .timing import Times, interleaved
+from .results import FolderError
+from .run import chained, random_lengths
+from .timing import Call, Times, interleaved
 
 FIELDS = (
     "cell", "provider", "backend", "T", "B", "I", "H", "gate", "share",
@@ -41,6 +43,9 @@ class Sizes(NamedTuple):
     B: int = RAGGED.B
     I: int = RAGGED.I
     H: int = RAGGED.H
+
+
+QUICK = Sizes(12, 4, 3, 5)
 
 
 class Problem(NamedTuple):
@@ -73,8 +78,7 @@ def make(cell: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> P
         for classes in (nn, fusedrnn)
     )
     ours.load_state_dict(theirs.state_dict())
-    lengths = torch.randint(sizes.T // 2, sizes.T + 1, (sizes.B,))
-    lengths[0] = sizes.T
+    lengths = random_lengths(sizes.T, sizes.B)
     input = torch.randn(sizes.T, sizes.B, sizes.I, device=device, dtype=dtype)
     return Problem(theirs, ours, input.requires_grad_(), lengths, lengths.to(device))
 
@@ -82,96 +86,88 @@ def make(cell: str, sizes: Sizes, device: torch.device, dtype: torch.dtype) -> P
 def results(problem: Problem, provider: str) -> dict[str, Tensor]:
     """Output (zero beyond the end), final states and every gradient, by name."""
     module, input, options = PROVIDERS[provider](problem)
-    output, final = module(input, **options)
-    if isinstance(output, PackedSequence):
-        output, _ = pad_packed_sequence(output, total_length=len(problem.input))
-    named = {"output": output}
-    for name, state in zip(("h_n", "c_n"), (final,) if isinstance(final, Tensor) else final,
-                           strict=False):  # fmt: skip
-        named[name] = state
-    leaves = [problem.input, *module.parameters()]
-    grads = torch.autograd.grad(sum(t.sin().sum() for t in named.values()), leaves)
-    names = ["d_input", *(f"d_{name}" for name, _ in module.named_parameters())]
-    return {k: v.detach() for k, v in (named | dict(zip(names, grads, strict=True))).items()}
+    leaves = {"input": problem.input, **dict(module.named_parameters())}
+    return outcome(module, input, leaves, **options)
 
 
-def gate(problem: Problem, provider: str) -> tuple[bool, float]:
-    """Whether all is within the budget, and the largest error as a part of the allowed one."""
+def gate(problem: Problem, provider: str) -> Verdict:
+    """Against the PackedSequence in fp64, within the budget."""
     theirs = copy.deepcopy(problem.theirs).double().cpu()
     input = problem.input.detach().double().cpu().requires_grad_()
     double = Problem(theirs, theirs, input, problem.lengths, problem.lengths)
     truth, ref, got = (
         results(*pair) for pair in ((double, PACKED), (problem, PACKED), (problem, provider))
     )
-    budgets = [error_budget(name, got[name], ref[name], truth[name]) for name in truth]
-    share = max(b.max_err / b.allowed for b in budgets if b.allowed)
-    return all(b.ok for b in budgets), share
+    return verdict(got, ref, truth, truth)
 
 
-def timed(problem: Problem, names: list[str], seconds: float, least: int) -> tuple[dict, dict]:
-    """Forward without gradients, and forward with backward, in turns."""
-
-    def forward(name: str) -> Callable[[], object]:
-        module, input, options = PROVIDERS[name](problem)
-
-        def call() -> object:
-            with torch.no_grad():
-                return module(input, **options)
-
-        return call
-
-    def both(name: str) -> Callable[[], object]:
-        module, input, options = PROVIDERS[name](problem)
-
-        def call() -> None:
-            output, _ = module(input, **options)
-            data = output.data if isinstance(output, PackedSequence) else output
-            torch.autograd.grad(data.sum(), [*module.parameters()])
-
-        return call
-
-    device = problem.input.device
-    return tuple(  # type: ignore[return-value]
-        interleaved({n: way(n) for n in names}, device, seconds=seconds, least=least)
-        for way in (forward, both)
-    )
+def call(problem: Problem, provider: str, mode: str) -> Call:
+    """``"fw"``, or ``"fwbw"`` into the weights and the input."""
+    module, input, options = PROVIDERS[provider](problem)
+    leaf = input.data.detach().requires_grad_(mode == "fwbw")
+    given = input._replace(data=leaf) if isinstance(input, PackedSequence) else leaf
+    return chained(module, given, [*module.parameters(), leaf], mode, **options)
 
 
-def run(out: Path, device: torch.device, *, quick: bool = False, seed: int = 0) -> int:
-    """Prints the table and writes ``ragged.csv`` into ``out``; 1 if a gate is red."""
+def timed(problem: Problem, names: list[str], mode: str, seconds: float, least: int) -> dict:
+    """Each of them, in turns."""
+    calls = {name: call(problem, name, mode) for name in names}
+    return interleaved(calls, problem.input.device, seconds=seconds, least=least)
+
+
+def run(
+    out: Path, device: torch.device, *, quick: bool = False, seed: int = 0, anew: bool = True
+) -> int:
+    """Prints the table and writes ``ragged.csv`` into ``out``; 1 if a gate is red.
+
+    Args:
+        out: the folder.
+        device: where all is computed.
+        quick: tiny sizes.
+        seed: of weights, input and lengths.
+        anew: False to add to the file that is there.
+
+    Raises:
+        FolderError: the folder cannot be written.
+    """
     torch.manual_seed(seed)
-    sizes = Sizes(12, 4, 3, 5) if quick else Sizes()
+    sizes = QUICK if quick else Sizes()
     dtype = torch.float16 if device.type == "cuda" else torch.float32
     env = environment(device, "random input, lengths uniform in T/2 to T")
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if anew:
+            (out / "ragged.csv").unlink(missing_ok=True)
+        table = Table(out / "ragged.csv", FIELDS)
+    except OSError as error:
+        raise FolderError(f"no results can be written to {out}: {error.strerror}") from error
     print(header(env))
     print(f"sizes    T{sizes.T} B{sizes.B} I{sizes.I} H{sizes.H}, {dtype}\n")
     print(f"{'cell':<5}{'provider':<18}{'gate':>8}{'forward ms':>12}{'x':>7}{'x packed':>10}"
           f"{'fw+bw ms':>11}{'x':>7}{'x packed':>10}")  # fmt: skip
-    lines, all_ok = [], True
-    for cell in ("lstm", "gru", "rnn"):
+    all_ok = True
+    for cell in EVERY_CELL:
         problem = make(cell, sizes, device, dtype)
         verdicts = {name: gate(problem, name) for name in PROVIDERS if name != PADDED}
-        good = [name for name in PROVIDERS if name == PADDED or verdicts[name][0]]
-        fw, fwbw = timed(problem, good, 0.0 if quick else 4.0, 2 if quick else 5)
+        good = [name for name in PROVIDERS if name == PADDED or verdicts[name].ok]
+        limits = (0.0, 2) if quick else (4.0, 5)
+        times = {mode: timed(problem, good, mode, *limits) for mode in ("fw", "fwbw")}
         for name in PROVIDERS:
-            ok, share = verdicts.get(name, (True, 0.0))
+            found = verdicts.get(name)
+            ok, share = (found.ok, found.share) if found else (True, 0.0)
             all_ok &= ok
             line = {"cell": cell, "provider": name, **sizes._asdict(), "share": share}
-            line |= {"gate": "ok" if ok else "red", "backend": _backend(problem, name)}
+            line |= {"gate": "ok" if ok else "red", "backend": backend_of(problem, name)}
             if name in good:
-                line |= _times("fw", name, fw) | _times("fwbw", name, fwbw)
-            lines.append(line)
+                line |= _times("fw", name, times["fw"]) | _times("fwbw", name, times["fwbw"])
+            table.add(line.get(field, "") for field in FIELDS)
             print(_shown(line), flush=True)
-    out.mkdir(parents=True, exist_ok=True)
-    with open(out / "ragged.csv", "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS)
-        writer.writeheader()
-        writer.writerows(lines)
     print(f"\n{LEGEND}")
     return 0 if all_ok else 1
 
 
-def _backend(problem: Problem, name: str) -> str:
+def backend_of(problem: Problem, name: str) -> str:
+    """What runs a provider, with gradients where they are enabled."""
     module, input, options = PROVIDERS[name](problem)
     if module is problem.theirs:
         return "torch.nn"

@@ -103,8 +103,8 @@ def cpu_table(results: Path = RESULTS) -> str:
 
 def _speedup(rows: list[dict[str, str]], case: str | None, cell: str, what: str, by: str) -> str:
     others = ("decode", "lengths", "tokens")
-    found = [
-        float(row["x"])
+    meant = [
+        row
         for row in rows
         if (row["cell"], row["what"]) == (cell, what)
         and row["case"].startswith(case or "")
@@ -112,6 +112,9 @@ def _speedup(rows: list[dict[str, str]], case: str | None, cell: str, what: str,
         and not row["case"].endswith("from tokens")
         and (not by or row["backend"] == by)
     ]
+    if any(row.get("gate") == "red" for row in meant):
+        return "red"
+    found = [float(row["x"]) for row in meant]
     if not found:
         return "-"
     if case is None:

@@ -35,10 +35,16 @@ def environment(device: torch.device, data: str) -> dict[str, object]:
         "cores": os.cpu_count(),
         # One getter for torch's older and newer switches; see fusedrnn.dispatch.precision.
         "fp32": precision() if cuda else "ieee",
-        "matmul_fp32": torch.backends.cuda.matmul.fp32_precision if cuda else "ieee",
+        "matmul_fp32": _matmul_fp32() if cuda else "ieee",
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
+
+
+def _matmul_fp32() -> str:
+    """torch's switch for products; it is "none" where nobody has set it, and then ieee."""
+    switch = torch.backends.cuda.matmul.fp32_precision
+    return "ieee" if switch == "none" else switch
 
 
 def _version(package: str) -> str | None:

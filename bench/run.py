@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -176,7 +177,7 @@ class Subject:
 
     def gate_input(self) -> Input:
         """The input, of the sweep only its first steps."""
-        if self.workload.task != "none":
+        if self.workload.lesson != "sweep":
             return self.input
         if isinstance(self.input, Tensor):
             return self.input[:, :_SWEEP_GATE_STEPS]
@@ -187,12 +188,23 @@ class Subject:
         rnn.load_state_dict(self.weights)
         return rnn.to(self.settings.device, self.dtype)
 
-    def explain(self, provider: str) -> fusedrnn.dispatch.Explanation | None:
-        """What of fusedrnn runs the provider's forward+backward; None for others."""
+    def explain(self, provider: str, mode: str = "fwbw") -> fusedrnn.dispatch.Explanation | None:
+        """What of fusedrnn runs the provider's ``call`` of a mode; None for others."""
         if PROVIDERS[provider].classes is not fusedrnn:
             return None
-        with PROVIDERS[provider].context():
-            return fusedrnn.explain(self.rnn(provider), self.input)
+        training = mode == "fwbw"
+        with PROVIDERS[provider].context(), torch.set_grad_enabled(training):
+            input = self.differentiable()[0] if training else self.input
+            return fusedrnn.explain(self.rnn(provider).train(training), input)
+
+    def differentiable(self) -> tuple[Input, list[Tensor]]:
+        """The input of the timed backward, and of it the leaf that is differentiated, if any."""
+        if not self.workload.needs_input_grad:
+            return self.input, []
+        leaf = self.input.data.detach().clone().requires_grad_()
+        if isinstance(self.input, PackedSequence):
+            return self.input._replace(data=leaf), [leaf]
+        return leaf, [leaf]
 
     def call(self, provider: str, mode: str) -> Call:
         """What is timed: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train().
@@ -205,39 +217,10 @@ class Subject:
                 outputs = _tensors(rnn(input))
             return rnn.timed(mode, input, [torch.randn_like(output) for output in outputs])
         wanted: list[Tensor] = rnn.fix() if isinstance(rnn, Peer) else list(rnn.parameters())
-        state = None
-        if mode == "fw":
-            rnn.eval()
-
-            def forward():
-                nonlocal state
-                with context(), torch.no_grad():
-                    output, state = rnn(input, state)
-                return output, state
-
-            return forward
-
-        if self.workload.needs_input_grad:
-            leaf = input.data.detach().clone().requires_grad_()
-            input = input._replace(data=leaf) if isinstance(input, PackedSequence) else leaf
-            wanted.append(leaf)
-        cotangents: list[Tensor] = []
-
-        def forward_and_backward():
-            nonlocal state
-            with context():
-                result = rnn(input, state)
-                outputs = _tensors(result)
-                if not cotangents:  # the first call only, which is never timed
-                    cotangents.extend(torch.randn_like(output) for output in outputs)
-                gradients = torch.autograd.grad(outputs, wanted, cotangents)
-            final = result[1]
-            state = (
-                final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
-            )
-            return gradients
-
-        return forward_and_backward
+        if mode == "fwbw":
+            input, leaves = self.differentiable()
+            wanted += leaves
+        return chained(rnn, input, wanted, mode, context)
 
     def times(self, providers: list[str], mode: str) -> dict[str, Times]:
         return interleaved(
@@ -285,15 +268,65 @@ class Subject:
             )
 
 
+def chained(
+    rnn: nn.Module,
+    input: Any,
+    wanted: Sequence[Tensor],
+    mode: str,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    **options: Any,
+) -> Call:
+    """A call that starts from the final state of the one before.
+
+    Args:
+        rnn: what is called, as ``rnn(input, state, **options)``.
+        input: whatever it takes.
+        wanted: of ``"fwbw"``, what is differentiated.
+        mode: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train().
+        context: is entered around every call.
+        **options: of every call.
+    """
+    state = None
+    rnn.train(mode == "fwbw")
+
+    def forward() -> object:
+        nonlocal state
+        with context(), torch.no_grad():
+            output, state = rnn(input, state, **options)
+        return output, state
+
+    cotangents: list[Tensor] = []
+
+    def forward_and_backward() -> object:
+        nonlocal state
+        with context():
+            result = rnn(input, state, **options)
+            outputs = _tensors(result)
+            if not cotangents:  # the first call only, which is never timed
+                cotangents.extend(torch.randn_like(output) for output in outputs)
+            gradients = torch.autograd.grad(outputs, wanted, cotangents)
+        final = result[1]
+        state = final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
+        return gradients
+
+    return forward if mode == "fw" else forward_and_backward
+
+
 def random_input(workload: Workload, device: torch.device) -> Input:
     """``[B, T, I]``, or packed with lengths from T/2 to T, the longest T; drawn on the CPU."""
     input = torch.randn(workload.B, workload.T, workload.I)
     input = input.to(device, getattr(torch, workload.dtype))
     if not workload.ragged:
         return input
-    lengths = torch.randint((workload.T + 1) // 2, workload.T + 1, (workload.B,))
-    lengths[0] = workload.T
+    lengths = random_lengths(workload.T, workload.B)
     return pack_padded_sequence(input, lengths, batch_first=True, enforce_sorted=False)
+
+
+def random_lengths(T: int, B: int) -> Tensor:
+    """``[B]``, uniform in T/2 to T, the first T."""
+    lengths = torch.randint((T + 1) // 2, T + 1, (B,))
+    lengths[0] = T
+    return lengths
 
 
 def first_steps(packed: PackedSequence, steps: int) -> PackedSequence:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -193,14 +192,11 @@ class Worker:
             )
 
     def _ragged(self) -> None:
-        """In a folder of its own, for its file is written at the end and not row by row."""
         if self.job.left_out:
             print(f"ragged: left out with {', '.join(sorted(self.job.left_out))}", flush=True)
             return
-        apart = self.job.folder / "ragged.new"
-        code = ragged.run(apart, self.device, quick=self.job.quick, seed=self.job.seed)
-        os.replace(apart / "ragged.csv", self.job.folder / "ragged.csv")
-        apart.rmdir()
+        job = self.job
+        code = ragged.run(job.folder, self.device, quick=job.quick, seed=job.seed, anew=False)
         self.red |= code != 0
 
     def _left_out(self, workload: Workload, cell: str) -> list[str]:

@@ -16,12 +16,16 @@ import bench.__main__ as main_module
 from bench import imdb, plots, providers, run, timing
 from bench.cases import (
     CELLS,
+    CHARACTER,
     EMBEDDING,
     LESSONS,
+    MANY_TO_ONE,
     ONE_HOT,
     PRICE,
     RAGGED,
     SINE,
+    TOY_BOTH_WAYS,
+    TRAINED,
     WORKLOADS,
     CaseError,
     Workload,
@@ -43,7 +47,7 @@ from bench.train import train
 
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, seconds=0.0, least_rounds=2)
-SMALL = {workload.name: cut_down(workload) for workload in LESSONS}
+SMALL = {workload.name: cut_down(workload) for workload in TRAINED}
 
 
 @pytest.fixture(scope="module")
@@ -90,6 +94,11 @@ def test_the_lessons_are_the_ones_promised():
     assert (PRICE.T, PRICE.H, PRICE.layers, PRICE.dropout, PRICE.B) == (30, 50, 2, 0.2, 32)
     assert len({w.name for w in LESSONS}) == len(LESSONS)
     assert {w.lesson for w in lessons(("imdb",))} == {"imdb"}
+    assert {w.lesson for w in lessons(("sine",))} == {"sine"}
+    # The main job has every workload of the lessons, also those that nobody trains.
+    assert lessons(("all",)) == named("lessons") == LESSONS
+    assert {w for w in LESSONS if not w.steps} == {MANY_TO_ONE, TOY_BOTH_WAYS, CHARACTER}
+    assert {w for w in LESSONS if w.steps} == set(TRAINED)
 
 
 def test_the_sweep_covers_sizes_batches_and_dtypes():

@@ -83,6 +83,23 @@ def test_what_is_in_one_file_only_is_said(compared):
     assert "1 ratios" in out
 
 
+@pytest.mark.parametrize("gate", ["red", "failed"])
+def test_who_passed_and_does_not_any_more_is_named(gate, compared):
+    old = [a_row("torch.nn", 10.0), a_row("fusedrnn", 5.0), a_row("keras", 9.0)]
+    broken = Row.of(SMALL, "lstm", "fusedrnn", backend="", gate=gate)
+    code, out = compared(old, [*old[::2], broken])
+    assert code == 1
+    (line,) = [line for line in out.splitlines() if line.startswith(gate)]
+    assert line.split(maxsplit=1)[1] == (
+        "small lstm fusedrnn float32 T4 B3 I5 H6 layers 1 directions 1: it was ok"
+    )
+    # Who was so before is no news, and who refuses has not broken.
+    assert compared([*old[::2], broken], [*old[::2], broken])[0] == 0
+    refused = replace(broken, gate="refused")
+    assert compared(old, [*old[::2], refused])[0] == 0
+    assert compared([*old[::2], refused], [*old[::2], broken])[0] == 0
+
+
 def test_what_cannot_be_read_is_exit_code_2(tmp_path, capsys):
     good = written(tmp_path / "good.csv", a_row("torch.nn", 10.0), a_row("fusedrnn", 5.0))
     lacks = written(tmp_path / "lacks.csv", a_row("fusedrnn", 5.0), without=("fw_ms_p80",))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
 import pytest
 import torch
 
+import fusedrnn
 from bench import peers, providers
-from bench.cases import CELLS, Workload
+from bench.cases import CELLS, EVERY_CELL, Workload
+from bench.forcing import scheduled
 from bench.gate import Gate
 from bench.providers import PROVIDERS, TORCH, absent, build, contenders
 from bench.run import Settings, Subject
+from fusedrnn import dispatch, launches
 
 CPU = torch.device("cpu")
 ONE = Workload("one", "toy", "none", T=4, B=3, I=5, H=6)
@@ -33,7 +37,7 @@ def gate(workload, cell):
 
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's own
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of the peers about their own insides
-@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("cell", EVERY_CELL)
 @pytest.mark.parametrize("workload", [ONE, BOTH_WAYS], ids=lambda w: w.name)
 @pytest.mark.parametrize(
     "name", [n for n in PROVIDERS if n != TORCH and "cpu" in PROVIDERS[n].devices]
@@ -41,6 +45,10 @@ def gate(workload, cell):
 def test_every_adapter_passes_the_gate(name, workload, cell):
     if reason := absent(name, CPU):
         pytest.skip(reason)
+    if cell == "rnn" and PROVIDERS[name].package:
+        with pytest.raises(NotImplementedError, match="has LSTM and GRU only"):
+            build(name, cell, workload)
+        return
     if name == "jax" and workload is BOTH_WAYS:
         with pytest.raises(NotImplementedError, match="one layer in one direction"):
             build(name, cell, workload)
@@ -112,3 +120,73 @@ def test_who_is_absent_says_how_to_bring_it(monkeypatch):
     assert absent("haste", CPU) == "computes on cuda only"
     assert contenders(CPU)[0] == TORCH
     assert set(contenders(torch.device("cuda"))) >= {"haste", "flashrnn", "torchrl", "keras"}
+
+
+SCHEDULES = ("resident", "cooperative", "stepwise")
+
+
+@pytest.mark.parametrize("workload", [ONE, BOTH_WAYS, PACKED], ids=lambda w: w.name)
+@pytest.mark.parametrize("schedule", ["resident", "stepwise"])
+def test_a_schedule_by_force_is_the_one_that_runs(schedule, workload, monkeypatch):
+    """In the interpreter; every layer of a stack, and both directions."""
+    ran = []
+    original = launches.run_forward
+
+    def spy(config, plan, *rest):
+        ran.append(plan and plan.schedule)
+        return original(config, plan, *rest)
+
+    name, judge = f"fusedrnn {schedule}", gate(workload, "gru").judge
+    for usual in ("fusedrnn triton", "fusedrnn triton"):  # remembered from the second call on
+        judge(usual)
+    monkeypatch.setattr("fusedrnn.stack.run_forward", spy)
+    verdict = judge(name)
+    assert verdict.ok, verdict.failures
+    assert ran == [schedule] * workload.layers
+    judge("fusedrnn triton")
+    assert set(ran[workload.layers :]) == {"resident"}
+    told = Subject(workload, "gru", Settings(CPU)).explain(name)
+    assert [line.split(": ")[1] for line in told.layers] == [schedule] * workload.layers
+
+
+@pytest.mark.parametrize(
+    ("schedule", "workload", "sentence"),
+    [
+        ("resident", replace(ONE, H=4096), "schedule resident holds W_hh in one program"),
+        ("cooperative", ONE, "schedule cooperative "),
+        ("stepwise", replace(ONE, dtype="bfloat16"), "multiplies the bit patterns of bfloat16"),
+    ],
+)
+def test_a_schedule_refuses_in_a_sentence(schedule, workload, sentence):
+    """What it cannot take is refused; neither another schedule nor another backend steps in."""
+    judge = gate(workload, "lstm").judge
+    if workload is ONE:
+        with fusedrnn.use_precision("ieee"):
+            for usual in ("fusedrnn triton", "fusedrnn triton"):  # a call of this shape is known
+                assert judge(usual).ok
+    with fusedrnn.use_precision("ieee"), pytest.raises(NotImplementedError, match=sentence):
+        judge(f"fusedrnn {schedule}")
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_a_schedule_needs_cuda_or_the_interpreter(schedule, monkeypatch):
+    name = f"fusedrnn {schedule}"
+    assert absent(name, CPU) == "computes on cuda only"
+    assert name in contenders(torch.device("cuda"))
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
+    with pytest.raises(NotImplementedError, match="the kernels need CUDA tensors"):
+        gate(ONE, "lstm").judge(name)
+
+
+def test_a_schedule_by_force_ends_with_its_block():
+    before = dispatch.plan_stack, launches.plan_stack
+
+    def breaks():
+        with scheduled("stepwise"):
+            assert dispatch.plan_stack is launches.plan_stack is not before[0]
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        breaks()
+    assert (dispatch.plan_stack, launches.plan_stack) == before
+    assert dispatch.requested_backend()[0] == "auto"

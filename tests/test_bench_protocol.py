@@ -137,18 +137,92 @@ def test_red_and_broken_providers_are_not_timed(monkeypatch):
 
 def test_what_only_infers_has_no_backward():
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
-    (prepared, _) = measure_block([SMALL], SETTINGS, (TORCH, "onnxruntime"), None)
+    (prepared, *_) = measure_block([SMALL], SETTINGS, (TORCH, "onnxruntime"), None)
     row = prepared.rows["onnxruntime"]
     assert row.gate == "ok"
     assert row.fw_ms > 0
     assert row.fwbw_ms is row.kept_mb is None
 
 
+def test_the_rnn_takes_part_where_there_is_one():
+    names = (TORCH, "fusedrnn", "fusedrnn torch", "fusedrnn aten", "eager loop", "onnxruntime")
+    made = {p.subject.cell: p for p in measure_block([SMALL], SETTINGS, names, None)}
+    assert list(made) == ["lstm", "gru", "rnn"]
+    rows = made["rnn"].rows
+    assert all(rows[name].gate == "ok" and rows[name].fwbw_ms > 0 for name in names[1:5])
+    if "onnxruntime" in chosen("onnxruntime", CPU):
+        assert (rows["onnxruntime"].gate, rows["onnxruntime"].note) == (
+            "refused", "has LSTM and GRU only",
+        )  # fmt: skip
+    assert not made["rnn"].complaints
+
+
 def test_blocks_hold_what_fits(monkeypatch):
     large = replace(SMALL, T=1000, B=64, H=512)
-    monkeypatch.setattr(protocol, "BLOCK", 3 * 1000 * 64 * 1029)
+    monkeypatch.setattr(protocol, "BLOCK", (len(protocol.CELLS) + 1) * 1000 * 64 * 1029)
     assert [len(b) for b in blocks([SMALL, large, large, SMALL])] == [2, 2]
     assert [len(b) for b in blocks([large])] == [1]
+
+
+class Clock:
+    """Stands for ``time``: a second passes in each stage of a case, and none elsewhere."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def monotonic(self):
+        return self.now
+
+
+@pytest.mark.parametrize(
+    ("seconds", "gated", "warmed", "timed"),
+    [
+        (float("inf"), 6, 6, 6),
+        (100, 6, 6, 6),
+        (16, 6, 6, 5),  # 6 + 6, the memory takes none, and 5 are begun by the 16th second
+        (8, 5, 4, 0),
+        (1, 1, 1, 0),
+    ],
+)
+def test_the_time_is_looked_at_between_the_cases_of_a_block(
+    seconds, gated, warmed, timed, monkeypatch
+):
+    clock, done = Clock(), []
+    monkeypatch.setattr(protocol, "time", clock)
+
+    def stage(name):
+        def run(self, *_):
+            done.append(name)
+            clock.now += 1
+
+        return run
+
+    monkeypatch.setattr(protocol.Prepared, "__init__", stage("gate"))
+    monkeypatch.setattr(protocol.Prepared, "warm", stage("warm"))
+    monkeypatch.setattr(protocol.Prepared, "measure_memory", lambda self: None)
+    monkeypatch.setattr(protocol.Prepared, "time", stage("time"))
+    found = list(measure_block([SMALL, OTHER], SETTINGS, (TORCH,), None, end=seconds))
+    assert len(found) == timed
+    assert [done.count(name) for name in ("gate", "warm", "time")] == [gated, warmed, timed]
+
+
+def test_minutes_end_within_a_block(tmp_path, monkeypatch, capsys):
+    """Rows of the cases that were timed, and a count that says how many those are."""
+    clock = Clock()
+    monkeypatch.setattr(protocol, "time", clock)
+    monkeypatch.setattr(protocol, "CELLS", ("lstm",))
+    whole = protocol.Prepared.time
+
+    def slow(self):
+        whole(self)
+        clock.now += 40
+
+    monkeypatch.setattr(protocol.Prepared, "time", slow)
+    cases = [replace(SMALL, name=f"case-{n}") for n in range(4)]
+    assert protocol.run(cases, (TORCH,), SETTINGS, tmp_path, minutes=1) == 0
+    with open(tmp_path / "results.csv", newline="") as file:
+        assert [row["workload"] for row in csv.DictReader(file)] == ["case-0", "case-1"]
+    assert "2 of 4 cases" in capsys.readouterr().out
 
 
 def test_kept_bytes_of_packed_data():
@@ -167,7 +241,7 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert "2 of 2 cases" in out
     with open(tmp_path / "results.csv", newline="") as file:
         rows = list(csv.DictReader(file))
-    assert [r["provider"] for r in rows] == [TORCH, "fusedrnn", "eager loop"] * 4
+    assert [r["provider"] for r in rows] == [TORCH, "fusedrnn", "eager loop"] * 6
     assert all(float(r["fw_ms_p20"]) <= float(r["fw_ms"]) <= float(r["fw_ms_p80"]) for r in rows)
     assert {r["fw_device_ms"] for r in rows} == {""}
     env = json.loads((tmp_path / "environment.json").read_text())
@@ -179,6 +253,8 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     [
         (["--cases", "many-to-on"], "near are many-to-one"),
         (["--cases", "sine-10", "--providers", "kera"], "there is no provider 'kera'"),
+        (["--providers", "fusedrnn"], "--providers is of --cases, and none are named"),
+        (["cpu", "--providers", "fusedrnn"], "--providers is of --cases, and none are named"),
     ],
 )
 def test_a_wrong_name_is_one_sentence(argv, sentence, capsys):
@@ -198,5 +274,7 @@ def test_the_list(capsys):
 def test_torch_comes_first_and_once():
     assert chosen("eager loop,torch.nn", CPU) == (TORCH, "eager loop")
     assert "haste" not in chosen(None, CPU)
+    assert chosen("all", CPU) == chosen("eager loop,all", CPU) == chosen(None, CPU)
+    assert {TORCH, "fusedrnn", "eager loop"} <= set(chosen("all", CPU))
     with pytest.raises(ProviderError, match="no provider"):
         chosen("nobody", CPU)

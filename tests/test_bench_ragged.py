@@ -2,10 +2,12 @@
 
 import csv
 
+import pytest
 import torch
 
 import bench.__main__ as main_module
 from bench import ragged
+from bench.disk import whole_rows
 
 CPU = torch.device("cpu")
 
@@ -38,3 +40,45 @@ def test_a_red_gate_has_no_times(tmp_path, monkeypatch, capsys):
         lines = [x for x in csv.DictReader(file) if x["provider"] == "fusedrnn lengths"]
     assert [line["gate"] for line in lines] == ["red"] * 3
     assert not any(line["fw_ms"] for line in lines)
+
+
+def test_rows_are_on_disk_before_the_next_cell_is_measured(tmp_path, monkeypatch):
+    seen = []
+
+    def timed(problem, names, *rest, timed=ragged.timed):
+        seen.append([row["cell"] for row in whole_rows(tmp_path / "ragged.csv")])
+        if len(seen) == 6:
+            raise KeyboardInterrupt
+        return timed(problem, names, *rest)
+
+    (tmp_path / "ragged.csv").write_text("of,an,older,run\n")
+    monkeypatch.setattr(ragged, "timed", timed)
+    with pytest.raises(KeyboardInterrupt):
+        ragged.run(tmp_path, CPU, quick=True)
+    lstm, gru = (["lstm"] * 4, ["gru"] * 4)
+    assert seen == [[], [], lstm, lstm, lstm + gru, lstm + gru]
+    # A run of the GPU's stages goes on in the file that is there.
+    seen.clear()
+    with pytest.raises(KeyboardInterrupt):
+        ragged.run(tmp_path, CPU, quick=True, anew=False)
+    assert seen[0] == lstm + gru
+
+
+def test_what_is_differentiated_is_weights_and_input():
+    """As in every other command, for the workload has something trainable before the RNN."""
+    problem = ragged.make("gru", ragged.QUICK, CPU, torch.float32)
+    for name in ragged.PROVIDERS:
+        gradients = ragged.call(problem, name, "fwbw")()
+        assert len(gradients) == 4 + 1
+        assert gradients[-1].abs().sum() > 0
+        output, _ = ragged.call(problem, name, "fw")()
+        assert not output.data.requires_grad
+
+
+def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys):
+    (tmp_path / "file").write_text("")
+    argv = ["ragged", "--quick", "--device", "cpu", "--out", str(tmp_path / "file")]
+    assert main_module.main(argv) == 2
+    said = capsys.readouterr().err
+    assert "no results can be written to" in said
+    assert said.count("\n") == 1

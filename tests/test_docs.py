@@ -17,6 +17,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import pytest
+import test_architecture as architecture
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -182,3 +183,93 @@ def test_quotations_of_study(tmp_path):
         )
         assert done.returncode == 0, done.stderr
         assert not unsaid(quoted, done.stdout), command
+
+
+#: A line of CONTRIBUTING's list of modules: the path, blanks, and what it is.
+LISTED = re.compile(r"^    ((?:fusedrnn|kernels)/\w+\.py)  +\S", re.MULTILINE)
+
+
+def misplaced(listed: Sequence[str]) -> Iterator[str]:
+    """Modules that the list lacks or invents, and imports that do not go downwards in it.
+
+    ``kernels/`` counts as one, as in ``test_architecture``.
+    """
+    files = {s.path: s for s in architecture.sources(*architecture.PACKAGE)}
+    there = {path for path in files if not path.endswith("__.py")}
+    for path in sorted(there ^ set(listed)):
+        yield f"{path} is {'not listed' if path in there else 'no file'}"
+    for place, path in enumerate(listed):
+        for found in architecture.imports(files[path]) if path in files else ():
+            other = f"fusedrnn/{found.layer}.py"
+            if other in listed[:place]:
+                yield f"{path} imports {other}, which stands above it"
+
+
+def test_contributing_lists_every_module_above_what_it_imports():
+    listed = LISTED.findall((ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8"))
+    found = list(misplaced(listed))
+    assert not found, "\n".join(found)
+    stack = listed.index("fusedrnn/stack.py")
+    assert list(misplaced(listed[:stack] + listed[stack + 1 :])) == [
+        "fusedrnn/stack.py is not listed"
+    ]
+    assert list(misplaced([*listed, "fusedrnn/none.py"])) == ["fusedrnn/none.py is no file"]
+    assert any("which stands above it" in line for line in misplaced(listed[::-1]))
+
+
+def test_every_verb_of_make_is_explained():
+    said = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    verbs = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    assert len(verbs) > 10
+    assert [verb for verb in verbs if f"`make {verb}`" not in said] == []
+
+
+#: ``python -m bench ...`` to the end of the line, of a comment, or of the backquotes around it.
+BENCH = re.compile(r"python -m bench(?![.\w])([^`\n#;|(]*)")
+#: What stands for a value that the reader has.
+PLACEHOLDERS = {"NAMES": "smoke", "NAME": "gates", "DIR": "x", "DATE": "x"}
+
+
+def commands(text: str) -> Iterator[list[str]]:
+    """The arguments of every command line of the bench; lines that are broken are joined."""
+    joined = re.sub(r"(?<=`)([^`\n]+)\n([^`\n]+)(?=`)", r"\1 \2", text)
+    for rest in BENCH.findall(joined):
+        yield [PLACEHOLDERS.get(word, word) for word in shlex.split(rest.strip(" .,:)"))]
+
+
+def wrong_commands(text: str) -> Iterator[str]:
+    """Those that the parsers refuse; nothing is run."""
+    from bench import __main__ as bench
+    from bench import cases, protocol
+    from bench.lessons import command
+
+    for words in commands(text):
+        try:
+            if words[:1] == ["lesson"]:
+                named = command._parser().parse_args(words[1:]).name
+                if named not in (None, *command.LESSONS):
+                    yield f"{words}: there is no lesson {named}"
+                continue
+            options = bench._parser().parse_args(words)
+            bench._check(options)
+            if options.cases:
+                cases.named(options.cases)
+            protocol.chosen(options.providers, torch.device("cpu"))
+        except (SystemExit, *bench.USER_ERRORS) as error:
+            yield f"{words}: {error}"
+
+
+@pytest.mark.parametrize(
+    "page", [*PAGES, ROOT / "CONTRIBUTING.md", ROOT / "Makefile"], ids=lambda page: page.name
+)
+def test_command_lines_of_the_bench_are_understood(page):
+    found = list(wrong_commands(page.read_text(encoding="utf-8")))
+    assert not found, "\n".join(found)
+
+
+def test_wrong_command_lines_are_found(capsys):
+    assert [words for page in PAGES for words in commands(page.read_text(encoding="utf-8"))]
+    assert not list(wrong_commands("`python -m bench --cases NAMES`, python -m bench.figures"))
+    for line in ("--cases nothing", "--providers keras", "--case x", "compare A.csv", "lesson x",
+                 "--cases smoke --providers nobody", "no-lesson"):  # fmt: skip
+        assert len(list(wrong_commands(f"see `python -m bench {line}`."))) == 1, line

@@ -19,7 +19,7 @@ import torch
 
 import bench.__main__ as main_module
 from bench import correctness, gpu, sanitizer, stages
-from bench.cases import CELLS, sweep
+from bench.cases import CELLS, named, sweep
 from bench.correctness import GROUPS, Group
 from bench.disk import Table, mend, whole_rows, write_json
 from bench.results import Row
@@ -419,6 +419,21 @@ def test_a_dry_run_needs_no_gpu(capsys, monkeypatch, tmp_path):
     assert "memcheck" not in out
     with pytest.raises(gpu.OptionError, match="the stages are correctness, sanitizer"):
         gpu.parse_only("sweep,x")
+
+
+def test_its_lessons_are_those_of_the_main_job():
+    found = [(case.workload, case.cell) for case in stages.cases_of("lessons")]
+    assert found[:-1] == [(w, cell) for w in named("lessons") for cell in CELLS]
+    assert found[-1] == (None, "")  # bench ragged
+
+
+def test_its_ragged_rows_are_added_to_those_the_folder_has(tmp_path, interpreted):
+    write_json(tmp_path / "environment.json", {"data": "none"})
+    worker = stages.Worker(stages.Job("sweep", tmp_path, 60.0, "cpu", quick=True))
+    for runs in (1, 2):
+        worker.do(stages.Case("ragged", None, ""))
+        rows = read_all(tmp_path)["ragged.csv"]
+        assert [row["cell"] for row in rows] == (["lstm"] * 4 + ["gru"] * 4 + ["rnn"] * 4) * runs
 
 
 def test_a_point_of_the_sweep_is_not_trained_however_small():

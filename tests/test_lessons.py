@@ -93,6 +93,14 @@ def test_another_seed_gives_other_numbers(name):
     assert numbers != LESSONS[name].measure(Setting(1, True, corpus))
 
 
+def test_the_docs_quote_the_parameters_as_they_are():
+    """The lesson without chance and time: its table can be compared."""
+    docs = (Path(__file__).parent.parent / "docs" / "lessons.md").read_text()
+    lines = list(parameters.table(LESSONS["parameters"].measure(Setting())))
+    assert len(lines) == 1 + 3 * 4
+    assert "\n".join(lines) in docs
+
+
 @pytest.mark.parametrize("name", LESSONS)
 def test_the_docs_have_its_section_and_its_picture(name):
     docs = Path(__file__).parent.parent / "docs"

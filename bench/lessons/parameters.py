@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
-from ..cases import LESSONS, Workload
+from ..cases import TRAINED, Workload
 from ..providers import build
 from .lesson import CELLS, COLOURS, Lesson, Numbers, Setting
 
@@ -31,7 +31,7 @@ def by_module(cell: str, workload: Workload) -> int:
 def measure(setting: Setting) -> Numbers:
     # Sequence lengths do not matter: of the five sines one is enough.
     seen, chosen = set(), []
-    for workload in LESSONS:
+    for workload in TRAINED:
         if workload.task not in seen:
             seen.add(workload.task)
             chosen.append(workload)
