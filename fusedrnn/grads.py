@@ -18,7 +18,7 @@ from .layout import Links
 
 #: On the CPU the sum over rows is one of so many parts, each of at least so many rows, as long as
 #: the parts' products take no more than so many numbers.
-_PARTS, _ROWS_OF_A_PART, _ROOM_OF_PARTS = 16, 64, 1 << 20
+_PARTS, _ROWS_OF_A_PART, _ROOM_OF_PARTS = 8, 400, 1 << 20
 
 
 def layer_grads(
@@ -125,24 +125,26 @@ def _add_in_parts(target: Tensor, grads: Tensor, operand: Tensor, beta: float) -
     """Likewise on the CPU, where a GEMM adds up all rows one after the other.
 
     With T = 200, B = 16, H = 8 that is 2.9 times the error budget. torch.nn adds step by step; here
-    parts of the rows have sums of their own, which are as many GEMMs side by side.
+    parts of the rows have sums of their own. (One after the other into the same result they would
+    not: the GEMM begins with what is there.)
     """
-    rows, room = len(grads), max(target.numel(), 1)
-    parts = min(_PARTS, rows // _ROWS_OF_A_PART, _ROOM_OF_PARTS // room)
+    rows = len(grads)
+    parts = min(_PARTS, rows // _ROWS_OF_A_PART, _ROOM_OF_PARTS // max(target.numel(), 1))
     if parts < 2:
         torch.addmm(target, grads.t(), operand, beta=beta, out=target)
         return
-    whole = rows - rows % parts
-    left, right = (x[:whole].unflatten(0, (parts, -1)) for x in (grads, operand))
     # The CPU's GEMMs want the longer side first: 1.5 ms instead of 2.2 for 64 x 6400 x 300.
     is_wide = target.shape[1] > target.shape[0]
-    found = (right.mT @ left).sum(0).t() if is_wide else (left.mT @ right).sum(0)
-    if whole < rows:
-        found.addmm_(grads[whole:].t(), operand[whole:])
+    left, right = (operand, grads) if is_wide else (grads, operand)
+    size = -(-rows // parts)
+    found = target.new_empty(-(-rows // size), left.shape[1], right.shape[1])
+    for part, of_left, of_right in zip(found, left.split(size), right.split(size), strict=True):
+        torch.mm(of_left.t(), of_right, out=part)  # bmm takes 0.1 ms to begin
+    total = found.sum(0).t() if is_wide else found.sum(0)
     if beta:
-        target.add_(found)
+        target.add_(total)
     else:
-        target.copy_(found)
+        target.copy_(total)
 
 
 def _first_row(part: tuple[slice, Tensor]) -> int:

@@ -12,6 +12,9 @@ from collections.abc import Callable
 
 import torch
 from torch import _VF
+from torch._C._functorch import is_legacy_batchedtensor
+from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 from .launches import Config
 from .layout import Ragged
@@ -54,12 +57,21 @@ torch.library.define(
 
 def forward_impl(input, h_0, c_0, params, dropout_masks, ragged: Ragged, config: Config, save):
     """``rnn_forward`` on real tensors, without the dispatcher."""
+    if forward_ad._current_level >= 0:
+        _refuse_tangents()  # the reference takes such a call, but an exported program comes here
     if config.backend == "aten":
         return _forward_by_torch(input, h_0, c_0, params, config)
     output, h_n, c_n, saved = again_if_refused(
         stack_forward, input, h_0, c_0, params, dropout_masks or (), ragged, config, save
     )
     return output, h_n, input.new_empty(0) if c_n is None else c_n, *saved[1:]
+
+
+def _refuse_tangents():
+    raise NotImplementedError(
+        "fusedrnn's operators carry no tangents; call the module itself, not what was exported "
+        "or compiled from it, and call it where the tangents are, not before"
+    )
 
 
 def _forward_flat(input, h_0, c_0, params, dropout_masks, *rest):
@@ -117,6 +129,10 @@ def backward_impl(given, call, saved, ragged: Ragged, config: Config, needs_inpu
     given: d_output, d_h_n, d_c_n, d_cs; call: input, h_0, c_0, params, dropout_masks; saved:
     output, gates, cs, hidden.
     """
+    if forward_ad._current_level >= 0:
+        grads = (grad for grad in given if grad is not None)
+        if any(forward_ad.unpack_dual(grad).tangent is not None for grad in grads):
+            _refuse_tangents()  # without a word they would be lost
     (d_output, d_h_n, d_c_n, d_cs), (input, h_0, c_0, params, dropout_masks) = given, call
     d_h_n = torch.zeros_like(h_0) if d_h_n is None else d_h_n
     if c_0 is not None and d_c_n is None:
@@ -194,6 +210,30 @@ def keep(ctx, call, ragged: Ragged, config: Config, output) -> None:
     ctx.save_for_backward(input, h_0, c_0, *ragged, out, gates, cs, hidden, *params, *dropout_masks)
 
 
+def _each_of_batch(run: Callable, tensors):
+    """``run(*tensors)``; of gradients that are a batch (``is_grads_batched``) one after the other.
+
+    They are wrapped by an older vmap than torch.func's, for which a Function has no rule.
+    """
+    wrapped = [t is not None and is_legacy_batchedtensor(t) for t in tensors]
+    if not any(wrapped):
+        return run(*tensors)
+    level = torch._C._vmapmode_increment_nesting() - 1
+    torch._C._vmapmode_decrement_nesting()
+    every = list(zip(tensors, wrapped, strict=True))
+    batches = [torch._remove_batch_dim(t, level, 0, 0) if is_one else t for t, is_one in every]
+    count = len(batches[wrapped.index(True)])
+
+    def nth(n):
+        pairs = zip(batches, wrapped, strict=True)
+        return [batch[n] if is_one else batch for batch, is_one in pairs]
+
+    def together(*results):
+        return None if results[0] is None else torch._add_batch_dim(torch.stack(results), 0, level)
+
+    return tree_map(together, *[run(*nth(n)) for n in range(count)])
+
+
 def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Callable):
     """The gradients of ``rnn_forward`` in all its arguments, of those of its results.
 
@@ -207,12 +247,20 @@ def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Calla
     d_c_n, d_cs = (None, None) if c_0 is None else (d_c_n, d_cs)
     given = d_output, d_h_n, d_c_n, d_cs
     others = [None] * n_masks, *(None,) * (len(Ragged._fields) + len(Config._fields) + 1)
-    if all(grad is None for grad in given):
+    if d_output is None and d_h_n is None and d_c_n is None and d_cs is None:
         return None, None, None, [None] * n_params, *others
     call = input, h_0, c_0, params, masks
     groups = ctx.config.members * needs_params
-    found = backward(given, call, saved, ragged, ctx.config, needs_input, groups)
-    d_input, d_h_0, d_c_0, d_params = found
+
+    def run(*given):
+        return backward(given, call, saved, ragged, ctx.config, needs_input, groups)
+
+    for grad in given:  # a loop, for its few calls
+        if grad is not None and is_legacy_batchedtensor(grad):
+            d_input, d_h_0, d_c_0, d_params = _each_of_batch(run, given)
+            break
+    else:
+        d_input, d_h_0, d_c_0, d_params = run(*given)
     d_input = d_input if needs_input else None
     d_c_0 = None if c_0 is None else d_c_0
     return d_input, d_h_0, d_c_0, list(d_params) or [None] * n_params, *others
@@ -250,9 +298,13 @@ def second_autograd(ctx, v_input, v_h_0, v_c_0, v_params):
     fixed = [None] * n_masks, *(None,) * (4 + len(Ragged._fields) + len(Config._fields) + 2)
     if all(direction is None for direction in directions):
         return *(None,) * 7, none, *fixed
-    of_grads, of_primals = second_gradients(
-        directions, grads, primals, masks, Ragged(*ragged), ctx.config, ctx.groups
-    )
+    config, groups = ctx.config, ctx.groups
+
+    def run(*directions):
+        call = grads, primals, masks, Ragged(*ragged), config, groups
+        return second_gradients(directions, *call)
+
+    of_grads, of_primals = _each_of_batch(run, directions)
     # Of what the forward saved there is no gradient: it is a function of the others.
     return *of_grads, *of_primals[:3], of_primals[3:], *fixed
 

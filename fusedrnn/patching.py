@@ -6,7 +6,9 @@ then on. ``replace_modules`` changes the ones that a model *has*. Either can be 
 
 from __future__ import annotations
 
+import functools
 import threading
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import torch
@@ -34,6 +36,9 @@ _lock = threading.Lock()
 _calls: set[Patch] = set()  # calls of patch() that neither unpatch() nor a `with` has taken over
 _blocks = 0  # `with patch():` blocks that are open
 _before: dict[tuple[Any, str], Any] = {}  # what stood in each place; empty while not patched
+# Methods of ours that a class derived from torch's may call by torch's name, and what was there.
+_SHARED = ("__init__", "forward")
+_methods_before: list[tuple[type, str, Any]] = []
 _allow_rnn_before = False, False  # by default, and in the thread that patched
 
 
@@ -68,8 +73,9 @@ def patch() -> Patch:
 
     - Names bound earlier (``from torch.nn import LSTM``), modules built earlier and classes derived
       earlier stay torch's and work as before; for modules there is ``replace_modules``. A class of
-      those that names its base in a method (``nn.LSTM.forward(self, x)`` instead of ``super()``)
-      finds ours there and fails. What is bound, built or derived while patched stays ours later.
+      those may name its base in a method (``nn.LSTM.forward(self, x)`` instead of ``super()``):
+      while patched our ``__init__`` and ``forward`` hand its instances on to torch's. What is
+      bound, built or derived while patched stays ours later.
     - ``isinstance(module, torch.nn.LSTM)`` is True of ours while patched, and only then; of a
       module built earlier it is False while patched.
     - ``state_dict()`` is the same either way. A whole module saved while patched is saved as
@@ -122,12 +128,42 @@ def _renew() -> None:
             for name, ours in _OURS.items():
                 _before[place, name] = getattr(place, name)
                 setattr(place, name, ours)
+        for name, ours in _OURS.items():
+            for method in _SHARED:
+                own = vars(ours).get(method)
+                _methods_before.append((ours, method, own))
+                setattr(ours, method, _handing_on(method, ours, own, _TORCHS[name]))
         return
     _allow_rnn(*_allow_rnn_before)
     for (place, name), former in _before.items():
         if getattr(place, name) is _OURS[name]:
             setattr(place, name, former)
     _before.clear()
+    for ours, method, own in _methods_before:
+        if own is None:
+            delattr(ours, method)
+        else:
+            setattr(ours, method, own)
+    _methods_before.clear()
+
+
+def _handing_on(
+    method: str, ours: type, own: Callable | None, theirs: type[torch.nn.Module]
+) -> Callable:
+    """A method that is torch's for instances of classes that were derived from torch's.
+
+    own: the one that ``ours`` has itself; else it is looked up at each call, as ``run`` changes it.
+    """
+
+    @functools.wraps(getattr(ours, method))
+    def shared(self: Any, *args: Any, **kwargs: Any) -> Any:
+        if not isinstance(self, ours):
+            return getattr(theirs, method)(self, *args, **kwargs)
+        if own is not None:
+            return own(self, *args, **kwargs)
+        return getattr(super(ours, self), method)(*args, **kwargs)
+
+    return shared
 
 
 def _allow_rnn(by_default: bool, here: bool) -> tuple[bool, bool]:
@@ -172,21 +208,22 @@ def replace_modules(model: _Model) -> _Model:
         >>> model = fusedrnn.replace_modules(model)
         >>> assert type(model[0]) is fusedrnn.LSTM
     """
-    found = _found(model, _OURS_FOR_TORCHS, "replace_modules")
-    for name, module in found:
-        ours = _OURS_FOR_TORCHS[parametrize.type_before_parametrizations(module)]
-        added = set(dir(ours)) - set(dir(type(module)))
-        own = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
-        if clash := sorted((added & own) - {_FLAT}):
-            raise ValueError(
-                f"replace_modules: {name} has an attribute {clash[0]!r}, which fusedrnn's modules "
-                "use themselves; rename it"
-            )
-    for _, module in found:
-        _change_class(module, _OURS_FOR_TORCHS)
-        # Ours read their weights at every call. Weak references could not be pickled either.
-        if module.__dict__.pop(_FLAT, None) is not None:
-            module.__dict__[_FLAT_REFS] = []
+    with _lock:  # another thread may have the same model
+        found = _found(model, _OURS_FOR_TORCHS, "replace_modules")
+        for name, module in found:
+            ours = _OURS_FOR_TORCHS[parametrize.type_before_parametrizations(module)]
+            added = set(dir(ours)) - set(dir(type(module)))
+            own = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
+            if clash := sorted((added & own) - {_FLAT}):
+                raise ValueError(
+                    f"replace_modules: {name} has an attribute {clash[0]!r}, which fusedrnn's "
+                    "modules use themselves; rename it"
+                )
+        for _, module in found:
+            _change_class(module, _OURS_FOR_TORCHS)
+            # Ours read their weights at every call. Weak references could not be pickled either.
+            if module.__dict__.pop(_FLAT, None) is not None:
+                module.__dict__[_FLAT_REFS] = []
     return model
 
 
@@ -208,28 +245,31 @@ def to_torch(model: _Model) -> _Model:
             which torch has no module; there is a TokenLSTM or TokenGRU; or a module has a
             ``forward`` of its own.
     """
-    found = _found(model, _TORCHS_FOR_OURS, "to_torch")
-    for module in model.modules():
-        if isinstance(module, (TokenLSTM, TokenGRU)):
-            raise ValueError(
-                f"to_torch: the model has a {type(module).__name__}, which is two modules of "
-                "torch's: an Embedding or one-hot rows, and what is behind them"
-            )
-    for name, module in found:
-        if not getattr(module, "reset_after", True):
-            raise ValueError(
-                f"to_torch: {name} is a {type(module).__name__} with reset_after=False, for which "
-                "torch has no module"
-            )
-    for _, module in found:
-        for name in ("reset_after", "recompute"):
-            module.__dict__.pop(name, None)
-        _change_class(module, _TORCHS_FOR_OURS)
-        if isinstance(module, torch.nn.RNNBase):
-            module._init_flat_weights()
-            # Computed weights have a history, which deepcopy refuses; forward computes them anew.
-            weights: list[Any] = module._flat_weights
-            module._flat_weights = [w if w is None or w.is_leaf else w.detach() for w in weights]
+    with _lock:
+        found = _found(model, _TORCHS_FOR_OURS, "to_torch")
+        for module in model.modules():
+            if isinstance(module, (TokenLSTM, TokenGRU)):
+                raise ValueError(
+                    f"to_torch: the model has a {type(module).__name__}, which is two modules of "
+                    "torch's: an Embedding or one-hot rows, and what is behind them"
+                )
+        for name, module in found:
+            if not getattr(module, "reset_after", True):
+                raise ValueError(
+                    f"to_torch: {name} is a {type(module).__name__} with reset_after=False, for "
+                    "which torch has no module"
+                )
+        for _, module in found:
+            for name in ("reset_after", "recompute"):
+                module.__dict__.pop(name, None)
+            _change_class(module, _TORCHS_FOR_OURS)
+            if isinstance(module, torch.nn.RNNBase):
+                module._init_flat_weights()
+                # Computed weights have a history, which deepcopy refuses; forward computes anew.
+                weights: list[Any] = module._flat_weights
+                module._flat_weights = [
+                    w if w is None or w.is_leaf else w.detach() for w in weights
+                ]
     return model
 
 

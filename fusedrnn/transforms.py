@@ -13,6 +13,7 @@ with packed input, and where only gradients are mapped, the calls run one after 
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -64,7 +65,7 @@ def rnn_stack(
         step, ``[L, D, R, H]``, which is empty unless kept or of a cell without c.
     """
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
-    if forward_ad._current_level >= 0 and not torch.compiler.is_compiling():
+    if _has_tangents():
         weights = group_weights(params, config)
         output, h_n, c_n, cs = differentiable_stack(
             config.cell, input, h_0, c_0, weights, dropout_masks, ragged
@@ -89,17 +90,30 @@ def rnn_stack(
     return output, [h_n] if c_0 is None else [h_n, c_n], cs
 
 
+def _has_tangents() -> bool:
+    """Whether tangents are carried along."""
+    return forward_ad._current_level >= 0
+
+
 def is_transformed() -> bool:
     """Whether a transform of torch.func is at work, or tangents are carried along."""
-    if torch.compiler.is_compiling():
-        return False  # what is traced becomes one node all the same
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    found = torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    if found and "torch._dynamo" in sys.modules:
+        # Dynamo looks into no Function that has a rule for vmap, but can leave it as it is.
+        torch.compiler.allow_in_graph(_transformed)
+    return found
+
+
+# Dynamo calls these while it traces, when the transforms in what it traces are at work, and keeps
+# the answer; it has guards on transforms of its own.
+for _asked in (_has_tangents, is_transformed):
+    _asked._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def rnn_forward(*arguments: Any) -> Sequence[Any]:
     """The operator, or what stands for it under a transform or where nobody looks at operators."""
     if is_transformed():
-        return _Forward.apply(*_counts(arguments, 3), *_flat(arguments))
+        return _transformed(*_counts(arguments, 3), *_flat(arguments))
     if is_watched(arguments[0]):
         return torch.ops.fusedrnn.rnn_forward(*arguments)
     ragged, config, (save,) = sorted_out(arguments[5:])
@@ -107,6 +121,14 @@ def rnn_forward(*arguments: Any) -> Sequence[Any]:
     tensors = (input, h_0, *params) if c_0 is None else (input, h_0, c_0, *params)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
     return run_eagerly(input, h_0, c_0, params, masks, ragged, config, save, needs_grad)
+
+
+def _transformed(*flat: Any) -> Sequence[Any]:
+    *others, save = flat
+    # Dynamo does not know what a transform within its graph makes require a gradient.
+    tensors = (t for t in others if isinstance(t, Tensor))
+    save = save or (torch.is_grad_enabled() and any(t.requires_grad for t in tensors))
+    return _Forward.apply(*others, save)
 
 
 def run_eagerly(

@@ -205,6 +205,62 @@ def test_classes_and_modules_from_before_work_as_before():
     assert isinstance(module, nn.LSTM)
 
 
+def naming(base_name):
+    """A class of torch's whose methods name their base by torch's name, looked up at each call."""
+
+    class Naming(TORCHS[base_name]):
+        def __init__(self, *sizes):
+            getattr(nn, base_name).__init__(self, *sizes)
+            self.calls = 0
+
+        def forward(self, input, hx=None):
+            self.calls += 1
+            return getattr(nn, base_name).forward(self, input, hx)
+
+    return Naming
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_class_from_before_may_name_its_base(name):
+    """Old modules run and new ones are built; ours have their own methods, and back again."""
+    kind, x = naming(name), input_of(name)
+    module = kind(3, 4)
+    expected = output_of(module, x)
+    ours = getattr(fusedrnn, name)
+    methods = ours.__init__, ours.forward
+    with fusedrnn.patch():
+        assert torch.equal(output_of(module, x), expected)
+        new = kind(3, 4)
+        new.load_state_dict(module.state_dict())
+        assert torch.equal(output_of(new, x), expected)
+        assert not isinstance(new, getattr(nn, name))
+        assert isinstance(new, TORCHS[name])
+        while_patched = naming_of_ours(name)(3, 4)
+        while_patched.load_state_dict(module.state_dict())
+        torch.testing.assert_close(output_of(while_patched, x), expected)
+        assert isinstance(while_patched, ours)
+        with pytest.raises(TypeError):
+            ours()
+    assert (ours.__init__, ours.forward) == methods
+    assert torch.equal(output_of(module, x), expected)
+    assert (module.calls, new.calls) == (3, 1)
+    with pytest.raises(AttributeError):
+        ours.forward(module, x)
+
+
+def naming_of_ours(name):
+    """The same, derived while patched."""
+
+    class Naming(getattr(nn, name)):
+        def __init__(self, *sizes):
+            getattr(nn, name).__init__(self, *sizes)
+
+        def forward(self, input, hx=None):
+            return getattr(nn, name).forward(self, input, hx)
+
+    return Naming
+
+
 def test_a_class_derived_while_patched_stays_ours():
     with fusedrnn.patch():
 
@@ -297,6 +353,44 @@ def test_torchs_own_users_of_the_names_keep_torchs():
 
 
 # replace_modules and to_torch
+
+
+def test_replaced_from_several_threads(monkeypatch):
+    """One model in all of them at once, and each its own; none sees another's half-done work."""
+    found = patching._found
+
+    def slowly(*arguments):
+        modules = found(*arguments)
+        time.sleep(0.005)
+        return modules
+
+    monkeypatch.setattr(patching, "_found", slowly)
+    shared, own = Model(), [Model() for _ in range(4)]
+    x, start, errors = torch.randn(6, 5, 3), threading.Barrier(4), []
+    expected, wanted = shared(x), [model(x) for model in own]
+
+    def work(model):
+        start.wait()
+        try:
+            for _ in range(5):
+                fusedrnn.replace_modules(shared)
+                fusedrnn.to_torch(fusedrnn.replace_modules(model))
+            fusedrnn.replace_modules(model)
+        except Exception as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=work, args=(model,)) for model in own]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert errors == []
+    torch.testing.assert_close(shared(x), expected)
+    for model, want in zip(own, wanted, strict=True):
+        torch.testing.assert_close(model(x), want)
+    for model in (shared, *own):
+        assert all(kind in patching._TORCHS_FOR_OURS for kind in kinds(model))
+        assert len(kinds(model)) == 6
 
 
 class Model(nn.Module):

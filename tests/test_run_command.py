@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -134,6 +135,40 @@ def test_a_module_runs_as_by_python(tmp_path):
     assert done.stdout == "__main__ some.package some.package.__main__ True ['-m', 'x']\n"
     assert done.stderr == "enough\nfusedrnn: 1 module ran: 1 on aten\n"
     assert done.returncode == 1
+
+
+ENDS = {
+    "exit-7": "sys.exit(7)",
+    "exit-text": "sys.exit('enough')",
+    "exit-none": "sys.exit()",
+    "exit-tuple": "raise SystemExit((1, 2))",
+    "error": "inner()",
+    "chained": "raise ValueError('above') from KeyError('below')",
+    "in-a-module": "sibling.fail()",
+    "interrupt": "raise KeyboardInterrupt",
+    "to-the-end": "atexit.register(print, 'last')",
+}
+
+
+@pytest.mark.parametrize("end", ENDS)
+def test_a_module_ends_as_by_python(end, tmp_path):
+    """``run -m package ARGS`` beside ``python -m package ARGS``: argv, output, exit code, trace."""
+    package = tmp_path / "some" / "package"
+    package.mkdir(parents=True)
+    (package / "__init__.py").touch()
+    (package / "sibling.py").write_text("def fail():\n    raise RuntimeError('from afar')\n")
+    (package / "__main__.py").write_text(
+        "import atexit, sys\nfrom . import sibling\n"
+        "def inner():\n    raise KeyError('inner')\n"
+        "print(sys.argv, sys.path[0], __name__, __package__, __spec__.name, __file__)\n"
+        f"{ENDS[end]}\n"
+    )
+    plain, ours = both("-m", "some.package", "-m", "--flag=1", "", "x y", cwd=tmp_path)
+    assert str(package / "__main__.py") in plain.stdout
+    # Python shows runpy's frames of its own, which are not the program's.
+    frames = r"  File \"<frozen runpy>\".*\n"
+    assert ours.stderr == re.sub(frames, "", plain.stderr)
+    assert (ours.stdout, ours.returncode) == (plain.stdout, plain.returncode)
 
 
 def test_what_cannot_be_found(tmp_path):
