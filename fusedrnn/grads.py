@@ -14,7 +14,7 @@ from torch import Tensor
 
 from .kernels.rows import SKIPPED
 from .kernels.spec import CellSpec, Weights, runs_of
-from .layout import Links
+from .layout import Links, by_sequence, own_order
 
 #: On the CPU the sum over rows is one of so many parts, each of at least so many rows, as long as
 #: the parts' products take no more than so many numbers.
@@ -81,7 +81,11 @@ def weight_grads(
     dgx = grads[..., : spec.gates * H]
     dw_ih = dgx.new_empty(groups, *w.w_ih.shape[-2:])
     if dw_ih.shape[-1]:  # else the input was projected
-        _add_product(dw_ih, dgx, cut(x.reshape(-1, x.shape[-1])), 0.0)
+        own = own_order(x, dgx.shape[-1]) if groups == 1 else None
+        if own is None:
+            _add_product(dw_ih, dgx, cut(x.reshape(-1, x.shape[-1])), 0.0)
+        else:
+            _add_product(dw_ih, by_sequence(dgx[0], x).unsqueeze(0), own.unsqueeze(0), 0.0)
     dw_hh, db_hh = dgx.new_empty(groups, *w.w_hh.shape[-2:]), dgx.new_empty(groups, spec.gates * H)
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
         operands = h_parts

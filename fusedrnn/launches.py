@@ -15,11 +15,12 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from .grads import by_group, from_groups
 from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of, plan_stack
 from .kernels.spec import SPECS, CellSpec, Weights
-from .layout import Layout
+from .layout import Layout, by_time, own_order
 from .loop import loop_bwd, loop_fwd
 
 
@@ -51,7 +52,7 @@ class Config(NamedTuple):
 class Launched(NamedTuple):
     """What the layers of a launch left behind, and the gradients that arrive at their outputs."""
 
-    xs: Sequence[Tensor]  # each layer's input [R, I]
+    xs: Sequence[Tensor]  # each layer's input [R, I]; the first's may be [T, B, I]
     weights: Sequence[Weights]  # Z
     h_0: Tensor  # [Z, B, P]
     c_0: Tensor | None  # [Z, B, H]
@@ -210,13 +211,15 @@ def project(
     x: Tensor, weights: Sequence[Weights], config: Config, gx: Tensor | None = None
 ) -> Tensor:
     """gx ``[D, R, G*H]``, written without a temporary, and into ``gx`` if it is given."""
-    rows, columns = x.reshape(-1, x.shape[-1]), weights[0].w_hh.shape[-2]
+    columns = weights[0].w_hh.shape[-2]
+    own = own_order(x, columns) if config.members == 1 and not is_projected(x, weights) else None
+    rows = x.reshape(-1, x.shape[-1]) if own is None else own
     if gx is None:
         gx = x.new_empty(len(weights), rows.shape[0], columns)
     if is_projected(x, weights):
         for d, w in enumerate(weights):
-            own = rows[:, d * columns : (d + 1) * columns]
-            gx[d].copy_(own) if w.b_ih is None else torch.add(own, w.b_ih, out=gx[d])
+            part = rows[:, d * columns : (d + 1) * columns]
+            gx[d].copy_(part) if w.b_ih is None else torch.add(part, w.b_ih, out=gx[d])
         return gx
     with gemm_precision(config.precision, x):
         for d, w in enumerate(weights):
@@ -225,6 +228,9 @@ def project(
                 products = by_group(rows, B, config.members) @ w.w_ih.mT
                 products += 0.0 if w.b_ih is None else w.b_ih.unsqueeze(1)
                 gx[d] = from_groups(products, B)
+            elif own is not None:
+                products = F.linear(own, w.w_ih, w.b_ih)
+                gx[d].unflatten(0, x.shape[:2]).copy_(by_time(products, x))
             elif w.b_ih is None:
                 torch.mm(rows, w.w_ih.t(), out=gx[d])
             else:

@@ -152,3 +152,26 @@ def without_padding(x: Tensor, rows: Rows) -> Tensor:
 def with_slack(like: Tensor, shape: tuple[int, int, int]) -> Tensor:
     """An empty ``[Z, R, C]`` with rows behind it that kernels may read of packed dgates."""
     return like.new_empty(shape[0] * shape[1] + SLACK, shape[2])[:-SLACK].view(shape)
+
+
+def own_order(x: Tensor, columns: int) -> Tensor | None:
+    """Of ``[T, B, I]`` that lies in memory by sequence its rows ``[B*T, I]`` as they lie, if they
+    are wider than what they are multiplied into or by; else None, for a copy of x costs less.
+
+    ``batch_first`` input would be copied to be multiplied time by time: with T = 100, B = 64,
+    I = 300 that takes 1.2 ms in each direction, as long as the product itself.
+    """
+    if x.dim() != 3 or x.shape[-1] <= columns or x.is_contiguous():
+        return None
+    by_sequence = x.transpose(0, 1)
+    return by_sequence.flatten(0, 1) if by_sequence.is_contiguous() else None
+
+
+def by_time(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows ``[B*T, C]`` in the order of ``own_order`` as ``[T, B, C]``, without a copy."""
+    return rows.unflatten(0, (like.shape[1], like.shape[0])).transpose(0, 1)
+
+
+def by_sequence(rows: Tensor, like: Tensor) -> Tensor:
+    """Rows ``[T*B, C]`` in the order of ``own_order``."""
+    return rows.unflatten(0, like.shape[:2]).transpose(0, 1).flatten(0, 1)

@@ -84,6 +84,7 @@ def backward_again(
     D, B, H = config.directions, layer.h_0.shape[1], hidden_size(layer.h_0, layer.c_0)
     d_h, d_c = d_h_n, d_c_n
     (whole_x,), (whole_out,), columns = layer.xs, layer.outs, config.spec.gates * H
+    whole_x = whole_x.reshape(-1, whole_x.shape[-1])
     d_x = torch.zeros_like(whole_x) if needs_input else None
     total: list[Tensor] = []
     for segment in _segments(layout, D, B, columns, bool(links), whole_x.is_cuda):

@@ -266,6 +266,6 @@ def _backward(
 def _layer_input(layer: int, x: Tensor, saved: Saved, dropout_masks: Sequence[Tensor]) -> Tensor:
     """What a layer was given: the input, or the outputs below after dropout."""
     if layer == 0:
-        return x.reshape(-1, x.shape[-1])
+        return x
     below = saved.hidden[layer - 1]
     return below * dropout_masks[layer - 1].view_as(below) if dropout_masks else below

@@ -138,3 +138,40 @@ def test_calls_of_the_host_around_torchs_operator(kind):
         calls.append(launch.calls)
     assert fusedrnn.explain(ours, x).backend == "aten"
     assert calls[1] <= calls[0], calls
+
+
+class Largest(TorchDispatchMode):
+    """The most numbers that an operator made anew."""
+
+    most = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        if isinstance(result, torch.Tensor) and not func._schema.is_mutable:
+            views = any(value.alias_info is not None for value in func._schema.returns)
+            self.most = max(self.most, 0 if views else result.numel())
+        return result
+
+
+@pytest.mark.parametrize("D", [1, 2])
+@pytest.mark.parametrize(("kind", "cell"), [("LSTM", "lstm"), ("GRU", "gru"), ("RNN", "rnn_tanh")])
+def test_a_wide_batch_first_input_is_not_copied(kind, cell, D):
+    """Its products are made in the order in which it lies, and are the narrower ones to turn."""
+    steps, batch, wide, H = 30, 4, 200, 5
+    theirs = getattr(torch.nn, kind)(wide, H, batch_first=True, bidirectional=D == 2)
+    params, config = list(theirs.parameters()), Config(cell, "torch", True, 1, D == 2, "ieee")
+    x, h_0 = torch.randn(batch, steps, wide), torch.zeros(D, batch, H)
+    c_0 = torch.zeros(D, batch, H) if kind == "LSTM" else None
+    output = theirs(x)[0]
+    d_output = torch.randn_like(output)
+    want = torch.autograd.grad(output, params, d_output)
+    call = x.transpose(0, 1), h_0, c_0, params, (), Ragged(), config
+    with torch.no_grad(), Largest() as largest:
+        got, *_, saved = stack_forward(*call, True)
+        ends = torch.zeros_like(h_0), c_0, None
+        given = call[0], d_output.transpose(0, 1), *ends, *call[1:5]
+        grads = stack_backward(*given, saved, Ragged(), config, False, 1)[-1]
+    assert 0 < largest.most < x.numel() // 2
+    torch.testing.assert_close(got.transpose(0, 1), output)
+    for left, right in zip(grads, want, strict=True):
+        torch.testing.assert_close(left, right)
