@@ -97,7 +97,10 @@ def weight_grads(
             for part, (rows, u) in enumerate(operands):
                 _add_product(dw_hh[:, units], of_run[:, rows], u, float(part > 0))
             torch.sum(of_run, 1, out=db_hh[:, units])
-    found = [dw_ih, dw_hh] if w.b_ih is None else [dw_ih, dw_hh, dgx.sum(1), db_hh]
+    found = [dw_ih, dw_hh]
+    if w.b_ih is not None:
+        # Without a part of its own for the recurrence both biases stand in the same sum.
+        found += [db_hh.clone() if spec.grad_tiles == spec.gates else dgx.sum(1), db_hh]
     return found if groups > 1 else [grad.squeeze(0) for grad in found]
 
 

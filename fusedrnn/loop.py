@@ -382,7 +382,7 @@ def loop_fwd(
             if c_0 is not None and c_left is None and not s.is_dense:
                 c_left = c_0.new_empty(rows.total, H)  # nothing carries c of those that ended
             entering: tuple[Tensor, State] = h_0[d], None if c_0 is None else c_0[d]
-            if c_left is not None and saved is not None and onednn.takes(s, w, room):
+            if c_left is not None and cs is not None and onednn.takes(s, w, room):
                 onednn.lstm_forward(s, w, room, *entering, hs, c_left)
             else:
                 final = None if c_n is None else c_n[d]
