@@ -56,7 +56,7 @@ def lstm_forward(
     gates[first].addmm_(h_0, weight)
     gates[rest].addmm_(hs[before], weight)
     i, f, g, _ = gates.split(H, 1)
-    tanh = g.contiguous().tanh_()
+    tanh = g.clone(memory_format=torch.contiguous_format).tanh_()  # of one row contiguous() is g
     gates.sigmoid_()
     g.copy_(tanh)
     torch.mul(i, tanh, out=cs)

@@ -339,7 +339,7 @@ def test_small_signals_keep_their_relative_precision():
 class TestByOneDNN:
     """A small fp32 LSTM's forward pass, which oneDNN makes of gx, and its gates afterwards."""
 
-    @pytest.mark.parametrize(("T", "B"), [(T, B), (1, 3), (9, 1)])
+    @pytest.mark.parametrize(("T", "B"), [(T, B), (1, 1), (1, 3), (9, 1)])
     @pytest.mark.parametrize("bias", [True, False])
     @pytest.mark.parametrize("D", [1, 2])
     def test_agrees_with_the_steps(self, D, bias, T, B, monkeypatch):
