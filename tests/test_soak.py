@@ -125,7 +125,7 @@ caught = threading.Event()
 
 def interrupt():
     # Once more if Python dropped it, but never while the first one still unwinds.
-    while not caught.wait(2):
+    while not caught.wait(3):
         _thread.interrupt_main()
 
 
