@@ -45,7 +45,7 @@ def lstm_forward(
     """
     (B, H), is_reverse = h_0.shape, s.d == 1
     none = gates.new_zeros(4 * H)  # b_ih and b_hh
-    gx, identity = gates.view(s.T, B, 4 * H), torch.eye(4 * H)
+    gx, identity = gates.view(s.T, B, 4 * H), torch.eye(4 * H, dtype=gates.dtype, device="cpu")
     sizes = H, 1, True, False, False, False  # layers, biases, bidirectional, batch_first, training
     out, *_ = torch.ops.aten.mkldnn_rnn_layer(
         gx, identity, w.w_hh, none, none, h_0, c_0, is_reverse, [], _LSTM, *sizes

@@ -390,6 +390,22 @@ class TestByOneDNN:
         wide = w._replace(w_hh=torch.zeros(4 * 33, 33))
         assert not onednn.takes(s, wide, case.gx[0])
 
+    @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
+    def test_torchs_default_dtype_and_device_do_not_matter(self, default):
+        case = _case("lstm", 2, "dense", dtype=torch.float32)
+        want = _run(case)
+        torch.set_default_dtype(default)
+        try:
+            with torch.device("meta"):
+                rows = onednn.lstm_forward, Steps(case.rows, 0), case.weights[0]
+                gates, room = case.gx[0].clone(), torch.empty(2, case.R, H, device="cpu").float()
+                gates += case.weights[0].b_hh
+                rows[0](*rows[1:], gates, case.h_0[0], case.c_0[0], *room)
+        finally:
+            torch.set_default_dtype(torch.float32)
+        assert torch.equal(room[0], want["out"][:, :H])
+        assert torch.equal(gates, want["gates"][0])
+
     def test_torchs_switch_is_followed(self):
         case = _case("lstm", 1, "dense", dtype=torch.float32)
         arguments = Steps(case.rows, 0), case.weights[0], case.gx[0]
