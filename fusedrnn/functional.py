@@ -241,6 +241,27 @@ def run(call: Call) -> Any:
     return in_form(call, output), as_hx(states_in_form(call, states))
 
 
+def run_module(
+    cell: str,
+    input: Any,
+    hx: Any,
+    params: Sequence[Tensor],
+    layers: Layers,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+) -> Any:
+    """What the modules call: a call like an earlier one without its checks, else ``run``."""
+    key = None
+    if lengths is None and reset is None:
+        result, key = run_known(cell, input, hx, params, layers)
+        if result is not None:
+            return result
+    call = prepare(cell, input, hx, params, layers, lengths, reset)
+    result = run(call)
+    remember(key, call, hx)
+    return result
+
+
 _PLAIN = (Tensor, torch.nn.Parameter)
 
 

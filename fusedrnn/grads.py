@@ -39,7 +39,8 @@ def layer_grads(
     """The gradients of a layer's weights in torch's order, each summed over all rows.
 
     Each tensor has an entry for each direction, ``[D, ...]``, but for out and d_out ``[R, D*P]``;
-    xs: its input in each direction, ``[R, I]``; links: where rows are ragged or h is projected.
+    xs: its input in each direction, as of ``weight_grads``; links: where rows are ragged or h is
+    projected.
     """
     found: list[Tensor] = []
     for d, w in enumerate(weights):

@@ -84,16 +84,10 @@ class _Stack(torch.nn.RNNBase):
         reset: Tensor | None = None,
     ):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
-        key, params, layers = None, self._params(), self._layers()
-        if lengths is None and reset is None:
-            result, key = functional.run_known(self._cell, input, hx, params, layers)
-            if result is not None:
-                return result
         # Not _prepare, which would compute parametrized weights a second time.
-        call = arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
-        result = functional.run(call)
-        functional.remember(key, call, hx)
-        return result
+        return functional.run_module(
+            self._cell, input, hx, self._params(), self._layers(), lengths, reset
+        )
 
     def states(
         self,

@@ -155,15 +155,8 @@ class _Tokens:
 
     def forward(self: Any, input: Any, hx: Any = None, **options: Any):
         """Runs the stack on tokens; see the class."""
-        key, (rows, params, layers) = None, self._rows(input)
-        if not options:
-            result, key = functional.run_known(self._cell, rows, hx, params, layers)
-            if result is not None:
-                return result
-        call = arguments.prepare(self._cell, rows, hx, params, layers, **options)
-        result = functional.run(call)
-        functional.remember(key, call, hx)
-        return result
+        rows, params, layers = self._rows(input)
+        return functional.run_module(self._cell, rows, hx, params, layers, **options)
 
     def states(self: Any, input: Any, hx: Any = None, *, gates: bool = False, **options: Any):
         """As ``LSTM.states``, of tokens."""
