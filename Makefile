@@ -45,7 +45,7 @@ bench: $(READY)  ## the cases of the main job, timed by pytest-benchmark
 
 compile-all: $(READY) $(TRITONS_READY)  ## every kernel and tile size, for every chip, by every Triton
 	mkdir -p docs
-	$(TRITON_PATHS) $(COMPILE_ALL)
+	$(TRITON_PATHS) $(COMPILE_ALL) $(ARGS)
 
 precision: $(READY)  ## README's table of precision, under the interpreter
 	PYTHONPATH=. $(PY) tests/precision.py

@@ -21,7 +21,7 @@ from .kernels.spec import SPECS
 from .launches import Config
 from .layout import Ragged
 from .ops import ATEN
-from .transforms import is_transformed, is_watched, rnn_stack, run_eagerly
+from .transforms import are_operators_watched, is_transformed, rnn_stack, run_eagerly
 
 _ATEN_CELL: dict[str, Callable] = {
     "lstm": _VF.lstm_cell,
@@ -270,6 +270,15 @@ class _Known(NamedTuple):
 
     config: Config | None  # how our operator runs it, or None: torch's takes it just as it came
     shapes: list[torch.Size]  # of all params
+    states: list[torch.Size]  # of h_0 and, if there is one, c_0
+
+    def zeros(self, like: Tensor) -> Sequence[Tensor]:
+        """The states of a call that brings none."""
+        h_0 = like.new_zeros(*self.states[0])
+        if len(self.states) == 1:
+            return (h_0,)
+        # Nobody writes to them.
+        return h_0, h_0 if self.states[1] == self.states[0] else like.new_zeros(*self.states[1])
 
 
 _DENSE = Ragged()
@@ -304,8 +313,8 @@ def run_known(
         states = (hx,) if isinstance(hx, Tensor) else hx
         if not isinstance(states, (tuple, list)):
             return None, None
-    dtype, device, first, second = input.dtype, input.device, *params[:2]
-    if not _are_plain((first, *states), dtype, device):
+    dtype, device, first, second = input.dtype, input.device, params[0], params[1]
+    if states and not _are_plain(states, dtype, device):
         return None, None
     grad = torch.is_grad_enabled() and (
         first.requires_grad or any(t.requires_grad for t in (input, *params, *states))
@@ -315,28 +324,25 @@ def run_known(
     shapes = input.shape, first.shape, second.shape, *[state.shape for state in states]
     key = cell, layers, shapes, dtype, device, grad, input.requires_grad, requested, precision
     known = _KNOWN.get(key)
+    by_torch = known is None or known.config is None
+    # Torch's operator looks at all weights, the kernels would read past their ends.
+    if not _are_plain((first,) if by_torch else params, dtype, device):
+        return None, None
     if known is None:
         return None, key
     if not states:
-        B, H = input.shape[not layers.batch_first], first.shape[0] // SPECS[cell].gates
-        count, P = layers.num_layers * (1 + layers.bidirectional), second.shape[1]
-        h_0 = input.new_zeros(count, B, P)
-        if SPECS[cell].states == 1:
-            states = (h_0,)
-        else:  # nobody writes to them
-            states = h_0, h_0 if P == H else input.new_zeros(count, B, H)
+        states = known.zeros(input)
     if known.config is None:
         try:
             output, *final = ATEN[cell](input, as_hx(states), params, *_for_aten(layers))
         except RuntimeError:
             return None, None  # weights unlike the first, say: the checks have the sentence
         return (output, as_hx(final)), key
-    # Torch's operator looks at all weights, the kernels would read past their ends.
-    if [p.shape for p in params] != known.shapes or not _are_plain(params, dtype, device):
+    if [p.shape for p in params] != known.shapes:
         return None, None
     rows = input.transpose(0, 1) if layers.batch_first else input
     masks = _dropout_masks(rows, second.shape[1], layers)
-    if is_watched(input):
+    if are_operators_watched():  # the input is a plain one, and nothing compiles
         output, final, _ = rnn_stack(rows, states, params, masks, _DENSE, known.config)
     else:
         c_0 = states[1] if len(states) == 2 else None
@@ -347,7 +353,7 @@ def run_known(
 
 def _are_plain(tensors: Sequence[Tensor], dtype: torch.dtype, device: torch.device) -> bool:
     for t in tensors:
-        if type(t) not in _PLAIN or t.dtype != dtype or t.device != device:
+        if type(t) not in _PLAIN or t.dtype is not dtype or t.device != device:
             return False
     return True
 
@@ -374,7 +380,8 @@ def remember(key: tuple | None, call: Call, hx: Any) -> None:
         _KNOWN.clear()
     backend = dispatch.choose(call.request)
     config = None if backend == "aten" else config_of(call, backend)
-    _KNOWN[key] = _Known(config, [p.shape for p in call.params])
+    shapes = [p.shape for p in call.params], [state.shape for state in call.states]
+    _KNOWN[key] = _Known(config, *shapes)
 
 
 def in_form(call: Call, rows: Tensor) -> Any:

@@ -35,17 +35,23 @@ def layer_grads(
     links: Sequence[Links],
     is_ragged: bool,
     groups: int,
+    entering: Sequence[Tensor] | None = None,
 ) -> list[Tensor]:
     """The gradients of a layer's weights in torch's order, each summed over all rows.
 
     Each tensor has an entry for each direction, ``[D, ...]``, but for out and d_out ``[R, D*P]``;
     xs: its input in each direction, as of ``weight_grads``; links: where rows are ragged or h is
-    projected.
+    projected; entering: the h that entered each step, ``[R, P]`` each, where it is known.
     """
     found: list[Tensor] = []
     for d, w in enumerate(weights):
-        own = links[d] if is_ragged else None
-        found += weight_grads(spec, d, w, xs[d], h_0[d], out, gates[d], dgates[d], own, groups)
+        if entering is not None:
+            h = [(slice(None), entering[d])]
+        else:
+            columns = slice(d * w.w_hh.shape[-1], (d + 1) * w.w_hh.shape[-1])
+            own = links[d] if is_ragged else None
+            h = _entering(out.flatten(0, -2)[:, columns], h_0[d], d, own)
+        found += weight_grads(spec, w, xs[d], h, gates[d], dgates[d], h_0.shape[1], groups)
         if w.w_hr is not None:
             assert cs is not None
             found += projection_grad(
@@ -56,26 +62,22 @@ def layer_grads(
 
 def weight_grads(
     spec: CellSpec,
-    d: int,
     w: Weights,
     x: Tensor,
-    h_0: Tensor,
-    out: Tensor,
+    entering: list[tuple[slice, Tensor]],
     gates: Tensor,
     dgates: Tensor,
-    links: Links | None,
+    B: int,
     groups: int = 1,
 ) -> list[Tensor]:
-    """dW_ih, dW_hh and, with biases, db_ih, db_hh of direction d, each summed over all rows.
+    """dW_ih, dW_hh and, with biases, db_ih, db_hh of a direction, each summed over all rows.
 
-    x: ``[R, I]`` or ``[T, B, I]``; h_0 ``[B, P]``; out ``[R, D*P]``; gates ``[R, S*H]``; dgates
-    ``[R, N*H]``; links: of the rows, or None where they are dense and without origins; groups: how
-    many equal parts of B have sums of their own, of dense rows only: the results then have one
-    dimension more, the first.
+    x: ``[R, I]`` or ``[T, B, I]``; entering: rows, and the h that entered each of them; gates
+    ``[R, S*H]``; dgates ``[R, N*H]``; groups: how many equal parts of B have sums of their own, of
+    dense rows only: the results then have one dimension more, the first.
     """
-    H, P = w.w_hh.shape[-2] // spec.gates, w.w_hh.shape[-1]
-    cut = partial(by_group, B=h_0.shape[0], groups=groups)
-    entering = _entering(out.flatten(0, -2)[:, d * P : (d + 1) * P], h_0, d, links)
+    H = w.w_hh.shape[-2] // spec.gates
+    cut = partial(by_group, B=B, groups=groups)
     if groups > 1:
         entering = [(slice(None), torch.cat([h for _, h in sorted(entering, key=_first_row)]))]
     grads, h_parts = cut(dgates), [(rows, cut(h)) for rows, h in entering]

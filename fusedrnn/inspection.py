@@ -67,12 +67,8 @@ def run(call: Call, wants_gates: bool) -> States:
         out, final, cs = rnn_stack(x, given, own, [], call.ragged, config, keep_states=True)
         finals.append(final)
         h.append(out.chunk(D, -1))
-        c.append(
-            [
-                cs[0, d].view(*out.shape[:-1], request.hidden_size)
-                for d in range(D if len(final) == 2 else 0)
-            ]
-        )
+        of_directions = () if cs is None or len(final) == 1 else cs.unbind()
+        c.append([every.view(*out.shape[:-1], request.hidden_size) for every in of_directions])
         if wants_gates:
             (weights,) = group_weights(own, config)
             seen = without_padding(x, layout.rows)

@@ -35,7 +35,7 @@ class Config(NamedTuple):
     precision: str  # "ieee", "tf32", "tf32x3"; of fp32 on triton only
     compact: bool = False  # lengths are packed, for which the host reads their values
     # With more than one, B is so many equal parts with weights of their own: params are
-    # [members, ...]. Dense rows on schedule resident only (`takes_members`).
+    # [members, ...]. Dense rows, and on the kernels only (`takes_members`).
     members: int = 1
     recompute: bool = False  # backward makes the gates again (``recompute.py``)
     projected: bool = False  # the input is [T, B, D*G*H] and the first weight_ih [G*H, 0]
@@ -66,20 +66,12 @@ def group_weights(params: Sequence[Tensor], config: Config) -> list[list[Weights
     """The flat list in torch's order as ``weights[layer][direction]``."""
     D = config.directions
     each = len(params) // (config.num_layers * D)
+    no_bias = () if config.has_bias else (None, None)
     weights = []
     for first in range(0, len(params), each):
-        w_ih, w_hh, *rest = params[first : first + each]
-        b_ih, b_hh = rest[:2] if config.has_bias else (None, None)
-        w_hr = rest[-1] if len(rest) % 2 else None
-        weights.append(Weights(w_ih, w_hh, b_ih, b_hh, w_hr))
+        own = params[first : first + each]
+        weights.append(Weights(*own[:2], *no_bias, *own[2:]))
     return [weights[i : i + D] for i in range(0, len(weights), D)]
-
-
-def of_launch(states: Tensor | None, rows: slice) -> Any:
-    """The part ``[Z, ...]`` of a stack's ``[L*D, ...]`` that a launch has; None stays None."""
-    if states is None or rows.stop - rows.start == states.shape[0]:
-        return states
-    return states[rows]
 
 
 def hidden_size(h_0: Tensor, c_0: Tensor | None) -> int:
@@ -91,7 +83,7 @@ def takes_members(
     config: Config, ragged: bool, input: Tensor, h_0: Tensor, c_0: Tensor | None
 ) -> bool:
     """Whether one launch a layer can serve ``config.members`` parts of B with their own weights."""
-    if config.recompute or config.projected:
+    if config.recompute or config.projected or h_0.shape[-1] != hidden_size(h_0, c_0):
         return False
     try:
         launches_of(config, input, h_0, c_0, True, ragged)
@@ -173,7 +165,7 @@ def run_forward(
                 cell, *given, h_0, c_0, outs[0], *(*results, None, plan.graph_steps)
             )
     else:
-        shared = lazily("exchange").workspace(cell, plan.forward, x, *h_0.shape)
+        shared = lazily("exchange").workspace(cell, plan.forward, x, *h_0.shape, plan.members)
         lazily("cooperative_launch").cooperative_fwd(
             cell, plan, *given, masks, h_0, c_0, outs, *(*results, shared)
         )
@@ -196,7 +188,7 @@ def run_backward(
                 cell, *given, h_0, c_0, outs[0], *(*rest, None, plan.graph_steps)
             )
     else:
-        shared = lazily("exchange").workspace(cell, plan.backward, h_0, *h_0.shape)
+        shared = lazily("exchange").workspace(cell, plan.backward, h_0, *h_0.shape, plan.members)
         lazily("cooperative_launch").cooperative_bwd(
             cell, plan, *given, masks, h_0, c_0, outs, *(*rest, shared)
         )

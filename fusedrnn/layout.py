@@ -95,7 +95,7 @@ class Links(NamedTuple):
 
     sequence: Tensor  # b
     origins: Tensor
-    previous: Tensor  # the row of the step before; any where origins is not PREVIOUS
+    source: Tensor  # the row of ``[initial, 0, left]`` that enters the step
     following: Tensor  # the row of the step after; any where ``goes_on`` is False
     goes_on: Tensor  # whether the step after enters with this one's state
     last: Tensor  # whether this step leaves the final state
@@ -105,40 +105,30 @@ class Links(NamedTuple):
 
         left: the state that left each step, ``[R, H]``; initial: ``[B, H]``.
         """
-        origins = self.origins.unsqueeze(1)
-        first = torch.where(origins == INITIAL, initial.index_select(0, self.sequence), 0.0)
-        return torch.where(origins == PREVIOUS, left.index_select(0, self.previous), first)
+        zero = initial.new_zeros(1, initial.shape[1])
+        return torch.cat([initial, zero, left]).index_select(0, self.source)
 
 
 def links_of(rows: Rows, d: int, device: torch.device) -> Links:
-    """The links of direction d."""
+    """The links of direction d. The host looks at no value, and at no row by itself."""
     T, B = rows.T, rows.B
-    origins = origins_of(T, B, d + 1, device)[d] if rows.origins is None else rows.origins[d]
-    times = torch.arange(T, device=device).unsqueeze(1).expand(T, B)
-    batch = torch.arange(B, device=device).expand(T, B)
+    grid = origins_of(T, B, d + 1, device)[d] if rows.origins is None else rows.origins[d]
     starts = torch.arange(T, device=device) * B if rows.starts is None else rows.starts
-    before, after = (times - 1, times + 1) if d == 0 else (times + 1, times - 1)
+    every = torch.arange(rows.total, device=device)
+    time = torch.searchsorted(starts, every, right=True) - 1
+    sequence = every - starts[time]
+    before, after = (time - 1, time + 1) if d == 0 else (time + 1, time - 1)
     inside = (after >= 0) & (after < T)
     before, after = before.clamp(0, T - 1), after.clamp(0, T - 1)
-    following = origins.gather(0, after)
-    goes_on = inside & (following == PREVIOUS)
-    last = (~inside | (following == SKIPPED)) & (origins != SKIPPED)
-
-    def of_rows(grid: Tensor) -> Tensor:
-        if rows.sizes is None:
-            return grid.flatten()
-        # Each step has its first sizes[t] sequences; the sizes are known, so nothing waits.
-        return torch.cat(
-            [line[:size] for line, size in zip(grid, rows.sizes.tolist(), strict=True)]
-        )
-
+    origins, following = grid[time, sequence], grid[after, sequence]
+    begins = torch.where(origins == INITIAL, sequence, B)
     return Links(
-        sequence=of_rows(batch),
-        origins=of_rows(origins),
-        previous=of_rows(starts[before] + batch).clamp(max=max(rows.total - 1, 0)),
-        following=of_rows(starts[after] + batch).clamp(max=max(rows.total - 1, 0)),
-        goes_on=of_rows(goes_on),
-        last=of_rows(last),
+        sequence=sequence,
+        origins=origins,
+        source=torch.where(origins == PREVIOUS, starts[before] + sequence + B + 1, begins),
+        following=(starts[after] + sequence).clamp(max=max(rows.total - 1, 0)),
+        goes_on=inside & (following == PREVIOUS),
+        last=(~inside | (following == SKIPPED)) & (origins != SKIPPED),
     )
 
 

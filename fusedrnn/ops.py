@@ -49,14 +49,14 @@ torch.library.define(
 torch.library.define(
     "fusedrnn::rnn_backward",
     "(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cs, Tensor input, Tensor h_0, "
-    "Tensor? c_0, Tensor[] params, Tensor[] dropout_masks, Tensor output, Tensor gates, "
-    f"Tensor cs, Tensor hidden, {_RAGGED}, {_CONFIG}, bool needs_input, int groups)"
+    "Tensor? c_0, Tensor[] params, Tensor[] dropout_masks, Tensor output, Tensor? gates, "
+    f"Tensor? cs, Tensor? hidden, {_RAGGED}, {_CONFIG}, bool needs_input, int groups)"
     " -> (Tensor d_input, Tensor d_h_0, Tensor d_c_0, Tensor[] d_params)",
 )
 
 
 def forward_impl(input, h_0, c_0, params, dropout_masks, ragged: Ragged, config: Config, save):
-    """``rnn_forward`` on real tensors, without the dispatcher."""
+    """``rnn_forward`` on real tensors, without the dispatcher: None where it has empty tensors."""
     if forward_ad._current_level >= 0:
         _refuse_tangents()  # the reference takes such a call, but an exported program comes here
     if config.backend == "aten":
@@ -64,7 +64,7 @@ def forward_impl(input, h_0, c_0, params, dropout_masks, ragged: Ragged, config:
     output, h_n, c_n, saved = again_if_refused(
         stack_forward, input, h_0, c_0, params, dropout_masks or (), ragged, config, save
     )
-    return output, h_n, input.new_empty(0) if c_n is None else c_n, *saved[1:]
+    return output, h_n, c_n, *saved[1:]
 
 
 def _refuse_tangents():
@@ -76,7 +76,12 @@ def _refuse_tangents():
 
 def _forward_flat(input, h_0, c_0, params, dropout_masks, *rest):
     ragged, config, (save,) = sorted_out(rest)
-    return forward_impl(input, h_0, c_0, params, dropout_masks, ragged, config, save)
+    return as_results(forward_impl(input, h_0, c_0, params, dropout_masks, ragged, config, save))
+
+
+def as_results(found) -> tuple[torch.Tensor, ...]:
+    """What ``forward_impl`` found as an operator's results: tensors, each one of its own."""
+    return tuple(found[0].new_empty(0) if tensor is None else tensor for tensor in found)
 
 
 torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"), _forward_flat)
@@ -95,8 +100,7 @@ def _forward_by_torch(input, h_0, c_0, params, config: Config):
         config.bidirectional,
         False,  # batch_first
     )
-    c_n = c_n or [input.new_empty(0)]
-    return output, h_n, *c_n, *(input.new_empty(0) for _ in range(3))
+    return output, h_n, *(c_n or [None]), None, None, None
 
 
 @torch.library.register_fake("fusedrnn::rnn_forward")
@@ -110,9 +114,9 @@ def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
         empty(*rows, D * P),
         empty(h_0.shape),
         empty(0) if c_0 is None else empty(c_0.shape),
-        empty(L, D, room, config.spec.saved * H) if save and not config.recompute else empty(0),
-        empty(L, D, room, H) if save and c_0 is not None else empty(0),
-        empty(L - 1, room, D * P) if save else empty(0),
+        empty(L * D, room, config.spec.saved * H) if save and not config.recompute else empty(0),
+        empty(L * D, room, H) if save and c_0 is not None else empty(0),
+        empty(L - 1, room, D * P) if save and L > 1 else empty(0),
     )
 
 
@@ -134,9 +138,13 @@ def backward_impl(given, call, saved, ragged: Ragged, config: Config, needs_inpu
         if any(forward_ad.unpack_dual(grad).tangent is not None for grad in grads):
             _refuse_tangents()  # without a word they would be lost
     (d_output, d_h_n, d_c_n, d_cs), (input, h_0, c_0, params, dropout_masks) = given, call
-    d_h_n = torch.zeros_like(h_0) if d_h_n is None else d_h_n
+    zeros = None
+    if d_h_n is None:
+        d_h_n = zeros = torch.zeros_like(h_0)
     if c_0 is not None and d_c_n is None:
-        d_c_n = torch.zeros_like(c_0)
+        # Nobody writes to them.
+        is_same = zeros is not None and zeros.shape == c_0.shape
+        d_c_n = zeros if is_same else torch.zeros_like(c_0)
     d_input, d_h_0, d_c_0, d_params = again_if_refused(
         stack_backward,
         input,
@@ -205,7 +213,7 @@ def keep(ctx, call, ragged: Ragged, config: Config, output) -> None:
     input, h_0, c_0, params, dropout_masks = call
     out, _, _, gates, cs, hidden = output
     ctx.config, ctx.counts = config, (len(params), len(dropout_masks))
-    ctx.mark_non_differentiable(gates, hidden)
+    ctx.mark_non_differentiable(*[tensor for tensor in (gates, hidden) if tensor is not None])
     ctx.set_materialize_grads(False)
     ctx.save_for_backward(input, h_0, c_0, *ragged, out, gates, cs, hidden, *params, *dropout_masks)
 
@@ -234,19 +242,24 @@ def _each_of_batch(run: Callable, tensors):
     return tree_map(together, *[run(*nth(n)) for n in range(count)])
 
 
+#: The gradients of what of a call is neither input, nor state, weight or mask.
+_NO_TENSORS = (None,) * (len(Ragged._fields) + len(Config._fields) + 1)
+
+
 def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Callable):
     """The gradients of ``rnn_forward`` in all its arguments, of those of its results.
 
     backward: ``backward_impl``, or what stands for it with its arguments.
     """
-    input, h_0, c_0, *rest = ctx.saved_tensors
-    ragged, saved, rest = Ragged(*rest[:3]), rest[3:7], rest[7:]
+    input, h_0, c_0, lengths, reset, batch_sizes, out, gates, cs, hidden, *rest = ctx.saved_tensors
+    ragged, saved = Ragged(lengths, reset, batch_sizes), (out, gates, cs, hidden)
     n_params, n_masks = ctx.counts
     params, masks = rest[:n_params], rest[n_params:]
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
-    d_c_n, d_cs = (None, None) if c_0 is None else (d_c_n, d_cs)
+    if c_0 is None:
+        d_c_n = d_cs = None
     given = d_output, d_h_n, d_c_n, d_cs
-    others = [None] * n_masks, *(None,) * (len(Ragged._fields) + len(Config._fields) + 1)
+    others = [None] * n_masks, *_NO_TENSORS
     if d_output is None and d_h_n is None and d_c_n is None and d_cs is None:
         return None, None, None, [None] * n_params, *others
     call = input, h_0, c_0, params, masks

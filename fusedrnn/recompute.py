@@ -3,9 +3,10 @@
 The forward pass keeps h and c of every step, 2 numbers a unit for an LSTM instead of 6. What
 entered each step is therefore known, and the gates of any number of steps are *one* step of as many
 sequences: a GEMM and an element-wise pass with nothing to wait for, by the same loop or kernel that
-runs a step elsewhere, so the equations stand in one place. A dense sequence is cut into segments,
-the last first, and what backward holds at once does not grow with T. (Trading arithmetic for memory
-along time: Chen et al. 2016, arXiv 1604.06174; Gruslys et al. 2016, arXiv 1606.03401.)
+runs a step elsewhere, so the equations stand in one place. The loop stops behind the gates. A
+dense sequence is cut into segments, the last first, and what backward holds at once does not grow
+with T. (Trading arithmetic for memory along time: Chen et al. 2016, arXiv 1604.06174; Gruslys et
+al. 2016, arXiv 1606.03401.)
 
 Axes: T time, B batch, R rows, r rows of a segment, I input, H hidden, P columns of h, D directions,
 G gates, S saved tiles, N gradient tiles.
@@ -23,22 +24,23 @@ from torch import Tensor
 from .grads import layer_grads
 from .kernels.plan import Plan, Problem, chip_of, stepwise
 from .kernels.rows import Rows
+from .kernels.spec import Weights
 from .launches import (
     Config,
     Launched,
     gemm_precision,
     hidden_size,
-    input_grad,
     project,
     run_backward,
     run_forward,
 )
 from .layout import Layout, Links, with_slack
+from .loop import loop_gates, with_one_bias
 
 #: Numbers of gates that are made again at once: 8 MiB in fp32, which a CPU's cache holds. Training
-#: on one thread takes 1.31 times as long as with saved gates (geometric mean of eight sizes), and
-#: 1.33, 1.35, 1.32, 1.36, 1.37 times at 2 ** (18, 19, 20, 22, 24). A GPU, whose launches cost more,
-#: takes eight times as many (not measured).
+#: on one thread took 1.31 times as long as with saved gates (geometric mean of eight sizes; h and c
+#: were made again as well), and 1.33, 1.35, 1.32, 1.36, 1.37 times at 2 ** (18, 19, 20, 22, 24).
+#: A GPU, whose launches cost more, takes eight times as many (not measured).
 SEGMENT = 1 << 21
 
 
@@ -50,14 +52,14 @@ class Segment(NamedTuple):
 
     def of_out(self, out: Tensor) -> Tensor:
         """Of ``[R, D*P]`` each direction's rows in its columns, ``[r, D*P]``."""
-        if len(self.rows) == 1:
+        if self.rows[0] == self.rows[-1]:
             return out[self.rows[0]]
         parts = out.chunk(len(self.rows), 1)
         return torch.cat([part[own] for part, own in zip(parts, self.rows, strict=True)], 1)
 
     def of_each(self, states: Tensor | None) -> Tensor | None:
         """Of ``[D, R, H]`` each direction's rows, ``[D, r, H]``."""
-        if states is None or len(self.rows) == 1:
+        if states is None or self.rows[0] == self.rows[-1]:
             return states if states is None else states[:, self.rows[0]]
         return torch.stack([state[own] for state, own in zip(states, self.rows, strict=True)])
 
@@ -84,6 +86,8 @@ def backward_again(
     D, B, H = config.directions, layer.h_0.shape[1], hidden_size(layer.h_0, layer.c_0)
     d_h, d_c = d_h_n, d_c_n
     (whole_x,), (whole_out,), columns = layer.xs, layer.outs, config.spec.gates * H
+    outs = whole_out.unflatten(1, (D, -1)).transpose(0, 1)  # as cs lies, [D, R, P]
+    by_loop = config.backend == "torch"
     whole_x = whole_x.reshape(-1, whole_x.shape[-1])
     d_x = torch.zeros_like(whole_x) if needs_input else None
     total: list[Tensor] = []
@@ -96,9 +100,11 @@ def backward_again(
             d_cs=segment.of_each(layer.d_cs),
         )
         xs = [whole_x[own] for own in segment.rows]
-        entering, (h_0, c_0) = _entering(layer, segment, links)
-        assert h_0 is not None
-        gates = _gates(config, xs, part, entering)
+        h, h_0 = _entering(layer.h_0, outs, segment, links)
+        c, c_0 = None, layer.c_0
+        if layer.c_0 is not None and layer.cs is not None and not (links and by_loop):
+            c, c_0 = _entering(layer.c_0, layer.cs, segment, links)
+        gates = _gates(config, xs, part.weights, h, c)
         dgates = with_slack(gates, (D, len(xs[0]), config.spec.grad_tiles * H))
         new_d_h, new_d_c = torch.empty_like(d_h), None if d_c is None else torch.empty_like(d_c)
         run_backward(
@@ -109,12 +115,12 @@ def backward_again(
             if groups:
                 found = layer_grads(
                     config.spec, layer.weights, xs, h_0, out, part.cs, part.d_out, d_h,
-                    gates, dgates, links, layout.is_ragged, groups,
+                    gates, dgates, links, layout.is_ragged, groups, h,
                 )  # fmt: skip
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else found
             if d_x is not None:
-                for d, own in enumerate(segment.rows):
-                    d_x[own] += input_grad(dgates[d : d + 1], layer.weights[d : d + 1])
+                for own, w, grads in zip(segment.rows, layer.weights, dgates, strict=True):
+                    d_x[own].addmm_(grads[:, :columns], w.w_ih)
         d_h, d_c = new_d_h, new_d_c
     d_h_0.copy_(d_h)
     if d_c_0 is not None and d_c is not None:
@@ -139,40 +145,30 @@ def _segments(
 
 
 def _entering(
-    layer: Launched, segment: Segment, links: Sequence[Links]
-) -> tuple[list[Tensor | None], list[Tensor | None]]:
-    """h and c that entered each step, ``[D, r, ...]``, and those that entered the segment."""
-    D, B = layer.h_0.shape[:2]
-    of_steps: list[Tensor | None] = []
-    of_segment: list[Tensor | None] = []
-    outs = layer.outs[0].unflatten(1, (D, -1)).transpose(0, 1)  # as cs lies, [D, R, P]
-    for initial, left in ((layer.h_0, outs), (layer.c_0, layer.cs)):
-        if initial is None or left is None:
-            of_steps.append(None)
-            of_segment.append(None)
-            continue
-        steps, firsts = [], []
-        for d, own in enumerate(segment.rows):
-            states = left[d]
-            if links:
-                steps.append(links[d].entering(states, initial[d]))
-                firsts.append(initial[d])
-                continue
-            # Rows further on by a step, which for all segments but the first lie in one piece.
-            own = (
-                slice(own.start - B, own.stop - B) if d == 0 else slice(own.start + B, own.stop + B)
-            )
-            if own.start < 0:
-                pieces = torch.cat([initial[d], states[: own.stop]])
-            elif own.stop > len(states):
-                pieces = torch.cat([states[own.start :], initial[d]])
-            else:
-                pieces = states[own]
-            steps.append(pieces)
-            firsts.append(pieces[:B] if d == 0 else pieces[-B:])
-        of_steps.append(_stacked(steps))
-        of_segment.append(_stacked(firsts))
-    return of_steps, of_segment
+    initial: Tensor, left: Tensor, segment: Segment, links: Sequence[Links]
+) -> tuple[list[Tensor], Tensor]:
+    """The states that entered each step, ``[r, ...]`` of each direction, and the segment.
+
+    initial: ``[D, B, ...]``; left: the states that left each step, ``[D, R, ...]``.
+    """
+    B = initial.shape[1]
+    if links:
+        entering = zip(links, left, initial, strict=True)
+        return [link.entering(states, first) for link, states, first in entering], initial
+    steps, firsts = [], []
+    for d, own in enumerate(segment.rows):
+        # Rows further on by a step, which for all segments but the first lie in one piece.
+        shift = -B if d == 0 else B
+        start, stop, states = own.start + shift, own.stop + shift, left[d]
+        if start < 0:
+            pieces = torch.cat([initial[d], states[:stop]])
+        elif stop > len(states):
+            pieces = torch.cat([states[start:], initial[d]])
+        else:
+            pieces = states[start:stop]
+        steps.append(pieces)
+        firsts.append(pieces[:B] if d == 0 else pieces[-B:])
+    return steps, _stacked(firsts)
 
 
 def _stacked(parts: Sequence[Tensor]) -> Tensor:
@@ -181,28 +177,36 @@ def _stacked(parts: Sequence[Tensor]) -> Tensor:
 
 
 def _gates(
-    config: Config, xs: Sequence[Tensor], part: Launched, entering: Sequence[Tensor | None]
+    config: Config,
+    xs: Sequence[Tensor],
+    weights: Sequence[Weights],
+    h: Sequence[Tensor],
+    c: Sequence[Tensor] | None,
 ) -> Tensor:
-    """The gates ``[D, r, S*H]`` of r steps, as those of one step of r sequences."""
-    h, c = entering
-    assert h is not None
-    (D, r, P), H, spec = h.shape, hidden_size(h, c), config.spec
-    gates, columns = h.new_empty(D, r, spec.saved * H), spec.gates * H
-    in_place = config.backend == "torch"  # the loop turns gx into gates where it lies
-    gx = gates[..., :columns] if in_place else h.new_empty(D, r, columns)
+    """The gates ``[D, r, S*H]`` of r steps, as those of one step of r sequences.
+
+    h and c: what entered them, ``[r, ...]`` of each direction; the loop needs no c.
+    """
+    D, (r, P), H = len(xs), h[0].shape, weights[0].w_hh.shape[0] // config.spec.gates
+    gates, columns = h[0].new_empty(D, r, config.spec.saved * H), config.spec.gates * H
+    if config.backend == "torch":  # the loop turns gx into gates where it lies
+        weights = [with_one_bias(config.cell, w) for w in weights]
+        for d, x in enumerate(xs):
+            project(x, weights[d : d + 1], config, gates[d : d + 1, :, :columns])
+        loop_gates(config.cell, gates, weights, h)
+        return gates
+    gx = h[0].new_empty(D, r, columns)
     for d, x in enumerate(xs):
-        project(x, part.weights[d : d + 1], config, gx[d : d + 1])
-    plan = None
-    if not in_place:
-        proj_size = P if P != H else 0
-        problem = Problem(
-            config.cell, 1, H, r, D, h.dtype, config.precision, True, proj_size=proj_size
-        )
-        # One GEMM for all of it: a matrix kept on chip gains nothing where nothing waits.
-        plan = replace(stepwise(problem, chip_of(h.device)), graph_steps=0)
+        project(x, weights[d : d + 1], config, gx[d : d + 1])
+    proj_size = P if P != H else 0
+    problem = Problem(
+        config.cell, 1, H, r, D, gx.dtype, config.precision, True, proj_size=proj_size
+    )
+    # One GEMM for all of it: a matrix kept on chip gains nothing where nothing waits.
+    plan = replace(stepwise(problem, chip_of(gx.device)), graph_steps=0)
+    h_0, c_0 = _stacked(h), None if c is None else _stacked(c)
     run_forward(
-        config, plan, gates if in_place else gx, part.weights, (), h, c, [h.new_empty(r, D * P)],
-        torch.empty_like(h), None if c is None else torch.empty_like(c), gates, None,
-        Layout(Rows(1, r)),
+        config, plan, gx, weights, (), h_0, c_0, [gx.new_empty(r, D * P)], torch.empty_like(h_0),
+        None if c_0 is None else torch.empty_like(c_0), gates, None, Layout(Rows(1, r)),
     )  # fmt: skip
     return gates

@@ -126,7 +126,7 @@ def differentiable_stack(
 
     Returns:
         output ``[T, B, D*H]``, h_n ``[L*D, B, H]``, c_n or None, and c of every step or None,
-        ``[L, D, R, H]``.
+        ``[L*D, R, H]``.
     """
     packing = _packing(ragged.batch_sizes, input.device)
     input, dropout_masks = packing.give(input), [packing.give(mask) for mask in dropout_masks]
@@ -152,8 +152,7 @@ def differentiable_stack(
     output = packing.take(input)
     if c_0 is None:
         return output, torch.stack(h_n), None, None
-    shape = len(weights), len(weights[0])
-    return output, torch.stack(h_n), torch.stack(c_n), torch.stack(cs).unflatten(0, shape)
+    return output, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)
 
 
 class _Steps:

@@ -93,14 +93,14 @@ def _results(
             [part(mask, n) for mask in masks],
             Ragged(*own),
         )
-        by_time = None if cs is None else cs.unflatten(2, (len(output), -1))
+        by_time = None if cs is None else cs.unflatten(1, (len(output), -1))
         found.append((output, h_n, c_n, by_time))
     every: Any = (
         None if each[0] is None else torch.cat(each, dim)
-        for each, dim in zip(zip(*found, strict=True), (1, 1, 1, 3), strict=True)
+        for each, dim in zip(zip(*found, strict=True), (1, 1, 1, 2), strict=True)
     )
     output, h_n, c_n, by_time = every
-    return output, h_n, c_n, None if by_time is None else by_time.flatten(2, 3)
+    return output, h_n, c_n, None if by_time is None else by_time.flatten(1, 2)
 
 
 def _spread(indices: Sequence[int], values: Sequence[Tensor], count: int) -> list[Tensor | None]:

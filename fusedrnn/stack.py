@@ -28,13 +28,12 @@ from .launches import (
     hidden_size,
     input_grad,
     launches_of,
-    of_launch,
     project,
     run_backward,
     run_forward,
 )
 from .layout import Layout, Links, Ragged, layout_of, links_of, with_slack, without_padding
-from .loop import room_of
+from .loop import room_of, with_one_bias
 from .recompute import backward_again
 
 
@@ -57,15 +56,19 @@ def again_if_refused(run: Callable, input: Tensor, *arguments: Any) -> Any:
 
 
 class Saved(NamedTuple):
-    """What backward needs besides the arguments. P is H, but for a projection."""
+    """What backward needs besides the arguments. P is H, but for a projection.
+
+    What is not kept is None, or of the operator's results an empty tensor.
+    """
 
     output: Tensor  # [R, D*P]
-    gates: Tensor  # [L, D, R, S*H]
-    cs: Tensor  # [L, D, R, H], or empty for a cell without c
-    hidden: Tensor  # [L-1, R, D*P], before dropout
+    gates: Tensor | None = None  # [L*D, R, S*H]
+    cs: Tensor | None = None  # [L*D, R, H]; not of a cell without c
+    hidden: Tensor | None = None  # [L-1, R, D*P], before dropout; not of one layer
 
     def layer_output(self, layer: int) -> Tensor:
-        return self.hidden[layer] if layer < self.hidden.shape[0] else self.output
+        below = self.hidden
+        return self.output if below is None or layer >= len(below) else below[layer]
 
 
 def stack_forward(
@@ -87,35 +90,36 @@ def stack_forward(
     layout = layout_of(input, h_0.shape[1], D, ragged, config.compact)
     h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    tiles, keeps_gates = config.spec.saved, save and not config.recompute
-    grid, empty = input.shape[:-1], input.new_empty
+    tiles, grid, empty = config.spec.saved, input.shape[:-1], input.new_empty
     room = grid.numel()
-    output = empty(*grid, D * P)
     saved = Saved(
-        output=output if layout.dense is None else empty(layout.rows.total, D * P),
-        # Each empty one is a tensor of its own, as an operator's results must be.
-        gates=empty(L, D, room, tiles * H) if keeps_gates else empty(0),
-        cs=empty(L, D, room, H) if save and c_0 is not None else empty(0),
-        hidden=empty(L - 1, room, D * P) if save else empty(0),
+        empty(*grid, D * P) if layout.dense is None else empty(layout.rows.total, D * P),
+        gates=empty(L * D, room, tiles * H) if save and not config.recompute else None,
+        cs=empty(L * D, room, H) if save and c_0 is not None else None,
+        hidden=empty(L - 1, room, D * P) if save and L > 1 else None,
     )
-    work = saved if layout.dense is None else Saved(saved.output, *map(layout.part, saved[1:]))
+    work = saved
+    if layout.dense is not None:
+        work = Saved(saved.output, *_each(layout.part, saved[1:]))
     dropout_masks = [layout.take(mask) for mask in dropout_masks]
     # A parametrisation may hand out weights of any strides; the kernels read rows.
     grouped = group_weights([p.contiguous() for p in params], config)
     x = layout.take(input)
+    every = h_0, c_0, h_n, c_n, work.gates, work.cs
     for layers, plan in launches_of(config, input, h_0, c_0, save, layout.is_ragged):
-        rows = slice(layers[0] * D, (layers[-1] + 1) * D)
+        of_h_0, of_c_0, of_h_n, of_c_n, gates, cs = _of_launch(every, layers, config)
         outs = [
             work.layer_output(layer) if save or layer == L - 1 else torch.empty_like(work.output)
             for layer in layers
         ]
-        gates = of_launch(work.gates.flatten(0, 1), rows) if keeps_gates else None
+        weights = [w for layer in layers for w in grouped[layer]]
         if plan is None:
+            weights = [with_one_bias(config.cell, w) for w in weights]
             # The loop turns gx into gates where it lies: one buffer, and no copy.
             gx = gates
             if gx is None or not tiles:
                 gx = x.new_empty(D, x.shape[:-1].numel(), room_of(config.cell, H))
-            project(x, grouped[layers[0]], config, gx[..., : config.spec.gates * H])
+            project(x, weights, config, gx[..., : config.spec.gates * H])
             x = gx
         elif not plan.i_blocks:
             x = project(x, grouped[layers[0]], config)
@@ -125,15 +129,15 @@ def stack_forward(
             config,
             plan,
             x,
-            [w for layer in layers for w in grouped[layer]],
+            weights,
             dropout_masks[layers[0] : layers[-1]],
-            of_launch(h_0, rows),
-            of_launch(c_0, rows),
+            of_h_0,
+            of_c_0,
             outs,
-            of_launch(h_n, rows),
-            of_launch(c_n, rows),
+            of_h_n,
+            of_c_n,
             gates,
-            of_launch(work.cs.flatten(0, 1), rows) if save and c_0 is not None else None,
+            cs,
             layout,
         )
         if layers[-1] < L - 1:
@@ -143,6 +147,20 @@ def stack_forward(
         saved = saved._replace(output=layout.give(saved.output))
     c_n = None if c_n is None else layout.unsort(c_n)
     return saved.output, layout.unsort(h_n), c_n, saved
+
+
+def _each(change: Callable[[Tensor], Tensor], tensors: Sequence[Tensor | None]) -> list[Any]:
+    """What becomes of each; None stays None."""
+    return [None if tensor is None else change(tensor) for tensor in tensors]
+
+
+def _of_launch(tensors: Sequence[Tensor | None], layers: range, config: Config) -> Any:
+    """Of tensors ``[L*D, ...]`` the parts ``[Z, ...]`` that a launch has."""
+    if len(layers) == config.num_layers:
+        return tensors
+    D = config.directions
+    rows = slice(layers[0] * D, (layers[-1] + 1) * D)
+    return _each(lambda tensor: tensor[rows], tensors)
 
 
 def stack_backward(
@@ -168,47 +186,51 @@ def stack_backward(
     their number.
     """
     D, H = config.directions, hidden_size(h_0, c_0)
-    layout = layout_of(input, h_0.shape[1], config.directions, ragged, config.compact)
+    layout = layout_of(input, h_0.shape[1], D, ragged, config.compact)
     # A transform may have made views of them.
-    saved = Saved(*[tensor.contiguous() for tensor in saved])
+    saved = Saved(*_each(Tensor.contiguous, saved))
     if layout.dense is not None:
-        saved = Saved(layout.take(saved.output), *map(layout.part, saved[1:]))
+        saved = Saved(layout.take(saved.output), *_each(layout.part, saved[1:]))
     h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
     d_h_n, d_c_n = layout.sort(d_h_n), None if d_c_n is None else layout.sort(d_c_n)
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    d_cs = None if d_cs is None else layout.part(d_cs.contiguous()).flatten(0, 1)
+    d_cs = None if d_cs is None else layout.part(d_cs.contiguous())
     dropout_masks = [layout.take(mask) for mask in dropout_masks]
     x = without_padding(layout.take(input), layout.rows)
     d_params: list[Tensor] = []
-    d_out = None if d_output is None else layout.take(d_output).contiguous().flatten(0, -2)
+    d_out = None if d_output is None else layout.take(d_output).contiguous()
     grouped = group_weights([p.contiguous() for p in params], config)
     has_links = layout.is_ragged or h_0.shape[-1] != H
     links = [links_of(layout.rows, d, input.device) for d in range(D * has_links)]
+    cs = None if c_0 is None else saved.cs
+    every = h_0, c_0, cs, d_cs, saved.gates, d_h_n, d_c_n, d_h_0, d_c_0
     for layers, plan in reversed(launches_of(config, input, h_0, c_0, True, layout.is_ragged)):
-        rows = slice(layers[0] * D, (layers[-1] + 1) * D)
+        own = _of_launch(every, layers, config)
+        of_h_0, of_c_0, of_cs, of_d_cs, gates = own[:5]
+        ends: tuple[Any, Any, Any, Any] = own[5:]
         left = Launched(
             [
                 _layer_input(layer, x, saved, dropout_masks) if groups or config.recompute else x
                 for layer in layers
             ],
             [w for layer in layers for w in grouped[layer]],
-            of_launch(h_0, rows),
-            of_launch(c_0, rows),
-            [saved.layer_output(layer).view(-1, D * h_0.shape[-1]) for layer in layers],
-            None if c_0 is None else of_launch(saved.cs.flatten(0, 1), rows),
+            of_h_0,
+            of_c_0,
+            [saved.layer_output(layer) for layer in layers],
+            of_cs,
             d_out,
-            of_launch(d_cs, rows),
+            of_d_cs,
         )
-        ends = of_launch(d_h_n, rows), of_launch(d_c_n, rows)
-        to = of_launch(d_h_0, rows), of_launch(d_c_0, rows)
         wanted = bool(layers[0]) or needs_input, groups
         if config.recompute:
-            d_out, found = backward_again(config, plan, left, *ends, *to, layout, links, *wanted)
+            outs = [out.flatten(0, -2) for out in left.outs]
+            rows = None if d_out is None else d_out.flatten(0, -2)
+            left = left._replace(outs=outs, d_out=rows)
+            d_out, found = backward_again(config, plan, left, *ends, layout, links, *wanted)
         else:
-            gates = of_launch(saved.gates.flatten(0, 1), rows)
             masks = dropout_masks[layers[0] : layers[-1]]
             d_out, found = _backward(
-                config, plan, left, gates, masks, *ends, *to, layout, links, *wanted
+                config, plan, left, gates, masks, *ends, layout, links, *wanted
             )
         d_params = found + d_params
         if dropout_masks and layers[0]:
@@ -243,7 +265,7 @@ def _backward(
     """
     D, L = config.directions, len(left.outs)
     shape = gates.shape[0], layout.rows.total, config.spec.grad_tiles * hidden_size(d_h_n, d_c_n)
-    dgates = with_slack(gates, shape) if layout.rows.sizes is not None else gates.new_empty(shape)
+    dgates = with_slack(gates, shape) if layout.rows.sizes is not None else gates.new_empty(*shape)
     run_backward(
         config, plan, left.d_out, left.d_cs, d_h_n, d_c_n, left.weights, masks, left.h_0, left.c_0,
         left.outs, gates, left.cs, dgates, d_h_0, d_c_0, layout,
@@ -267,5 +289,5 @@ def _layer_input(layer: int, x: Tensor, saved: Saved, dropout_masks: Sequence[Te
     """What a layer was given: the input, or the outputs below after dropout."""
     if layer == 0:
         return x
-    below = saved.hidden[layer - 1]
+    below = saved.layer_output(layer - 1)
     return below * dropout_masks[layer - 1].view_as(below) if dropout_masks else below

@@ -40,11 +40,12 @@ class Steps:
         if rows.origins is None or (rows.sizes is not None and kind != ZERO):
             return [None] * self.T  # what is packed skips nothing, and its order tells INITIAL
         of_all = rows.origins[self.d] == kind
-        masks = [m[:n] for m, n in zip(of_all.unsqueeze(2).unbind(0), self.sizes, strict=True)]
-        if of_all.is_cuda:  # a look at the values would wait for the device
-            return list(masks)
-        needed = of_all.any(1).tolist()
-        return [mask if need else None for mask, need in zip(masks, needed, strict=True)]
+        # A look at a GPU's values would wait for it.
+        needed = [True] * self.T if of_all.is_cuda else of_all.any(1).tolist()
+        if not any(needed):
+            return [None] * self.T
+        masks = zip(of_all.unsqueeze(2).unbind(0), self.sizes, needed, strict=True)
+        return [mask[:n] if need else None for mask, n, need in masks]
 
     def split(self, by_row: Tensor) -> tuple[Tensor, ...]:
         """Of what has R rows, those of each step."""

@@ -7,8 +7,8 @@ What ``vmap`` makes of a call is more sequences, where it can. With weights that
 mapped axis N joins the batch: B sequences of N calls are N * B sequences of one, in one launch, and
 gradients of the weights are those of N *groups* of sequences (``stack_backward``). So per-sample
 gradients cost one backward. With weights of their own (an ensemble) the sequences are those of N
-*members*, in one launch too where schedule *resident* takes them. With larger members, in the loop,
-with packed input, and where only gradients are mapped, the calls run one after the other.
+*members*, on the kernels in one launch too. With ``proj_size`` or ``recompute``, in the loop, with
+packed input, and where only gradients are mapped, the calls run one after the other.
 """
 
 from __future__ import annotations
@@ -24,6 +24,7 @@ from torch.autograd import forward_ad
 from .launches import Config, group_weights, takes_members
 from .layout import Ragged
 from .ops import (
+    as_results,
     backward_impl,
     flat_backward,
     forward_impl,
@@ -46,7 +47,7 @@ def rnn_stack(
     config: Config,
     *,
     keep_states: bool = False,
-) -> tuple[Tensor, list[Tensor], Tensor]:
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Runs a stack of layers through the operator.
 
     Args:
@@ -62,7 +63,7 @@ def rnn_stack(
 
     Returns:
         output ``[T, B, D*P]`` or ``[R, D*P]``, the final states, like ``states``, and c of every
-        step, ``[L, D, R, H]``, which is empty unless kept or of a cell without c.
+        step, ``[L*D, R, H]``, where it is kept.
     """
     h_0, c_0 = states[0], states[1] if len(states) == 2 else None
     if _has_tangents():
@@ -70,11 +71,7 @@ def rnn_stack(
         output, h_n, c_n, cs = differentiable_stack(
             config.cell, input, h_0, c_0, weights, dropout_masks, ragged
         )
-        return (
-            output,
-            [h_n] if c_0 is None else [h_n, c_n],
-            input.new_empty(0) if cs is None else cs,
-        )
+        return output, [h_n] if c_0 is None else [h_n, c_n], cs
     # Decided by requires_grad and never by a module's training flag: backward in eval() works.
     save = torch.is_grad_enabled() and any(t.requires_grad for t in (input, *states, *params))
     output, h_n, c_n, _, cs, _ = rnn_forward(
@@ -120,7 +117,8 @@ def rnn_forward(*arguments: Any) -> Sequence[Any]:
     input, h_0, c_0, params, masks = arguments[:5]
     tensors = (input, h_0, *params) if c_0 is None else (input, h_0, c_0, *params)
     needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return run_eagerly(input, h_0, c_0, params, masks, ragged, config, save, needs_grad)
+    found = run_eagerly(input, h_0, c_0, params, masks, ragged, config, save, needs_grad)
+    return as_results(found)
 
 
 def _transformed(*flat: Any) -> Sequence[Any]:
@@ -142,7 +140,7 @@ def run_eagerly(
     save: bool,
     needs_grad: bool,
 ) -> Sequence[Any]:
-    """The operator's results where nobody looks at operators, without the dispatcher."""
+    """What ``forward_impl`` finds, with autograd, where nobody looks at operators."""
     if needs_grad:
         return _Eager.apply((masks, ragged, config, save), input, h_0, c_0, *params)
     return forward_impl(input, h_0, c_0, params, masks, ragged, config, save)
@@ -150,10 +148,13 @@ def run_eagerly(
 
 def is_watched(tensor: Tensor) -> bool:
     """Whether a compiler, a mode, a profiler or a tensor subclass must see operators."""
+    return type(tensor) is not Tensor or torch.compiler.is_compiling() or are_operators_watched()
+
+
+def are_operators_watched() -> bool:
+    """Likewise, but for what the tensor and a compiler tell."""
     return (
-        type(tensor) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._autograd._profiler_enabled()
+        torch._C._autograd._profiler_enabled()
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._get_tracing_state() is not None
     )
@@ -205,10 +206,11 @@ class _Eager(torch.autograd.Function):
     def backward(ctx, *grads):
         needs = ctx.needs_input_grad
         # With create_graph the gradients are the operator's, which has second derivatives.
-        watched = any(grad is not None and is_watched(grad) for grad in grads)
-        differentiable = torch.is_grad_enabled() or watched
+        differentiable = torch.is_grad_enabled()
+        for grad in grads:  # a loop, for its few calls
+            differentiable = differentiable or (grad is not None and is_watched(grad))
         backward = flat_backward(rnn_backward) if differentiable else backward_impl
-        found = pull_back(ctx, grads, needs[1], any(needs[4:]), backward)
+        found = pull_back(ctx, grads, needs[1], True in needs[4:], backward)
         return None, *found[:3], *found[3]
 
 
@@ -288,14 +290,14 @@ class _Fold(NamedTuple):
             return None
         return self.mapped(tensor, dim).movedim(0, at).flatten(at, at + 1)
 
-    def rows(self, tensor: Tensor | None, dim: int | None, at: int = 2) -> Tensor | None:
-        """One whose dimension ``at`` is T * B; an empty stand-in stays one."""
+    def rows(self, tensor: Tensor | None, dim: int | None) -> Tensor | None:
+        """One whose dimension 1 is T * B; an empty stand-in stays one."""
         if tensor is None:
             return None
         mapped = self.mapped(tensor, dim)
         if mapped.dim() == 2:
             return mapped[0]
-        return mapped.unflatten(at + 1, (self.T, self.B)).movedim(0, at + 1).flatten(at, at + 2)
+        return mapped.unflatten(2, (self.T, self.B)).movedim(0, 2).flatten(1, 3)
 
     def unbatch(self, tensor: Tensor) -> Tensor:
         """The way back from ``batch``, to the mapped dimension in front."""
@@ -303,12 +305,12 @@ class _Fold(NamedTuple):
             return tensor.expand(self.N, *tensor.shape)
         return tensor.unflatten(1, (self.N, self.B)).movedim(1, 0)
 
-    def unrows(self, tensor: Tensor, at: int = 2) -> Tensor:
+    def unrows(self, tensor: Tensor) -> Tensor:
         """The way back from ``rows``, likewise."""
         if tensor.dim() == 1:
             return tensor.expand(self.N, *tensor.shape)
-        by_time = tensor.unflatten(at, (self.T, self.N, self.B)).movedim(at + 1, 0)
-        return by_time.flatten(at + 1, at + 2)
+        by_time = tensor.unflatten(1, (self.T, self.N, self.B)).movedim(2, 0)
+        return by_time.flatten(2, 3)
 
 
 def _map_forward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
@@ -333,7 +335,7 @@ def _map_forward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[An
         save,
     )
     results = [fold.unbatch(t) for t in (output, h_n, c_n)]
-    results += [fold.unrows(gates), fold.unrows(cs), fold.unrows(hidden, 1)]
+    results += [fold.unrows(t) for t in (gates, cs, hidden)]
     return tuple(results), (0,) * 6
 
 
@@ -359,7 +361,7 @@ def _map_backward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[A
         fold.batch(output, dims[9]),
         fold.rows(gates, dims[10]),
         fold.rows(cs, dims[11]),
-        fold.rows(hidden, dims[12], 1),
+        fold.rows(hidden, dims[12]),
         *_folded(fold, ragged, dims[13:16]),
         *fold.config(config),
         needs_input,

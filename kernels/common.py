@@ -54,6 +54,18 @@ def batch_tile(B, BLOCK_B: tl.constexpr, MEMBERS: tl.constexpr):
 
 
 @triton.jit
+def tile_of_member(tile, B, each, BLOCK_B: tl.constexpr):
+    """Batch tile ``tile`` where B is parts of ``each`` sequences and no tile has those of two.
+
+    Its sequences, which of them exist, how many tiles there are, and whose part it is.
+    """
+    tiles = tl.cdiv(each, BLOCK_B)
+    member = (tile // tiles).to(tl.int64)
+    offs_b = (tile - member * tiles) * BLOCK_B + tl.arange(0, BLOCK_B)
+    return member * each + offs_b, offs_b < each, B // each * tiles, member
+
+
+@triton.jit
 def columns(start, WIDTH: tl.constexpr):
     return start + tl.arange(0, WIDTH)
 
@@ -172,6 +184,17 @@ def add_tile(tiles, terms, N: tl.constexpr):
 def time_of(step, T, pid_d):
     """The step-th time in the order of this direction; direction 1 runs from T-1 down to 0."""
     return step + pid_d * (T - 1 - 2 * step)
+
+
+@triton.jit
+def store_state(
+    h_rows, c_rows, mask_b, start, state, STATES: tl.constexpr, H: tl.constexpr,
+    BLOCKS: tl.constexpr,
+):  # fmt: skip
+    """Stores what ``load_state`` loads, rounded to the dtype of the tensors."""
+    store_rows(h_rows, mask_b, start, only(state, 0), 0, H, BLOCKS)
+    if STATES == 2:
+        store_rows(c_rows, mask_b, start, only(state, 1), 0, H, BLOCKS)
 
 
 @triton.jit

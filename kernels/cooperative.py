@@ -16,6 +16,9 @@ h_t of layer l-1 and h_{t-1} of its own, so it runs one step behind: T + L - 1 s
 It then also holds W_ih, and projects its own input. Backward runs the other way: layer l takes
 dy_t out of the dgates of layer l+1. Both directions of one layer (D = 2) share a launch likewise.
 
+With members (an ensemble: equal parts of B with weights of their own) a batch tile has sequences of
+one member only, and its programs hold that member's weights.
+
 No float is added atomically: two runs agree bit for bit. Offsets are int64; T and B are run-time
 values.
 
@@ -40,6 +43,8 @@ from .common import (
     no_tiles,
     only,
     store_rows,
+    store_state,
+    tile_of_member,
     time_of,
     to_float,
 )
@@ -61,10 +66,11 @@ from .slices import (
     load_previous,
     load_slice,
     masked,
+    part,
 )
 
 
-@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
+@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience", "each"])
 def _cooperative_fwd_kernel(
     # inputs
     gx_ptr,  # [D, R, G*H] = x @ W_ih.T + b_ih of the first layer
@@ -86,13 +92,14 @@ def _cooperative_fwd_kernel(
     c_n_ptr,  # [Z, B, H]
     # workspace
     slots_ptr,  # [Z, 2, P, B, H]: operands that are not h itself
-    counters_ptr,  # [Z, cdiv(B, BLOCK_B)], zero
+    counters_ptr,  # [Z, batch tiles], zero
     # run-time sizes
     T,
     B,
     R,  # rows of a layer and direction
     first_tile,  # of the batch tiles of this launch
     patience,
+    each,  # sequences of a member, read when MEMBERS
     # the cell
     OPERAND: tl.constexpr,
     FORWARD: tl.constexpr,
@@ -113,7 +120,8 @@ def _cooperative_fwd_kernel(
     SAVE: tl.constexpr,
     RAGGED: tl.constexpr,
     PACKED: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    DOT: tl.constexpr,  # of ``slices.py``
+    MEMBERS: tl.constexpr,  # whether weights and biases are [members, ...]
 ):
     G: tl.constexpr = len(GATES)
     P: tl.constexpr = len(PHASES)
@@ -123,19 +131,21 @@ def _cooperative_fwd_kernel(
     start = tl.program_id(0) * BLOCKS[0][1]
     pid_b = first_tile + tl.program_id(1)
     offs_b = pid_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_b = offs_b < B
-    members = tl.num_programs(0)
-    groups = tl.cdiv(B, BLOCK_B)  # of a layer and direction
+    mask_b, member = offs_b < B, 0
+    partners, groups = tl.num_programs(0), tl.cdiv(B, BLOCK_B)  # groups of a layer and direction
+    if MEMBERS:
+        offs_b, mask_b, groups, member = tile_of_member(pid_b, B, each, BLOCK_B)
     counter_ptr = counters_ptr + pid_z * groups + pid_b
     out_ptr = choose(out_ptrs, pid_z)
     first_rows = (pid_z * B + offs_b) * H
 
-    w_hh = load_slice(choose(w_hh_ptrs, pid_z), start, G, H, BLOCKS[0][1], K_CHUNKS, True)
-    b_hh = load_bias(choose(b_hh_ptrs, pid_z), start, HAS_BIAS, G, H, BLOCKS)
+    w_hh = load_slice(w_hh_ptrs, pid_z, member, start, G, H, BLOCKS, K_CHUNKS, True, MEMBERS)
+    b_hh = load_bias(part(b_hh_ptrs, pid_z, member, G * H, MEMBERS), start, HAS_BIAS, G, H, BLOCKS)
     own_gx = offs_b < tl.where(pid_z < D, B, 0)  # the layers above project their own input
     if L > 1:
-        w_ih = load_slice(choose(w_ih_ptrs, pid_z), start, G, H, BLOCKS[0][1], K_CHUNKS, True)
-        b_ih = load_bias(choose(b_ih_ptrs, pid_z), start, HAS_BIAS, G, H, BLOCKS)
+        w_ih = load_slice(w_ih_ptrs, pid_z, member, start, G, H, BLOCKS, K_CHUNKS, True, MEMBERS)
+        b_ih_ptr = part(b_ih_ptrs, pid_z, member, G * H, MEMBERS)
+        b_ih = load_bias(b_ih_ptr, start, HAS_BIAS, G, H, BLOCKS)
         below_ptr = choose(out_ptrs, tl.maximum(pid_z - 1, 0))
     state = to_float(
         load_state(h_0_ptr + first_rows, c_0_ptr + first_rows, mask_b, start, STATES, H, BLOCKS)
@@ -143,7 +153,7 @@ def _cooperative_fwd_kernel(
 
     for step in range(T):
         t = time_of(step, T, pid_d)
-        published = members * EACH * step
+        published = partners * EACH * step
         ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(start, BLOCKS))
         origins = load_origins(origins_ptr, t, T, B, pid_d, offs_b, mask_b, RAGGED)
         here = present(origins, mask_b, RAGGED)
@@ -153,12 +163,12 @@ def _cooperative_fwd_kernel(
         gx = to_float(load_rows(gx_rows, here & own_gx, start, G, H, BLOCKS))
         if L > 1:
             if pid_z > 0:
-                wait(counter_ptr - groups, published + members * EACH, patience)
+                wait(counter_ptr - groups, published + partners * EACH, patience)
                 x = load_operand(below_ptr + row * H, here, H, K_CHUNKS)
                 if HAS_MASK:
                     mask_rows = choose(mask_ptrs, pid_z) + row * H
                     x = masked(x, load_operand(mask_rows, here, H, K_CHUNKS))
-                gx = gate_products(x, w_ih, b_ih, (GATES,), 0, INPUT_PRECISION)
+                gx = gate_products(x, w_ih, b_ih, (GATES,), 0, DOT)
 
         entered, gh = enter(state, origins, RAGGED), no_tiles(BLOCKS)
         for p in tl.static_range(P):
@@ -173,10 +183,10 @@ def _cooperative_fwd_kernel(
                 u = OPERAND(p, ctx, gx, gh, entered)
                 store_rows(slots, mask_b, start, only((u,), 0), 0, H, BLOCKS)
                 publish(counter_ptr)
-                published += members
+                published += partners
                 wait(counter_ptr, published, patience)
                 u_all = load_operand(slots, mask_b, H, K_CHUNKS)
-            gh = join(gh, gate_products(u_all, w_hh, b_hh, PHASES, p, INPUT_PRECISION))
+            gh = join(gh, gate_products(u_all, w_hh, b_hh, PHASES, p, DOT))
         state, saved = FORWARD(ctx, gx, gh, entered)
         state = leave(state, entered, origins, RAGGED)
 
@@ -192,12 +202,10 @@ def _cooperative_fwd_kernel(
             if STATES == 2:
                 store_rows(cs_ptr + row * H, here, start, only(out, 1), 0, H, BLOCKS)
 
-    store_rows(h_n_ptr + first_rows, mask_b, start, only(state, 0), 0, H, BLOCKS)
-    if STATES == 2:
-        store_rows(c_n_ptr + first_rows, mask_b, start, only(state, 1), 0, H, BLOCKS)
+    store_state(h_n_ptr + first_rows, c_n_ptr + first_rows, mask_b, start, state, STATES, H, BLOCKS)
 
 
-@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
+@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience", "each"])
 def _cooperative_bwd_kernel(
     # inputs
     d_out_ptr,  # [R, D*H] of the last layer, read when HAS_D_OUT
@@ -220,13 +228,14 @@ def _cooperative_bwd_kernel(
     d_h_0_ptr,  # [Z, B, H]
     d_c_0_ptr,
     # workspace
-    counters_ptr,  # [Z, cdiv(B, BLOCK_B)], zero
+    counters_ptr,  # [Z, batch tiles], zero
     # run-time sizes
     T,
     B,
     R,  # rows of a layer and direction
     first_tile,  # of the batch tiles of this launch
     patience,
+    each,  # sequences of a member, read when MEMBERS
     # the cell
     ADJOINT: tl.constexpr,
     FOLD: tl.constexpr,
@@ -249,7 +258,8 @@ def _cooperative_bwd_kernel(
     HAS_MASK: tl.constexpr,
     RAGGED: tl.constexpr,
     PACKED: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    DOT: tl.constexpr,  # of ``slices.py``
+    MEMBERS: tl.constexpr,  # whether weights and biases are [members, ...]
 ):
     G: tl.constexpr = len(GATES)
     P: tl.constexpr = len(PHASES)
@@ -259,16 +269,18 @@ def _cooperative_bwd_kernel(
     start = tl.program_id(0) * BLOCKS[0][1]
     pid_b = first_tile + tl.program_id(1)
     offs_b = pid_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_b = offs_b < B
-    members, groups = tl.num_programs(0), tl.cdiv(B, BLOCK_B)  # of a layer and direction
+    mask_b, member = offs_b < B, 0
+    partners, groups = tl.num_programs(0), tl.cdiv(B, BLOCK_B)  # groups of a layer and direction
+    if MEMBERS:
+        offs_b, mask_b, groups, member = tile_of_member(pid_b, B, each, BLOCK_B)
     counter_ptr = counters_ptr + pid_z * groups + pid_b
     out_ptr = choose(out_ptrs, pid_z)
     first_rows = (pid_z * B + offs_b) * H
 
-    w_hh = load_slice(choose(w_hh_ptrs, pid_z), start, G, H, BLOCKS[0][1], K_CHUNKS, False)
+    w_hh = load_slice(w_hh_ptrs, pid_z, member, start, G, H, BLOCKS, K_CHUNKS, False, MEMBERS)
     if L > 1:
         above = tl.minimum(pid_z + 1, L - 1)
-        w_ih = load_slice(choose(w_ih_ptrs, above), start, G, H, BLOCKS[0][1], K_CHUNKS, False)
+        w_ih = load_slice(w_ih_ptrs, above, member, start, G, H, BLOCKS, K_CHUNKS, False, MEMBERS)
     d_state = to_float(
         load_state(d_h_n_ptr + first_rows, d_c_n_ptr + first_rows, mask_b, start, STATES, H, BLOCKS)
     )
@@ -285,7 +297,7 @@ def _cooperative_bwd_kernel(
     for back in range(T):
         step = T - 1 - back
         t = time_of(step, T, pid_d)
-        published = members * P * back
+        published = partners * P * back
         # On its way through memory while this step waits for the others.
         earlier = load_step(
             gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr, d_cs_ptr, origins_ptr,
@@ -303,31 +315,29 @@ def _cooperative_bwd_kernel(
         d_state = add_tile(d_state, to_float(loaded[3]), 1)
         if L > 1:
             if pid_z < L - 1:
-                wait(counter_ptr + groups, published + members * P, patience)
+                wait(counter_ptr + groups, published + partners * P, patience)
                 dy = gradient_product(
                     rows + R.to(tl.int64) * (GRAD_TILES * H),
-                    mask_b, w_ih, (GATES,), (GATES,), 0, H, K_CHUNKS, INPUT_PRECISION,
+                    mask_b, w_ih, (GATES,), (GATES,), 0, H, K_CHUNKS, DOT,
                 )  # fmt: skip
                 if HAS_MASK:
                     mask_rows = choose(mask_ptrs, above) + (first + offs_b) * H
                     dy *= to_float(load_rows(mask_rows, here, start, 1, H, BLOCKS))[0][0]
                 d_state = add_tile(d_state, shown(((dy,),), origins, RAGGED), 0)
         d_left = d_state
-
         du, carry = no_tiles(BLOCKS), no_tiles(BLOCKS)
         for p in tl.static_range(P):  # from the last phase to the first
             grads, d_state, carry = ADJOINT(P - 1 - p, ctx, d_state, du, saved, prev, new, carry)
             grads = shown(grads, origins, RAGGED)
             store_rows(rows, here, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)
             publish(counter_ptr)
-            wait(counter_ptr, published + members * (p + 1), patience)
+            wait(counter_ptr, published + partners * (p + 1), patience)
             du = (gradient_product(
-                rows, mask_b, w_hh, TILES, PHASES, P - 1 - p, H, K_CHUNKS, INPUT_PRECISION
+                rows, mask_b, w_hh, TILES, PHASES, P - 1 - p, H, K_CHUNKS, DOT
             ),)  # fmt: skip
         d_state = enter_gradient(FOLD(ctx, d_state, du), d_left, origins, RAGGED)
         new = to_float(loaded[4]) if RAGGED else prev
         loaded = earlier
 
-    store_rows(d_h_0_ptr + first_rows, mask_b, start, only(d_state, 0), 0, H, BLOCKS)
-    if STATES == 2:
-        store_rows(d_c_0_ptr + first_rows, mask_b, start, only(d_state, 1), 0, H, BLOCKS)
+    ends = d_h_0_ptr + first_rows, d_c_0_ptr + first_rows
+    store_state(*ends, mask_b, start, d_state, STATES, H, BLOCKS)

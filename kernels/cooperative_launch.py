@@ -9,9 +9,11 @@ import torch
 from .cells import CELLS
 from .cooperative import _cooperative_bwd_kernel, _cooperative_fwd_kernel
 from .exchange import Workspace
-from .launch import cooperative_options, in_rounds, kept, mask_of_each_layer
+from .launch import cooperative_options, in_rounds, kept, made_once, mask_of_each_layer
+from .model import batch_tiles
 from .plan import Plan, Tiles
 from .rows import Rows
+from .slices import accumulators
 from .spec import SPECS, Weights
 
 #: Polls of one wait before it traps: about 10 seconds, if one takes 0.65 us as modelled.
@@ -39,8 +41,9 @@ def cooperative_fwd(
     """Runs the layers of one launch and fills ``outs``, ``h_n``, ``c_n`` and what is saved.
 
     gx: ``[D, R, G*H]``, of the first layer; weights: one entry for each layer and direction (Z of
-    them); masks: dropout factors ``[R, H]`` between the layers, L - 1 or none; h_0, c_0, h_n, c_n:
-    ``[Z, B, H]``; outs: ``[R, D*H]`` for each layer; gates ``[Z, R, S*H]`` and cs ``[Z, R, H]``:
+    them), each tensor with ``plan.members`` in front if they are several; masks: dropout factors
+    ``[R, H]`` between the layers, L - 1 or none; h_0, c_0, h_n, c_n: ``[Z, B, H]``; outs:
+    ``[R, D*H]`` for each layer; gates ``[Z, R, S*H]`` and cs ``[Z, R, H]``:
     None when not saved; rows: what R means; workspace: of ``exchange.workspace``, fresh for
     each call. All contiguous.
     """
@@ -74,11 +77,11 @@ def cooperative_fwd(
             rows.total,
             first_tile,
             patience,
-            **fwd_constants(cell, plan, L, D, H, has_bias, bool(masks), kept(gates, cs), rows),
-            **cooperative_options(tiles),
+            B // plan.members,
+            **_fwd_arguments(cell, plan, L, D, H, has_bias, bool(masks), kept(gates, cs), rows),
         )
 
-    in_rounds(launch, tiles, gx, B, H, L * D)
+    in_rounds(launch, tiles, gx, batch_tiles(B, tiles.block_b, plan.members), H, L * D)
 
 
 def cooperative_bwd(
@@ -139,13 +142,13 @@ def cooperative_bwd(
             rows.total,
             first_tile,
             patience,
-            **bwd_constants(
+            B // plan.members,
+            **_bwd_arguments(
                 cell, plan, L, Z // L, H, d_out is not None, d_cs is not None, bool(masks), rows
             ),
-            **cooperative_options(tiles),
         )
 
-    in_rounds(launch, tiles, gates, B, H, Z)
+    in_rounds(launch, tiles, gates, batch_tiles(B, tiles.block_b, plan.members), H, Z)
 
 
 def fwd_constants(
@@ -153,7 +156,7 @@ def fwd_constants(
     rows: Rows,
 ) -> dict:  # fmt: skip
     """The compile-time arguments of the forward kernel; together with dtypes, one binary each."""
-    return _constants(cell, plan.forward, L, D, H, has_mask, rows) | {
+    return _constants(cell, plan.forward, plan.members, L, D, H, has_mask, rows) | {
         "OPERAND": CELLS[cell].operand,
         "FORWARD": CELLS[cell].forward,
         "SHARES_H": SPECS[cell].operands[0] == "h",
@@ -169,7 +172,7 @@ def bwd_constants(
     """The compile-time arguments of the backward kernel."""
     spec = SPECS[cell]
     assert plan.backward is not None
-    return _constants(cell, plan.backward, L, D, H, has_mask, rows) | {
+    return _constants(cell, plan.backward, plan.members, L, D, H, has_mask, rows) | {
         "ADJOINT": CELLS[cell].adjoint,
         "FOLD": CELLS[cell].fold,
         "FIRST_TILE": spec.first_tiles,
@@ -180,7 +183,18 @@ def bwd_constants(
     }
 
 
-def _constants(cell: str, tiles: Tiles, L: int, D: int, H: int, has_mask: bool, rows: Rows) -> dict:
+def _bwd_options(plan: Plan) -> dict:
+    assert plan.backward is not None
+    return cooperative_options(plan.backward)
+
+
+_fwd_arguments = made_once(fwd_constants, lambda plan: cooperative_options(plan.forward))
+_bwd_arguments = made_once(bwd_constants, _bwd_options)
+
+
+def _constants(
+    cell: str, tiles: Tiles, members: int, L: int, D: int, H: int, has_mask: bool, rows: Rows
+) -> dict:
     spec = SPECS[cell]
     return {
         "PHASES": spec.phases,
@@ -194,6 +208,7 @@ def _constants(cell: str, tiles: Tiles, L: int, D: int, H: int, has_mask: bool, 
         "BLOCKS": tiles.blocks,
         "K_CHUNKS": tiles.k_chunks,
         "HAS_MASK": has_mask,
-        "INPUT_PRECISION": tiles.input_precision,
+        "MEMBERS": members > 1,
+        "DOT": (tiles.input_precision, accumulators(tiles, max(spec.gates, len(tiles.k_chunks)))),
         **rows.switches,
     }

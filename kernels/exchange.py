@@ -32,7 +32,7 @@ import torch
 import triton
 import triton.language as tl
 
-from .launch import cdiv
+from .model import batch_tiles
 from .plan import Tiles
 from .spec import SPECS
 
@@ -58,17 +58,19 @@ def wait(counter_ptr, target, patience):
 class Workspace(NamedTuple):
     """What the programs of one call share besides its results."""
 
-    counters: torch.Tensor  # [Z, cdiv(B, BLOCK_B)], int32
+    counters: torch.Tensor  # [Z, batch tiles], int32
     slots: torch.Tensor  # [Z, 2, P, B, H], or empty where h is all that is multiplied
 
 
-def workspace(cell: str, tiles: Tiles, like: torch.Tensor, Z: int, B: int, H: int) -> Workspace:
+def workspace(
+    cell: str, tiles: Tiles, like: torch.Tensor, Z: int, B: int, H: int, members: int = 1
+) -> Workspace:
     """A workspace for one call, of the dtype and on the device of ``like``.
 
     From torch's caching allocator and on the current stream: calls on two streams never share one,
     and in a CUDA graph the zeros are captured with the launch.
     """
-    groups = Z, cdiv(B, tiles.block_b)
+    groups = Z, batch_tiles(B, tiles.block_b, members)
     operands = SPECS[cell].operands
     slots = 0 if set(operands) == {"h"} else (Z, 2, len(operands), B, H)
     zeros = torch.zeros(groups, dtype=torch.int32, device=like.device)

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 
-from .plan import LaunchRefused, Tiles
+from .cells import CELLS
+from .plan import LaunchRefused, Plan, Tiles
+from .spec import SPECS
 
 
 def launch_options(tiles: Tiles) -> dict:
@@ -19,6 +22,31 @@ def launch_options(tiles: Tiles) -> dict:
         # Otherwise ptxas stops at 128 and spills 8 bytes, so that two programs fit one SM.
         options["maxnreg"] = tiles.max_registers
     return options
+
+
+def made_once(
+    constants: Callable[..., dict], options: Callable[[Plan], dict]
+) -> Callable[..., dict]:
+    """``constants(cell, plan, *sizes, rows) | options(plan)``, made once for what it depends on.
+
+    Of rows that is their switches. Cell and plan count as objects: their hashes take as long as
+    making it, and a cell that is registered under the name of another is not taken for that one.
+    """
+    made: dict[tuple, tuple] = {}
+
+    def arguments(cell: str, plan: Plan, *sizes: Any) -> dict:
+        *others, rows = sizes
+        of, spec, dense = CELLS[cell], SPECS[cell], rows.origins is None
+        key = id(plan), id(of), id(spec), dense, rows.sizes is None, *others
+        found = made.get(key)
+        if found is None:
+            if len(made) >= 4096:  # as many plans as are kept
+                made.clear()
+            # With the objects, so that no others have their ids.
+            found = made[key] = constants(cell, plan, *sizes) | options(plan), plan, of, spec
+        return found[0]
+
+    return arguments
 
 
 def cdiv(a: int, b: int) -> int:
@@ -36,20 +64,22 @@ def kept(gates: torch.Tensor | None, cs: torch.Tensor | None) -> int:
     return 2 if gates is not None else int(cs is not None)
 
 
-def rounds(tiles: Tiles, B: int, H: int, Z: int) -> Iterator[tuple[tuple[int, int, int], int]]:
+def rounds(tiles: Tiles, count: int, H: int, Z: int) -> Iterator[tuple[tuple[int, int, int], int]]:
     """The launches of programs that wait for each other: each one's grid and first batch tile.
 
-    As many batch tiles at once as the chip holds, until all are done.
+    As many of ``count`` batch tiles at once as the chip holds, until all are done.
     """
-    members, count = cdiv(H, tiles.blocks[0][1]), cdiv(B, tiles.block_b)
+    partners = cdiv(H, tiles.blocks[0][1])
     for first_tile in range(0, count, tiles.at_once):
-        yield (members, min(tiles.at_once, count - first_tile), Z), first_tile
+        yield (partners, min(tiles.at_once, count - first_tile), Z), first_tile
 
 
-def in_rounds(launch: Callable, tiles: Tiles, like: torch.Tensor, B: int, H: int, Z: int) -> None:
-    """Launches as many batch tiles as the chip holds at once, until all are done."""
+def in_rounds(
+    launch: Callable, tiles: Tiles, like: torch.Tensor, count: int, H: int, Z: int
+) -> None:
+    """Launches as many of ``count`` batch tiles as the chip holds at once, until all are done."""
     with on_device(like):
-        for grid, first_tile in rounds(tiles, B, H, Z):
+        for grid, first_tile in rounds(tiles, count, H, Z):
             try:
                 launch(grid, first_tile)
             except RuntimeError as error:

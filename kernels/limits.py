@@ -79,16 +79,23 @@ def holds_in_registers(
     return units <= most and units * columns <= room
 
 
-def operand_columns(kind: str, gates: int, direction: str, H: int) -> int:
+def operand_columns(kind: str, gates: int, direction: str, H: int, ragged: bool) -> int:
     """How many columns of an operand one chunk of schedule cooperative holds at most.
 
-    A piece is at most 8 mma instructions deep, and 8 warps have one each. LSTM backward in tf32
-    with 512 columns spills 16 bytes with one chunk: by Triton 3.6 if told that it may use 255
-    registers, by 3.9 if not.
+    A piece is at most 8 mma instructions deep, in tf32x3 6, and 8 warps have one each. Smaller
+    chunks where kernels with these spill, 8 to 40 bytes by one Triton or the other: LSTM and GRU
+    backward in tf32, GRU backward in 16 bit, and RNN forward of ragged rows in tf32.
     """
-    if kind == "tf32" and gates == 4 and direction == "backward" and 384 < H <= 512:
+    backward = direction == "backward"
+    if kind == "tf32" and gates > 1 and backward and 384 < H <= 512:
+        return 128
+    if kind == "tf32" and gates == 4 and backward and H > 512:
         return 256
-    return 1024 if kind == "16-bit" else 512
+    if kind == "16-bit" and gates == 3 and backward and H > 1024:
+        return 512
+    if kind == "tf32" and gates == 1 and not backward and ragged and 512 < H <= 1024:
+        return 128
+    return {"16-bit": 1024, "tf32x3": 128}.get(kind, 512)
 
 
 def is_large(
@@ -105,11 +112,13 @@ def is_large(
     largest ones if told, by Triton 3.6.
     """
     widths = [pieces * width for _, pieces, width in chunks]
-    columns = sum(widths)
+    columns, backward = sum(widths), direction == "backward"
     if gates == 1:
         return False
     if kind == "tf32x3":
-        return gates == 4 or direction == "backward"
+        return gates == 4 and backward
+    if kind == "tf32" and gates == 4 and backward and not ragged:
+        return columns > 512
     if kind == "tf32":
         return units * columns >= 8192 and (ragged or max(widths) > 256)
     return columns >= 768 if gates == 4 else units * columns > 16384

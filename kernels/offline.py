@@ -20,6 +20,7 @@ from triton.compiler import ASTSource
 
 from .assembly import longest_loop, read_assembly
 from .launch import cooperative_options, launch_options, rounds
+from .model import batch_tiles
 from .plan import Chip, Plan, Problem, Tiles, stepwise_tiles
 from .rows import Rows
 from .spec import SPECS
@@ -80,7 +81,8 @@ def grids(problem: Problem, chosen: Plan, tiles: Tiles) -> list[tuple[int, ...]]
         return [resident.grid(D, B, tiles, problem.members)]
     if chosen.schedule == "stepwise":
         return [stepwise_launch.grid(D, B, H, tiles)]
-    return [grid for grid, _ in rounds(tiles, B, H, D * chosen.layers)]
+    count = batch_tiles(B, tiles.block_b, problem.members)
+    return [grid for grid, _ in rounds(tiles, count, H, D * chosen.layers)]
 
 
 def compile_kernel(
@@ -133,10 +135,13 @@ def _kernel_of(problem: Problem, chosen: Plan, forward: bool) -> tuple[Any, Tile
     tiles, L = chosen.forward if forward else chosen.backward, chosen.layers
     assert tiles is not None, "the plan has no backward"
     with_d_cs = False  # of module.states() alone
+    saved = 2 * problem.needs_grad
     if chosen.schedule == "cooperative":
         options, mask = cooperative_options(tiles), L > 1
         if forward:
-            constants = cooperative_launch.fwd_constants(cell, chosen, L, D, H, True, mask, 2, rows)
+            constants = cooperative_launch.fwd_constants(
+                cell, chosen, L, D, H, True, mask, saved, rows
+            )
             return together._cooperative_fwd_kernel, tiles, constants, options
         constants = cooperative_launch.bwd_constants(
             cell, chosen, L, D, H, True, with_d_cs, mask, rows
@@ -144,7 +149,6 @@ def _kernel_of(problem: Problem, chosen: Plan, forward: bool) -> tuple[Any, Tile
         return together._cooperative_bwd_kernel, tiles, constants, options
     options = launch_options(tiles)
     if forward:
-        saved = 2 * problem.needs_grad
         constants = resident.fwd_constants(cell, chosen, D, I, H, True, saved, rows)
         return resident._resident_fwd_kernel, tiles, constants, options
     constants = resident.bwd_constants(cell, chosen, D, H, True, with_d_cs, rows)

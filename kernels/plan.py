@@ -28,7 +28,15 @@ from .limits import (
     slice_bytes,
 )
 from .measured import Cut, Measured, measured_cut
-from .model import Floors, floors_on_chip, floors_stepwise, host_step, kind_of
+from .model import (
+    Floors,
+    batch_tiles,
+    dots_folded,
+    floors_on_chip,
+    floors_stepwise,
+    host_step,
+    kind_of,
+)
 from .spec import SPECS, CellSpec
 
 #: Steps of a stepwise loop in one CUDA graph. The copies around it are up to 12 launches, the steps
@@ -73,9 +81,10 @@ class Tiles:
     input_precision: str
     shared_bytes: int  # estimate, an upper bound of the compiler's figure
     # Of the cooperative schedule alone: how the sum over H is cut (start, pieces, columns of each),
-    # and how many batch tiles fit the chip at once.
+    # how many batch tiles fit the chip at once, and how many dots share an accumulator (0: all).
     k_chunks: tuple[tuple[int, int, int], ...] = ()
     at_once: int = 1
+    folded: int = 0
 
     def describe(self) -> str:
         widths = "+".join(str(width) for _, width in self.blocks)
@@ -165,8 +174,7 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     """
     width = problem.directions * (problem.proj_size or problem.hidden_size)
     first, above = problem._replace(layers=1), problem._replace(input_size=width, layers=1)
-    choose = plan if problem.members == 1 else resident  # no other has weights for each tile
-    best = (choose(first, chip), *(choose(above, chip) for _ in range(problem.layers - 1)))
+    best = (plan(first, chip), *(plan(above, chip) for _ in range(problem.layers - 1)))
     apart = problem.layer_by_layer or problem.members > 1 or problem.directions > 1
     if problem.layers > 1 and not apart:
         waves = _wavefront(problem, chip)
@@ -329,8 +337,7 @@ def resident(problem: Problem, chip: Chip) -> Plan:
     # and row for an LSTM), as long as there are SMs for twice the programs. The three products of
     # tf32x3, or ragged rows or members in fp32, leave no registers for 16; gfx942 has no matrix
     # instruction for fewer.
-    each = problem.batch // problem.members
-    few = problem.members * -(-each // 8) * problem.directions <= chip.sms
+    few = batch_tiles(problem.batch, 8, problem.members) * problem.directions <= chip.sms
     more = problem.ragged or problem.members > 1
     scarce = precision == "tf32x3" or (more and wide)
     block_b = 16 if amd else 8 if few or scarce else 16
@@ -388,7 +395,9 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
                 f"{chip.sms} SMs for {problem.cell} in {kind} at H={problem.hidden_size}"
             )
         best.append(min(fitting)[-1])
-    return _with_floors(Plan("cooperative", best[0], best[1], (), problem.layers), problem, chip)
+    forward, backward = best
+    planned = Plan("cooperative", forward, backward, (), problem.layers, members=problem.members)
+    return _with_floors(planned, problem, chip)
 
 
 def _cooperative_tiles(
@@ -397,22 +406,22 @@ def _cooperative_tiles(
     """Everything that fits: its modelled time, for ties its size, and the tiles."""
     H, kind = problem.hidden_size, kind_of(problem, chip)
     gates = SPECS[problem.cell].gates
-    chunks = k_chunks(H, kind, operand_columns(kind, gates, direction, H))
+    chunks = k_chunks(H, kind, operand_columns(kind, gates, direction, H, problem.ragged))
     columns = sum(pieces * width for _, pieces, width in chunks)
     for units, rows in product((8, 16, 32, 64, 128), (16, 32)):
-        members = -(-H // units)
-        groups = members * problem.directions * problem.layers
+        partners = -(-H // units)
+        groups = partners * problem.directions * problem.layers
         shared = slice_bytes(problem, kind, units, rows, columns)
         if (
             groups > chip.sms
-            or (members > 1 and not chip.concurrent)
+            or (partners > 1 and not chip.concurrent)
             or shared > chip.shared_bytes
             or not holds_in_registers(
                 kind, gates, problem.layers, problem.ragged, direction, units, rows, columns
             )
         ):
             continue
-        at_once = max(1, min(-(-problem.batch // rows), chip.sms // groups))
+        at_once = max(1, min(batch_tiles(problem.batch, rows, problem.members), chip.sms // groups))
         large = is_large(kind, gates, units, chunks, direction, problem.ragged)
         tiles = Tiles(
             rows,
@@ -424,6 +433,7 @@ def _cooperative_tiles(
             chunks,
             at_once,
         )
+        tiles = replace(tiles, folded=dots_folded(problem, kind, tiles, direction))
         floors = floors_on_chip(problem, chip, tiles, problem.layers, direction)
         yield floors.step, rows, units, tiles
 
@@ -458,7 +468,8 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
     if problem.proj_size and problem.ragged:
         raise NoPlan("schedule stepwise projects h (proj_size > 0) of dense sequences only")
     tiles = stepwise_tiles(problem.hidden_size)
-    planned = _with_floors(Plan("stepwise", tiles, tiles, ()), problem, chip)
+    planned = Plan("stepwise", tiles, tiles, (), members=problem.members)
+    planned = _with_floors(planned, problem, chip)
     # A graph costs copies in and out of its buffers, and where the chip is the slower one the host
     # runs ahead of it anyway. Packed steps have sizes of their own, and no graph.
     is_host_bound = planned.floors[0].step < host_step(problem)

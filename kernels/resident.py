@@ -45,7 +45,7 @@ from .common import (
     time_of,
     to_float,
 )
-from .launch import cdiv, kept, launch_options, on_device
+from .launch import cdiv, kept, launch_options, made_once, on_device
 from .plan import Plan, Tiles
 from .ragged import (
     enter,
@@ -367,10 +367,9 @@ def resident_fwd(
             rows.total,
             dense_t if rows.sizes is None else stride_b,
             stride_b,
-            **fwd_constants(
+            **_fwd_arguments(
                 cell, plan, D, x.shape[-1], H, first.b_hh is not None, kept(gates, cs), rows
             ),
-            **launch_options(tiles),
         )
 
 
@@ -422,8 +421,7 @@ def resident_bwd(
             rows.T,
             B,
             rows.total,
-            **bwd_constants(cell, plan, D, H, d_out is not None, d_cs is not None, rows),
-            **launch_options(tiles),
+            **_bwd_arguments(cell, plan, D, H, d_out is not None, d_cs is not None, rows),
         )
 
 
@@ -486,6 +484,10 @@ def bwd_constants(
         "MEMBERS": plan.members > 1,
         **rows.switches,
     }
+
+
+_fwd_arguments = made_once(fwd_constants, lambda plan: launch_options(plan.forward))
+_bwd_arguments = made_once(bwd_constants, lambda plan: launch_options(plan.backward))
 
 
 def grid(D: int, B: int, tiles: Tiles, members: int = 1) -> tuple[int, int, int]:

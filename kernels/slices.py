@@ -4,16 +4,29 @@ The sum over H is cut into *chunks* ``K_CHUNKS = ((start, KS, KC), ...)`` of KS 
 columns each; KS is the same for all. A chunk is one batched product
 ``[KS, BLOCK_B, KC] x [KS, KC, BLOCK_H]``: KS chains of dependent mma instructions (24 cycles each)
 on as many warps instead of one KS times as long, and every warp reads its own pieces of the operand
-only. Where dots are added the compiler makes one accumulator of them, so a chain goes on through
-all chunks (``gate_products``) or all gates of a phase (``gradient_product``); ``model.py`` counts
-it. What the warps have is added at the end, once for each tile and always in one order.
+only. Where dots are added the compiler makes one accumulator of them, so that a chain goes on
+through all chunks (``gate_products``) or all gates of a phase (``gradient_product``). That saves
+registers; where the chain would be too long (``model.py``) some dots begin an accumulator of their
+own: ``DOT = (input precision, (APART or 0, ...))``, of each dot in the order of the sum. What the
+warps have is added at the end, once for each tile and always in one order.
 """
 
 import triton
 import triton.language as tl
 
 from .common import time_of
+from .plan import Tiles
 from .ragged import INITIAL, PREVIOUS, first_row
+
+#: ``max_num_imprecise_acc`` of a dot that begins an accumulator. It means fp8 alone, but only where
+#: it is 0 does the compiler add the sum so far into the dot.
+APART = 1 << 20
+
+
+def accumulators(tiles: Tiles, count: int) -> tuple[int, ...]:
+    """Of ``count`` dots in the order of their sum, which begin an accumulator: the kernels' DOT."""
+    each = tiles.folded or count
+    return tuple(APART if each < count and place % each == 0 else 0 for place in range(count))
 
 
 @triton.jit
@@ -26,6 +39,15 @@ def choose(pointers, index):
 
 
 @triton.jit
+def part(pointers, index, member, SIZE: tl.constexpr, MEMBERS: tl.constexpr):
+    """``pointers[index]``; of ``[members, SIZE]`` where the part of ``member`` begins."""
+    pointer = choose(pointers, index)
+    if MEMBERS:
+        pointer += member * SIZE
+    return pointer
+
+
+@triton.jit
 def chunk_columns(K_CHUNKS: tl.constexpr, N: tl.constexpr):
     """The columns of chunk N, ``[KS, KC]``: KS pieces of KC neighbours."""
     pieces = tl.arange(0, K_CHUNKS[N][1])[:, None] * K_CHUNKS[N][2]
@@ -34,20 +56,24 @@ def chunk_columns(K_CHUNKS: tl.constexpr, N: tl.constexpr):
 
 @triton.jit
 def load_slice(
-    w_ptr,  # [G*H, H]
+    w_ptrs,  # [Z], [G*H, H] each
+    z,  # the layer and direction
+    member,
     start,  # the first unit of the slice
     G: tl.constexpr,
     H: tl.constexpr,
-    BLOCK_H: tl.constexpr,
+    BLOCKS: tl.constexpr,  # ((0, BLOCK_H),)
     K_CHUNKS: tl.constexpr,
     TRANSPOSE: tl.constexpr,
+    MEMBERS: tl.constexpr,
 ):
     """``w[gate][chunk]``, tiles ``[KS, KC, BLOCK_H]`` for a product over KC.
 
     TRANSPOSE: the units are rows of each gate's matrix (forward, u W^T); else its columns
     (backward, dgates W).
     """
-    units = start + tl.arange(0, BLOCK_H)
+    w_ptr = part(w_ptrs, z, member, G * H * H, MEMBERS)
+    units = start + tl.arange(0, BLOCKS[0][1])
     w = ()
     for g in tl.static_range(G):
         tiles = ()
@@ -99,20 +125,33 @@ def load_previous(
 
 
 @triton.jit
-def piece_products(u, w, INPUT_PRECISION: tl.constexpr):
-    """``u[chunk] w[chunk]`` in fp32, piece by piece: ``[chunk]``, ``[KS, BLOCK_B, BLOCK_H]``."""
+def piece_products(u, w, FIRST: tl.constexpr, NEXT: tl.constexpr, DOT: tl.constexpr):
+    """``u[chunk] w[chunk]`` in fp32, piece by piece: ``[chunk]``, ``[KS, BLOCK_B, BLOCK_H]``.
+
+    Chunk n has place ``FIRST + n * NEXT`` in the sum that will be made of them.
+    """
     out = ()
     for n in tl.static_range(len(w)):
-        out = out + (tl.dot(u[n].to(w[n].dtype), w[n], input_precision=INPUT_PRECISION),)
+        dot = tl.dot(
+            u[n].to(w[n].dtype), w[n], input_precision=DOT[0],
+            max_num_imprecise_acc=DOT[1][FIRST + n * NEXT],
+        )  # fmt: skip
+        out = out + (dot,)
     return out
 
 
 @triton.jit
-def sum_pieces(pieces):
-    """The sum over chunks and pieces, ``[BLOCK_B, BLOCK_H]``."""
-    total = pieces[0]
+def sum_pieces(pieces, NEXT: tl.constexpr, DOT: tl.constexpr):
+    """The sum over chunks and pieces, ``[BLOCK_B, BLOCK_H]``; chunk n has place ``n * NEXT``."""
+    total, done = pieces[0], ()
     for n in tl.static_range(1, len(pieces)):
-        total = total + pieces[n]
+        if DOT[1][n * NEXT]:
+            done = done + (total,)
+            total = pieces[n]
+        else:
+            total = total + pieces[n]
+    for i in tl.static_range(len(done)):
+        total = done[i] + total
     return tl.sum(total, 0)
 
 
@@ -139,13 +178,13 @@ def gate_products(
     b,  # [gate][block], rows [1, BLOCK_H]
     PHASES: tl.constexpr,
     PHASE: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
 ):
     """``out[0][gate] = u W[gate] + b[gate]``, for the gates of PHASES[PHASE]."""
     block = ()
     for g in tl.static_range(len(PHASES[PHASE])):
-        pieces = piece_products(u, w[PHASES[PHASE][g]], INPUT_PRECISION)
-        block = block + (sum_pieces(pieces) + b[PHASES[PHASE][g]][0],)
+        pieces = piece_products(u, w[PHASES[PHASE][g]], 0, 1, DOT)
+        block = block + (sum_pieces(pieces, 1, DOT) + b[PHASES[PHASE][g]][0],)
     return (block,)
 
 
@@ -159,14 +198,22 @@ def gradient_product(
     PHASE: tl.constexpr,
     H: tl.constexpr,
     K_CHUNKS: tl.constexpr,
-    INPUT_PRECISION: tl.constexpr,
+    DOT: tl.constexpr,
 ):
     """The sum over the gates of a phase of ``dgates W[gate]``: this slice's part of every row."""
+    # Of several gates it is these that are added, chunk by chunk, and then the chunks.
+    one: tl.constexpr = len(PHASES[PHASE]) == 1
+    done = ()
     for g in tl.static_range(len(PHASES[PHASE])):
         u = load_operand(dgate_rows + TILES[PHASE][g] * H, mask_b, H, K_CHUNKS)
-        pieces = piece_products(u, w[PHASES[PHASE][g]], INPUT_PRECISION)
+        pieces = piece_products(u, w[PHASES[PHASE][g]], g, one, DOT)
         if g == 0:
+            total = pieces
+        elif DOT[1][g]:
+            done = done + (total,)
             total = pieces
         else:
             total = add_tiles(total, pieces)
-    return sum_pieces(total)
+    for i in tl.static_range(len(done)):
+        total = add_tiles(done[i], total)
+    return sum_pieces(total, one, DOT)

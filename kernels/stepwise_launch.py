@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from functools import partial
 
 import torch
@@ -34,12 +34,13 @@ def stepwise_fwd(
 ) -> None:
     """Runs one layer, all directions, and fills ``out``, ``h_n``, ``c_n`` and what is saved.
 
-    gx: ``[D, R, G*H]``; weights: one entry a direction, of which all but ``w_ih`` and ``b_ih``
-    is read; h_0, h_n: ``[D, B, P]``; c_0, c_n: ``[D, B, H]``; out: ``[R, D*P]``; gates
-    ``[D, R, S*H]`` and cs ``[D, R, H]``: None when not saved; rows: what R means, and dense
-    without origins if there is a projection; aux: what a cell's own functions read through
-    ``ctx``; graph_steps: how many steps a CUDA graph of ``graphs`` holds, 0 for none. All
-    contiguous, and all but aux of one dtype: fp16, bf16, fp32 or fp64.
+    gx: ``[D, R, G*H]``; weights: one entry a direction, of which all but ``w_ih`` and ``b_ih`` is
+    read, each tensor with the members in front if B is equal parts of an ensemble; h_0, h_n: ``[D,
+    B, P]``; c_0, c_n: ``[D, B, H]``; out: ``[R, D*P]``; gates ``[D, R, S*H]`` and cs ``[D, R, H]``:
+    None when not saved; rows: what R means, and dense without origins if there is a projection;
+    aux: what a cell's own functions read through ``ctx``; graph_steps: how many steps a CUDA graph
+    of ``graphs`` holds, 0 for none. All contiguous, and all but aux of one dtype: fp16, bf16, fp32
+    or fp64.
     """
     # h is carried in fp32, but what W_hr makes is an operand and has the dtype of the tensors.
     state = _carry(h_0, h_n, keep=weights[0].w_hr is not None), _carry(c_0, c_n)
@@ -60,7 +61,8 @@ def _forward(cell, weights, rows, aux, state, gx, out, gates, cs, origins) -> No
     gx, (D, B, P), columns = gx.flatten(1, -2), carried.shape, gx.shape[-1]
     H, out, total = columns // spec.gates, out.view(-1, D * P), gx.shape[1]
     rows = _rows_of_piece(rows, total, origins)
-    tiles, has_bias, projects = stepwise_tiles(H), first.b_hh is not None, first.w_hr is not None
+    tiles, projects = stepwise_tiles(H), first.w_hr is not None
+    has_bias = first.b_hh is not None and first.w_hh.dim() == 2  # of members it is in the product
     gh = gx.new_empty(D, B, columns)
     if projects:  # the kernel's h, o tanh(c), is one projection away from h
         u, h, made = carried, gx.new_zeros(D, B, H), gx.new_empty(total, D * H)
@@ -97,7 +99,10 @@ def _forward(cell, weights, rows, aux, state, gx, out, gates, cs, origins) -> No
     work = []  # of a step: the products of each phase, and the constants of the launch after them
     for phase, served in enumerate(spec.phases):
         units = slice(served[0] * H, (served[-1] + 1) * H)
-        products = [(u[d], w.w_hh[units].t(), gh[d, :, units]) for d, w in enumerate(weights)]
+        products = [
+            _product(u[d], w.w_hh[..., units, :].mT, gh[d, :, units], w.b_hh, units)
+            for d, w in enumerate(weights)
+        ]
         following, ready = (phase + 1) % len(spec.phases), served[-1] + 1
         constants = fwd_constants(cell, D, H, has_bias, kept(gates, cs), following, ready)
         work.append((products, constants))
@@ -107,8 +112,8 @@ def _forward(cell, weights, rows, aux, state, gx, out, gates, cs, origins) -> No
         launch(0, fwd_constants(cell, D, H, has_bias, 0, 0, 0))
     for step in range(rows.T):
         for products, constants in work:
-            for operand, w_hh, product in products:
-                torch.mm(operand, w_hh, out=product)
+            for multiply in products:
+                multiply()
             launch(step, constants)
         for d, w_hr in projections:
             span = spans[(step, rows.T - 1 - step)[d]]
@@ -207,7 +212,13 @@ def _backward(
             for gate, tile, count in runs_of(spec.phases[phase], spec.recurrent)
         ]
         terms = [
-            (d, columns, w.w_hh[units], carried[d] if projects else du[phase, d], float(i > 0))
+            (
+                d,
+                columns,
+                w.w_hh[..., units, :],
+                carried[d] if projects else du[phase, d],
+                float(i > 0),
+            )
             for d, w in enumerate(weights)
             for i, (columns, units) in enumerate(runs)
         ]
@@ -224,10 +235,39 @@ def _backward(
             launch(step, constants)
             for d, columns, w_hh, target, beta in terms:
                 grads = dgates[d, spans[d], columns]
-                target = target[: len(grads)]
-                torch.addmm(target, grads, w_hh, beta=beta, out=target)
+                _add_product(target[: len(grads)], grads, w_hh, beta)
     if not projects:
         launch(-1, bwd_constants(cell, D, H, has_d_out, False, -1))
+
+
+def _product(
+    u: torch.Tensor,
+    w_hh: torch.Tensor,
+    gh: torch.Tensor,
+    b_hh: torch.Tensor | None,
+    units: slice,
+) -> Callable[[], object]:
+    """What fills ``gh [B, ...]``: ``u w_hh``, or of members ``[N, ...]`` each part of B by its own.
+
+    A launch has the bias of one cell, so that of members is added here.
+    """
+    if w_hh.dim() == 2:
+        return partial(torch.mm, u, w_hh, out=gh)
+    parts = (len(w_hh), -1)
+    u, gh = u.unflatten(0, parts), gh.unflatten(0, parts)
+    if b_hh is None:
+        return partial(torch.bmm, u, w_hh, out=gh)
+    return partial(torch.baddbmm, b_hh[:, None, units], u, w_hh, out=gh)
+
+
+def _add_product(total: torch.Tensor, grads: torch.Tensor, w_hh: torch.Tensor, beta: float) -> None:
+    """``total = beta total + grads w_hh``, or of members ``[N, ...]`` each part of B by its own."""
+    if w_hh.dim() == 2:
+        torch.addmm(total, grads, w_hh, beta=beta, out=total)
+    else:
+        parts = (len(w_hh), -1)
+        total = total.unflatten(0, parts)
+        torch.baddbmm(total, grads.unflatten(0, parts), w_hh, beta=beta, out=total)
 
 
 def _rows_of_piece(rows: Rows, total: int, origins: torch.Tensor | None) -> Rows:

@@ -110,7 +110,9 @@ def about(job: Job) -> dict:
         "layers": chosen.layers,
         "kernel": f"{job.direction} {job.launch}"
         if chosen.schedule == "stepwise"
-        else job.direction,
+        else job.direction
+        if job.problem.needs_grad
+        else "inference",
         "block_b": tiles.block_b,
         "warps": tiles.num_warps,
     }
@@ -126,7 +128,13 @@ def row(job: Job, usage: dict) -> dict:
     }
 
 
-def run(jobs: Iterable[Job], tritons: Sequence[str | None], table: Path, workers: int) -> int:
+def run(
+    jobs: Iterable[Job],
+    tritons: Sequence[str | None],
+    table: Path,
+    workers: int,
+    kept: Sequence[dict] = (),
+) -> int:
     chunk = 20
     jobs = list(jobs)
     work = [(t, jobs[i : i + chunk]) for t in tritons for i in range(0, len(jobs), chunk)]
@@ -157,6 +165,7 @@ def run(jobs: Iterable[Job], tritons: Sequence[str | None], table: Path, workers
         thread.join()
     if errors:
         raise errors[0]
+    rows += kept
     rows.sort(key=lambda r: [str(value) for value in r.values()])
     with table.open("w", newline="") as file:
         writer = csv.DictWriter(file, rows[0].keys(), lineterminator="\n")
@@ -169,16 +178,36 @@ def run(jobs: Iterable[Job], tritons: Sequence[str | None], table: Path, workers
     return 1 if faulty else 0
 
 
+def beside(table: Path, jobs: Sequence[Job]) -> tuple[list[Job], list[dict]]:
+    """The jobs that a table has no line of, and the lines that stay."""
+    named = {tuple(map(str, about(job).values())): job for job in jobs}
+    columns = list(about(jobs[0]))
+    kept: dict[tuple[str, ...], list[dict]] = {}
+    with table.open(newline="") as file:
+        for line in csv.DictReader(file):
+            key = tuple(line[name] for name in columns)
+            if key in named:
+                kept.setdefault(key, []).append(line)
+    lines = [line for each in kept.values() for line in each]
+    return [job for key, job in named.items() if key not in kept], lines
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--table", type=Path, required=True, help="the CSV file to write")
     parser.add_argument("--chips", nargs="+", default=list(CHIPS), choices=list(CHIPS))
     parser.add_argument("--workers", type=int, default=2)
+    parser.add_argument(
+        "--missing", action="store_true", help="keep the lines that the table has already"
+    )
     arguments = parser.parse_args()
     others = [os.environ.get(f"FUSEDRNN_TRITON_{version}") for version in (39, 36)]
     tritons = [folder for folder in others if folder] or [None]
     jobs = [job for chip in arguments.chips for job in every_job(chip)]
-    return run(jobs, tritons, arguments.table, arguments.workers)
+    kept: list[dict] = []
+    if arguments.missing:
+        jobs, kept = beside(arguments.table, jobs)
+    return run(jobs, tritons, arguments.table, arguments.workers, kept)
 
 
 if __name__ == "__main__":

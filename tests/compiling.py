@@ -26,7 +26,6 @@ from fusedrnn.kernels.plan import (
     Problem,
     cooperative,
     plan,
-    plan_stack,
 )
 from fusedrnn.kernels.spec import SPECS
 
@@ -59,22 +58,22 @@ KINDS = [
     (torch.bfloat16, "ieee"),
     *((torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")),
 ]
+#: Further ones that cut H into chunks of other sizes, or whose rows are of no round length.
+FURTHER_H = (200, 320, 640, 1000, 1280)
 #: Directions and layers of one launch; both of them double what a chip must hold.
 COOPERATIVE_STACKS = ((1, 1), (2, 1), (1, 2))
 
 
 def plan_of(problem: Problem, chip: Chip) -> Plan:
     """The plan of one launch of all the problem's layers."""
-    if problem.members > 1:
-        return plan_stack(problem, chip)[0]
     return cooperative(problem, chip) if problem.layers > 1 else plan(problem, chip)
 
 
 def _problems(chip: Chip) -> Iterator[Problem]:
     """Every cell, H, precision, rows per program and I, beside which plans do not differ.
 
-    In bf16, which differs from fp16 in the name of an instruction. Resident with two directions,
-    whose binaries hold all of one direction's and a pointer select.
+    In bf16, which differs from fp16 in the name of an instruction (``_fp16_problems`` has a few).
+    Resident with two directions, whose binaries hold all of one direction's and a pointer select.
     """
     for cell, (dtype, precision) in product(SPECS, KINDS):
         for H, I, batch in product(range(16, 257, 16), (65, 1, 64), (8, 8 * chip.sms + 1)):
@@ -85,10 +84,30 @@ def _problems(chip: Chip) -> Iterator[Problem]:
             # The other cells differ from these in a few lines: one size is enough.
             if H == 256 or (cell in ("lstm", "gru", "rnn_tanh") and (D, L) == (1, 1)):
                 yield Problem(cell, H, H, batch, D, dtype, precision, True, L)
+    for cell, (dtype, precision), H in product(("lstm", "gru", "rnn_tanh"), KINDS, FURTHER_H):
+        yield Problem(cell, H, H, 16, 1, dtype, precision, True)
+    for cell, (dtype, precision), layers in product(("lstm", "gru"), KINDS, (3, 4)):
+        yield Problem(cell, 256, 256, 16, 1, dtype, precision, True, layers)
+    yield from _fp16_problems()
+    yield from _inference_problems(chip)
     yield from _ragged_problems(chip)
     yield from _member_problems(chip)
     yield from _stepwise_problems()
     yield from measured_problems(chip)
+
+
+def _fp16_problems() -> Iterator[Problem]:
+    for cell, H in product(("lstm", "gru"), (64, 256, 512, 1024)):
+        yield Problem(cell, H, H, 16, 1, torch.float16, "ieee", True)
+
+
+def _inference_problems(chip: Chip) -> Iterator[Problem]:
+    """Forward alone, which saves nothing: the largest resident H, and three sizes beyond."""
+    for cell, (dtype, precision) in product(SPECS, KINDS):
+        problems = [Problem(cell, 65, H, 8, 2, dtype, precision, False) for H in range(16, 257, 16)]
+        yield from [p for p in problems if plan(p, chip).schedule == "resident"][-1:]
+        for H in (256, 512, 1024):
+            yield Problem(cell, H, H, 16, 1, dtype, precision, False)
 
 
 def measured_problems(chip: Chip) -> Iterator[Problem]:
@@ -105,22 +124,16 @@ def measured_problems(chip: Chip) -> Iterator[Problem]:
 
 def _member_problems(chip: Chip) -> Iterator[Problem]:
     """Ensembles: the largest resident H of every cell, precision and rows per program, both ways to
-    project. What members add is an offset of each pointer before the loop."""
+    project, and cooperative ones. What members add is an offset of each pointer before the loop."""
+    for cell, (dtype, precision), H in product(SPECS, KINDS, (256, 512)):
+        yield Problem(cell, H, H, 16, 1, dtype, precision, True, members=2)
     for cell, (dtype, precision), I in product(SPECS, KINDS, (1, 65)):
         for batch in (16, 8 * chip.sms + 2):
             problems = [
                 Problem(cell, I, H, batch, 2, dtype, precision, True, members=2)
                 for H in range(16, 257, 16)
             ]
-            yield from [p for p in problems if _is_resident(p, chip)][-1:]
-
-
-def _is_resident(problem: Problem, chip: Chip) -> bool:
-    try:
-        plan_of(problem, chip)
-    except NoPlan:
-        return False
-    return True
+            yield from [p for p in problems if plan(p, chip).schedule == "resident"][-1:]
 
 
 def _ragged_problems(chip: Chip) -> Iterator[Problem]:
@@ -172,7 +185,7 @@ def _tilings(problem: Problem, chosen: Plan) -> tuple:
     """What of a plan makes a binary: not how many tiles run at once, nor how long it takes."""
     tiles = (chosen.forward, chosen.backward)
     size = (problem.hidden_size, problem.directions) if chosen.forward.k_chunks else ()
-    size += (problem.ragged, chosen.schedule, problem.members)
+    size += (problem.ragged, chosen.schedule, problem.members, problem.needs_grad)
     return *(t and replace(t, at_once=1) for t in tiles), chosen.layers, size
 
 
@@ -186,7 +199,7 @@ def every_job(chip: str) -> Iterator[Job]:
             ("backward", backward, rest),
         ):
             key = direction, problem.cell, problem.dtype, tiles, tuple(more)
-            if key not in seen:
+            if tiles and key not in seen:
                 seen.add(key)
                 launches = range(offline.launches_of(problem, chosen))
                 yield from (Job(direction, problem, chip, launch) for launch in launches)

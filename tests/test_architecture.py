@@ -26,6 +26,7 @@ ORDER = (
     "reference",
     "steps",
     "onednn",
+    "loop_cells",
     "loop",
     "grads",
     "launches",

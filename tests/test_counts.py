@@ -5,6 +5,7 @@ step is a slower loop, on every machine; likewise Python's part of a launch.
 """
 
 import sys
+from dataclasses import replace
 
 import pytest
 import torch
@@ -12,10 +13,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
 from fusedrnn import onednn
-from fusedrnn.kernels import resident
+from fusedrnn.kernels import cells, resident
+from fusedrnn.kernels.launch import launch_options, made_once
+from fusedrnn.kernels.plan import Plan, Tiles
+from fusedrnn.kernels.rows import Rows, packed_rows
+from fusedrnn.kernels.spec import SPECS
 from fusedrnn.launches import Config
-from fusedrnn.layout import Ragged
+from fusedrnn.layout import Ragged, links_of
 from fusedrnn.stack import stack_backward, stack_forward
+from fusedrnn.steps import Steps
 
 
 class Counter(TorchDispatchMode):
@@ -77,6 +83,31 @@ def test_calls_and_allocations_of_a_step(kind, monkeypatch):
     assert forward[1] == both[1] == 0, "a step allocates"
 
 
+class Every(TorchDispatchMode):
+    """Counts all operators, views too."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.calls += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_packed_rows_cost_no_call_a_step():
+    """What is made of lengths before the first step and behind the last one."""
+    counts = []
+    for steps in (8, 64):
+        sizes = torch.cat((torch.full((steps // 2,), 3), torch.full((steps // 2,), 2)))
+        rows = packed_rows(sizes, 2, torch.device("cpu"))
+        h, h_0 = torch.ones(rows.total, 5), torch.zeros(3, 5)
+        with Every() as every:
+            for d in range(2):
+                links_of(rows, d, h.device).entering(h, h_0)
+                Steps(rows, d)
+        counts.append(every.calls)
+    assert counts[0] == counts[1]
+
+
 class Launch:
     """Stands for a kernel: its launch does nothing but end the counting of Python's calls."""
 
@@ -101,10 +132,10 @@ class Launch:
             sys.setprofile(before)
 
 
-#: Calls of Python and of C functions up to the launch: forward, backward. About 30 are the tests'
+#: Calls of Python and of C functions up to the launch: forward, backward. 12 to 25 are the tests'
 #: own, which fill what is empty; the host's time on small RNNs is about 0.5 us for each of the
 #: others (``python -m bench.host``).
-MOST_TO_LAUNCH = {"LSTM": (172, 193), "GRU": (161, 178), "RNN": (161, 178)}
+MOST_TO_LAUNCH = {"LSTM": (160, 168), "GRU": (145, 157), "RNN": (145, 157)}
 
 
 @pytest.mark.skipif(sys.gettrace() is not None, reason="a tracer's own calls would be counted")
@@ -123,6 +154,42 @@ def test_calls_of_the_host_up_to_the_launch(kind, monkeypatch):
         launch.counted(torch.autograd.grad, output.sum(), weights)
     assert 0 < forward <= MOST_TO_LAUNCH[kind][0]
     assert 0 < launch.at_launch <= MOST_TO_LAUNCH[kind][1]
+
+
+def test_what_a_kernel_is_compiled_for_is_made_once(monkeypatch):
+    """For a plan, sizes and switches; and again for a cell that is registered anew."""
+    made = []
+
+    def constants(cell, plan, H, rows):
+        made.append((cell, H, rows.switches))
+        return {"FORWARD": cells.CELLS[cell].forward, "H": H, **rows.switches}
+
+    arguments = made_once(constants, lambda plan: launch_options(plan.forward))
+    tiles = Tiles(16, ((0, 16),), 4, None, "ieee", 0)
+    plans = [Plan("resident", tiles, tiles, ()) for _ in range(2)]
+    origins = torch.zeros(1, 4, 2, dtype=torch.int8)
+    calls = [
+        ("lstm", plans[0], 16, Rows(4, 2)),
+        ("gru", plans[0], 16, Rows(4, 2)),
+        ("lstm", plans[0], 15, Rows(4, 2)),
+        ("lstm", plans[0], 16, Rows(4, 2, origins)),
+        ("lstm", plans[0], 16, Rows(4, 2, origins, torch.tensor([2, 2, 2, 1]))),
+        ("lstm", replace(plans[1], forward=replace(tiles, num_warps=8)), 16, Rows(4, 2)),
+    ]
+    for call in calls * 2:
+        want = constants(*call) | launch_options(call[1].forward)
+        made.pop()
+        assert arguments(*call) == want
+    assert len(made) == len(calls)
+    assert arguments("lstm", plans[0], 16, Rows(7, 3)) == arguments(*calls[0])
+    assert len(made) == len(calls), "neither T nor B is a constant"
+
+    other = cells.CELLS["lstm"]._replace(forward=cells.CELLS["gru"].forward)
+    monkeypatch.setitem(cells.CELLS, "lstm", other)
+    assert arguments(*calls[0])["FORWARD"] is other.forward
+    monkeypatch.setitem(SPECS, "lstm", replace(SPECS["lstm"], gates=3))
+    arguments(*calls[0])
+    assert len(made) == len(calls) + 2
 
 
 @pytest.mark.parametrize("kind", MOST_TO_LAUNCH)

@@ -370,5 +370,5 @@ def test_other_errors_of_a_launch_are_not_taken_for_a_refusal():
         planning.CHIPS["sm_90"],
     ).forward
     with pytest.raises(RuntimeError, match="illegal memory access") as caught:
-        launch.in_rounds(fail, tiles, torch.empty(0), 16, 256, 1)
+        launch.in_rounds(fail, tiles, torch.empty(0), 1, 256, 1)
     assert type(caught.value) is RuntimeError

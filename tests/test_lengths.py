@@ -559,9 +559,9 @@ def test_states_across_a_reset_in_the_products_are_found(monkeypatch):
     real = layout.Links.entering
 
     def blind(self, left, initial):
-        origins = self.origins.clone()
-        origins[origins == ZERO] = PREVIOUS
-        return real(self._replace(origins=origins), left, initial)
+        before = torch.arange(1, 1 + len(left))  # of dense rows, behind initial and the row of 0
+        source = torch.where(self.origins == ZERO, before, self.source)
+        return real(self._replace(source=source), left, initial)
 
     monkeypatch.setattr(layout.Links, "entering", blind)
     for backend in BACKENDS:

@@ -8,6 +8,7 @@ import torch
 from compiling import COOPERATIVE_H, every_plan
 
 from fusedrnn.kernels.limits import operand_columns
+from fusedrnn.kernels.model import dependent_mma, kind_of
 from fusedrnn.kernels.plan import (
     CHIPS,
     NoPlan,
@@ -71,14 +72,19 @@ def test_every_plan_fits_its_chip(chip):
     plans = list(every_plan(chip))
     assert {p.cell for p, _ in plans} == set(SPECS)
     for p, chosen in plans:
-        for tiles in (chosen.forward, chosen.backward):
+        assert (chosen.backward is not None) == p.needs_grad
+        for direction, tiles in (("forward", chosen.forward), ("backward", chosen.backward)):
+            if tiles is None:
+                continue
             units = sum(width for _, width in tiles.blocks)
-            members = -(-p.hidden_size // units)
+            partners = -(-p.hidden_size // units)
             assert tiles.shared_bytes <= chip.shared_bytes
             if chosen.schedule == "resident":
-                assert members == 1
+                assert partners == 1
             if chosen.schedule == "cooperative":
-                assert members * p.directions * p.layers * tiles.at_once <= chip.sms
+                assert partners * p.directions * p.layers * tiles.at_once <= chip.sms
+                # The longest chain of dependent mma that a step may wait for.
+                assert max(dependent_mma(p, kind_of(p, chip), tiles, chosen.layers, direction)) <= 8
 
 
 @pytest.mark.parametrize("cell", SPECS)
@@ -130,7 +136,7 @@ def test_a_cell_that_reduces_over_a_row_stays_in_one_program(monkeypatch):
 @pytest.mark.parametrize("gates", [1, 4])
 @pytest.mark.parametrize("kind", ["16-bit", "tf32"])
 def test_chunks_cover_h_in_short_chains(H, kind, gates):
-    chunks = k_chunks(H, kind, operand_columns(kind, gates, "backward", H))
+    chunks = k_chunks(H, kind, operand_columns(kind, gates, "backward", H, False))
     assert len({pieces for _, pieces, _ in chunks}) == 1
     ends = [start + pieces * width for start, pieces, width in chunks]
     assert [start for start, _, _ in chunks] == [0, *ends[:-1]]

@@ -290,23 +290,28 @@ def test_kernels_under_vmap(monkeypatch):
 
 @pytest.fixture
 def launches(monkeypatch):
-    """The names of the resident kernels' launches, on the kernels and in fp32 as ieee."""
-    from fusedrnn.kernels import resident
+    """The names of the kernels' launches, on the kernels and in fp32 as ieee."""
+    from fusedrnn.kernels import resident, stepwise_launch
 
     seen = []
-    for name in ("resident_fwd", "resident_bwd"):
-        run = getattr(resident, name)
-        watch = lambda *a, run=run, name=name: (seen.append(name), run(*a))  # noqa: E731
-        monkeypatch.setattr(resident, name, watch)
+    for home in (resident, stepwise_launch):
+        schedule = home.__name__.rpartition(".")[2].removesuffix("_launch")
+        for name in (f"{schedule}_fwd", f"{schedule}_bwd"):
+            run = getattr(home, name)
+            watch = lambda *a, run=run, name=name: (seen.append(name), run(*a))  # noqa: E731
+            monkeypatch.setattr(home, name, watch)
     with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
         yield seen
 
 
+#: Input and hidden size, the module's other arguments, and the schedule that takes it.
 MEMBERS = {
-    "lstm-2": ("LSTM", 2, {"num_layers": 2}),
-    "gru-both-ways": ("GRU", 2, {"bidirectional": True}),
-    "rnn-no-bias": ("RNN", 2, {"bias": False}),
-    "lstm-wide-input": ("LSTM", 70, {"bidirectional": True}),  # projected by GEMMs
+    "lstm-2": ("LSTM", 2, H, {"num_layers": 2}, "resident"),
+    "gru-both-ways": ("GRU", 2, H, {"bidirectional": True}, "resident"),
+    "rnn-no-bias": ("RNN", 2, H, {"bias": False}, "resident"),
+    "lstm-wide-input": ("LSTM", 70, H, {"bidirectional": True}, "resident"),  # projected by GEMMs
+    "lstm-large": ("LSTM", 2, 68, {"num_layers": 2}, "stepwise"),
+    "gru-large-both-ways": ("GRU", 2, 68, {"bidirectional": True, "bias": False}, "stepwise"),
 }
 
 
@@ -315,11 +320,12 @@ MEMBERS = {
 @pytest.mark.parametrize("kind", MEMBERS)
 def test_an_ensemble_is_one_launch_a_layer(kind, ragged, inside, launches):
     """Weights of their own on the kernels: equal to member after member, gradients too."""
-    name, width, kwargs = MEMBERS[kind]
+    name, width, size, kwargs, schedule = MEMBERS[kind]
     torch.manual_seed(0)
-    module = getattr(fusedrnn, name)(width, H, **kwargs)
+    module = getattr(fusedrnn, name)(width, size, **kwargs)
     members = [
-        {name: torch.randn_like(p) / 2 for name, p in module.named_parameters()} for _ in range(N)
+        {name: torch.randn_like(p) / size**0.5 for name, p in module.named_parameters()}
+        for _ in range(N)
     ]
     params, xs = stacked(members), torch.randn(N, T, B, width)
     lengths, reset = torch.tensor([[4, 1, 3], [2, 4, 1], [3, 3, 2]]), torch.rand(N, T, B) < 0.3
@@ -335,7 +341,7 @@ def test_an_ensemble_is_one_launch_a_layer(kind, ragged, inside, launches):
     else:
         got = grad(lambda p: map_over(of_member)(p, xs, lengths, reset).sum())(params)
     layers = kwargs.get("num_layers", 1)
-    assert launches == ["resident_fwd"] * layers + ["resident_bwd"] * layers
+    assert launches == [f"{schedule}_fwd"] * layers + [f"{schedule}_bwd"] * layers
     assert_alike(got, want, 1e-5)
 
 
@@ -403,12 +409,12 @@ def test_inputs_mapped_over_members_and_members_over_inputs(launches):
     assert_alike(got, want, 1e-4)
 
 
-def test_members_too_large_for_one_program_run_one_by_one(monkeypatch):
-    """Schedule resident alone has weights for each tile; nothing else is asked to."""
+@pytest.mark.parametrize("kwargs", [{"proj_size": 2}, {"recompute": True}], ids=("proj", "again"))
+def test_members_that_no_kernel_takes_together_run_one_by_one(kwargs, launches):
     torch.manual_seed(0)
-    module = fusedrnn.RNN(I, 144)
+    module = fusedrnn.LSTM(I, H, **kwargs)
     params = {name: torch.stack([p.detach()] * 2) for name, p in module.named_parameters()}
     x = inputs(T).float()
-    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
-        got = map_over(lambda p: functional_call(module, p, (x,))[0], in_dims=0)(params)
+    got = map_over(lambda p: functional_call(module, p, (x,))[0], in_dims=0)(params)
+    assert len(launches) == 2
     assert_alike(got, torch.stack([module(x)[0]] * 2), 1e-5)
