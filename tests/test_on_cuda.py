@@ -14,6 +14,8 @@ import pytest
 import torch
 from test_modules_inputs import leaves
 from test_ragged import as_hx, build, states_for
+from torch import Tensor
+from torch.func import functional_call, grad_and_value, vmap
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
@@ -317,3 +319,36 @@ def test_a_device_that_is_not_the_current_one(route, device):
     )
     for i, (g, w, t) in enumerate(zip(got, want, truth, strict=True)):
         assert_budget(f"result {i}", g.cpu(), w.cpu(), t.cpu())
+
+
+@pytest.mark.parametrize("route", ["resident", "cooperative", "stepwise"])
+def test_an_ensemble_is_its_members(route, device):
+    """Weights of their own in one launch: values and gradients as of each member alone."""
+    module, (H, dtype, _) = make(route, device, layers=1), ROUTES[route]
+    xs = torch.randn(3, T, B, I, device=device).to(dtype)
+    params = {
+        name: torch.randn(3, *p.shape, device=device).to(dtype) / H**0.5
+        for name, p in module.named_parameters()
+    }
+    double = copy.deepcopy(module).double()
+
+    def total(model):
+        def of_member(p, x):
+            output, _ = functional_call(model, p, (x,))
+            return output.float().square().mean() if dtype.itemsize == 2 else output.square().mean()
+
+        return grad_and_value(of_member)
+
+    def one_by_one(model, cast):
+        each = [
+            total(model)({k: cast(p[n]) for k, p in params.items()}, cast(xs[n])) for n in range(3)
+        ]
+        return {k: torch.stack([grads[k] for grads, _ in each]) for k in params}
+
+    with on_route(route):
+        got, _ = vmap(total(module))(params, xs)
+        ref = one_by_one(module, lambda t: t)
+    with fusedrnn.use_backend("torch"):
+        truth = one_by_one(double, Tensor.double)
+    for name in params:
+        assert_budget(name, got[name], ref[name], truth[name])
