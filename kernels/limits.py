@@ -91,6 +91,8 @@ def operand_columns(kind: str, gates: int, direction: str, H: int, ragged: bool)
         return 128
     if kind == "tf32" and gates == 4 and backward and H > 512:
         return 256
+    if kind == "16-bit" and gates == 3 and backward and 384 < H <= 512:
+        return 128
     if kind == "16-bit" and gates == 3 and backward and H > 1024:
         return 512
     if kind == "tf32" and gates == 1 and not backward and ragged and 512 < H <= 1024:
