@@ -26,6 +26,7 @@ class Shape(NamedTuple):
 
     ``at_once`` batch tiles of 16 rows run in one launch. ``rows`` are "dense", "ragged" (with
     lengths and resets) or "packed". ``members``: equal parts of B with weights of their own.
+    ``folded``: how many dots of a sum share an accumulator.
     """
 
     T: int
@@ -38,6 +39,7 @@ class Shape(NamedTuple):
     at_once: int = 2
     rows: str = "dense"
     members: int = 1
+    folded: int = 0
 
     @property
     def programs(self) -> int:
@@ -61,7 +63,9 @@ def rows_of(shape: Shape) -> Rows:
 
 def plan_of(shape: Shape) -> Plan:
     chunks = ((0, 2, 16), (32, 2, 16))[: 1 + (shape.H > 32)]
-    tiles = Tiles(16, ((0, shape.block_h),), 4, None, "ieee", 0, chunks, shape.at_once)
+    tiles = Tiles(
+        16, ((0, shape.block_h),), 4, None, "ieee", 0, chunks, shape.at_once, shape.folded
+    )
     return Plan("cooperative", tiles, tiles, (), members=shape.members)
 
 

@@ -51,6 +51,9 @@ SHAPES = {
     "two slices, two layers, ragged": Shape(6, 5, 20, 16, L=2, mask=True, rows="ragged"),
     "two slices, two batch tiles, packed": Shape(4, 18, 41, 32, rows="packed"),
     "two slices, two directions, packed": Shape(6, 5, 20, 16, D=2, rows="packed"),
+    "two slices, an accumulator a dot": Shape(3, 2, 41, 32, folded=1),
+    "two slices, an accumulator for two dots": Shape(3, 2, 41, 32, folded=2),
+    "two slices, two layers, an accumulator for three": Shape(3, 2, 20, 16, L=2, folded=3),
     "two slices, two members": Shape(3, 6, 20, 16, members=2),
     "one slice, two members of two batch tiles": Shape(3, 34, 12, 16, at_once=4, members=2),
     "two slices, three members in rounds, ragged": Shape(
