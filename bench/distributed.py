@@ -256,6 +256,6 @@ if __name__ == "__main__":
     sys.stdout.flush()
     sys.stderr.flush()
     # Not sys.exit: torch caches the mesh of fully_shard, which keeps gloo's threads past
-    # destroy_process_group. One that frees a tensor while the interpreter ends aborts the process:
-    # seen once in some 200 runs, on busy cores. Nothing is left here to be cleaned up.
+    # destroy_process_group. One that frees a tensor while the interpreter ends aborts the process,
+    # which was seen once, on busy cores. Nothing is left here to be cleaned up.
     os._exit(code)

@@ -1,8 +1,8 @@
 """How programs that share a batch tile hand each other what they computed: the whole protocol.
 
 Every group of programs (one layer and direction, one batch tile) has one counter, zero before the
-launch. A *publication* is: all members store their slice of some tensor, and each adds 1 to the
-counter. With M members the e-th publication (e = 1, 2, ...) is complete when the counter reaches
+launch. A *publication* is: all partners store their slice of some tensor, and each adds 1 to the
+counter. With M partners the e-th publication (e = 1, 2, ...) is complete when the counter reaches
 M * e: nobody can make publication e + 1 before having waited for all of publication e, so a count
 of M * e cannot be reached in any other way.
 
@@ -18,7 +18,7 @@ has the whole proof, beside the compiled instructions):
 Why nothing is overwritten too early: what goes through ``out`` and ``dgates`` is written once in a
 call, to an address of its own. The operands that have no such place (``slots`` below) alternate
 between two: slot ``step % 2`` is written again two steps later, after a wait for a publication
-that every member made after it had read the slot.
+that every partner made after it had read the slot.
 
 A wait is bounded: after ``patience`` polls (0.65 us each, as modelled) it traps, and the host reads
 "device-side assert triggered" with the message below instead of watching a hung GPU.

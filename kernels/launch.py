@@ -29,8 +29,8 @@ def made_once(
 ) -> Callable[..., dict]:
     """``constants(cell, plan, *sizes, rows) | options(plan)``, made once for what it depends on.
 
-    Of rows that is their switches. Cell and plan count as objects: their hashes take as long as
-    making it, and a cell that is registered under the name of another is not taken for that one.
+    Of rows that is their switches. Cell and plan count as objects: a cell that is registered under
+    the name of another is not taken for that one, and no plan is hashed field by field.
     """
     made: dict[tuple, tuple] = {}
 
