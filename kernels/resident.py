@@ -42,6 +42,7 @@ from .common import (
     pick,
     products,
     store_rows,
+    store_state,
     time_of,
     to_float,
 )
@@ -198,9 +199,7 @@ def _resident_fwd_kernel(
         x = x_next
         origins = origins_next
 
-    store_rows(h_n_ptr + state_rows, mask_b, 0, only(state, 0), 0, H, BLOCKS)
-    if STATES == 2:
-        store_rows(c_n_ptr + state_rows, mask_b, 0, only(state, 1), 0, H, BLOCKS)
+    store_state(h_n_ptr + state_rows, c_n_ptr + state_rows, mask_b, 0, state, STATES, H, BLOCKS)
 
 
 @triton.jit(do_not_specialize=["T", "B", "R"])
@@ -307,9 +306,8 @@ def _resident_bwd_kernel(
         new = to_float(loaded[4]) if RAGGED else prev
         loaded = earlier
 
-    store_rows(d_h_0_ptr + state_rows, mask_b, 0, only(d_state, 0), 0, H, BLOCKS)
-    if STATES == 2:
-        store_rows(d_c_0_ptr + state_rows, mask_b, 0, only(d_state, 1), 0, H, BLOCKS)
+    ends = d_h_0_ptr + state_rows, d_c_0_ptr + state_rows
+    store_state(*ends, mask_b, 0, d_state, STATES, H, BLOCKS)
 
 
 def resident_fwd(

@@ -40,6 +40,7 @@ from .common import (
     only,
     pick,
     store_rows,
+    store_state,
     time_of,
     to_float,
 )
@@ -154,9 +155,7 @@ def _stepwise_fwd_kernel(
         entered = state
         state, saved = FORWARD(ctx, gx, gh, entered)
         state = leave(state, entered, origins, RAGGED)
-        store_rows(h_ptr + row * H, mask_b, start, only(state, 0), 0, H, BLOCKS)
-        if STATES == 2:
-            store_rows(c_ptr + row * H, mask_b, start, only(state, 1), 0, H, BLOCKS)
+        store_state(h_ptr + row * H, c_ptr + row * H, mask_b, start, state, STATES, H, BLOCKS)
         here = present(origins, mask_b, PACKED)
         out = shown(state, origins, RAGGED)
         out_rows = out_ptr + out_row * (D * H) + pid_d * H
@@ -282,6 +281,4 @@ def _stepwise_bwd_kernel(
         store_rows(dgates_rows, here, start, grads, FIRST_TILE[PHASE], H, BLOCKS)
 
     if PHASE <= 0:
-        store_rows(d_h_rows, mask_b, start, only(d_state, 0), 0, H, BLOCKS)
-        if STATES == 2:
-            store_rows(d_c_rows, mask_b, start, only(d_state, 1), 0, H, BLOCKS)
+        store_state(d_h_rows, d_c_rows, mask_b, start, d_state, STATES, H, BLOCKS)
