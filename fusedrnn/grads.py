@@ -189,8 +189,12 @@ def projection_grad(
     step that follows times W_hh, which no schedule keeps.
     """
     assert w.w_hr is not None
-    P, H = w.w_hr.shape
-    dh = (dgates @ w.w_hh).index_select(0, links.following)
+    P, H = w.w_hr.shape[-2:]
+    if w.w_hh.dim() == 3:  # of members
+        dh = from_groups(by_group(dgates, len(d_h_n), groups) @ w.w_hh, len(d_h_n))
+    else:
+        dh = dgates @ w.w_hh
+    dh = dh.index_select(0, links.following)
     dh = torch.where(links.goes_on.unsqueeze(1), dh, 0.0)
     dh += torch.where(links.last.unsqueeze(1), d_h_n.index_select(0, links.sequence), 0.0)
     if d_out is not None:

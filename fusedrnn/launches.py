@@ -83,7 +83,7 @@ def takes_members(
     config: Config, ragged: bool, input: Tensor, h_0: Tensor, c_0: Tensor | None
 ) -> bool:
     """Whether one launch a layer can serve ``config.members`` parts of B with their own weights."""
-    if config.recompute or config.projected or h_0.shape[-1] != hidden_size(h_0, c_0):
+    if config.recompute or config.projected:
         return False
     try:
         launches_of(config, input, h_0, c_0, True, ragged)

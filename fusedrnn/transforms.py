@@ -7,8 +7,8 @@ What ``vmap`` makes of a call is more sequences, where it can. With weights that
 mapped axis N joins the batch: B sequences of N calls are N * B sequences of one, in one launch, and
 gradients of the weights are those of N *groups* of sequences (``stack_backward``). So per-sample
 gradients cost one backward. With weights of their own (an ensemble) the sequences are those of N
-*members*, on the kernels in one launch too. With ``proj_size`` or ``recompute``, in the loop, with
-packed input, and where only gradients are mapped, the calls run one after the other.
+*members*, on the kernels in one launch too. With ``recompute``, in the loop, with packed input,
+and where only gradients are mapped, the calls run one after the other.
 """
 
 from __future__ import annotations

@@ -100,9 +100,12 @@ def _forward(cell, weights, rows, aux, state, gx, out, gates, cs, origins) -> No
     for phase, served in enumerate(spec.phases):
         units = slice(served[0] * H, (served[-1] + 1) * H)
         products = [
-            _product(u[d], w.w_hh[..., units, :].mT, gh[d, :, units], w.b_hh, units)
+            _product(
+                u[d], w.w_hh[..., units, :].mT, gh[d, :, units],
+                None if has_bias or w.b_hh is None else w.b_hh[:, None, units],
+            )
             for d, w in enumerate(weights)
-        ]
+        ]  # fmt: skip
         following, ready = (phase + 1) % len(spec.phases), served[-1] + 1
         constants = fwd_constants(cell, D, H, has_bias, kept(gates, cs), following, ready)
         work.append((products, constants))
@@ -117,7 +120,7 @@ def _forward(cell, weights, rows, aux, state, gx, out, gates, cs, origins) -> No
             launch(step, constants)
         for d, w_hr in projections:
             span = spans[(step, rows.T - 1 - step)[d]]
-            torch.mm(made[span, d * H : (d + 1) * H], w_hr.t(), out=u[d])
+            _product(made[span, d * H : (d + 1) * H], w_hr.mT, u[d])()
             out[span, d * P : (d + 1) * P] = u[d]
 
 
@@ -230,7 +233,7 @@ def _backward(
         for d, w_hr in projections:
             if d_out is not None:
                 carried[d] += d_out[spans[d], d * P : (d + 1) * P]
-            torch.mm(carried[d], w_hr, out=du[0, d])
+            _product(carried[d], w_hr, du[0, d])()
         for constants, terms in work:
             launch(step, constants)
             for d, columns, w_hh, target, beta in terms:
@@ -241,23 +244,19 @@ def _backward(
 
 
 def _product(
-    u: torch.Tensor,
-    w_hh: torch.Tensor,
-    gh: torch.Tensor,
-    b_hh: torch.Tensor | None,
-    units: slice,
+    u: torch.Tensor, w: torch.Tensor, out: torch.Tensor, bias: torch.Tensor | None = None
 ) -> Callable[[], object]:
-    """What fills ``gh [B, ...]``: ``u w_hh``, or of members ``[N, ...]`` each part of B by its own.
+    """What fills ``out [B, ...]``: ``u w``, or of members ``[N, ...]`` each part of B by its own.
 
-    A launch has the bias of one cell, so that of members is added here.
+    bias: of members ``[N, 1, ...]``; a launch has that of one cell.
     """
-    if w_hh.dim() == 2:
-        return partial(torch.mm, u, w_hh, out=gh)
-    parts = (len(w_hh), -1)
-    u, gh = u.unflatten(0, parts), gh.unflatten(0, parts)
-    if b_hh is None:
-        return partial(torch.bmm, u, w_hh, out=gh)
-    return partial(torch.baddbmm, b_hh[:, None, units], u, w_hh, out=gh)
+    if w.dim() == 2:
+        return partial(torch.mm, u, w, out=out)
+    parts = (len(w), -1)
+    u, out = u.unflatten(0, parts), out.unflatten(0, parts)
+    if bias is None:
+        return partial(torch.bmm, u, w, out=out)
+    return partial(torch.baddbmm, bias, u, w, out=out)
 
 
 def _add_product(total: torch.Tensor, grads: torch.Tensor, w_hh: torch.Tensor, beta: float) -> None:

@@ -409,10 +409,24 @@ def test_inputs_mapped_over_members_and_members_over_inputs(launches):
     assert_alike(got, want, 1e-4)
 
 
-@pytest.mark.parametrize("kwargs", [{"proj_size": 2}, {"recompute": True}], ids=("proj", "again"))
-def test_members_that_no_kernel_takes_together_run_one_by_one(kwargs, launches):
+@pytest.mark.parametrize("bias", [True, False], ids=("bias", "no-bias"))
+def test_an_ensemble_with_a_projection_is_one_launch_a_layer(bias, launches):
     torch.manual_seed(0)
-    module = fusedrnn.LSTM(I, H, **kwargs)
+    module = fusedrnn.LSTM(I, H, 2, proj_size=2, bidirectional=True, bias=bias)
+    members = [
+        {name: torch.randn_like(p) / 2 for name, p in module.named_parameters()} for _ in range(N)
+    ]
+    xs = inputs(N, T).float()
+    want = stacked([grad(loss(module))(p, x) for p, x in zip(members, xs, strict=True)])
+    launches.clear()
+    got = map_over(grad(loss(module)))(stacked(members), xs)
+    assert launches == ["stepwise_fwd"] * 2 + ["stepwise_bwd"] * 2
+    assert_alike(got, want, 1e-5)
+
+
+def test_members_whose_gates_are_made_again_run_one_by_one(launches):
+    torch.manual_seed(0)
+    module = fusedrnn.LSTM(I, H, recompute=True)
     params = {name: torch.stack([p.detach()] * 2) for name, p in module.named_parameters()}
     x = inputs(T).float()
     got = map_over(lambda p: functional_call(module, p, (x,))[0], in_dims=0)(params)
