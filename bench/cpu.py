@@ -8,7 +8,8 @@
 
 Every case is gated, once for each cell, with the backends that are timed; then all are warmed; then
 each pair is timed in turns. ``x`` is the median over the rounds of torch.nn's time divided by
-fusedrnn's: above 1 is faster.
+fusedrnn's: above 1 is faster. Behind it stand the pages of memory that one call has to ask the
+system for, if there are hundreds: they cost more than the arithmetic (``memory.new_pages``).
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ from .cases import CELLS, CHARACTER, EVERY_CELL, LESSONS, ONE_HOT, Workload, cut
 from .disk import Table
 from .gate import Gate, Verdict, outcome, verdict
 from .imdb import Corpus
-from .memory import kept
+from .memory import kept, new_pages
 from .providers import TORCH, build
 from .report import environment, header
 from .results import FolderError, begin
@@ -46,6 +47,8 @@ CPU = torch.device("cpu")
 #: A second holds thousands of rounds of a short call, and the more there are, the less the median
 #: of their ratios depends on those that were interrupted.
 MOST_ROUNDS = 5000
+#: New pages of memory that a line of the table tells of: a page takes 1.5 us.
+MANY_PAGES = 300
 PASSES = {"fw": "forward", "fwbw": "training"}
 MEMORY = ("case", "cell", "torch_MiB", "default_MiB", "recompute_MiB", "recompute_x_time")
 #: How many steps of a decoder are gated.
@@ -70,6 +73,8 @@ class Row:
     fusedrnn_ms_p80: float | None = None
     x: float | None = None
     rounds: int | None = None
+    torch_pages: int | None = None
+    fusedrnn_pages: int | None = None
 
 
 class Pair(NamedTuple):
@@ -242,6 +247,7 @@ def timed(cases: Sequence[Gated], least: int) -> Iterator[Row]:
                         tail = "" if field == "p50" else f"_{field}"
                         setattr(row, f"{who}_ms{tail}", getattr(found, field))
                 row.x, row.rounds = times["fusedrnn"].speedup, times["fusedrnn"].rounds
+                row.torch_pages, row.fusedrnn_pages = map(new_pages, calls.values())
             yield row
 
 
@@ -419,7 +425,9 @@ def shown(row: Row) -> str:
             (row.fusedrnn_ms, row.fusedrnn_ms_p20, row.fusedrnn_ms_p80),
         )
     )
-    return f"{start} {' '.join(times)} {row.x:5.2f}"
+    pages = [row.torch_pages or 0, row.fusedrnn_pages or 0]
+    told = f"  new pages {pages[0]}, {pages[1]}" if max(pages) >= MANY_PAGES else ""
+    return f"{start} {' '.join(times)} {row.x:5.2f}{told}"
 
 
 def _show(table: Table, names: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:

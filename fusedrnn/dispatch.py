@@ -23,6 +23,7 @@ import torch
 
 from .kernels.model import cudnn_step
 from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan_stack
+from .onednn import takes as _onednn_steps
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -41,9 +42,11 @@ _LOOP_REASON = {
     "rnn_tanh": "training of so many steps takes torch's RNN 1.0 to 1.8 times as long",
     "rnn_relu": "training of so many steps takes torch's RNN 1.0 to 1.8 times as long",
 }
-#: Numbers in the input from which on oneDNN's LSTM trains more slowly, if I >= 4 H: T = 30 to 200,
-#: B = 8 to 128, I = 128 to 1000, H = 16 to 128. With 1.2 million it is the faster one, 0.7 times.
-#: Twice both if the input requires a gradient.
+#: Numbers in the input from which on, if I >= 4 H, oneDNN's LSTM keeps more than the 32 MiB that
+#: glibc's malloc holds at hand, and asks the system for new pages in each call: for T = 100, B =
+#: 64, I = 300, H = 16 they are 10 ms of 17, where ours takes 9. With 1.2 million numbers it has
+#: none and takes 0.7 of our time. (Nor does it in a process whose heap has room of such a size,
+#: which nobody here can know.) Twice both if the input requires a gradient.
 _WIDE_INPUT = 1_600_000
 #: The B of a compiler's choice, which may know none. A choice made with the B of an example would
 #: hold for every other as well, or make a guard of it; the operator plans with the sizes it gets.
@@ -105,7 +108,8 @@ class Explanation:
         source: who named it: ``"default"``, ``"use_backend"`` or ``"FUSEDRNN_BACKEND"``.
         backend: the backend that will run, or None if the named one refuses.
         precision: of fp32 dots on triton, else None.
-        layers: for triton the schedule and tiles of each launch, by its layers.
+        layers: for triton the schedule and tiles of each launch, by its layers; for torch whose
+            steps they are.
         refused: the backends that were tried before, each with its reason.
         compiled: what a compiler makes of the call: the backend inside of the one node, or None if
             a named one refuses.
@@ -259,7 +263,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
         source=source,
         backend=backend,
         precision=precision() if is_triton and request.dtype == torch.float32 else None,
-        layers=_described(plans),
+        layers=_described(plans) or _steps_of(request, backend),
         refused=refused,
         compiled=_weigh(request._replace(compiled=True), requested)[0],
         floors_us=tuple(map(sum, zip(*([f.step for f in p.floors] for p in plans), strict=True))),
@@ -290,7 +294,10 @@ def cpu_prefers_loop(request: Request) -> str | None:
         and request.input_size >= wide * 4 * request.hidden_size
         and T * B * request.input_size >= wide * _WIDE_INPUT
     ):
-        return "the backward of oneDNN's LSTM takes 1.1 to 1.9 times as long with so wide an input"
+        return (
+            "training with so wide an input takes oneDNN's LSTM 1.0 to 2.0 times as long, most of "
+            "it for new memory"
+        )
     return None
 
 
@@ -423,6 +430,12 @@ _REFUSALS = {"triton": _triton_refusal, "aten": _aten_refusal, "torch": _torch_r
 def _plans(request: Request) -> tuple[Plan, ...]:
     """The plan of each launch; raises ``NoPlan``."""
     return plan_stack(_problem(request), chip_of(request.device))
+
+
+def _steps_of(request: Request, backend: str | None) -> tuple[str, ...]:
+    if backend != "torch":
+        return ()
+    return ("steps: oneDNN's",) if _onednn_steps(request) else ("steps: a loop",)
 
 
 def _described(plans: tuple[Plan, ...]) -> tuple[str, ...]:

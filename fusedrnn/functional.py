@@ -15,7 +15,7 @@ import torch
 from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch
+from . import dispatch, onednn
 from .arguments import Call, Layers, as_hx, check_alike, prepare
 from .kernels.spec import SPECS
 from .launches import Config
@@ -468,6 +468,7 @@ def config_of(call: Call, backend: str) -> Config:
         compact and not request.states,
         recompute=request.recompute,
         projected=request.projected,
+        onednn=backend == "torch" and onednn.takes(request),
     )
 
 

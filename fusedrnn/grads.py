@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,6 +20,13 @@ from .layout import Links, by_sequence, own_order
 #: On the CPU the sum over rows is one of so many parts, each of at least so many rows, as long as
 #: the parts' products take no more than so many numbers.
 _PARTS, _ROWS_OF_A_PART, _ROOM_OF_PARTS = 8, 400, 1 << 20
+
+
+class Recurrent(NamedTuple):
+    """Gradients of a direction that whoever ran its steps found on the way."""
+
+    dw_hh: Tensor  # [G*H, H]
+    db: Tensor  # [G*H], of either bias
 
 
 def layer_grads(
@@ -36,12 +44,14 @@ def layer_grads(
     is_ragged: bool,
     groups: int,
     entering: Sequence[Tensor] | None = None,
+    known: Sequence[Recurrent] | None = None,
 ) -> list[Tensor]:
     """The gradients of a layer's weights in torch's order, each summed over all rows.
 
     Each tensor has an entry for each direction, ``[D, ...]``, but for out and d_out ``[R, D*P]``;
     xs: its input in each direction, as of ``weight_grads``; links: where rows are ragged or h is
-    projected; entering: the h that entered each step, ``[R, P]`` each, where it is known.
+    projected; entering: the h that entered each step, ``[R, P]`` each, where it is known; known:
+    what need not be computed, not of groups.
     """
     found: list[Tensor] = []
     for d, w in enumerate(weights):
@@ -51,7 +61,8 @@ def layer_grads(
             columns = slice(d * w.w_hh.shape[-1], (d + 1) * w.w_hh.shape[-1])
             own = links[d] if is_ragged else None
             h = _entering(out.flatten(0, -2)[:, columns], h_0[d], d, own)
-        found += weight_grads(spec, w, xs[d], h, gates[d], dgates[d], h_0.shape[1], groups)
+        given = None if known is None or groups > 1 else known[d]
+        found += weight_grads(spec, w, xs[d], h, gates[d], dgates[d], h_0.shape[1], groups, given)
         if w.w_hr is not None:
             assert cs is not None
             found += projection_grad(
@@ -69,12 +80,14 @@ def weight_grads(
     dgates: Tensor,
     B: int,
     groups: int = 1,
+    known: Recurrent | None = None,
 ) -> list[Tensor]:
     """dW_ih, dW_hh and, with biases, db_ih, db_hh of a direction, each summed over all rows.
 
     x: ``[R, I]`` or ``[T, B, I]``; entering: rows, and the h that entered each of them; gates
     ``[R, S*H]``; dgates ``[R, N*H]``; groups: how many equal parts of B have sums of their own, of
-    dense rows only: the results then have one dimension more, the first.
+    dense rows only: the results then have one dimension more, the first; known: of one group, what
+    need not be computed.
     """
     H = w.w_hh.shape[-2] // spec.gates
     cut = partial(by_group, B=B, groups=groups)
@@ -89,6 +102,9 @@ def weight_grads(
             _add_product(dw_ih, dgx, cut(x.reshape(-1, x.shape[-1])), 0.0)
         else:
             _add_product(dw_ih, by_sequence(dgx[0], x).unsqueeze(0), own.unsqueeze(0), 0.0)
+    if known is not None:
+        found = [dw_ih.squeeze(0), known.dw_hh]
+        return found if w.b_ih is None else [*found, known.db.clone(), known.db]
     dw_hh, db_hh = dgx.new_empty(groups, *w.w_hh.shape[-2:]), dgx.new_empty(groups, spec.gates * H)
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
         operands = h_parts

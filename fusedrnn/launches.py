@@ -17,11 +17,12 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from .grads import by_group, from_groups
+from .grads import Recurrent, by_group, from_groups
 from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of, plan_stack
 from .kernels.spec import SPECS, CellSpec, Weights
 from .layout import Layout, by_time, own_order
 from .loop import loop_bwd, loop_fwd
+from .onednn import lstm_backward, lstm_forward
 
 
 class Config(NamedTuple):
@@ -39,6 +40,8 @@ class Config(NamedTuple):
     members: int = 1
     recompute: bool = False  # backward makes the gates again (``recompute.py``)
     projected: bool = False  # the input is [T, B, D*G*H] and the first weight_ih [G*H, 0]
+    # A small LSTM's steps are oneDNN's (``onednn.py``): gx is kept as gates, and no c.
+    onednn: bool = False
 
     @property
     def directions(self) -> int:
@@ -155,7 +158,9 @@ def run_forward(
     """Calls the launcher that the plan names; arguments as of ``cooperative_fwd``."""
     cell, given = config.cell, (x, weights)
     results: Any = (h_n, c_n, gates, cs, layout.rows)
-    if plan is None:
+    if config.onednn:
+        lstm_forward(x, weights, h_0, c_0, outs[0], h_n, c_n, layout.rows)
+    elif plan is None:
         loop_fwd(cell, *given, h_0, c_0, outs[0], *results)
     elif plan.schedule == "resident":
         lazily("resident").resident_fwd(cell, plan, *given, h_0, c_0, outs[0], *results)
@@ -174,10 +179,16 @@ def run_forward(
 def run_backward(
     config: Config, plan: Plan | None, d_out, d_cs, d_h_n, d_c_n, weights, masks, h_0, c_0, outs,
     gates, cs, dgates, d_h_0, d_c_0, layout: Layout,
-) -> None:  # fmt: skip
-    """Calls the launcher that the plan names; arguments as of ``cooperative_bwd``."""
+) -> list[Recurrent] | None:  # fmt: skip
+    """Calls the launcher that the plan names; arguments as of ``cooperative_bwd``.
+
+    Returns what of the weights' gradients it found on the way, if anything.
+    """
     cell, given = config.cell, (d_out, d_cs, d_h_n, d_c_n, weights)
     rest: Any = (gates, cs, dgates, d_h_0, d_c_0, layout.rows)
+    if config.onednn:
+        states = h_0, c_0, outs[0], gates, dgates, d_h_0, d_c_0
+        return lstm_backward(d_out, d_h_n, d_c_n, weights, *states, layout.rows)
     if plan is None:
         loop_bwd(cell, *given, h_0, c_0, outs[0], *rest)
     elif plan.schedule == "resident":
@@ -192,6 +203,7 @@ def run_backward(
         lazily("cooperative_launch").cooperative_bwd(
             cell, plan, *given, masks, h_0, c_0, outs, *(*rest, shared)
         )
+    return None
 
 
 def is_projected(x: Tensor, weights: Sequence[Weights]) -> bool:

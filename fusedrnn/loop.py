@@ -28,7 +28,6 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
-from . import onednn
 from .kernels.rows import Rows
 from .kernels.spec import SPECS, Weights
 from .loop_cells import CELLS, Backward, BackwardOn, ForwardOn, Prepare, State
@@ -127,12 +126,8 @@ def loop_fwd(
             c_left = None if cs is None else _by_row(cs[d], rows)
             if c_0 is not None and c_left is None and not s.is_dense:
                 c_left = c_0.new_empty(rows.total, H)  # nothing carries c of those that ended
-            entering: tuple[Tensor, State] = h_0[d], None if c_0 is None else c_0[d]
-            if c_left is not None and cs is not None and onednn.takes(s, w, room):
-                onednn.lstm_forward(s, w, room, *entering, hs, c_left)
-            else:
-                final = None if c_n is None else c_n[d]
-                _forwards(cell, s, w, room, saved, *entering, hs, c_left, final)
+            of_c_0, of_c_n = (None, None) if c_0 is None else (c_0[d], c_n[d])
+            _forwards(cell, s, w, room, saved, h_0[d], of_c_0, hs, c_left, of_c_n)
             s.finish(h_0[d], hs, h_n[d])
             if c_left is not None:
                 s.finish(c_0[d], c_left, c_n[d])

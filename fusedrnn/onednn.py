@@ -1,65 +1,182 @@
-"""The forward pass of a small LSTM layer on the CPU by oneDNN, with gates for our own backward.
+"""A small LSTM layer on the CPU by oneDNN's own steps, forward and backward, behind our GEMMs.
 
-oneDNN runs the steps of a small LSTM faster than any loop of calls can (T = 100, B = 64, H = 16 on
-two cores: 0.8 ms, the loop 2.8), but keeps its gates to itself, and its backward is slow for wide
-inputs. So it makes h of every step from gx, which it is given behind an identity for W_ih. Then all
-gates are one product and one pass over all steps (0.4 ms), and c is one call a step (0.25 ms).
+oneDNN runs the steps of a small LSTM faster than any loop of calls can. But its backward multiplies
+the input as well, and keeps it several times: 48 MB for I = 300, H = 16, T = 100, B = 64, which as
+new pages of the system cost more than the arithmetic. So it is given gx instead of the input,
+behind an identity for W_ih; then the gradient of its input is that of gx, and all it needs is 13
+MB. Kept for backward are gx and h. Backward runs the steps again, a segment at a time, to have what
+oneDNN keeps for it; a segment's needs stay below what malloc takes from the system anew.
 
-Axes: T time, B batch, H hidden, R = T*B rows.
+On two cores with T = 100, forward and backward, the loop's milliseconds and these: H = 16: 2.6 and
+0.7 (B = 1), 3.7 and 1.8 (B = 16), 5.5 and 4.4 (B = 64); H = 32: 4.8 and 3.5 (B = 16), 9.7 and 10.5
+(B = 64).
+
+Axes: T time, B batch, H hidden, D directions, R = T*B rows.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 
+from .grads import Recurrent
+from .kernels.rows import Rows
 from .kernels.spec import Weights
-from .steps import Steps
 
-#: Up to this H; the identity makes gx a product of 4H columns more. On two cores with T = 100 it
-#: takes 0.5 of the loop's time at H = 16, 0.7 at H = 32, and 1.7 at H = 64 (B = 64).
-_MOST = 32
+if TYPE_CHECKING:
+    from .dispatch import Request
+
+#: Up to this H, whatever B: the identity makes gx a product of 4H columns more.
+MOST = 32
+#: Numbers of gx in one segment, for each of which oneDNN keeps 8: 16 MiB. malloc asks the system
+#: for everything beyond 32 MiB.
+SEGMENT = 1 << 19
 _LSTM = 2  # oneDNN's number for the cell
 
 
-def takes(s: Steps, w: Weights, gx: Tensor) -> bool:
-    """Whether a layer's direction can and should go this way."""
+def takes(request: Request) -> bool:
+    """Whether the backend torch leaves the steps of a call to oneDNN: dense ones of a small fp32
+    LSTM without a projection of h, whose states nobody wants of every step."""
+    is_ragged = request.packed or request.lengths or request.reset
     return (
-        s.is_dense
-        and gx.dtype == torch.float32
-        and gx.device.type == "cpu"
-        and w.w_hr is None
-        and w.w_hh.shape[1] <= _MOST
-        and gx.numel() > 0
-        and torch.backends.mkldnn.is_available()
-        and bool(torch.backends.mkldnn.enabled)
+        request.cell == "lstm"
+        and request.hidden_size <= MOST
+        and request.dtype == torch.float32
+        and request.device.type == "cpu"
+        and not (is_ragged or request.states or request.proj_size)
+        and _is_on()
     )
+
+
+def _is_on() -> bool:
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
+
+
+# A compiler keeps the answer; into torch's own look-up it cannot look.
+_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+
+
+class _Steps:
+    """One direction of a layer, whose steps oneDNN runs some at a time."""
+
+    def __init__(self, gx: Tensor, w: Weights, d: int, rows: Rows) -> None:
+        self.H, self.d = w.w_hh.shape[1], d
+        self.gx = gx.view(rows.T, rows.B, 4 * self.H)
+        identity = torch.eye(4 * self.H, dtype=gx.dtype, device=gx.device)
+        none = gx.new_zeros(4 * self.H)  # b_ih and b_hh, which gx has
+        self.weights = identity, w.w_hh, none, none
+
+    def segments(self) -> list[slice]:
+        """Steps, in the order of the direction."""
+        T = len(self.gx)
+        each = max(SEGMENT // max(self.gx[0].numel(), 1), 1) if T else 1
+        found = [slice(start, min(start + each, T)) for start in range(0, T, each)]
+        return found if self.d == 0 else found[::-1]
+
+    def forward(self, steps: slice, h: Tensor, c: Tensor, trains: bool) -> Sequence[Tensor]:
+        """h of every step ``[t, B, H]``, h_n and c_n ``[B, H]``, and what oneDNN keeps."""
+        sizes = self.H, 1, True, False, False, trains  # layers, biases, both ways, batch_first
+        # Without gradients torch keeps nothing, whatever it is told; no graph is made below
+        # autograd.
+        with torch.set_grad_enabled(trains):
+            return torch.ops.aten.mkldnn_rnn_layer(
+                self.gx[steps], *self.weights, h, c, self.d == 1, [], _LSTM, *sizes
+            )
+
+    def backward(
+        self, steps: slice, h: Tensor, c: Tensor, d_out: Tensor | None, d_h: Tensor, d_c: Tensor
+    ) -> Sequence[Tensor]:
+        """Of d_h and d_c after some steps: those before them, d_gx ``[t, B, 4*H]``, dW_hh, db."""
+        out, h_n, c_n, kept = self.forward(steps, h, c, True)
+        sizes = _LSTM, self.H, 1, True, True, False  # layers, biases, training, both ways
+        states, grads = (h, c, out, h_n, c_n), (d_out, d_h, d_c)
+        d_gx, _, dw_hh, db, _, d_h, d_c = torch.ops.aten.mkldnn_rnn_layer_backward(
+            self.gx[steps], *self.weights, *states, *grads, self.d == 1, *sizes, [], False, kept
+        )
+        return d_h, d_c, d_gx, dw_hh, db
+
+
+def _directions(
+    gx: Tensor, weights: Sequence[Weights], rows: Rows, *outs: Tensor | None
+) -> Iterator[tuple[int, _Steps, list[Tensor | None]]]:
+    """Each direction's number, steps, and of ``[R, D*H]`` its columns ``[T, B, H]``."""
+    for d, w in enumerate(weights):
+        H = w.w_hh.shape[1]
+        shape = rows.T, rows.B, len(weights) * H
+        columns = [
+            None if out is None else out.view(*shape)[..., d * H : (d + 1) * H] for out in outs
+        ]
+        yield d, _Steps(gx[d], w, d, rows), columns
 
 
 def lstm_forward(
-    s: Steps, w: Weights, gates: Tensor, h_0: Tensor, c_0: Tensor, hs: Tensor, cs: Tensor
+    gx: Tensor,
+    weights: Sequence[Weights],
+    h_0: Tensor,
+    c_0: Tensor,
+    out: Tensor,
+    h_n: Tensor,
+    c_n: Tensor,
+    rows: Rows,
 ) -> None:
-    """Fills ``hs [R, H]`` and ``cs [R, H]``, and turns gx ``[R, 4*H]`` into gates where it lies.
+    """One layer: fills ``out [R, D*H]``, h_n and c_n.
 
-    gx has the sum of both biases; h_0 and c_0 are ``[B, H]``.
+    gx: ``x W_ih^T + b_ih + b_hh``, ``[D, R, 4*H]``; h_0 and the other states ``[D, B, H]``.
     """
-    (B, H), is_reverse = h_0.shape, s.d == 1
-    none = gates.new_zeros(4 * H)  # b_ih and b_hh
-    gx, identity = gates.view(s.T, B, 4 * H), torch.eye(4 * H, dtype=gates.dtype, device="cpu")
-    sizes = H, 1, True, False, False, False  # layers, biases, bidirectional, batch_first, training
-    out, *_ = torch.ops.aten.mkldnn_rnn_layer(
-        gx, identity, w.w_hh, none, none, h_0, c_0, is_reverse, [], _LSTM, *sizes
-    )
-    hs.copy_(out.view(-1, H))
-    weight, first = w.w_hh.t(), slice(-B, None) if is_reverse else slice(0, B)
-    rest, before = (slice(0, -B), slice(B, None)) if is_reverse else (slice(B, None), slice(0, -B))
-    gates[first].addmm_(h_0, weight)
-    gates[rest].addmm_(hs[before], weight)
-    i, f, g, _ = gates.split(H, 1)
-    tanh = g.clone(memory_format=torch.contiguous_format).tanh_()  # of one row contiguous() is g
-    gates.sigmoid_()
-    g.copy_(tanh)
-    torch.mul(i, tanh, out=cs)
-    left, of_step, c = s.split(cs), s.split(f), c_0
-    for t in s.order:
-        c = left[t].addcmul_(of_step[t], c)
+    with torch._C._AutoDispatchBelowAutograd():
+        for d, layer, (hs,) in _directions(gx, weights, rows, out):
+            assert hs is not None
+            h, c = h_0[d].contiguous(), c_0[d].contiguous()
+            for steps in layer.segments() if hs.numel() else ():
+                left, h, c, _ = layer.forward(steps, h, c, False)
+                hs[steps] = left
+            h_n[d], c_n[d] = h, c
+
+
+def lstm_backward(
+    d_out: Tensor | None,
+    d_h_n: Tensor,
+    d_c_n: Tensor,
+    weights: Sequence[Weights],
+    h_0: Tensor,
+    c_0: Tensor,
+    out: Tensor,
+    gx: Tensor,
+    dgates: Tensor,
+    d_h_0: Tensor,
+    d_c_0: Tensor,
+    rows: Rows,
+) -> list[Recurrent]:
+    """One layer backwards: fills dgates ``[D, R, 4*H]``, d_h_0 and d_c_0, and returns what else it
+    has found of each direction; the rest as forward."""
+    found = []
+    with torch._C._AutoDispatchBelowAutograd():
+        for d, layer, (hs, d_hs) in _directions(gx, weights, rows, out, d_out):
+            assert hs is not None
+            grads, segments = dgates[d].view(layer.gx.shape), layer.segments()
+            d_h, d_c = d_h_n[d], d_c_n[d]
+            total: list[Tensor] = []
+            first = h_0[d].contiguous(), c_0[d].contiguous()
+            entering = _entering(layer, segments, hs, *first) if hs.numel() else ()
+            for steps, h, c in reversed(list(entering)):
+                given = None if d_hs is None else d_hs[steps].contiguous()
+                d_h, d_c, grads[steps], *sums = layer.backward(steps, h, c, given, d_h, d_c)
+                total = [a + b for a, b in zip(total, sums, strict=True)] if total else sums
+            d_h_0[d], d_c_0[d] = d_h, d_c
+            w_hh = weights[d].w_hh
+            found.append(Recurrent(*(total or (torch.zeros_like(w_hh), w_hh.new_zeros(len(w_hh))))))
+    return found
+
+
+def _entering(
+    layer: _Steps, segments: Sequence[slice], hs: Tensor, h: Tensor, c: Tensor
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Each segment with the states that enter it. c was not kept: steps run again but the last."""
+    for steps in segments:
+        yield steps, h, c
+        if steps is not segments[-1]:
+            c = layer.forward(steps, h, c, False)[2]
+            h = hs[steps.stop - 1 if layer.d == 0 else steps.start].contiguous()

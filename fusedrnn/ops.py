@@ -37,7 +37,7 @@ _RAGGED = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
 _CONFIG = (
     "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision, "
     "bool compact, int members, bool recompute, "
-    "bool projected"
+    "bool projected, bool onednn"
 )
 # dropout_masks are optional because a program packaged by AOTInductor has None for an empty list.
 torch.library.define(
@@ -109,13 +109,13 @@ def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
     *rows, _ = input.shape
     room, P = math.prod(rows), h_0.shape[-1]
     L, D, H = config.num_layers, config.directions, (h_0 if c_0 is None else c_0).shape[-1]
-    empty = input.new_empty
+    empty, keeps_c = input.new_empty, c_0 is not None and not config.onednn
     return (
         empty(*rows, D * P),
         empty(h_0.shape),
         empty(0) if c_0 is None else empty(c_0.shape),
         empty(L * D, room, config.spec.saved * H) if save and not config.recompute else empty(0),
-        empty(L * D, room, H) if save and c_0 is not None else empty(0),
+        empty(L * D, room, H) if save and keeps_c else empty(0),
         empty(L - 1, room, D * P) if save and L > 1 else empty(0),
     )
 
@@ -258,6 +258,8 @@ def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Calla
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
     if c_0 is None:
         d_c_n = d_cs = None
+    elif ctx.config.onednn:
+        d_cs = None
     given = d_output, d_h_n, d_c_n, d_cs
     others = [None] * n_masks, *_NO_TENSORS
     if d_output is None and d_h_n is None and d_c_n is None and d_cs is None:

@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import onednn
 from .grads import layer_grads
 from .kernels.plan import Plan, Problem, chip_of, stepwise
 from .kernels.rows import Rows
@@ -91,7 +92,9 @@ def backward_again(
     whole_x = whole_x.reshape(-1, whole_x.shape[-1])
     d_x = torch.zeros_like(whole_x) if needs_input else None
     total: list[Tensor] = []
-    for segment in _segments(layout, D, B, columns, bool(links), whole_x.is_cuda):
+    segments = _segments(layout, D, B, columns, bool(links), whole_x.is_cuda, config.onednn)
+    again = _c_again(config, layer, segments, whole_x, outs) if config.onednn else []
+    for segment in segments:
         out = segment.of_out(whole_out)
         part = layer._replace(
             outs=[out],
@@ -101,13 +104,13 @@ def backward_again(
         )
         xs = [whole_x[own] for own in segment.rows]
         h, h_0 = _entering(layer.h_0, outs, segment, links)
-        c, c_0 = None, layer.c_0
+        c, c_0 = None, again.pop() if again else layer.c_0
         if layer.c_0 is not None and layer.cs is not None and not (links and by_loop):
             c, c_0 = _entering(layer.c_0, layer.cs, segment, links)
         gates = _gates(config, xs, part.weights, h, c)
         dgates = with_slack(gates, (D, len(xs[0]), config.spec.grad_tiles * H))
         new_d_h, new_d_c = torch.empty_like(d_h), None if d_c is None else torch.empty_like(d_c)
-        run_backward(
+        known = run_backward(
             config, plan, part.d_out, part.d_cs, d_h, d_c, layer.weights, (), h_0, c_0, part.outs,
             gates, part.cs, dgates, new_d_h, new_d_c, segment.layout,
         )  # fmt: skip
@@ -115,7 +118,7 @@ def backward_again(
             if groups:
                 found = layer_grads(
                     config.spec, layer.weights, xs, h_0, out, part.cs, part.d_out, d_h,
-                    gates, dgates, links, layout.is_ragged, groups, h,
+                    gates, dgates, links, layout.is_ragged, groups, h, known,
                 )  # fmt: skip
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else found
             if d_x is not None:
@@ -129,18 +132,39 @@ def backward_again(
 
 
 def _segments(
-    layout: Layout, D: int, B: int, columns: int, whole: bool, on_gpu: bool
+    layout: Layout, D: int, B: int, columns: int, whole: bool, on_gpu: bool, by_onednn: bool
 ) -> list[Segment]:
     """The segments of a layer with ``columns = G*H``, in the order of backward."""
     T = layout.rows.T
     if whole:  # a row does not tell by its number what entered it
         return [Segment((slice(None),) * D, layout)]
-    most = SEGMENT * (8 if on_gpu else 1)
+    most = onednn.SEGMENT if by_onednn else SEGMENT * (8 if on_gpu else 1)
     steps, found = max(most // max(B * columns, 1), 1), []
     for stop in range(T, 0, -steps):
         start = max(stop - steps, 0)
         rows = slice(start * B, stop * B), slice((T - stop) * B, (T - start) * B)
         found.append(Segment(rows[:D], Layout(Rows(stop - start, B))))
+    return found
+
+
+def _c_again(
+    config: Config,
+    layer: Launched,
+    segments: Sequence[Segment],
+    whole_x: Tensor,
+    outs: Tensor,
+) -> list[Tensor]:
+    """c that enters each segment, ``[D, B, H]``, in the order of forward, whose steps run again."""
+    assert layer.c_0 is not None
+    found = [layer.c_0]
+    for segment in segments[:0:-1]:
+        h, h_0 = _entering(layer.h_0, outs, segment, ())
+        gx = _gates(config, [whole_x[own] for own in segment.rows], layer.weights, h, None)
+        h_n, c_n = torch.empty_like(h_0), torch.empty_like(found[-1])
+        out = gx.new_empty(len(h[0]), h_0.shape[0] * h_0.shape[2])
+        given = (gx, layer.weights, (), h_0, found[-1], [out])
+        run_forward(config, None, *given, h_n, c_n, None, None, segment.layout)
+        found.append(c_n)
     return found
 
 
@@ -183,7 +207,7 @@ def _gates(
     h: Sequence[Tensor],
     c: Sequence[Tensor] | None,
 ) -> Tensor:
-    """The gates ``[D, r, S*H]`` of r steps, as those of one step of r sequences.
+    """The gates ``[D, r, S*H]`` of r steps, as those of one step of r sequences; for oneDNN gx.
 
     h and c: what entered them, ``[r, ...]`` of each direction; the loop needs no c.
     """
@@ -193,7 +217,8 @@ def _gates(
         weights = [with_one_bias(config.cell, w) for w in weights]
         for d, x in enumerate(xs):
             project(x, weights[d : d + 1], config, gates[d : d + 1, :, :columns])
-        loop_gates(config.cell, gates, weights, h)
+        if not config.onednn:
+            loop_gates(config.cell, gates, weights, h)
         return gates
     gx = h[0].new_empty(D, r, columns)
     for d, x in enumerate(xs):

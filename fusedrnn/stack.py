@@ -62,8 +62,8 @@ class Saved(NamedTuple):
     """
 
     output: Tensor  # [R, D*P]
-    gates: Tensor | None = None  # [L*D, R, S*H]
-    cs: Tensor | None = None  # [L*D, R, H]; not of a cell without c
+    gates: Tensor | None = None  # [L*D, R, S*H]; gx under config.onednn
+    cs: Tensor | None = None  # [L*D, R, H]; not of a cell without c, nor under config.onednn
     hidden: Tensor | None = None  # [L-1, R, D*P], before dropout; not of one layer
 
     def layer_output(self, layer: int) -> Tensor:
@@ -95,7 +95,7 @@ def stack_forward(
     saved = Saved(
         empty(*grid, D * P) if layout.dense is None else empty(layout.rows.total, D * P),
         gates=empty(L * D, room, tiles * H) if save and not config.recompute else None,
-        cs=empty(L * D, room, H) if save and c_0 is not None else None,
+        cs=empty(L * D, room, H) if save and c_0 is not None and not config.onednn else None,
         hidden=empty(L - 1, room, D * P) if save and L > 1 else None,
     )
     work = saved
@@ -202,7 +202,7 @@ def stack_backward(
     grouped = group_weights([p.contiguous() for p in params], config)
     has_links = layout.is_ragged or h_0.shape[-1] != H
     links = [links_of(layout.rows, d, input.device) for d in range(D * has_links)]
-    cs = None if c_0 is None else saved.cs
+    cs = None if c_0 is None or config.onednn else saved.cs
     every = h_0, c_0, cs, d_cs, saved.gates, d_h_n, d_c_n, d_h_0, d_c_0
     for layers, plan in reversed(launches_of(config, input, h_0, c_0, True, layout.is_ragged)):
         own = _of_launch(every, layers, config)
@@ -266,7 +266,7 @@ def _backward(
     D, L = config.directions, len(left.outs)
     shape = gates.shape[0], layout.rows.total, config.spec.grad_tiles * hidden_size(d_h_n, d_c_n)
     dgates = with_slack(gates, shape) if layout.rows.sizes is not None else gates.new_empty(*shape)
-    run_backward(
+    known = run_backward(
         config, plan, left.d_out, left.d_cs, d_h_n, d_c_n, left.weights, masks, left.h_0, left.c_0,
         left.outs, gates, left.cs, dgates, d_h_0, d_c_0, layout,
     )  # fmt: skip
@@ -277,7 +277,7 @@ def _backward(
             d_params += layer_grads(
                 config.spec, left.weights[own], [left.xs[n]] * D, left.h_0[own], left.outs[n],
                 None if left.cs is None else left.cs[own], left.d_out, d_h_n[own], gates[own],
-                dgates[own], links, layout.is_ragged, groups,
+                dgates[own], links, layout.is_ragged, groups, None, known,
             )  # fmt: skip
         if not needs_input:
             return None, d_params

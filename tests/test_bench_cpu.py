@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import mmap
 from dataclasses import replace
 
 import pytest
@@ -18,7 +19,7 @@ from bench import cpu, imdb, providers, ragged
 from bench.cases import EMBEDDING, EVERY_CELL, MANY_TO_ONE, ONE_HOT, PRICE, cut_down, named
 from bench.disk import whole_rows
 from bench.gate import Gate, Verdict
-from bench.memory import kept
+from bench.memory import kept, new_pages
 from bench.providers import PROVIDERS, TORCH, Provider
 from bench.run import Settings, Subject
 
@@ -57,6 +58,7 @@ def test_every_case_cell_and_pass_has_a_row(tmp_path, capsys, no_imdb):
         for who in ("torch", "fusedrnn"):
             p20, p50, p80 = (float(row[f"{who}_ms{tail}"]) for tail in ("_p20", "", "_p80"))
             assert 0 < p20 <= p50 <= p80
+    assert all(int(row["torch_pages"]) >= 0 <= int(row["fusedrnn_pages"]) for row in rows)
     assert "lstm training: geometric mean" in said
     assert all(f"{target.words} >= {target.least:g}: " in said for target in cpu.TARGETS)
     memory = whole_rows(tmp_path / "memory.csv")
@@ -229,7 +231,10 @@ def test_all_are_warmed_before_any_is_timed():
     rows = list(cpu.timed(cases, least=3))
     once = [("theirs", "ours"), ("ours", "theirs")]
     warm = [(name, who) for name in "abc" for _ in range(2) for who in once[0]]
-    timed = [(name, who) for name in "abc" for n in range(3) for who in once[n % 2]]
+    timed = []
+    for name in "abc":
+        timed += [(name, who) for n in range(3) for who in once[n % 2]]
+        timed += [(name, who) for who in once[0] for _ in range(3)]  # whose new pages are counted
     assert calls == warm + timed
     assert [row.rounds for row in rows] == [3, 3, 3, None]
 
@@ -276,3 +281,11 @@ def test_a_folder_that_cannot_be_made_is_one_sentence(tmp_path, capsys, no_imdb)
     said = capsys.readouterr().err
     assert "no results can be written to" in said
     assert said.count("\n") == 1
+
+
+def test_new_pages_are_those_a_call_touches_first():
+    page, bytes_ = mmap.PAGESIZE, 48 << 20  # beyond what malloc keeps
+    there = torch.zeros(bytes_, dtype=torch.uint8)
+    found = new_pages(lambda: torch.empty(bytes_, dtype=torch.uint8).fill_(1))
+    assert found == pytest.approx(bytes_ / page, rel=0.1)
+    assert new_pages(lambda: there.fill_(2)) < 100

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import loop, onednn, reference
+from fusedrnn import loop, reference
 from fusedrnn.kernels.rows import Rows, origins_of, packed_rows
 from fusedrnn.kernels.spec import SPECS, Weights
 from fusedrnn.loop import loop_bwd, loop_fwd
@@ -334,87 +334,6 @@ def test_small_signals_keep_their_relative_precision():
     got, ref, truth = _run(case), _oracle(case, torch.float32), _oracle(case)
     for name in ("out", "cs"):
         assert_budget(name, got[name], ref[name], truth[name])
-
-
-class TestByOneDNN:
-    """A small fp32 LSTM's forward pass, which oneDNN makes of gx, and its gates afterwards."""
-
-    @pytest.mark.parametrize(("T", "B"), [(T, B), (1, 1), (1, 3), (9, 1)])
-    @pytest.mark.parametrize("bias", [True, False])
-    @pytest.mark.parametrize("D", [1, 2])
-    def test_agrees_with_the_steps(self, D, bias, T, B, monkeypatch):
-        monkeypatch.setattr(loop, "CHUNK", 11 * H)
-        case = _case("lstm", D, "dense", dtype=torch.float32, bias=bias, T=T, B=B)
-        runs, run = [], onednn.lstm_forward
-        monkeypatch.setattr(onednn, "lstm_forward", lambda *a: (runs.append(a), run(*a)))
-        got = _run(case)
-        assert len(runs) == D
-        monkeypatch.setattr(onednn, "takes", lambda *_: False)
-        by_steps = _run(case)
-        assert len(runs) == D
-        truth = _oracle(case)
-        assert set(truth) <= set(got)
-        for name, want in truth.items():
-            assert_budget(name, got[name], by_steps[name], want)
-
-    def test_small_signals_keep_their_relative_precision(self):
-        case = _case("lstm", 2, "dense", dtype=torch.float32, bias=False)
-        for x in (case.gx, case.h_0, case.c_0):
-            x *= 1e-5
-        got, ref, truth = _run(case), _oracle(case, torch.float32), _oracle(case)
-        for name in ("out", "cs"):
-            assert_budget(name, got[name], ref[name], truth[name])
-
-    @pytest.mark.parametrize(
-        ("layout", "options"),
-        [
-            ("packed", {}),
-            ("resets", {}),
-            ("dense", {"proj": True}),
-            ("dense", {"dtype": torch.float64}),
-            ("dense", {"dtype": torch.bfloat16}),
-            ("dense", {"B": 0}),
-        ],
-    )
-    def test_what_it_does_not_take(self, layout, options, monkeypatch):
-        def refuse(*_):
-            raise AssertionError("oneDNN was asked")
-
-        monkeypatch.setattr(onednn, "lstm_forward", refuse)
-        _run(_case("lstm", 1, layout, **({"dtype": torch.float32} | options)))
-
-    def test_large_layers_run_step_by_step(self):
-        case = _case("lstm", 1, "dense", dtype=torch.float32)
-        s, w = Steps(case.rows, 0), case.weights[0]
-        assert onednn.takes(s, w, case.gx[0])
-        wide = w._replace(w_hh=torch.zeros(4 * 33, 33))
-        assert not onednn.takes(s, wide, case.gx[0])
-
-    @pytest.mark.parametrize("default", [torch.float64, torch.bfloat16])
-    def test_torchs_default_dtype_and_device_do_not_matter(self, default):
-        case = _case("lstm", 2, "dense", dtype=torch.float32)
-        want = _run(case)
-        torch.set_default_dtype(default)
-        try:
-            with torch.device("meta"):
-                rows = onednn.lstm_forward, Steps(case.rows, 0), case.weights[0]
-                gates, room = case.gx[0].clone(), torch.empty(2, case.R, H, device="cpu").float()
-                gates += case.weights[0].b_hh
-                rows[0](*rows[1:], gates, case.h_0[0], case.c_0[0], *room)
-        finally:
-            torch.set_default_dtype(torch.float32)
-        assert torch.equal(room[0], want["out"][:, :H])
-        assert torch.equal(gates, want["gates"][0])
-
-    def test_torchs_switch_is_followed(self):
-        case = _case("lstm", 1, "dense", dtype=torch.float32)
-        arguments = Steps(case.rows, 0), case.weights[0], case.gx[0]
-        torch._C._set_mkldnn_enabled(False)
-        try:
-            assert not onednn.takes(*arguments)
-        finally:
-            torch._C._set_mkldnn_enabled(True)
-        assert onednn.takes(*arguments)
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
