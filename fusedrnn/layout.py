@@ -9,6 +9,7 @@ D directions.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -68,6 +69,11 @@ class Layout(NamedTuple):
         return buffer.flatten()[: torch.Size(shape).numel()].view(shape)
 
 
+@lru_cache
+def _dense(T: int, B: int) -> Layout:
+    return Layout(Rows(T, B))
+
+
 def layout_of(input: Tensor, B: int, D: int, ragged: Ragged, compact: bool) -> Layout:
     """The layout of a call with ``input [T, B, I]``, or packed ``[R, I]``.
 
@@ -78,7 +84,7 @@ def layout_of(input: Tensor, B: int, D: int, ragged: Ragged, compact: bool) -> L
         return Layout(packed_rows(batch_sizes, D, input.device, None))
     T = input.shape[0]
     if lengths is None and reset is None:
-        return Layout(Rows(T, B))
+        return _dense(T, B)
     if lengths is None or not compact or B == 0:
         return Layout(Rows(T, B, origins_of(T, B, D, input.device, lengths, reset)))
     known, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)
