@@ -20,7 +20,8 @@ COMPILE_ALL := $(PY) tests/compile_all.py --table docs/compiled.csv
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test lint format bench compile-all precision beside gpu tables gpu-plan clean
+.PHONY: help demo test lint format bench compile-all precision beside gpu tables gpu-plan clean \
+	lesson lessons-page study peers compare
 
 help:  ## this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-12s %s\n", $$1, $$2 }' Makefile
@@ -46,6 +47,21 @@ bench: $(READY)  ## the cases of the main job, timed by pytest-benchmark
 compile-all: $(READY) $(TRITONS_READY)  ## every kernel and tile size, for every chip, by every Triton
 	mkdir -p docs
 	$(TRITON_PATHS) $(COMPILE_ALL) $(ARGS)
+
+lesson: $(READY)  ## an experiment of a course (NAME=gates; without one they are listed)
+	$(PY) -m bench lesson $(NAME) $(ARGS)
+
+lessons-page: $(READY)  ## the tables and pictures of docs/lessons.md, measured anew (or of NAME alone)
+	$(PY) -m bench.lessons.page $(NAME)
+
+study: $(READY)  ## what kernels a layer becomes, without a GPU (ARGS="--hidden 512 --cell gru")
+	$(PY) -m fusedrnn study $(or $(ARGS),--hidden 128)
+
+peers: $(READY)  ## every implementation that is installed, side by side (CASES=sine-10,character)
+	$(PY) -m bench --cases $(or $(CASES),lessons) $(ARGS)
+
+compare: $(READY)  ## what became slower or larger (FILES="OLD.csv OLD-2.csv NEW.csv")
+	$(PY) -m bench compare $(FILES)
 
 precision: $(READY)  ## README's table of precision, under the interpreter
 	PYTHONPATH=. $(PY) tests/precision.py

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import math
+import os
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 import torch
 
@@ -14,6 +17,7 @@ from . import comparing, cpu, gpu, imdb, modelled, plots, protocol, ragged, text
 from .archives import DataError
 from .cases import CELLS, WORKLOADS, CaseError, Workload, cut_down, every_sweep, lessons, named
 from .comparing import CompareError
+from .disk import whole_rows
 from .imdb import Corpus
 from .lessons import command
 from .progress import Progress
@@ -23,9 +27,9 @@ from .report import LEGEND, environment, header, table_head, table_line
 from .results import FolderError, Results
 from .run import Settings, measure
 
-#: Lessons of their own kind, with a table of their own.
-SHORT = ("ragged", "text")
 DEFAULT_FOLDER = Path(__file__).parent / "results" / "local"
+PROG = "python -m bench"
+SMOKE = "all but the sweep in tiny sizes; 80 s on two cores, nearly all of it torch.compile's"
 
 
 class UsageError(ValueError):
@@ -46,84 +50,168 @@ USER_ERRORS = (
 )
 
 
+#: What several commands take; where none is named they stand before no command.
+SHARED: dict[str, dict[str, Any]] = {
+    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "default: auto"},
+    "imdb": {"metavar": "PATH", "help": "imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB"},
+    "download": {"action": "store_true", "help": "fetch imdb.npz (17 MB) if it is not at hand"},
+    "out": {"type": Path, "metavar": "DIR", "help": "where the results go"},
+    "seed": {"type": int, "default": 0, "help": "of weights, order of examples and dropout"},
+    "quick": {
+        "action": "store_true", "help": "tiny sizes: tests the machinery, measures nothing",
+    },
+    "minutes": {"type": float, "help": "of gpu (default: 9) and --cases (default: no limit)"},
+}  # fmt: skip
+#: What goes without a command.
+ALONE: dict[str, dict[str, Any]] = {
+    "cases": {
+        "metavar": "NAMES",
+        "help": "every provider on lessons, sweep, smoke or named cases, with commas",
+    },
+    "providers": {
+        "metavar": "NAMES", "help": "of --cases: these beside torch.nn, or all (default)",
+    },
+    "list": {"action": "store_true", "help": "print the cases"},
+}  # fmt: skip
+TRAINING = ("device", "imdb", "download", "out", "seed", "quick")
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a red gate, 2 for what the user can put right."""
-    arguments = sys.argv[1:] if argv is None else argv
-    if arguments and arguments[0] == "lesson":
-        return command.main(arguments[1:])
-    options = _parser().parse_args(arguments)
-    if options.list:
-        for workload in (*WORKLOADS, *every_sweep()):
-            print(f"{workload.name:<28} {workload.shape} {workload.dtype}")
-        return 0
     try:
-        if options.lesson == "gpu":
-            return _gpu(options)
-        _check(options)
-        if options.lesson == "plot":
-            print(plots.redraw(Path(options.files[0])))
-            return 0
-        if options.lesson == "compare":
-            return comparing.run(*map(Path, options.files))
-        if options.lesson == "model":
-            modelled.write(options.out or DEFAULT_FOLDER)
-            return 0
-        if options.lesson == "cpu":
-            out = options.out or DEFAULT_FOLDER
-            corpus = _corpus(cpu.workloads(options.quick), options)
-            return cpu.run(out, corpus, quick=options.quick, seed=options.seed)
-        if options.lesson in SHORT:
-            return _short(options)
-        return run_cases(options) if options.cases else run_lessons(options)
+        code = _main(sys.argv[1:] if argv is None else argv)
+        sys.stdout.flush()
+    except BrokenPipeError:  # as in `--list | head`: the reader has what it wants
+        # What is still in the buffer would raise once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    return code
+
+
+def _main(argv: Sequence[str]) -> int:
+    prog = PROG
+    try:
+        options = parse(argv)
+        prog = options.prog
+        check(options)
+        return COMMANDS[options.command].run(options)
     except USER_ERRORS as error:
-        print(f"{options.prog}: {error}", file=sys.stderr)
+        print(f"{prog}: {error}", file=sys.stderr)
         return 2
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options, with those of other commands at their defaults.
+
+    Raises:
+        UsageError: a command was given an option that is not its own.
+        SystemExit: the words cannot be understood (code 2), or ask for help.
+    """
+    options, unknown = _parser().parse_known_args(argv)
+    if unknown:
+        name = unknown[0].lstrip("-").partition("=")[0]
+        if name == "providers":
+            raise UsageError("--providers is of --cases, and none are named")
+        if name in ALONE:
+            raise UsageError(f"--{name} goes without a command, and {options.command} is one")
+        raise UsageError(f"{options.command} takes no {unknown[0]}: {options.prog} --help")
+    return options
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="python -m bench",
-        description=__doc__,
-        epilog="python -m bench lesson: the experiments of a course, each by its name. All cases "
-        "stand in bench/cases.py, what the columns mean in docs/benchmarking.md.",
+        prog=PROG,
+        description="fusedrnn beside torch.nn, from the same weights and on the same inputs. "
+        "Without a command it is all; COMMAND --help lists a command's options.",
+        epilog="All cases stand in bench/cases.py, what the columns mean in docs/benchmarking.md.",
     )
-    parser.set_defaults(prog=parser.prog)
-    add = parser.add_argument
-    add(
-        "lesson",
-        nargs="?",
-        choices=("all", "imdb", "sine", *SHORT, "cpu", "gpu", "model", "plot", "compare"),
-        default="all",
-        help="what to run; all: every lesson, imdb and sine: those that are trained; ragged: "
-        "sequences of unequal length beside torch.nn's two ways; text: a language model that "
-        "learns and speaks, token by token; cpu: speed and memory beside torch.nn on the CPU; gpu: "
-        "on a CUDA machine tests, compute-sanitizer, lessons, a sweep and autotuning; model: the "
-        "floors of a step by arithmetic; plot: the pictures of a results folder; compare: what "
-        "became slower, wrong or broke from one results.csv to another (default: all)",
-    )
-    add("files", nargs="*", help="of plot: FOLDER; of compare: OLD.csv NEW.csv")
-    add("--device", choices=("auto", "cpu", "cuda"), default="auto", help="default: auto")
-    add("--imdb", metavar="PATH", help="imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB")
-    add("--download", action="store_true", help="fetch imdb.npz (17 MB) if it is not at hand")
-    add("--out", type=Path, metavar="DIR", help="where CSV and PNG go")
-    add("--seed", type=int, default=0, help="of weights, order of examples and dropout")
-    add("--quick", action="store_true", help="tiny sizes: tests the machinery, measures nothing")
-    add("--cases", metavar="NAMES", help="every provider on lessons, sweep, smoke or named cases")
-    add("--providers", metavar="NAMES", help="of --cases: these beside torch.nn, or all (default)")
-    add("--list", action="store_true", help="print the cases")
-    add("--minutes", type=float, help="time for gpu (default: 9) and --cases (default: no limit)")
-    add("--only", metavar="STAGES", help=f"of gpu, with commas: {', '.join(gpu.NAMES)}")
-    add("--dry-run", action="store_true", help="of gpu: say what would be run; needs no GPU")
-    add("--keep-failing", action="store_true", help="of gpu: measure what failed its tests too")
+    for name, settings in (SHARED | ALONE).items():
+        parser.add_argument(f"--{name}", **settings)
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
+    for name, entry in COMMANDS.items():
+        of = commands.add_parser(name, help=entry.help, description=entry.help)
+        of.set_defaults(prog=of.prog)
+        for option in entry.options:
+            # What stands before the command holds.
+            of.add_argument(f"--{option}", **SHARED[option] | {"default": argparse.SUPPRESS})
+        entry.add(of)
+    parser.set_defaults(prog=PROG, command="all", files=[])
     return parser
 
 
-def _check(options: argparse.Namespace) -> None:
-    if options.providers and not options.cases:
+def _add_folder(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", metavar="FOLDER")
+
+
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("files", nargs="*", metavar="OLD.csv ... NEW.csv")
+
+
+def _add_stages(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("--only", metavar="STAGES", help=f"with commas between: {', '.join(gpu.NAMES)}")
+    add("--dry-run", action="store_true", help="say what would be run; needs no GPU")
+    add("--keep-failing", action="store_true", help="measure what failed its tests too")
+
+
+def check(options: argparse.Namespace) -> None:
+    """What can be wrong with options that are understood.
+
+    Raises:
+        UsageError: a sentence.
+    """
+    if options.command != "all" and (options.cases is not None or options.list):
+        name = "cases" if options.cases is not None else "list"
+        raise UsageError(f"--{name} goes without a command, and {options.command} is one")
+    if options.providers is not None and options.cases is None:
         raise UsageError("--providers is of --cases, and none are named")
-    expected = {"plot": 1, "compare": 2}.get(options.lesson, 0)
-    if len(options.files) != expected:
-        raise UsageError(f"{options.lesson} takes {expected} paths, and got {len(options.files)}")
+    minutes = options.minutes
+    if minutes is not None and options.command != "gpu" and options.cases is None:
+        raise UsageError("--minutes is of gpu and of --cases")
+    if minutes is not None and not (minutes > 0 and math.isfinite(minutes)):
+        raise UsageError(f"--minutes is a number above 0, and not {minutes:g}")
+    count = len(options.files)
+    if options.command == "plot" and count != 1:
+        raise UsageError(f"it takes 1 folder, and got {count}")
+    if options.command == "compare" and count < 2:
+        raise UsageError(f"it takes 2 files or more, the new one last, and got {count}")
+
+
+def _main_job(options: argparse.Namespace) -> int:
+    if options.list:
+        return _list()
+    return run_lessons(options) if options.cases is None else run_cases(options)
+
+
+def _list() -> int:
+    sizes = {"lessons": "what the main job shows", "sweep": "every size; days on a CPU"}
+    sizes["smoke"] = SMOKE
+    for group, words in sizes.items():
+        print(f"{group:<28} {len(named(group))} cases: {words}")
+    for workload in (*WORKLOADS, *every_sweep()):
+        print(f"{workload.name:<28} {workload.shape} {workload.dtype}")
+    return 0
+
+
+def _cpu(options: argparse.Namespace) -> int:
+    out = options.out or DEFAULT_FOLDER
+    corpus = _corpus(cpu.workloads(options.quick), options)
+    return cpu.run(out, corpus, quick=options.quick, seed=options.seed)
+
+
+def _model(options: argparse.Namespace) -> int:
+    modelled.write(options.out or DEFAULT_FOLDER)
+    return 0
+
+
+def _plot(options: argparse.Namespace) -> int:
+    print(plots.redraw(Path(options.files[0])))
+    return 0
+
+
+def _compare(options: argparse.Namespace) -> int:
+    *old, new = map(Path, options.files)
+    return comparing.run(old, new)
 
 
 def _gpu(options: argparse.Namespace) -> int:
@@ -140,11 +228,13 @@ def _gpu(options: argparse.Namespace) -> int:
     return gpu.run(wanted, options.out)
 
 
-def _short(options: argparse.Namespace) -> int:
-    """What needs no data."""
+def _ragged(options: argparse.Namespace) -> int:
     out, device = options.out or DEFAULT_FOLDER, pick_device(options.device)
-    if options.lesson == "ragged":
-        return ragged.run(out, device, quick=options.quick, seed=options.seed)
+    return ragged.run(out, device, quick=options.quick, seed=options.seed)
+
+
+def _text(options: argparse.Namespace) -> int:
+    out, device = options.out or DEFAULT_FOLDER, pick_device(options.device)
     return text.run(out, quick=options.quick, seed=options.seed, device=device)
 
 
@@ -152,7 +242,7 @@ def run_lessons(options: argparse.Namespace) -> int:
     """The lessons: header, table and files."""
     started = time.monotonic()
     device = pick_device(options.device)
-    workloads = lessons((options.lesson,), options.quick)
+    workloads = lessons((options.command,), options.quick)
     corpus = _corpus(workloads, options)
     settings = Settings(device, options.seed)
     if options.quick:
@@ -194,7 +284,10 @@ def run_cases(options: argparse.Namespace) -> int:
         settings = Settings(device, options.seed, seconds=0.0, least_rounds=2)
         print("quick    tiny sizes: none of these numbers means anything")
     corpus, folder = _corpus(workloads, options), options.out or DEFAULT_FOLDER
-    return protocol.run(workloads, providers, settings, folder, corpus, options.minutes)
+    code = protocol.run(workloads, providers, settings, folder, corpus, options.minutes)
+    if not whole_rows(folder / "results.csv"):
+        print(f"{PROG}: nothing was measured: --minutes ended before a case did", file=sys.stderr)
+    return code
 
 
 def pick_device(name: str) -> torch.device:
@@ -228,6 +321,47 @@ def _steps(workloads: Sequence[Workload], device: torch.device) -> int:
         for w in workloads
     )
 
+
+class Command(NamedTuple):
+    """What stands behind ``python -m bench``: a line of help, the options, and what it runs."""
+
+    help: str
+    options: tuple[str, ...]  # of SHARED
+    run: Callable[[argparse.Namespace], int]
+    add: Callable[[argparse.ArgumentParser], None] = lambda parser: None  # of its own options
+
+
+COMMANDS = {
+    "all": Command("the main job: gate, speed and training on every workload", TRAINING, _main_job),
+    "imdb": Command("of it the reviews", TRAINING, run_lessons),
+    "sine": Command("of it the series: sines and a price", TRAINING, run_lessons),
+    "lesson": Command(
+        "an experiment of a course, by its name; without one they are listed",
+        ("imdb", "download", "out", "seed", "quick"), command.execute, command.add_arguments,
+    ),
+    "ragged": Command(
+        "sequences of unequal length beside torch.nn's two ways",
+        ("device", "out", "seed", "quick"), _ragged,
+    ),
+    "text": Command(
+        "a language model that learns and speaks, token by token",
+        ("device", "out", "seed", "quick"), _text,
+    ),
+    "cpu": Command(
+        "speed and memory beside torch.nn on the CPU",
+        ("imdb", "download", "out", "seed", "quick"), _cpu,
+    ),
+    "gpu": Command(
+        "on a CUDA machine: tests, compute-sanitizer, lessons, sweep, autotuning",
+        ("out", "seed", "quick", "minutes"), _gpu, _add_stages,
+    ),
+    "model": Command("the floors of a step by arithmetic", ("out",), _model),
+    "plot": Command("the pictures of a results folder", (), _plot, _add_folder),
+    "compare": Command(
+        "what became slower, wrong or larger from older CSV files to a new one",
+        (), _compare, _add_files,
+    ),
+}  # fmt: skip
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -116,5 +116,14 @@ def table(folder: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def main(argv: Sequence[str]) -> int:
+    """Prints the table; 2 where there is no folder with results."""
+    if len(argv) != 1 or not (Path(argv[0]) / "results.csv").is_file():
+        print("usage: python -m bench.acceptance FOLDER, with a results.csv in it", file=sys.stderr)
+        return 2
+    sys.stdout.write(table(Path(argv[0])))
+    return 0
+
+
 if __name__ == "__main__":
-    sys.stdout.write(table(Path(sys.argv[1])))
+    sys.exit(main(sys.argv[1:]))

@@ -2,19 +2,21 @@
 
 Same weights, inputs, initial states and cotangents; every output, final state and gradient (of
 the input, the initial states and all parameters) within the error budget of
-``fusedrnn.testing``: truth is ``torch.nn`` in fp64, the yardstick ``torch.nn`` in the tested dtype.
+``fusedrnn.testing``: truth is ``torch.nn`` in fp64, the yardstick ``torch.nn`` in the tested dtype,
+and in fp32 on CUDA in the precision of who is judged: who multiplies in ieee is not given tf32's
+errors.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from fusedrnn.dispatch import precision
 from fusedrnn.testing import Budget, error_budget, run_module
 
 from .cases import Workload
@@ -39,6 +41,24 @@ class Verdict(NamedTuple):
     @property
     def failures(self) -> list[str]:
         return [str(budget) for budget in self.budgets if not budget.ok]
+
+
+@contextmanager
+def torch_rnns_in(precision: str) -> Iterator[None]:
+    """Sets torch's switch for RNNs, which cuDNN alone reads, and puts it back.
+
+    Args:
+        precision: of ``Provider.precision``. cuDNN has no tf32x3, and ieee is as exact; fp16 has as
+            many bits as tf32. A dtype's own name changes nothing.
+    """
+    switch = {"ieee": "ieee", "tf32x3": "ieee", "tf32": "tf32", "fp16": "tf32"}.get(precision)
+    rnns: Any = torch.backends.cudnn.rnn
+    before = rnns.fp32_precision
+    rnns.fp32_precision = before if switch is None else switch
+    try:
+        yield
+    finally:
+        rnns.fp32_precision = before
 
 
 class Flat(nn.Module):
@@ -76,7 +96,7 @@ class Gate:
             *(normal(*shape) for _ in range(states)),
         )
         self.truth = self._run(TORCH, torch.float64)
-        self.reference = self._run(TORCH, data.dtype)
+        self.references: dict[str, dict[str, Tensor]] = {}
 
     def judge(self, provider: str, *, inference: bool = False) -> Verdict:
         """Runs a provider and compares all it returns.
@@ -90,9 +110,17 @@ class Gate:
         """
         backward = PROVIDERS[provider].backward and not inference
         got = self._run(provider, self.input.data.dtype, backward)
-        tf32 = self.input.data.is_cuda and got["output"].dtype == torch.float32
-        eps = 2**-11 if tf32 and precision() == "tf32" else PROVIDERS[provider].eps
-        return verdict(got, self.reference, self.truth, self.truth if backward else got, eps)
+        kind = self.input.data.dtype, self.input.data.device, self.cell
+        reference = self._reference(PROVIDERS[provider].precision(*kind))
+        eps = PROVIDERS[provider].eps(*kind)
+        return verdict(got, reference, self.truth, self.truth if backward else got, eps)
+
+    def _reference(self, precision: str) -> dict[str, Tensor]:
+        """torch.nn in the tested dtype, and of fp32 in that precision or the nearest it has."""
+        if precision not in self.references:
+            with torch_rnns_in(precision):
+                self.references[precision] = self._run(TORCH, self.input.data.dtype)
+        return self.references[precision]
 
     def _run(self, provider: str, dtype: torch.dtype, backward: bool = True) -> dict[str, Tensor]:
         # Dropout draws other numbers in fp64, and other ones again on a GPU: the gate has none.

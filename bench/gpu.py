@@ -24,9 +24,11 @@ import torch
 from . import correctness, sanitizer
 from .correctness import SCHEDULES
 from .disk import mend, write_json
-from .report import LEGEND, environment, header, table_head
-from .results import FolderError
-from .stages import LOST, Job, cases_of, now_path
+from .gauntlet import CORE, cases_of
+from .protocol import HEAD, LEGEND, roll, who
+from .report import environment, header
+from .results import FolderError, other_columns
+from .stages import LOST, Job, now_path
 from .supervise import Ended, Signals, Stopped, supervise
 
 #: A stage that ends by itself this long before its limit need not be killed.
@@ -35,6 +37,8 @@ _MARGIN_SECONDS = 4.0
 _LEAST_SECONDS = 5.0
 #: How often a stage is begun again behind a case that took its process with it.
 _MOST_RESTARTS = 5
+#: Of a long list of cases, how many ``--dry-run`` names.
+_SHOWN = 400
 #: At the end of the run, for the pictures.
 _PICTURE_SECONDS = 10.0
 
@@ -59,8 +63,8 @@ class Stage(NamedTuple):
 STAGES = (
     Stage("correctness", 0.35, "the tests that have something to say on a device"),
     Stage("sanitizer", 0.10, "compute-sanitizer over one small case a schedule"),
-    Stage("lessons", 0.15, "the lessons, and sequences of unequal length", 120.0),
-    Stage("sweep", 0.25, "sizes, batches and dtypes beside torch.nn", 60.0),
+    Stage("lessons", 0.15, "the lessons by all who are there, and unequal lengths", 120.0),
+    Stage("sweep", 0.25, "steps, sizes, batches, dtypes and kinds beside torch.nn", 60.0),
     Stage("autotable", 0.15, "which plan is the fastest at the points of the sweep", 120.0),
 )
 NAMES = tuple(stage.name for stage in STAGES)
@@ -132,7 +136,7 @@ class Run:
 
     def run(self) -> int:
         env = self._begin()
-        print(header(env), flush=True)
+        print(f"{header(env)}\n{roll(self.here)}", flush=True)
         with Signals() as signals:
             self.signals = signals
             try:
@@ -153,7 +157,10 @@ class Run:
             if status.exists():
                 self.status = json.loads(status.read_text())
                 self.left_out = frozenset(self.status["left_out"])
-            env = environment(self.device, "random input") | surroundings(self.options)
+            if (old := other_columns(self.folder)) is not None:
+                raise FolderError(f"{old} has other columns than are written now: name another DIR")
+            self.here = who(self.device)
+            env = environment(self.device, "random input") | self.here | surroundings(self.options)
             if told.exists():  # what it says of the data is the lessons' to say
                 env["data"] = json.loads(told.read_text())["data"]
             write_json(told, env)
@@ -220,49 +227,55 @@ class Run:
         if program is None:
             return True, sanitizer.not_found()
         end, found = time.monotonic() + seconds, []
-        todo = list(sanitizer.cases(self.left_out))
-        for case in todo:
+        todo = sanitizer.batches(self.left_out)
+        for place, batch in enumerate(todo):
             left = end - time.monotonic()
             if left <= 0:
                 break
-            outcome = sanitizer.run_case(
-                case, program, self.folder, left, self.signals, self.device.type
-            )
-            print(f"  {case}: {outcome}", flush=True)
-            found.append(outcome)
+            outcomes = sanitizer.run_batch(
+                batch, program, self.folder, sanitizer.share_of(place, left), self.signals,
+                self.device.type,
+            )  # fmt: skip
+            print(f"  {batch}: {', '.join(outcomes)}", flush=True)
+            found += outcomes
         counts = ", ".join(f"{found.count(o)} {o}" for o in dict.fromkeys(found))
-        text = f"{len(found)} of {len(todo)} cases: {counts or 'none'}"
+        every = sum(len(batch.schedules) for batch in todo)
+        text = f"{len(found)} of {every} cases: {counts or 'none'}"
         return not {"errors", "wrong"} & set(found), text
 
     def _cases(self, stage: Stage, seconds: float) -> tuple[bool, str]:
-        """A stage of ``stages.py``, begun again behind whatever case breaks its process."""
-        end, red, broken, begin = time.monotonic() + seconds, False, [], 0
-        now_path(self.folder, stage.name).unlink(missing_ok=True)
+        """A stage of ``stages.py``, begun again without whatever breaks its process.
+
+        A provider of others' code goes for the rest of the stage, and its case is done again; of
+        what is in every case, the case goes.
+        """
+        end, red, broken = time.monotonic() + seconds, False, []
+        job = Job(
+            stage.name, self.folder, 0.0, self.device.type, self.options.seed, self.options.quick,
+            self.left_out,
+        )  # fmt: skip
         if stage.name != "autotable":
-            print(table_head(), flush=True)
+            print(HEAD, flush=True)
         while True:
+            now_path(self.folder, stage.name).unlink(missing_ok=True)
             left = max(0.0, end - time.monotonic())
-            job = Job(
-                stage.name, self.folder, max(0.0, left - _MARGIN_SECONDS), self.device.type,
-                self.options.seed, self.options.quick, self.left_out, begin,
-            )  # fmt: skip
-            ended = supervise(
-                job.command, None, left, self.signals, complaint=self._hangs(stage, begin)
-            )
+            job = job._replace(seconds=max(0.0, left - _MARGIN_SECONDS))
+            ended = supervise(job.command, None, left, self.signals, complaint=self._hangs(stage))
             red |= ended.code == 1 and not ended.why
             now, over = self._now(stage.name), ended.why.startswith("stopped after")
             if over or (not ended.why and ended.code in (0, 1)):
                 break
             reason = _reason(ended)
-            if now is None or now["index"] < begin:
+            if now is None:
                 return False, f"{reason} before the first case"
-            broken.append(f"{now['case'] or 'between cases'} ({reason})")
+            where = f"{now['case']} {now['provider']}".strip() or "between cases"
+            broken.append(f"{where} ({reason})")
             self._note("running", stage.name, broken=broken)
             print(f"  {broken[-1]}", flush=True)
-            begin = now["index"] + 1
-            if len(broken) > _MOST_RESTARTS or begin >= now["of"]:
+            job = _without(job, now)
+            if len(broken) > _MOST_RESTARTS:
                 break
-        text = f"{now['index']} of {now['of']} cases" if now else "no case"
+        text = f"{now['begin']} of {now['of']} cases" if now else "no case"
         text += f", broken: {'; '.join(broken)}" if broken else ""
         return not (red or broken), text + (f", {ended.why}" if over else "")
 
@@ -270,12 +283,12 @@ class Run:
         path = now_path(self.folder, name)
         return json.loads(path.read_text()) if path.exists() else None
 
-    def _hangs(self, stage: Stage, begin: int) -> Callable[[], str]:
-        """Says so when the process has been at one case for too long."""
+    def _hangs(self, stage: Stage) -> Callable[[], str]:
+        """Says so when the process has been at one thing for too long."""
 
         def complaint() -> str:
             now = self._now(stage.name)
-            if now is None or not now["case"] or now["index"] < begin:
+            if now is None or not now["case"]:
                 return ""
             return "hung" if time.time() - now["since"] > stage.case_seconds else ""
 
@@ -302,6 +315,15 @@ class Run:
 
 
 _WORK = {"correctness": Run._correctness, "sanitizer": Run._sanitizer}
+
+
+def _without(job: Job, now: dict) -> Job:
+    """The rest of the job, without what the process was at when it broke."""
+    skip = job.skip | set(now["done"])
+    provider = now["provider"]
+    if provider and provider not in CORE:
+        return job._replace(begin=now["begin"], skip=skip, lost=job.lost | {provider})
+    return job._replace(begin=now["begin"], skip=skip | {now["index"]})
 
 
 def _reason(ended: Ended) -> str:
@@ -362,10 +384,11 @@ def _plan_of(stage: Stage, options: Options) -> list[str]:
     if stage.name == "sanitizer":
         program = sanitizer.find()
         found = f"with {program}" if program else sanitizer.not_found()
-        return [found, *map(str, sanitizer.cases())]
+        return [found, *map(str, sanitizer.batches())]
     cases = cases_of(stage.name, options.quick)
-    rows = whole_lines([case.name for case in cases])
-    return [f"{len(cases)} cases, as many as the time allows, in this order:", *rows]
+    rows = whole_lines([case.name for case in cases[:_SHOWN]])
+    more = [f"and {len(cases) - _SHOWN} more"] * (len(cases) > _SHOWN)
+    return [f"{len(cases)} cases, as many as the time allows, in this order:", *rows, *more]
 
 
 def whole_lines(words: Sequence[str], width: int = 110) -> list[str]:

@@ -16,6 +16,7 @@ from fusedrnn.kernels.model import cudnn_step
 from fusedrnn.kernels.plan import CHIPS, Problem, modelled
 
 from .cases import CELLS, DTYPES
+from .results import FolderError
 
 SIZES = (64, 128, 192, 256, 384, 512, 768, 1024, 2048)
 BATCHES = (1, 16, 64, 128)
@@ -59,17 +60,24 @@ def _row(chip: str, cell: str, dtype: str, H: int, B: int) -> dict[str, object]:
 
 
 def write(folder: Path, chip: str = "sm_90") -> Path:
-    """Writes modelled.csv and prints it; returns its path."""
+    """Writes modelled.csv and prints it; returns its path.
+
+    Raises:
+        FolderError: the folder cannot be written.
+    """
     lines = list(rows(chip))
     print(f"floors of one step on {chip}, in microseconds; modelled, nothing here is measured")
     widths = {name: max(len(name), *(len(str(line[name])) for line in lines)) for name in FIELDS}
     head: dict[str, object] = {name: name for name in FIELDS}
     for line in [head, *lines]:
         print(" ".join(f"{line[name]!s:>{widths[name]}}" for name in FIELDS))
-    folder.mkdir(parents=True, exist_ok=True)
     path = folder / "modelled.csv"
-    with open(path, "w", newline="") as file:
-        writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(lines)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with open(path, "w", newline="") as file:
+            writer = csv.DictWriter(file, FIELDS, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(lines)
+    except OSError as error:
+        raise FolderError(f"no results can be written to {folder}: {error.strerror}") from error
     return path

@@ -15,10 +15,10 @@ COLOURS = {
     "fusedrnn triton": "#d1495b",
     "fusedrnn torch": "#e8a33d",
 }
-
-
 #: For the other providers, in the order of their names.
 _OTHERS = ("#3b6ea5", "#5b8c5a", "#8e6c8a", "#2a9d8f", "#b5838d", "#6d6875", "#a98467")
+#: Of a call, as the columns name them and as the pictures do.
+MODES = {"fw": "forward", "fwbw": "training"}
 
 
 class PlotError(ValueError):
@@ -47,7 +47,8 @@ def draw(folder: Path) -> str:
     """Writes a picture of each kind there is data for; says what it did in words.
 
     speed.png and losses.png of the lessons; of a sweep sweep.png, axes.png (time against T, B and
-    H) and maps.png (ratios over H and B); roofline.png where floors were modelled.
+    H) and maps.png (ratios over H and B); roofline.png where floors were modelled. Each shows
+    forward and training.
     """
     try:
         from matplotlib.figure import Figure
@@ -65,7 +66,7 @@ def draw(folder: Path) -> str:
         ("sweep.png", [row for row in sweep_rows if row["fwbw_speedup"]], _sweep),
         ("axes.png", [r for r in rows if r["lesson"] == "sweep" and r["fw_ms"]], _axes),
         ("maps.png", [row for row in sweep_rows if row["fw_speedup"]], _maps),
-        ("roofline.png", [r for r in rows if r["fw_floor_ms"] and r["fw_ms"]], _roofline),
+        ("roofline.png", [r for r in rows if r["fw_floor_ms"]], _roofline),
     ):
         if data:
             figure = Figure(layout="constrained")
@@ -149,16 +150,20 @@ def _losses(figure, points: list[dict[str, str]]) -> None:
 
 
 def _sweep(figure, rows: list[dict[str, str]]) -> None:
-    """Speed of fusedrnn against torch.nn over H, a panel for each cell, mode and dtype."""
-    modes = ("fw", "fwbw")
+    """Ratio to torch.nn over H, a panel for each cell, mode and dtype; of whom and of what most
+    points are."""
+    keys = ("provider", "T", "layout", "layers", "directions")
+    groups = _groups(sorted(rows, key=lambda row: [row[k] for k in keys]), *keys)
+    where, rows = max(groups.items(), key=lambda item: len(item[1]))
     panels = _groups(rows, "cell", "dtype")
     figure.set_size_inches(3.2 * len(panels), 6)
     grid = figure.subplots(2, max(1, len(panels)), squeeze=False)
     for column, (title, lines) in enumerate(panels.items()):
-        for axis, mode in zip(grid[:, column], modes, strict=True):
+        for axis, mode in zip(grid[:, column], MODES, strict=True):
             axis.set_title(f"{' '.join(title)}, {mode}", fontsize=9)
             for (batch,), points in _groups(sorted(lines, key=_batch), "B").items():
                 points = sorted(points, key=lambda row: int(row["H"]))
+                points = [row for row in points if row[f"{mode}_speedup"]]
                 axis.plot(
                     [int(row["H"]) for row in points],
                     [float(row[f"{mode}_speedup"]) for row in points],
@@ -169,76 +174,97 @@ def _sweep(figure, rows: list[dict[str, str]]) -> None:
             axis.set_xscale("log", base=2)
             axis.set_yscale("log", base=2)
             axis.legend(fontsize=7)
-    figure.suptitle("times as fast as torch.nn, over H", fontsize=10)
+    shape = " ".join(f"{k}={v}" for k, v in zip(keys, where, strict=True))
+    figure.suptitle(f"times as fast as torch.nn, over H; {shape}", fontsize=8)
 
 
 def _axes(figure, rows: list[dict[str, str]]) -> None:
-    """Forward ms against T, B and H, the other sizes held where most points are."""
-    figure.set_size_inches(12, 4)
+    """Ms against T, B and H, forward and training; the other sizes held where most points are."""
+    figure.set_size_inches(12, 8)
     palette = colours(row["provider"] for row in rows)
     rest = ("cell", "dtype", "layout", "layers", "directions", "T", "B", "H")
-    for axis, size in zip(figure.subplots(1, 3), ("T", "B", "H"), strict=True):
-        held = [name for name in rest if name != size]
-        groups: dict[tuple[str, ...], list[dict[str, str]]] = {}
-        for row in rows:
-            groups.setdefault(tuple(row[name] for name in held), []).append(row)
-        where, points = max(groups.items(), key=lambda item: len(item[1]))
-        for provider in sorted({row["provider"] for row in points}):
-            line = [row for row in points if row["provider"] == provider]
-            line.sort(key=lambda row: int(row[size]))
-            axis.plot(
-                [int(row[size]) for row in line],
-                [float(row["fw_ms"]) for row in line],
-                marker="o",
-                color=palette[provider],
-                label=provider,
-            )
-        axis.set_xscale("log", base=2)
-        axis.set_yscale("log")
-        axis.set_xlabel(size)
-        axis.set_title(" ".join(f"{n}={v}" for n, v in zip(held, where, strict=True)), fontsize=6)
-        axis.legend(fontsize=7)
-    figure.suptitle("forward, ms", fontsize=10)
+    grid = figure.subplots(len(MODES), 3, squeeze=False)
+    for (mode, words), axes in zip(MODES.items(), grid, strict=True):
+        timed = [row for row in rows if row[f"{mode}_ms"]]
+        for axis, size in zip(axes, ("T", "B", "H"), strict=True):
+            held = [name for name in rest if name != size]
+            groups = _groups(sorted(timed, key=lambda row: [row[n] for n in held]), *held)
+            if not groups:
+                axis.set_axis_off()
+                continue
+            where, points = max(groups.items(), key=lambda item: _values(item[1], size))
+            for provider in sorted({row["provider"] for row in points}):
+                line = [row for row in points if row["provider"] == provider]
+                line.sort(key=lambda row: int(row[size]))
+                axis.plot(
+                    [int(row[size]) for row in line],
+                    [float(row[f"{mode}_ms"]) for row in line],
+                    marker="o",
+                    color=palette[provider],
+                    label=provider,
+                )
+            axis.set_xscale("log", base=2)
+            axis.set_yscale("log")
+            axis.set_xlabel(size)
+            shape = " ".join(f"{n}={v}" for n, v in zip(held, where, strict=True))
+            axis.set_title(f"{words}; {shape}", fontsize=6)
+            axis.legend(fontsize=7)
+    figure.suptitle("ms, wall time", fontsize=10)
+
+
+def _values(points: list[dict[str, str]], size: str) -> tuple[int, int]:
+    """How much a line over a size tells: its points, and all who are on it."""
+    return len({row[size] for row in points}), len(points)
 
 
 def _maps(figure, rows: list[dict[str, str]]) -> None:
-    """Ratio of forward to torch.nn over H and B, a panel for each of the other keys."""
+    """Ratio to torch.nn over H and B, a panel for each mode and each of the other keys."""
     keys = ("provider", "cell", "dtype", "T", "layout", "layers", "directions")
-    panels = _groups(sorted(rows, key=lambda row: [row[k] for k in keys]), *keys)
+    ordered = sorted(rows, key=lambda row: [row[k] for k in keys])
+    panels = {
+        (words, mode, *title): points
+        for mode, words in MODES.items()
+        for title, points in _groups([r for r in ordered if r[f"{mode}_speedup"]], *keys).items()
+    }
     columns = min(4, len(panels))
     lines = -(-len(panels) // columns)
     figure.set_size_inches(3.4 * columns, 2.8 * lines)
     axes = list(figure.subplots(lines, columns, squeeze=False).flat)
-    for axis, (title, points) in zip(axes, panels.items(), strict=False):
+    for axis, ((words, mode, *title), points) in zip(axes, panels.items(), strict=False):
         heights, widths = (sorted({int(row[k]) for row in points}) for k in ("H", "B"))
         grid = [[float("nan")] * len(widths) for _ in heights]
         for row in points:
-            x = float(row["fw_speedup"])
+            x = float(row[f"{mode}_speedup"])
             at = heights.index(int(row["H"])), widths.index(int(row["B"]))
             grid[at[0]][at[1]] = x
             axis.text(at[1], at[0], f"{x:.2f}", ha="center", va="center", fontsize=6)
         axis.imshow(grid, cmap="RdYlGn", vmin=0, vmax=2, aspect="auto")
         axis.set_xticks(range(len(widths)), widths, fontsize=6)
         axis.set_yticks(range(len(heights)), heights, fontsize=6)
-        axis.set_title(" ".join(title), fontsize=6)
+        axis.set_title(f"{words}: {' '.join(title)}", fontsize=6)
     for axis in axes[len(panels) :]:
         axis.set_axis_off()
-    figure.suptitle("forward, times as fast as torch.nn, over B (across) and H (up)", fontsize=10)
+    figure.suptitle("times as fast as torch.nn, over B (across) and H (up)", fontsize=10)
 
 
 def _roofline(figure, rows: list[dict[str, str]]) -> None:
-    """Measured forward over the floor of the same plan, which is modelled."""
-    figure.set_size_inches(6, 5)
-    axis = figure.subplots()
-    floors = [float(row["fw_floor_ms"]) for row in rows]
-    axis.scatter(floors, [float(row["fw_ms"]) for row in rows], s=12, color=COLOURS["fusedrnn"])
-    ends = [min(floors), max(floors)]
-    axis.plot(ends, ends, color=COLOURS["torch.nn"], label="floor (modelled, not measured)")
-    axis.set_xscale("log")
-    axis.set_yscale("log")
-    axis.set_xlabel("floor, ms (modelled, not measured)")
-    axis.set_ylabel("forward, ms (measured)")
-    axis.legend(fontsize=7)
+    """Measured times over the modelled floors of the same plans, a panel for each mode."""
+    figure.set_size_inches(11, 5)
+    for axis, (mode, words) in zip(figure.subplots(1, len(MODES)), MODES.items(), strict=True):
+        points = [row for row in rows if row[f"{mode}_floor_ms"] and row[f"{mode}_ms"]]
+        if not points:
+            axis.set_axis_off()
+            continue
+        floors = [float(row[f"{mode}_floor_ms"]) for row in points]
+        times = [float(row[f"{mode}_ms"]) for row in points]
+        axis.scatter(floors, times, s=12, color=COLOURS["fusedrnn"])
+        ends = [min(floors), max(floors)]
+        axis.plot(ends, ends, color=COLOURS["torch.nn"], label="floor (modelled, not measured)")
+        axis.set_xscale("log")
+        axis.set_yscale("log")
+        axis.set_xlabel("floor, ms (modelled, not measured)")
+        axis.set_ylabel(f"{words}, ms (measured)")
+        axis.legend(fontsize=7)
 
 
 def _batch(row: dict[str, str]) -> int:

@@ -8,20 +8,51 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from importlib.metadata import version
 from importlib.util import find_spec
 
 import torch
 
 import fusedrnn
+from fusedrnn.dispatch import precision
 
-from . import peers
+from . import peers, peers_cuda, peers_outside
 from .cases import Workload
 from .forcing import scheduled
+from .peer import both
 
 #: The provider that all others are compared with.
 TORCH = "torch.nn"
+#: How fp32 may be multiplied, coarsest first, and the unit roundoff of those coarser than fp32:
+#: tf32 and fp16 both have 10 bits of fraction.
+ROUNDOFF = {"fp16": 2**-11, "tf32": 2**-11, "tf32x3": None, "ieee": None}
+
+
+def rnn_switch(cell: str) -> str:
+    """torch's switch for RNNs, which cuDNN follows, or ``fusedrnn.use_precision``."""
+    return precision()
+
+
+def matmul_switch(cell: str) -> str:
+    """torch's switch for matrix products; where nobody has set it, it is "none", and then ieee."""
+    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+
+
+def either_switch(cell: str) -> str:
+    """Of what multiplies under both switches: the coarser."""
+    return min(rnn_switch(cell), matmul_switch(cell), key=list(ROUNDOFF).index)
+
+
+def of_flashrnn(cell: str) -> str:
+    """Its fused kernel has tf32 fragments alone; the GRU runs on products of cuBLAS."""
+    return "tf32" if cell == "lstm" else matmul_switch(cell)
+
+
+def of_haste(cell: str) -> str:
+    """Its GRU allows cuBLAS any tensor core (TENSOR_OP_MATH), which may round fp32 to fp16."""
+    return "fp16" if cell == "gru" else matmul_switch(cell)
 
 
 @dataclass(frozen=True)
@@ -35,7 +66,7 @@ class Provider:
         install: the line that brings it.
         devices: where it computes.
         backward: False for what only infers; its gate looks at outputs and final states.
-        eps: the unit roundoff of its arithmetic where that is coarser than the dtype's.
+        fp32: how it multiplies fp32 on CUDA, of a cell: a key of ``ROUNDOFF``.
         adapted: False where no adapter can be written; ``install`` says why.
     """
 
@@ -45,57 +76,79 @@ class Provider:
     install: str = ""
     devices: tuple[str, ...] = ("cpu", "cuda")
     backward: bool = True
-    eps: float | None = None
+    fp32: Callable[[str], str] = matmul_switch
     adapted: bool = True
 
+    def precision(self, dtype: torch.dtype, device: torch.device, cell: str) -> str:
+        """How it multiplies: of fp32 a key of ``ROUNDOFF``, on the CPU ieee, else the dtype."""
+        if dtype != torch.float32:
+            return str(dtype).removeprefix("torch.")
+        return self.fp32(cell) if device.type == "cuda" else "ieee"
 
-def _ours(backend: str, devices: tuple[str, ...] = ("cpu", "cuda")) -> Provider:
-    return Provider(fusedrnn, lambda: fusedrnn.use_backend(backend), devices=devices)
+    def eps(self, dtype: torch.dtype, device: torch.device, cell: str) -> float | None:
+        """The unit roundoff of its gate, or None where it is the dtype's own."""
+        return ROUNDOFF.get(self.precision(dtype, device, cell))
+
+
+def _ours(backend: str, **options) -> Provider:
+    return Provider(fusedrnn, lambda: fusedrnn.use_backend(backend), fp32=rnn_switch, **options)
 
 
 def _forced(schedule: str) -> Provider:
-    return Provider(fusedrnn, lambda: scheduled(schedule), devices=("cuda",))
+    context = partial(scheduled, schedule)
+    return Provider(fusedrnn, context, devices=("cuda",), fp32=rnn_switch)
 
 
 PROVIDERS = {
-    TORCH: Provider(torch.nn),
+    TORCH: Provider(torch.nn, fp32=rnn_switch),
     "fusedrnn": _ours("auto"),
-    "fusedrnn torch": _ours("torch"),
+    # The loop's own products follow the switch of matrix products, its projections ours.
+    "fusedrnn torch": replace(_ours("torch"), fp32=either_switch),
     "fusedrnn aten": _ours("aten"),
-    "fusedrnn triton": _ours("triton", ("cuda",)),
+    "fusedrnn triton": _ours("triton", devices=("cuda",)),
     "fusedrnn resident": _forced("resident"),
     "fusedrnn cooperative": _forced("cooperative"),
     "fusedrnn stepwise": _forced("stepwise"),
-    "eager loop": Provider(peers.both(peers.EagerLoop)),
-    "compiled loop": Provider(peers.both(peers.CompiledLoop)),
-    "keras": Provider(peers.both(peers.Keras), package="keras", install="pip install keras"),
+    "eager loop": Provider(both(peers.EagerLoop)),
+    "compiled step": Provider(both(peers.CompiledStep)),
+    "compiled loop": Provider(both(peers.CompiledLoop)),
+    # Without a mask it hands over to cuDNN on CUDA, with one it multiplies step by step.
+    "keras": Provider(
+        both(peers.Keras), package="keras", install="pip install keras", fp32=either_switch
+    ),
     "jax": Provider(
-        peers.both(peers.Jax), package="jax", install='pip install "jax[cpu]"', devices=("cpu",)
+        both(peers_outside.Jax),
+        package="jax",
+        install='pip install "jax[cpu]"',
+        devices=("cpu",),
     ),
     "onnxruntime": Provider(
-        peers.both(peers.OnnxRuntime),
+        both(peers_outside.OnnxRuntime),
         package="onnxruntime",
         install="pip install onnx onnxruntime",
         devices=("cpu",),
         backward=False,
     ),
     "flashrnn": Provider(
-        peers.both(peers.FlashRNN),
+        both(peers_cuda.FlashRNN),
         package="flashrnn",
         install="pip install flashrnn (compiles with nvcc)",
         devices=("cuda",),
+        fp32=of_flashrnn,
     ),
     "torchrl": Provider(
-        peers.both(peers.TorchRL),
+        both(peers_cuda.TorchRL),
         package="torchrl",
         install="pip install torchrl tensordict",
         devices=("cuda",),
+        fp32=rnn_switch,
     ),
     "haste": Provider(
-        peers.both(peers.Haste),
+        both(peers_cuda.Haste),
         package="haste_pytorch",
         install="pip install haste_pytorch (compiles with nvcc)",
         devices=("cuda",),
+        fp32=of_haste,
     ),
     "fastlstm": Provider(
         None,

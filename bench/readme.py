@@ -16,6 +16,8 @@ NOTHING = "No GPU has been measured yet: `make gpu`, then `make tables` ([how](d
 NO_CPU = "No CPU has been measured yet: `python -m bench cpu --out bench/results/cpu-DATE`.\n"
 #: The columns of the GPU's table, all at one batch and dtype.
 SIZES, BATCH, DTYPE = (64, 256, 1024), 16, "bfloat16"
+#: T, layers, directions and layout of its rows; the sweep has others too.
+SHAPE = ("512", "1", "1", "padded")
 _MODES = {"fw": "forward", "fwbw": "with backward"}
 #: README's lines of the CPU's table: what is said, and the case, pass and backend of cpu.csv. None:
 #: every lesson, by geometric mean and least.
@@ -66,6 +68,7 @@ def _sweep(folder: Path) -> dict[tuple[str, str], dict[str, str]]:
         for row in whole_rows(folder / "results.csv")
         if (row["lesson"], row["provider"]) == ("sweep", "fusedrnn triton")
         and (row["B"], row["dtype"]) == (str(BATCH), DTYPE)
+        and (row["T"], row["layers"], row["directions"], row["layout"]) == SHAPE
     }
 
 

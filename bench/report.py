@@ -35,13 +35,13 @@ def environment(device: torch.device, data: str) -> dict[str, object]:
         "cores": os.cpu_count(),
         # One getter for torch's older and newer switches; see fusedrnn.dispatch.precision.
         "fp32": precision() if cuda else "ieee",
-        "matmul_fp32": _matmul_fp32() if cuda else "ieee",
+        "matmul_fp32": matmul_fp32() if cuda else "ieee",
         "commit": _commit(),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
-def _matmul_fp32() -> str:
+def matmul_fp32() -> str:
     """torch's switch for products; it is "none" where nobody has set it, and then ieee."""
     switch = torch.backends.cuda.matmul.fp32_precision
     return "ieee" if switch == "none" else switch
@@ -133,11 +133,19 @@ def table_line(row: Row) -> str:
     line = start + " ".join(cells)
     if row.fw_floor_ms is None or row.fwbw_floor_ms is None:
         return line
-    floors = f"{_ms(row.fw_floor_ms)} ms, with backward {_ms(row.fwbw_floor_ms)} ms"
+    floors = f"{ms_text(row.fw_floor_ms)} ms, with backward {ms_text(row.fwbw_floor_ms)} ms"
     return f"{line}\n{'':<21}{row.plan}; floor (modelled): {floors}"[: len(line) + 1 + WIDTH]
 
 
 _METRIC_FORMAT = {"accuracy": ".1%", "rmse": ".4f"}
+
+
+def training_line(row: Row) -> str:
+    """What a short training came to, where that has no columns of its own."""
+    loss = number_cell(row.final_loss, ".4f" if (row.final_loss or 1) >= 1e-3 else ".1e", 0)
+    test = number_cell(row.test, _METRIC_FORMAT.get(row.metric, ""), 0)
+    apart = "" if row.loss_difference is None else f", |dloss| {row.loss_difference:.0e}"
+    return f"trained {row.steps} steps: loss {loss}, test {test}{apart}"
 
 
 def number_cell(value: float | None, form: str, width: int) -> str:
@@ -147,8 +155,9 @@ def number_cell(value: float | None, form: str, width: int) -> str:
 def clock_cell(p50: float | None, p20: float | None, p80: float | None) -> str:
     if p50 is None or p20 is None or p80 is None:
         return " " * 19
-    return f"{_ms(p50):>6} {f'{_ms(p20)}-{_ms(p80)}':>12}"
+    return f"{ms_text(p50):>6} {f'{ms_text(p20)}-{ms_text(p80)}':>12}"
 
 
-def _ms(ms: float) -> str:
+def ms_text(ms: float) -> str:
+    """Milliseconds in at most six places."""
     return f"{ms:.2f}" if ms < 10 else f"{ms:.1f}" if ms < 100 else f"{ms:.0f}"

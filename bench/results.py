@@ -24,7 +24,7 @@ class Row:
     two have times. ``share`` is the largest error as a part of the allowed one. ``plan`` names the
     schedules of our kernels, and ``*_floor_ms`` is what they take at least: modelled, not measured.
     ``error`` is the largest of output and final states against fp64; ``*_device_ms`` replays a CUDA
-    graph; ``kept_mb`` is what autograd keeps for backward.
+    graph; ``kept_mb`` is what autograd keeps for backward. ``precision`` is how fp32 is multiplied.
     """
 
     workload: str
@@ -68,6 +68,11 @@ class Row:
     fwbw_device_ms: float | None = None
     fwbw_device_speedup: float | None = None
     kept_mb: float | None = None
+    fw_device_ms_p20: float | None = None
+    fw_device_ms_p80: float | None = None
+    fwbw_device_ms_p20: float | None = None
+    fwbw_device_ms_p80: float | None = None
+    precision: str = ""
 
     @property
     def has_numbers(self) -> bool:
@@ -103,6 +108,10 @@ class Loss:
     loss: float
 
 
+#: What is written, and where.
+FILES: dict[type[Row] | type[Loss], str] = {Row: "results.csv", Loss: "losses.csv"}
+
+
 def begin(folder: Path, environment: dict[str, object]) -> None:
     """Makes the folder and writes environment.json into it.
 
@@ -114,6 +123,16 @@ def begin(folder: Path, environment: dict[str, object]) -> None:
         (folder / "environment.json").write_text(json.dumps(environment, indent=2) + "\n")
     except OSError as error:
         raise FolderError(f"no results can be written to {folder}: {error.strerror}") from error
+
+
+def other_columns(folder: Path) -> Path | None:
+    """The file of a folder that has other columns than are written now, if one has."""
+    for kind, name in FILES.items():
+        path = folder / name
+        head, whole, _ = path.read_text().partition("\n") if path.exists() else ("", "", "")
+        if whole and head.split(",") != [f.name for f in fields(kind)]:
+            return path
+    return None
 
 
 class Results:
@@ -128,7 +147,7 @@ class Results:
         self.folder = folder
         begin(folder, environment)
         try:
-            for kind, name in ((Row, "results.csv"), (Loss, "losses.csv")):
+            for kind, name in FILES.items():
                 with open(folder / name, "w", newline="") as file:
                     csv.writer(file).writerow(f.name for f in fields(kind))
         except OSError as error:

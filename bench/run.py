@@ -12,15 +12,17 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 import fusedrnn
+from fusedrnn.dispatch import precision
 
 from .cases import Workload
 from .gate import Gate
 from .imdb import Corpus
 from .memory import kept
 from .models import MODELS, Examples, Input, examples_of
-from .peers import Jax, Peer
+from .peer import Peer
 from .progress import Progress
 from .providers import PROVIDERS, TORCH, build, names_for
+from .report import matmul_fp32
 from .results import Loss, Row
 from .timing import Call, Times, interleaved
 from .train import Training, metric_name, train
@@ -82,7 +84,7 @@ def measure(
     if settings.device.type == "cuda":
         for provider in able:
             rows[provider].peak_mb = subject.peak_mb(provider)
-    losses = _trained(subject, able, rows, progress) if subject.steps else []
+    losses = trained(subject, able, rows, progress) if subject.steps else []
     return Measured(list(rows.values()), losses, complaints)
 
 
@@ -93,6 +95,7 @@ def judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]]
     def row(**values) -> Row:
         row = Row.of(workload, cell, provider, backend="", **values)
         told = subject.explain(provider)
+        row.precision = fp32_of(provider, told, subject)
         if told is not None:
             row.backend = told.backend or ""
             row.plan = "; ".join(line.partition(": forward")[0] for line in told.layers)
@@ -113,19 +116,40 @@ def judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]]
     return row(gate="red", share=verdict.share, note=note), verdict.failures
 
 
-def enter_times(row: Row, mode: str, times: Times) -> None:
+def fp32_of(provider: str, told: fusedrnn.dispatch.Explanation | None, subject: Subject) -> str:
+    """How a provider multiplies fp32: "ieee", "tf32", ...; "" in other dtypes, or if not known.
+
+    Args:
+        provider: whose word on it counts, where it has one.
+        told: of what is ours, what runs.
+        subject: the case.
+    """
+    if subject.dtype != torch.float32:
+        return ""
+    entry = PROVIDERS[provider]
+    own = entry.precision(subject.dtype, subject.settings.device, subject.cell)
+    if told is None or subject.settings.device.type == "cpu":
+        return own
+    # Of ours, what runs; the loop multiplies by torch.mm, and follows its switch.
+    loop = matmul_fp32() if told.backend == "torch" else precision()
+    return told.precision or loop
+
+
+def enter_times(row: Row, mode: str, times: Times, clock: str = "ms") -> None:
+    """Writes times into the fields of a mode; ``clock`` is ``"ms"`` or ``"device_ms"``."""
     for field, value in (
-        ("ms", times.p50),
-        ("ms_p20", times.p20),
-        ("ms_p80", times.p80),
-        ("speedup", times.speedup),
+        (clock, times.p50),
+        (f"{clock}_p20", times.p20),
+        (f"{clock}_p80", times.p80),
+        (f"{clock.removesuffix('ms')}speedup", times.speedup),
     ):
         setattr(row, f"{mode}_{field}", value)
 
 
-def _trained(
+def trained(
     subject: Subject, providers: list[str], rows: dict[str, Row], progress: Progress
 ) -> list[Loss]:
+    """The losses of every step of each provider's short training; what it came to is in the row."""
     workload, cell = subject.workload, subject.cell
     losses: list[Loss] = []
     yardstick: list[float] = []
@@ -212,10 +236,10 @@ class Subject:
         Each call starts from the final state of the one before, so that none can be left out.
         """
         rnn, context, input = self.rnn(provider), PROVIDERS[provider].context, self.input
-        if isinstance(rnn, Jax) and isinstance(input, Tensor):
-            with torch.no_grad():
-                outputs = _tensors(rnn(input))
-            return rnn.timed(mode, input, [torch.randn_like(output) for output in outputs])
+        if isinstance(rnn, Peer):
+            own = rnn.timed(mode, input, self.workload.needs_input_grad)
+            if own is not None:
+                return own
         wanted: list[Tensor] = rnn.fix() if isinstance(rnn, Peer) else list(rnn.parameters())
         if mode == "fwbw":
             input, leaves = self.differentiable()

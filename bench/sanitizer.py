@@ -1,8 +1,9 @@
 """The second stage of ``python -m bench gpu``: compute-sanitizer over one small case a schedule.
 
 memcheck finds accesses outside of what was allocated, racecheck what two threads of a program do to
-each other in shared memory. Neither sees a race between programs through global memory.
-``python -m bench.sanitizer SCHEDULE CELL`` is one such case, to be run under any tool.
+each other in shared memory. Neither sees a race between programs through global memory. So that
+torch is started under a tool once, a process runs every schedule, forward and backward:
+``python -m bench.sanitizer SCHEDULE,SCHEDULE CELL DEVICE``, under any tool.
 """
 
 from __future__ import annotations
@@ -12,7 +13,6 @@ import re
 import shutil
 import sys
 import sysconfig
-from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -23,7 +23,6 @@ from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.plan import Problem, chip_of
 
 from .cases import CELLS, Workload
-from .correctness import SCHEDULES
 from .disk import Table
 from .forcing import forced
 from .gate import Gate
@@ -32,29 +31,35 @@ from .supervise import Signals, supervise
 
 TOOLS = ("memcheck", "racecheck")
 COLUMNS = ("tool", "schedule", "cell", "outcome", "errors", "seconds", "note")
-#: A case takes seconds without the tool; most of it under the tool is the start of torch.
-CASE_SECONDS = 60.0
+#: By what can be wrong in them: programs that wait, one program, launches.
+ORDER = ("cooperative", "resident", "stepwise")
+#: For one process, where there is as much.
+LONGEST_SECONDS = 120.0
 _FOUND = 86  # the exit code by which the tool says that it found something
 #: The fewest units of which each schedule has something to show: several blocks, several programs.
 _SIZES = {"resident": 48, "cooperative": 256, "stepwise": 48}
 
 
-class Case(NamedTuple):
+class Batch(NamedTuple):
+    """One process: a tool over the schedules of a cell."""
+
     tool: str
-    schedule: str
     cell: str
+    schedules: tuple[str, ...]
 
     def __str__(self) -> str:
-        return " ".join(self)
+        return f"{self.tool} {self.cell}: {', '.join(self.schedules)}"
 
 
-def cases(left_out: frozenset[str] = frozenset()) -> Iterator[Case]:
-    """LSTM first, both tools, of every schedule."""
-    for cell in CELLS:
-        for schedule in SCHEDULES:
-            for tool in TOOLS:
-                if schedule not in left_out:
-                    yield Case(tool, schedule, cell)
+def batches(left_out: frozenset[str] = frozenset()) -> list[Batch]:
+    """Both tools over the LSTM, then over the GRU; the schedule with most to be wrong first."""
+    schedules = tuple(name for name in ORDER if name not in left_out)
+    return [Batch(tool, cell, schedules) for cell in CELLS for tool in TOOLS if schedules]
+
+
+def share_of(place: int, left: float) -> float:
+    """Seconds for the batch at a place: no tool over the first cell may cost the next its turn."""
+    return min(left / max(1, len(TOOLS) - place), LONGEST_SECONDS)
 
 
 def places() -> list[str]:
@@ -79,43 +84,64 @@ def not_found() -> str:
     return f"compute-sanitizer not found: looked in {', '.join(places())}"
 
 
-def run_case(
-    case: Case, program: str, folder: Path, seconds: float, signals: Signals, device: str = "cuda"
-) -> str:
-    """Runs one case into sanitizer.csv, and what the tool said into sanitizer.txt.
+def run_batch(
+    batch: Batch, program: str, folder: Path, seconds: float, signals: Signals, device: str = "cuda"
+) -> list[str]:
+    """Runs one batch into sanitizer.csv, and what the tool said into sanitizer.txt.
+
+    The tool counts what it finds for the whole process; whose it was is told by the kernels' names
+    in its report, and where that names none of ours, it is everybody's who had begun.
 
     Returns:
-        ``"clean"``, ``"errors"``, ``"wrong"`` (the numbers), ``"stopped"`` or ``"not run"``.
+        For each schedule ``"clean"``, ``"errors"``, ``"wrong"`` (the numbers), ``"stopped"`` or
+        ``"not run"``.
     """
-    report = folder / f"sanitizer-{'-'.join(case)}.txt"
-    command = [program, "--tool", case.tool, "--error-exitcode", str(_FOUND)]
+    report = folder / f"sanitizer-{batch.tool}-{batch.cell}.txt"
+    log = folder / "sanitizer.txt"
+    command = [program, "--tool", batch.tool, "--error-exitcode", str(_FOUND)]
     command += ["--log-file", str(report), sys.executable, "-m", "bench.sanitizer"]
-    command += [case.schedule, case.cell, device]
+    command += [",".join(batch.schedules), batch.cell, device]
     # The allocator's one large block would hide an access beyond a tensor's end.
     extra = {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
-    ended = supervise(
-        command, folder / "sanitizer.txt", min(seconds, CASE_SECONDS), signals, extra=extra
-    )
+    before = log.stat().st_size if log.exists() else 0
+    ended = supervise(command, log, seconds, signals, extra=extra)
+    said = dict(_VERDICT.findall(log.read_bytes()[before:].decode(errors="replace")))
     text = report.read_text(errors="replace") if report.exists() else ""
     summary = re.search(r"(?:ERROR|RACECHECK) SUMMARY: .*", text)
     errors = re.search(r"(\d+) (?:errors?|hazards?)", summary[0]) if summary else None
-    if ended.why:
-        outcome = "stopped"
-    elif ended.code == _FOUND or (errors and int(errors[1])):
-        outcome = "errors"
-    elif ended.code == 1:
-        outcome = "wrong"
-    else:
-        outcome = "clean" if ended.code == 0 and errors else "not run"
     note = ended.why or (summary[0] if summary else f"code {ended.code}, see sanitizer.txt")
-    row = (*case, outcome, errors[1] if errors else "", f"{ended.seconds:.1f}", note)
-    Table(folder / "sanitizer.csv", COLUMNS).add(row)
-    return outcome
+    verdicts = {name: said.get(f"{name} {batch.cell}") for name in batch.schedules}
+    begun = [*(name for name in verdicts if verdicts[name])]
+    begun += [name for name in verdicts if not verdicts[name]][:1]
+    found = ended.code == _FOUND or bool(errors and int(errors[1]))
+    guilty = [name for name in begun if f"_{name}_" in text] or begun if found else []
+    outcomes = []
+    for schedule, verdict in verdicts.items():
+        if schedule in guilty:
+            outcome = "errors"
+        elif verdict == "wrong":
+            outcome = "wrong"
+        elif ended.why:  # the tool had not come to its summary
+            outcome = "stopped"
+        else:
+            outcome = "clean" if verdict and errors else "not run"
+        row = (batch.tool, schedule, batch.cell, outcome, errors[1] if errors else "")
+        Table(folder / "sanitizer.csv", COLUMNS).add((*row, f"{ended.seconds:.1f}", note))
+        outcomes.append(outcome)
+    return outcomes
 
 
-def main(schedule: str, cell: str, device_name: str) -> int:
-    """Forward and backward once by one schedule; 1 if the numbers are wrong."""
-    device = torch.device(device_name)
+#: What ``main`` prints behind each schedule.
+_VERDICT = re.compile(r"^(\w+ \w+): (right|wrong), ", re.MULTILINE)
+
+
+def main(schedules: str, cell: str, device: str) -> int:
+    """Forward and backward once by each schedule; 1 if numbers are wrong."""
+    right = [_right(schedule, cell, torch.device(device)) for schedule in schedules.split(",")]
+    return 0 if all(right) else 1
+
+
+def _right(schedule: str, cell: str, device: torch.device) -> bool:
     half = device.type == "cuda"  # cooperative kernels have tiles for it on every chip
     workload = Workload(
         f"{schedule}-small", "sweep", "none", T=3, B=4, I=16, H=_SIZES[schedule],
@@ -129,8 +155,9 @@ def main(schedule: str, cell: str, device_name: str) -> int:
         verdict = Gate(workload, cell, subject.weights, subject.gate_input()).judge(
             "fusedrnn triton"
         )
-    print(f"{schedule} {cell}: {verdict.share:.2f} of the error budget")
-    return 0 if verdict.ok else 1
+    word = "right" if verdict.ok else "wrong"
+    print(f"{schedule} {cell}: {word}, {verdict.share:.2f} of the error budget", flush=True)
+    return verdict.ok
 
 
 if __name__ == "__main__":

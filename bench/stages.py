@@ -11,7 +11,9 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -22,30 +24,36 @@ from fusedrnn.kernels.plan import chip_of
 
 from . import imdb, plots, ragged
 from .autotable import Files, problem_of, tune
-from .cases import CELLS, LESSONS, Workload, cut_down, sweep
+from .cases import Workload
+from .correctness import SCHEDULES
 from .disk import mend, write_json
+from .gauntlet import CORE, Case, cases_of
 from .imdb import Corpus
-from .providers import PROVIDERS, TORCH, names_for
-from .report import table_line
-from .results import Results, Row
-from .run import Measured, Settings, Subject, measure
+from .progress import Progress
+from .protocol import BLOCK, Prepared, line, measured, values_of
+from .providers import TORCH
+from .report import training_line
+from .results import Loss, Results, Row
+from .run import Measured, Settings, Subject, trained
 
 #: What a process says by its exit code.
 DONE, RED, LOST = 0, 1, 3
-#: In what order the sweep goes along its axes; of H and B it is the order of ``cases.sweep``.
-_DTYPES = ("bfloat16", "float32", "float16")
-
-
-class Case(NamedTuple):
-    """Without a workload it is ``bench ragged``."""
-
-    name: str
-    workload: Workload | None
-    cell: str
+#: For one comparison. On CUDA a case has four: forward and training, by wall and by device time.
+SECONDS = {"lessons": 0.2, "sweep": 0.2, "autotable": 0.4}
+#: A batch is what is warmed before any of it is timed. What is cut off costs a batch at most: so
+#: many cases, and none is gated after so many seconds or a quarter of what is left.
+MOST_IN_BATCH, GATING_SECONDS = 8, 10.0
+#: Who trains.
+TRAINED = (TORCH, "fusedrnn")
+FORCED = {f"fusedrnn {schedule}": schedule for schedule in SCHEDULES}
 
 
 class Job(NamedTuple):
-    """One process: what it does, where to, for how long, and from which case on."""
+    """One process: what it does, where to, for how long, and which cases.
+
+    ``left_out`` are schedules that failed their tests; ``skip`` cases behind ``begin`` that are not
+    to be done, and ``lost`` providers that broke a process.
+    """
 
     stage: str
     folder: Path
@@ -55,6 +63,8 @@ class Job(NamedTuple):
     quick: bool = False
     left_out: frozenset[str] = frozenset()
     begin: int = 0
+    skip: frozenset[int] = frozenset()
+    lost: frozenset[str] = frozenset()
 
     @property
     def command(self) -> list[str]:
@@ -62,38 +72,9 @@ class Job(NamedTuple):
         words += ["--seconds", f"{self.seconds:.1f}", "--device", self.device]
         words += ["--seed", str(self.seed), "--begin", str(self.begin)]
         words += ["--without", ",".join(sorted(self.left_out))] if self.left_out else []
+        words += ["--skip", ",".join(map(str, sorted(self.skip)))] if self.skip else []
+        words += ["--lost", ",".join(sorted(self.lost))] if self.lost else []
         return words + ["--quick"] * self.quick
-
-
-def cases_of(stage: str, quick: bool = False) -> list[Case]:
-    """What a stage measures, in order."""
-    if stage == "lessons":
-        points = [(workload, cell) for workload in LESSONS for cell in CELLS]
-    else:
-        points = informative_first()
-    cases = [
-        Case(f"{workload.name} {cell}", cut_down(workload) if quick else workload, cell)
-        for workload, cell in points
-    ]
-    return cases + [Case("ragged", None, "")] * (stage == "lessons")
-
-
-def informative_first() -> list[tuple[Workload, str]]:
-    """The sweep, so that wherever it is cut off no axis has been left at its first value.
-
-    Each point's rank is the sum of its places along the axes: first the usual case of all, then its
-    neighbour along every axis, then theirs.
-    """
-    points = list(sweep())
-    batches = list(dict.fromkeys(w.B for w in points))
-    sizes = list(dict.fromkeys(w.H for w in points))
-
-    def rank(point: tuple[Workload, str]) -> int:
-        w, cell = point
-        places = batches.index(w.B), sizes.index(w.H), _DTYPES.index(w.dtype), CELLS.index(cell)
-        return sum(places)
-
-    return sorted(((workload, cell) for workload in points for cell in CELLS), key=rank)
 
 
 class Continued(Results):
@@ -116,18 +97,29 @@ def now_path(folder: Path, stage: str) -> Path:
     return folder / f"{stage}-now.json"
 
 
+class LostError(RuntimeError):
+    """The device answers no more: after an assertion no kernel runs in the same process."""
+
+
 class Worker:
-    """Goes through the cases of a stage while there is time."""
+    """Goes through the cases of a stage while there is time.
+
+    Lessons and sweep go in batches by the protocol of ``protocol.py``; the rows of a case are on
+    disk before the next one is timed.
+    """
 
     def __init__(self, job: Job):
         self.job, self.device = job, torch.device(job.device)
         self.end = time.monotonic() + job.seconds
         self.results, self.red = Continued(job.folder), False
-        self.settings = Settings(self.device, job.seed, seconds=0.4)
+        self.settings = Settings(self.device, job.seed, seconds=SECONDS[job.stage])
         if job.quick:
             self.settings = Settings(self.device, job.seed, seconds=0.0, least_rounds=2)
         self.corpus = self._corpus() if job.stage == "lessons" else None
         self.files = Files(job.folder) if job.stage == "autotable" else None
+        self.cases = cases_of(job.stage, job.quick)
+        self.todo = [n for n in range(job.begin, len(self.cases)) if n not in job.skip]
+        self.now: tuple[int | None, str] = (None, "")
 
     def _corpus(self) -> Corpus:
         words = [case.workload for case in cases_of("lessons", self.job.quick) if case.workload]
@@ -138,42 +130,128 @@ class Worker:
 
     def run(self) -> int:
         """``DONE``, ``RED`` if a case failed, or ``LOST``: this process can do no more."""
-        cases, longest = cases_of(self.job.stage, self.job.quick), 0.0
-        for index in range(self.job.begin, len(cases)):
-            if self.end - time.monotonic() < longest:
-                self._at(index, len(cases), "")
-                break
-            started = time.monotonic()
-            self._at(index, len(cases), cases[index].name)
-            try:
-                self.do(cases[index])
-            except Exception as error:  # one broken case must not cost the others their turn
-                self._failed(cases[index], error)
-                if not self._device_answers():
-                    return LOST
-            longest = max(0.7 * longest, time.monotonic() - started)
-        else:
-            self._at(len(cases), len(cases), "")
+        longest = 0.0
+        try:
+            self._at(None)
+            while self.todo and self.end - time.monotonic() >= longest:
+                started, before = time.monotonic(), len(self.todo)
+                self.do(self._batch())
+                cases = before - len(self.todo)
+                if not cases:  # the time ended before any of them was timed
+                    break
+                longest = max(0.7 * longest, (time.monotonic() - started) / cases)
+            self._at(None)
+        except LostError as error:
+            index, provider = self.now
+            if index in self.todo and (not provider or provider in CORE):
+                self._failed(self.cases[index], error)
+            return LOST
         return RED if self.red else DONE
 
-    def _at(self, index: int, of: int, name: str) -> None:
-        now = {"case": name, "index": index, "of": of, "since": time.time()}
+    def _batch(self) -> list[int]:
+        """The next cases: some that fit into memory together, or one that goes alone."""
+        batch: list[int] = []
+        values = 0
+        for index in self.todo[:MOST_IN_BATCH]:
+            workload = self.cases[index].workload
+            values += values_of(workload) if workload else 0
+            alone = workload is None or self.files
+            if batch and (alone or values > BLOCK):
+                break
+            batch.append(index)
+            if alone:
+                break
+        return batch
+
+    def do(self, batch: list[int]) -> None:
+        """Does some cases, and takes off the list what is done."""
+        workload = self.cases[batch[0]].workload
+        if workload is None or self.files:
+            with self._guard(batch[0]):
+                if self.files and workload:
+                    self._tune(self.files, workload, self.cases[batch[0]].cell)
+                else:
+                    self._ragged()
+                self.todo.remove(batch[0])
+            return
+        prepare = [partial(self._prepared, index) for index in batch]
+        gating = min(GATING_SECONDS, (self.end - time.monotonic()) / 4)
+        for n, prepared in measured(
+            prepare, self.end, gating, lambda n, stage: self._guard(batch[n])
+        ):
+            self._finish(prepared, self.cases[batch[n]].late)
+            self.todo.remove(batch[n])
+
+    def _at(self, index: int | None, provider: str = "") -> None:
+        """Writes down what is run from here on, and what is done.
+
+        Raises:
+            LostError: what ran before has cost us the device; the file still names that.
+        """
+        if not self._device_answers():
+            raise LostError("the device answers no more")
+        self.now = index, provider
+        begin = self.todo[0] if self.todo else len(self.cases)
+        ahead = range(begin, min(begin + MOST_IN_BATCH, len(self.cases)))
+        now = {
+            "case": "" if index is None else self.cases[index].name,
+            "provider": provider,
+            "index": begin if index is None else index,
+            "begin": begin,
+            "done": sorted(set(ahead) - set(self.todo)),
+            "of": len(self.cases),
+            "since": time.time(),
+        }
         write_json(now_path(self.job.folder, self.job.stage), now)
 
-    def do(self, case: Case) -> None:
-        if case.workload is None:
-            self._ragged()
-        elif self.files:
-            self._tune(self.files, case.workload, case.cell)
-        else:
-            self._measure(case.workload, case.cell)
+    @contextmanager
+    def _guard(self, index: int) -> Iterator[None]:
+        """Around a part of a case: one that breaks must not cost the others their turn."""
+        self._at(index)
+        try:
+            yield
+        except LostError:
+            raise
+        except Exception as error:
+            self._failed(self.cases[index], error)
+            self.todo.remove(index)
+            if not self._device_answers():
+                raise LostError("the device answers no more") from error
 
-    def _measure(self, workload: Workload, cell: str) -> None:
-        if left_out := self._left_out(workload, cell):
-            note = f"schedule {', '.join(left_out)} failed its tests"
-            self._add(Measured(self._rows(workload, cell, "refused", note), [], []))
-        else:
-            self._add(measure(workload, cell, self.settings, self.corpus))
+    def _prepared(self, index: int) -> Prepared:
+        """A case, gated; the rows of those who do not take part say why."""
+        case = self.cases[index]
+        workload = case.workload
+        assert workload is not None
+        names = case.providers(self.device)
+        out = {
+            name: Row.of(workload, case.cell, name, backend="", gate="refused", note=note)
+            for name, note in self._left_out(workload, case.cell, names).items()
+        }
+        for name in self.job.lost & set(names):
+            note = "took its process with it at an earlier case, see status.json"
+            out[name] = Row.of(workload, case.cell, name, backend="", gate="failed", note=note)
+        prepared = Prepared(
+            workload, case.cell, self.settings, [name for name in names if name not in out],
+            self.corpus, partial(self._at, index),
+        )  # fmt: skip
+        made = prepared.rows | out
+        prepared.rows = {name: made[name] for name in names}
+        return prepared
+
+    def _finish(self, prepared: Prepared, late: bool) -> None:
+        """The short training of torch.nn and fusedrnn, if it is a lesson's, and the rows."""
+        subject, rows, complaints = prepared.subject, prepared.rows, [*prepared.complaints]
+        takes_part = subject.steps and not late
+        able = [name for name in TRAINED if takes_part and rows[name].has_numbers]
+        losses: list[Loss] = []
+        try:
+            if TORCH in able:
+                losses = trained(subject, able, rows, Progress(None))
+        except Exception as error:  # the times stand
+            complaints.append(f"{subject.workload.name} {subject.cell}: training: {error}")
+        shown = [row for name, row in rows.items() if not (late and name == TORCH)]
+        self._add(Measured(shown, losses, complaints))
 
     def _tune(self, files: Files, workload: Workload, cell: str) -> None:
         chip = chip_of(self.device)
@@ -185,11 +263,10 @@ class Worker:
 
         problem = problem_of(workload, cell, True)
         print(f"{workload.name} {cell} on {chip.name}, H = {problem.hidden_size}", flush=True)
-        for line in tune(workload, cell, self.settings, self.job.left_out, tell):
-            files.add_winner(line)
-            print(
-                f"  {line[1].schedule}: {line[2]}, the model's {line[2].model_us:.2f}", flush=True
-            )
+        for winner in tune(workload, cell, self.settings, self.job.left_out, tell):
+            files.add_winner(winner)
+            _, cut, found = winner
+            print(f"  {cut.schedule}: {found}, the model's {found.model_us:.2f}", flush=True)
 
     def _ragged(self) -> None:
         if self.job.left_out:
@@ -199,35 +276,37 @@ class Worker:
         code = ragged.run(job.folder, self.device, quick=job.quick, seed=job.seed, anew=False)
         self.red |= code != 0
 
-    def _left_out(self, workload: Workload, cell: str) -> list[str]:
-        """The schedules of this case that are not to be run."""
+    def _left_out(self, workload: Workload, cell: str, names: Iterable[str]) -> dict[str, str]:
+        """Who is not to be run, because of a schedule that failed its tests."""
         if not self.job.left_out:
-            return []
-        subject = Subject(workload, cell, self.settings, self.corpus)
-        told = [subject.explain(name) for name in names_for(workload, self.device)]
-        lines = [line for explanation in told if explanation for line in explanation.layers]
-        return sorted(self.job.left_out & {line.split(": ")[1] for line in lines})
+            return {}
+        subject, found = Subject(workload, cell, self.settings, self.corpus), {}
+        for name in names:
+            told = None if name in FORCED else subject.explain(name)
+            lines = told.layers if told else []
+            taken = {FORCED[name]} if name in FORCED else {line.split(": ")[1] for line in lines}
+            if failed := sorted(self.job.left_out & taken):
+                found[name] = f"schedule {', '.join(failed)} failed its tests"
+        return found
 
     def _failed(self, case: Case, error: Exception) -> None:
         text = f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}"
-        complaint = [f"{case.name}: {error}"]
         rows = []
         if case.workload is not None and not self.files:
-            rows = self._rows(case.workload, case.cell, "failed", text)
-        self._add(Measured(rows, [], complaint))
+            rows = [
+                Row.of(case.workload, case.cell, name, backend="", gate="failed", note=text)
+                for name in case.providers(self.device)
+                if name != TORCH
+            ]
+        self._add(Measured(rows, [], [f"{case.name}: {error}"]))
 
-    def _rows(self, workload: Workload, cell: str, gate: str, note: str) -> list[Row]:
-        return [
-            Row.of(workload, cell, provider, backend="", gate=gate, note=note)
-            for provider in names_for(workload, self.device)
-            if provider != TORCH and provider in PROVIDERS
-        ]
-
-    def _add(self, measured: Measured) -> None:
-        self.results.add(measured.rows, measured.losses)
-        for row in measured.rows:
-            print(table_line(row), flush=True)
-        for complaint in measured.complaints:
+    def _add(self, found: Measured) -> None:
+        self.results.add(found.rows, found.losses)
+        for row in found.rows:
+            print(line(row), flush=True)
+            if row.steps and row.final_loss is not None:
+                print(f"{'':<20}{training_line(row)}", flush=True)
+        for complaint in found.complaints:
             print(complaint, file=sys.stderr, flush=True)
             self.red = True
 
@@ -252,15 +331,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     add("--seed", type=int, default=0)
     add("--begin", type=int, default=0)
     add("--without", default="", help="schedules to leave out, with commas between them")
+    add("--skip", default="", help="cases not to do, by their numbers")
+    add("--lost", default="", help="providers not to run: they ended a process before")
     add("--quick", action="store_true")
     o = parser.parse_args(argv)
     if o.stage == "pictures":
         print(plots.draw(o.folder))
         return DONE
-    left_out = frozenset(filter(None, o.without.split(",")))
-    return Worker(
-        Job(o.stage, o.folder, o.seconds, o.device, o.seed, o.quick, left_out, o.begin)
-    ).run()
+    without, lost, skip = (
+        frozenset(filter(None, words.split(","))) for words in (o.without, o.lost, o.skip)
+    )
+    job = Job(o.stage, o.folder, o.seconds, o.device, o.seed, o.quick, without, o.begin)
+    return Worker(job._replace(skip=frozenset(map(int, skip)), lost=lost)).run()
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -114,6 +115,10 @@ def _study(options: argparse.Namespace) -> None:
     except study.Refused as reason:
         sys.stderr.write(f"{reason}\n")
         raise SystemExit(2) from None
+    except BrokenPipeError:  # `study ... | head`: the reader has what it wants
+        # What is still in the buffer would raise once more when Python ends.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
 
 
 #: A command adds its parser and names the function that runs it with the parsed options.

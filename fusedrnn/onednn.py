@@ -17,7 +17,7 @@ Axes: T time, B batch, H hidden, D directions, R = T*B rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -25,9 +25,6 @@ from torch import Tensor
 from .grads import Recurrent
 from .kernels.rows import Rows
 from .kernels.spec import Weights
-
-if TYPE_CHECKING:
-    from .dispatch import Request
 
 #: Up to this H, whatever B: the identity makes gx a product of 4H columns more.
 MOST = 32
@@ -37,8 +34,8 @@ SEGMENT = 1 << 19
 _LSTM = 2  # oneDNN's number for the cell
 
 
-def takes(request: Request) -> bool:
-    """Whether the backend torch leaves the steps of a call to oneDNN: dense ones of a small fp32
+def takes(request: Any) -> bool:
+    """Whether the backend torch leaves a ``dispatch.Request`` to oneDNN's steps: dense ones of a small fp32
     LSTM without a projection of h, whose states nobody wants of every step."""
     is_ragged = request.packed or request.lengths or request.reset
     return (

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import os
+import re
 import textwrap
 from argparse import Namespace
 from collections.abc import Iterator, Sequence
@@ -17,10 +18,18 @@ from typing import Any, NamedTuple
 import torch
 
 from .kernels import plan as planning
-from .kernels.assembly import count_kinds, dialect_of, longest_loop, read_assembly, tensor_names
+from .kernels.assembly import (
+    Instruction,
+    count_kinds,
+    dialect_of,
+    longest_loop,
+    read_assembly,
+    tensor_names,
+)
 from .kernels.model import SPEEDS
 from .kernels.occupancy import occupancy
 from .kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem
+from .kernels.spec import SPECS
 
 DTYPES = {
     "fp32": torch.float32,
@@ -31,6 +40,11 @@ DTYPES = {
 SCHEDULES = ("resident", "cooperative", "stepwise")  # in the order in which they are asked
 PRECISIONS = ("tf32", "ieee", "tf32x3")
 WIDTH = 100  # of a line of prose
+#: Bytes. No GPU of the architectures in ``CHIPS`` is sold with more (MI325X: 256 GB).
+LARGEST_MEMORY = 2**38
+#: An exponential of a tile, in Triton's GPU dialect; and of a thread, in either assembly.
+_EXP_TILE = re.compile(r"= math\.exp2? .*: tensor<((?:\d+x)+)f32,")
+_EXP = re.compile(r"MUFU\.EX2\b|v_exp_f32")
 #: The terms of the model, by what they are to a reader.
 TERMS = {
     "products": "tensor core",
@@ -83,6 +97,7 @@ def run(options: Namespace) -> Iterator[str]:
         True,
         options.layers,
     )
+    _check_memory(problem)
     try:
         parts = _parts(problem, chip, options.schedule)
     except NoPlan as reason:
@@ -96,7 +111,8 @@ def run(options: Namespace) -> Iterator[str]:
     yield "\n".join(["1. Plan (kernels/plan.py)", *_plan_lines(parts, chip, offline, options)])
     kernels = [kernel for part in parts for kernel in _compile(part, len(parts), chip, offline)]
     yield "\n".join(["2. Resources, by the compiler", *_resource_lines(kernels, chip, offline)])
-    yield "\n".join(["3. Instructions of one warp, as they stand", *_mix_lines(kernels)])
+    mix = [*_mix_lines(kernels), *_specials_lines(kernels, chip)]
+    yield "\n".join(["3. Instructions of one warp, as they stand", *mix])
     yield "\n".join(_floor_lines(parts, chip))
     names = [name for kernel in kernels for name in _dump(kernel, folder, offline)]
     yield "\n".join([f"5. Files in {folder}", *_wrapped(names)])
@@ -117,6 +133,26 @@ def _offline() -> Any:
             raise
         raise Refused("study compiles with Triton, which is not installed") from None
     return offline
+
+
+def _check_memory(problem: Problem) -> None:
+    """A plan for what no memory holds would be arithmetic about nothing.
+
+    Raises:
+        Refused: the weights, or the inputs and gates of one step, are larger than any memory.
+    """
+    p, itemsize = problem, problem.dtype.itemsize
+    G, H, D = SPECS[p.cell].gates, p.hidden_size, p.directions
+    widths = p.input_size + H + (p.layers - 1) * (D * H + H)
+    for what, values in (
+        ("weights", D * G * H * widths),
+        ("inputs and gates of one step", p.batch * (p.input_size + p.layers * D * G * H)),
+    ):
+        if values * itemsize > LARGEST_MEMORY:
+            raise Refused(
+                f"no plan: the {what} alone are {values * itemsize / 2**30:,.0f} GiB, and no GPU "
+                f"has more than {LARGEST_MEMORY >> 30}"
+            )
 
 
 def _parts(problem: Problem, chip: Chip, schedule: str | None) -> list[Part]:
@@ -252,8 +288,7 @@ def _mix_lines(kernels: list[Kernel]) -> Iterator[str]:
     named = []
     for name, part, _, compiled in kernels:
         dialect = dialect_of(compiled.disassembly)
-        every = read_assembly(compiled.disassembly)
-        loop = longest_loop(every) if part.plan.schedule != "stepwise" else ()
+        every, loop = _read(part, compiled)
         if loop:
             columns.append((f"{name}: loop", count_kinds(loop, dialect)))
         columns.append(("all" if loop else name, count_kinds(every, dialect)))
@@ -267,6 +302,52 @@ def _mix_lines(kernels: list[Kernel]) -> Iterator[str]:
     if kernels[0].part.plan.schedule == "stepwise":
         yield "   no kernel has the loop over T: the host runs it"
     yield from named
+
+
+def _read(part: Part, compiled: Any) -> tuple[Sequence[Instruction], Sequence[Instruction]]:
+    """All instructions of a kernel, and those of the loop over T: none where the host runs it."""
+    every = read_assembly(compiled.disassembly)
+    return every, longest_loop(every) if part.plan.schedule != "stepwise" else ()
+
+
+def _specials_lines(kernels: list[Kernel], chip: Chip) -> Iterator[str]:
+    """Of each kernel that has activations: its MUFU of a step beside those of the floor."""
+    for name, part, direction, compiled in kernels:
+        every, loop = _read(part, compiled)
+        found = count_kinds(loop or every, dialect_of(compiled.disassembly))["MUFU"]
+        tiles = compiled.tiles
+        threads = tiles.num_warps * chip.warp_size
+        elements = tiles.block_b * sum(width for _, width in tiles.blocks)
+        each = SPECS[part.problem.cell].specials[direction == "backward"]
+        if not found or not each or part.problem.dtype.itemsize == 8:
+            continue  # exponentials in fp64 are FMAs
+        counted = elements * each / threads
+        line = f"   {name}: {found} MUFU a thread and step"
+        if found == counted:
+            yield f"{line}, as the floor counts"
+            continue
+        line += f", the floor counts {counted:g}"
+        copies = copies_of(compiled.binary.asm["ttgir"], every, threads)
+        if copies is not None and copies > 1:
+            line += f": each element is computed by {copies} threads"
+        # What is left: the cell takes other operations than spec.py says.
+        if copies is not None and found != counted * copies:
+            line += f"{',' if copies > 1 else ':'} in {found * threads / elements / copies:g} "
+            line += f"operations, not {each}"
+        yield textwrap.fill(line, WIDTH, subsequent_indent=" " * 6)
+
+
+def copies_of(ttgir: str, instructions: Sequence[Instruction], threads: int) -> int | None:
+    """How many threads compute each element of the tiles that a kernel takes exponentials of.
+
+    All exponentials that the threads take, by those that the tiles have: layouts may give one
+    element to several threads, as where every warp has the sum of all pieces. None where there are
+    none, or where the compiler made more or fewer of them and the quotient is not whole.
+    """
+    shapes = (shape.split("x")[:-1] for shape in _EXP_TILE.findall(ttgir))
+    needed = sum(math.prod(map(int, shape)) for shape in shapes)
+    taken = threads * sum(bool(_EXP.match(i.name)) for i in instructions)
+    return taken // needed if needed and taken and taken % needed == 0 else None
 
 
 def _floor_lines(parts: list[Part], chip: Chip) -> Iterator[str]:

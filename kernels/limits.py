@@ -76,15 +76,37 @@ def holds_in_registers(
         least, most, ragged_room = LARGEST_RAGGED_SLICE[kind][gates][direction]
         if units < least or units * columns > ragged_room:
             return False
-    return units <= most and units * columns <= room
+    return (
+        units <= most
+        and units * columns <= room
+        and not _spills(kind, gates, layers, direction, units, rows, columns)
+    )
+
+
+def _spills(
+    kind: str, gates: int, layers: int, direction: str, units: int, rows: int, columns: int
+) -> bool:
+    """Whether a slice within the limits spills all the same, mostly by Triton 3.6 alone."""
+    # No multiple of 128, that is cut into 4 pieces, which hold twice the columns each; of 64 few.
+    in_fours = columns % 128 != 0 and columns > 64
+    if kind == "16-bit" and gates > 1 and units == 32:
+        if rows == 32:  # 144 to 1000 bytes
+            return True
+        if gates == 4 and direction == "forward":  # 8 to 80 bytes
+            return in_fours or layers > 1
+        return gates == 4 and in_fours and columns > 192  # 8 bytes
+    if kind == "16-bit" and units == 64 and layers > 1:
+        return in_fours  # 8 bytes
+    # 8 to 56 bytes
+    return kind == "tf32x3" and gates == 1 and (units == 64 or units * columns > 12288)
 
 
 def operand_columns(kind: str, gates: int, direction: str, H: int, ragged: bool) -> int:
     """How many columns of an operand one chunk of schedule cooperative holds at most.
 
     A piece is at most 8 mma instructions deep, in tf32x3 6, and 8 warps have one each. Smaller
-    chunks where kernels with these spill, 8 to 40 bytes by one Triton or the other: LSTM and GRU
-    backward in tf32, GRU backward in 16 bit, and RNN forward of ragged rows in tf32.
+    chunks where kernels with these spill, 8 to 88 bytes by one Triton or the other: LSTM and GRU
+    backward in tf32 and 16 bit, and RNN forward of ragged rows in tf32.
     """
     backward = direction == "backward"
     if kind == "tf32" and gates > 1 and backward and 384 < H <= 512:
@@ -93,7 +115,7 @@ def operand_columns(kind: str, gates: int, direction: str, H: int, ragged: bool)
         return 256
     if kind == "16-bit" and gates == 3 and backward and 384 < H <= 512:
         return 128
-    if kind == "16-bit" and gates == 3 and backward and H > 1024:
+    if kind == "16-bit" and gates > 1 and backward and H > 1024:
         return 512
     if kind == "tf32" and gates == 1 and not backward and ragged and 512 < H <= 1024:
         return 128
@@ -118,7 +140,7 @@ def is_large(
     if gates == 1:
         return False
     if kind == "tf32x3":
-        return gates == 4 and backward
+        return gates == 4 and backward and columns > 128
     if kind == "tf32" and gates == 4 and backward and not ragged:
         return columns > 512
     if kind == "tf32":

@@ -405,7 +405,7 @@ def _cooperative_tiles(
 ) -> Iterator[tuple[float, int, int, Tiles]]:
     """Everything that fits: its modelled time, for ties its size, and the tiles."""
     H, kind = problem.hidden_size, kind_of(problem, chip)
-    gates = SPECS[problem.cell].gates
+    gates, wide = SPECS[problem.cell].gates, problem.dtype == torch.float32
     chunks = k_chunks(H, kind, operand_columns(kind, gates, direction, H, problem.ragged))
     columns = sum(pieces * width for _, pieces, width in chunks)
     for units, rows in product((8, 16, 32, 64, 128), (16, 32)):
@@ -423,16 +423,8 @@ def _cooperative_tiles(
             continue
         at_once = max(1, min(batch_tiles(problem.batch, rows, problem.members), chip.sms // groups))
         large = is_large(kind, gates, units, chunks, direction, problem.ragged)
-        tiles = Tiles(
-            rows,
-            ((0, units),),
-            8,
-            None if large else 255,
-            kind if problem.dtype == torch.float32 else "ieee",
-            shared,
-            chunks,
-            at_once,
-        )
+        registers, precision = None if large else 255, kind if wide else "ieee"
+        tiles = Tiles(rows, ((0, units),), 8, registers, precision, shared, chunks, at_once)
         tiles = replace(tiles, folded=dots_folded(problem, kind, tiles, direction))
         floors = floors_on_chip(problem, chip, tiles, problem.layers, direction)
         yield floors.step, rows, units, tiles
@@ -455,6 +447,8 @@ def k_chunks(H: int, kind: str, most: int) -> tuple[tuple[int, int, int], ...]:
     # Unequal chunks of fp32 spill above 512; equal ones pad H = 768 to 1024.
     least = most if kind != "16-bit" and most < H else 16 * pieces
     blocks = blocks_of(H, least, most)
+    if len(blocks) > 2 and H <= most:  # three unequal ones spill 24 to 80 bytes
+        pieces, blocks = 8, ((0, most),)
     return tuple((start, pieces, width // pieces) for start, width in blocks)
 
 

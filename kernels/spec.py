@@ -73,7 +73,7 @@ SPECS = {
     "gru": CellSpec(3, 1, 4, ((0, 1, 2),), ((0, 1, 2, 3),), (0, 1, 3), specials=(6, 0)),
     # r, z, n; the product for n needs r * h, hence a second phase.
     "gru_reset_before": CellSpec(
-        3, 1, 3, ((0, 1), (2,)), ((0, 1), (2,)), (0, 1, 2), ("h", "r*h"), specials=(8, 0)
+        3, 1, 3, ((0, 1), (2,)), ((0, 1), (2,)), (0, 1, 2), ("h", "r*h"), specials=(6, 0)
     ),
     # h alone tells the derivative of both non-linearities.
     "rnn_tanh": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,), specials=(2, 0)),

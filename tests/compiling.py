@@ -58,10 +58,21 @@ KINDS = [
     (torch.bfloat16, "ieee"),
     *((torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")),
 ]
-#: Further ones that cut H into chunks of other sizes, or whose rows are of no round length.
-FURTHER_H = (200, 320, 640, 1000, 1280)
+#: Their rows are of no round length.
+ODD_H = (200, 1000)
 #: Directions and layers of one launch; both of them double what a chip must hold.
 COOPERATIVE_STACKS = ((1, 1), (2, 1), (1, 2))
+#: What is scanned for tiles: raggedness, stacks, H in steps of so many, and batches. A chunk of H is cut in
+#: parts of 8 and more; the number of programs' rows changes with the batch, and what a program can
+#: keep with directions and layers.
+SCANNED = (
+    (False, (1, 1), 8, (16, 128)),
+    (True, (1, 1), 8, (16, 128)),
+    *(
+        (False, stack, 32, (8, 16, 32, 64, 128, 256))
+        for stack in (*COOPERATIVE_STACKS, (1, 3), (1, 4))
+    ),
+)
 
 
 def plan_of(problem: Problem, chip: Chip) -> Plan:
@@ -84,7 +95,8 @@ def _problems(chip: Chip) -> Iterator[Problem]:
             # The other cells differ from these in a few lines: one size is enough.
             if H == 256 or (cell in ("lstm", "gru", "rnn_tanh") and (D, L) == (1, 1)):
                 yield Problem(cell, H, H, batch, D, dtype, precision, True, L)
-    for cell, (dtype, precision), H in product(("lstm", "gru", "rnn_tanh"), KINDS, FURTHER_H):
+    yield from _cooperative_tiles(chip)
+    for cell, (dtype, precision), H in product(("lstm", "gru", "rnn_tanh"), KINDS, ODD_H):
         yield Problem(cell, H, H, 16, 1, dtype, precision, True)
     for cell, (dtype, precision), layers in product(("lstm", "gru"), KINDS, (3, 4)):
         yield Problem(cell, 256, 256, 16, 1, dtype, precision, True, layers)
@@ -94,6 +106,28 @@ def _problems(chip: Chip) -> Iterator[Problem]:
     yield from _member_problems(chip)
     yield from _stepwise_problems()
     yield from measured_problems(chip)
+
+
+def _cooperative_tiles(chip: Chip) -> Iterator[Problem]:
+    """Whatever tiles the plan can choose up to H = 2048, each with the first H that has it."""
+    seen = set()
+    for (ragged, (D, L), step, batches), cell in product(SCANNED, ("lstm", "gru", "rnn_tanh")):
+        every = product(KINDS, range(64, 2049, step), batches)
+        for (dtype, precision), H, batch in every:
+            problem = Problem(cell, H, H, batch, D, dtype, precision, True, L, ragged=ragged)
+            try:
+                chosen = plan_of(problem, chip)
+            except NoPlan:
+                continue
+            sides = enumerate((chosen.forward, chosen.backward))
+            tiles = {
+                (cell, ragged, dtype, i, replace(t, at_once=1, shared_bytes=0))
+                for i, t in sides
+                if t
+            }
+            if chosen.schedule == "cooperative" and chosen.layers == L and tiles - seen:
+                seen |= tiles
+                yield problem
 
 
 def _fp16_problems() -> Iterator[Problem]:

@@ -373,6 +373,31 @@ def test_pictures_come_from_the_csv_alone(tmp_path, monkeypatch):
     assert "matplotlib is not installed" in plots.draw(tmp_path)
 
 
+def test_pictures_show_forward_and_training():
+    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+    from matplotlib.figure import Figure
+
+    rows = []
+    for w in list(sweep())[:6]:
+        for provider, backend in ((TORCH, ""), ("fusedrnn triton", "triton")):
+            row = Row.of(w, "lstm", provider, backend=backend, gate="ok", fw_ms=1.0, fwbw_ms=3.0)
+            row.fw_speedup = row.fw_floor_ms = 0.5
+            row.fwbw_speedup = row.fwbw_floor_ms = 1.5
+            rows.append({k: "" if v is None else str(v) for k, v in asdict(row).items()})
+    drawn = {}
+    for name, painter in (("axes", plots._axes), ("maps", plots._maps)):
+        figure = Figure()
+        painter(figure, rows)
+        drawn[name] = [axis.get_title() for axis in figure.axes if axis.has_data()]
+    modes = [title.partition(";")[0] for title in drawn["axes"]]
+    assert modes == ["forward"] * 3 + ["training"] * 3
+    assert {title.partition(":")[0] for title in drawn["maps"]} == {"forward", "training"}
+    figure = Figure()
+    plots._roofline(figure, [row for row in rows if row["provider"] != TORCH])
+    forward, training = (axis.collections[0].get_offsets()[0] for axis in figure.axes)
+    assert ([*forward], [*training]) == ([0.5, 1.0], [1.5, 3.0])
+
+
 def test_progress_is_silent_when_nobody_watches(capsys):
     progress = Progress(10)
     progress.at("work")
@@ -412,6 +437,7 @@ def test_a_red_gate_is_exit_code_1(tmp_path, capsys, wrong_provider, monkeypatch
         (["sine", "--quick", "--out", "file"], "no results can be written to file"),
         (["sine", "--device", "cuda"], "needs a GPU"),
         (["gpu"], "needs a CUDA device"),
+        (["model", "--out", "file/x"], "no results can be written to file/x"),
     ],
 )
 def test_what_the_user_can_put_right_is_one_sentence(argv, sentence, tmp_path, capsys, monkeypatch):

@@ -10,10 +10,11 @@ import pytest
 import torch
 
 import fusedrnn
-from bench import peers, providers
+from bench import peer, peers, providers
 from bench.cases import CELLS, EVERY_CELL, Workload
 from bench.forcing import scheduled
 from bench.gate import Gate
+from bench.peer import both, reordered
 from bench.providers import PROVIDERS, TORCH, absent, build, contenders
 from bench.run import Settings, Subject
 from fusedrnn import dispatch, launches
@@ -22,6 +23,7 @@ CPU = torch.device("cpu")
 ONE = Workload("one", "toy", "none", T=4, B=3, I=5, H=6)
 BOTH_WAYS = Workload("both", "toy", "none", T=4, B=3, I=5, H=6, layers=2, bidirectional=True)
 PACKED = Workload("packed", "toy", "none", T=6, B=3, I=5, H=6, ragged=True)
+PACKED_BOTH_WAYS = replace(BOTH_WAYS, name="packed both", T=9, B=5, ragged=True)
 
 
 @pytest.fixture(autouse=True)
@@ -38,7 +40,9 @@ def gate(workload, cell):
 @pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor:UserWarning")  # Dynamo's own
 @pytest.mark.filterwarnings("ignore:.*:DeprecationWarning")  # of the peers about their own insides
 @pytest.mark.parametrize("cell", EVERY_CELL)
-@pytest.mark.parametrize("workload", [ONE, BOTH_WAYS], ids=lambda w: w.name)
+@pytest.mark.parametrize(
+    "workload", [ONE, BOTH_WAYS, PACKED, PACKED_BOTH_WAYS], ids=lambda w: w.name
+)
 @pytest.mark.parametrize(
     "name", [n for n in PROVIDERS if n != TORCH and "cpu" in PROVIDERS[n].devices]
 )
@@ -49,16 +53,13 @@ def test_every_adapter_passes_the_gate(name, workload, cell):
         with pytest.raises(NotImplementedError, match="has LSTM and GRU only"):
             build(name, cell, workload)
         return
-    if name == "jax" and workload is BOTH_WAYS:
-        with pytest.raises(NotImplementedError, match="one layer in one direction"):
-            build(name, cell, workload)
-        return
     verdict = gate(workload, cell).judge(name)
     assert verdict.ok, verdict.failures
     assert 0 < verdict.error < 1e-6
     names = {budget.name for budget in verdict.budgets}
     assert ("d_input" in names) == PROVIDERS[name].backward
-    assert "d_weight_hh_l0" in names or not PROVIDERS[name].backward
+    of_weights = any(name.endswith("weight_hh_l0") for name in names)
+    assert of_weights == PROVIDERS[name].backward
 
 
 @pytest.mark.parametrize("cell", CELLS)
@@ -72,21 +73,10 @@ def test_gates_in_another_order_are_red(cell, gate_of, monkeypatch):
 
     class Swapped(peers.EagerLoop):
         def convert(self, *weights):
-            return tuple(peers._swapped(t, gates, order) for t in weights)
+            return tuple(reordered(t, gates, order) for t in weights)
 
-    monkeypatch.setitem(PROVIDERS, "eager loop", providers.Provider(peers.both(Swapped)))
+    monkeypatch.setitem(PROVIDERS, "eager loop", providers.Provider(both(Swapped)))
     assert not gate(ONE, cell).judge("eager loop").ok
-
-
-@pytest.mark.parametrize("peer", [peers.Keras, peers.Haste, peers.FlashRNN])
-@pytest.mark.parametrize("cell", CELLS)
-def test_converted_weights_are_a_permutation_of_torchs(peer, cell):
-    """Of those that are not installed too: nothing is lost but that two biases may be one."""
-    rnn = peer(cell.upper(), 5, 6, batch_first=True)
-    w_ih, w_hh, b_ih, b_hh = rnn.parameters()
-    matrices = [t for t in rnn.convert(w_ih, w_hh, b_ih, b_hh) if t.numel() >= w_ih.numel()]
-    for ours, theirs in zip((w_ih, w_hh), matrices, strict=True):
-        assert torch.equal(ours.flatten().sort().values, theirs.flatten().sort().values)
 
 
 def test_what_is_timed_is_converted_once():
@@ -100,14 +90,64 @@ def test_what_is_timed_is_converted_once():
 
 
 def test_peers_refuse_in_a_sentence():
-    subject = gate(PACKED, "lstm")
-    with pytest.raises(NotImplementedError, match="takes no packed sequences"):
-        subject.judge("eager loop")
-    long = Workload("long", "toy", "none", T=5, B=1, I=2, H=3)
+    packed = Subject(PACKED, "lstm", Settings(CPU)).input
+    for name in ("flashrnn", "haste", "torchrl"):
+        with pytest.raises(NotImplementedError, match="takes no packed sequences"):
+            build(name, "lstm", PACKED)(packed)
+    long = Workload("long", "toy", "none", T=31, B=1, I=2, H=3)
     with pytest.raises(NotImplementedError, match="unrolls all steps"):
         gate(long, "gru").judge("compiled loop")
     with pytest.raises(NotImplementedError, match="does not compute in"):
         build("keras", "lstm", ONE)(torch.randn(3, 4, 5, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("cell", EVERY_CELL)
+@pytest.mark.parametrize("order", ["as it is", "sorted"])
+def test_padding_holds_nothing_that_matters(cell, order):
+    """A masked step leaves the states; the padding comes out of the packed output again."""
+    subject = Subject(PACKED_BOTH_WAYS, cell, Settings(CPU))
+    packed = subject.input
+    if order == "sorted":
+        packed = packed._replace(sorted_indices=None, unsorted_indices=None)
+    output, _ = subject.rnn("eager loop")(packed)
+    theirs, _ = subject.rnn(TORCH)(packed)
+    assert output.batch_sizes is packed.batch_sizes
+    assert output.sorted_indices is packed.sorted_indices
+    assert output.data.shape == theirs.data.shape
+
+
+def test_masks_of_both_directions_and_no_others():
+    """Of a sequence of 9 steps and one of 5 or more: the reverse one begins with the padding."""
+    given = []
+
+    class Spy(peers.EagerLoop):
+        def masked(self, weights, x, states, mask):
+            given.append(mask)
+            return super().masked(weights, x, states, mask)
+
+    subject = Subject(PACKED_BOTH_WAYS, "gru", Settings(CPU))
+    Spy("GRU", 5, 6, batch_first=True, bidirectional=True)(subject.input)
+    forward, reverse = given
+    lengths = forward.sum(1)
+    assert torch.equal(forward, torch.arange(9) < lengths[:, None])
+    assert torch.equal(reverse, forward.flip(1))
+    assert lengths.tolist() == sorted(lengths.tolist(), reverse=True)
+    assert lengths.sum() == subject.input.batch_sizes.sum()
+
+
+@pytest.mark.parametrize("what", ["mask", "flipped mask", "order of states"])
+def test_padding_that_is_walked_into_is_red(what, monkeypatch):
+    if what == "order of states":
+        monkeypatch.setattr(peer.Padded, "states_in", lambda self, states: states)
+    else:
+        original = peers.EagerLoop.masked
+
+        def wrong(self, weights, x, states, mask):
+            mask = torch.ones_like(mask) if what == "mask" else mask.flip(1)
+            return original(self, weights, x, states, mask)
+
+        monkeypatch.setattr(peers.EagerLoop, "masked", wrong)
+    assert not gate(PACKED_BOTH_WAYS, "gru").judge("eager loop").ok
 
 
 def test_who_is_absent_says_how_to_bring_it(monkeypatch):

@@ -17,6 +17,7 @@ from bench.cases import RAGGED, Workload
 from bench.memory import kept
 from bench.protocol import ProviderError, blocks, chosen, measure_block
 from bench.providers import PROVIDERS, TORCH, Provider
+from bench.results import Row
 from bench.run import Settings, Subject
 
 CPU = torch.device("cpu")
@@ -135,6 +136,79 @@ def test_red_and_broken_providers_are_not_timed(monkeypatch):
     assert 0 < row.error < 1e-6
 
 
+def test_device_times_have_their_spread_and_no_ratio_without_torch(monkeypatch):
+    """By stand-ins for the graphs: on CUDA every call is replayed from what was captured."""
+    limits = {"seconds": 0.0, "least": 3}
+    monkeypatch.setattr(protocol, "captured", lambda call, device: call)
+    prepared = protocol.Prepared(SMALL, "lstm", SETTINGS, (TORCH, "eager loop"))
+    prepared._replayed("fw", limits)
+    for row in prepared.rows.values():
+        assert 0 < row.fw_device_ms_p20 <= row.fw_device_ms <= row.fw_device_ms_p80
+        assert row.fw_device_speedup > 0
+        assert row.fwbw_device_ms is row.fw_ms is None
+
+    def refused(call, device):
+        if call is prepared.calls["fwbw"][TORCH]:
+            raise RuntimeError("operation not permitted\nwhen stream is capturing")
+        return call
+
+    monkeypatch.setattr(protocol, "captured", refused)
+    prepared._replayed("fwbw", limits)
+    assert prepared.rows[TORCH].note == "no graph of fwbw: operation not permitted"
+    assert prepared.rows["eager loop"].fwbw_device_ms_p20 > 0
+    assert prepared.rows["eager loop"].fwbw_device_speedup is None
+
+
+def test_a_yardstick_that_breaks_leaves_no_ratios(monkeypatch):
+    prepared = protocol.Prepared(SMALL, "lstm", SETTINGS, (TORCH, "eager loop", "fusedrnn torch"))
+    monkeypatch.setitem(prepared.calls["fw"], TORCH, lambda: 1 / 0)
+    prepared.warm()
+    assert prepared.rows[TORCH].gate == "failed"
+    prepared.time()
+    row = prepared.rows["eager loop"]
+    assert row.fw_ms > 0
+    assert row.fw_speedup is row.fwbw_speedup is None
+
+
+def test_who_breaks_in_telling_its_memory_costs_nobody_else(monkeypatch):
+    whole = Subject.kept_mb
+
+    def kept_mb(self, provider):
+        if provider == "eager loop":
+            raise RuntimeError("out of memory")
+        return whole(self, provider)
+
+    monkeypatch.setattr(Subject, "kept_mb", kept_mb)
+    monkeypatch.setattr(protocol, "CELLS", ("lstm",))
+    (prepared,) = measure_block([SMALL], SETTINGS, (TORCH, "eager loop", "fusedrnn torch"), None)
+    gates = {name: row.gate for name, row in prepared.rows.items()}
+    assert gates == {TORCH: "yardstick", "eager loop": "failed", "fusedrnn torch": "ok"}
+    assert prepared.rows["fusedrnn torch"].fw_ms > 0
+
+
+def test_the_floor_and_the_memory_stand_beside_the_time():
+    row = Row.of(
+        SMALL, "lstm", "fusedrnn cooperative", backend="triton", gate="ok", share=0.42, error=2e-7,
+        fw_ms=1.5, fw_ms_p20=1.4, fw_ms_p80=1.6, fw_speedup=2.0, fw_device_ms=1.25,
+        fw_floor_ms=0.125, fwbw_ms=4.5, fwbw_ms_p20=4.4, fwbw_ms_p80=4.6, fwbw_speedup=3.0,
+        fwbw_floor_ms=12.3, kept_mb=1234.5, peak_mb=2345.6,
+    )  # fmt: skip
+    shown = protocol.line(row)
+    assert len(shown) == len(protocol.HEAD) < 150
+    titles = protocol.HEAD.split()
+    assert titles[-2:] == ["kept", "peak"]
+    assert titles.count("floor") == titles.count("device") == 2
+    assert shown.split()[6:] == [
+        "2e-07", "1.50", "1.40-1.60", "2.00", "1.25", "0.125", "4.50", "4.40-4.60", "3.00", "-",
+        "12.3", "1234", "2346",
+    ]  # fmt: skip
+    # Each word ends where its heading does.
+    for title, value in (("peak", "2346"), ("kept", "1234"), ("error", "2e-07")):
+        end = protocol.HEAD.index(title) + len(title)
+        assert shown[:end].endswith(f" {value}")
+    assert "modelled, not measured" in protocol.LEGEND
+
+
 def test_what_only_infers_has_no_backward():
     pytest.importorskip("onnxruntime", reason="onnxruntime is not installed")
     (prepared, *_) = measure_block([SMALL], SETTINGS, (TORCH, "onnxruntime"), None)
@@ -244,6 +318,9 @@ def test_the_command(tmp_path, capsys, monkeypatch):
     assert [r["provider"] for r in rows] == [TORCH, "fusedrnn", "eager loop"] * 6
     assert all(float(r["fw_ms_p20"]) <= float(r["fw_ms"]) <= float(r["fw_ms_p80"]) for r in rows)
     assert {r["fw_device_ms"] for r in rows} == {""}
+    assert {r["precision"] for r in rows} == {"ieee"}
+    table = [text for text in out.splitlines() if text.startswith("character")]
+    assert all(text.split()[-1] == "-" for text in table)  # no peak, and no floor, on the CPU
     env = json.loads((tmp_path / "environment.json").read_text())
     assert env["absent"]["keras"] == "not installed: pip install keras"
 

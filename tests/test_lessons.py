@@ -17,8 +17,17 @@ from bench.__main__ import main
 from bench.archives import Reviews
 from bench.cases import EMBEDDING, ONE_HOT, PRICE
 from bench.imdb import Corpus, generate, padded
-from bench.lessons import by_hand, forecasts, gates, parameters, reviews, temperature, vanishing
-from bench.lessons.command import LESSONS, listing, picture, run
+from bench.lessons import (
+    by_hand,
+    forecasts,
+    gates,
+    page,
+    parameters,
+    reviews,
+    temperature,
+    vanishing,
+)
+from bench.lessons.command import LESSONS, listing, one_thread, picture, run
 from bench.lessons.lesson import LessonError, Setting
 from bench.series import Scale, prices
 
@@ -93,18 +102,76 @@ def test_another_seed_gives_other_numbers(name):
     assert numbers != LESSONS[name].measure(Setting(1, True, corpus))
 
 
-def test_the_docs_quote_the_parameters_as_they_are():
-    """The lesson without chance and time: its table can be compared."""
-    docs = (Path(__file__).parent.parent / "docs" / "lessons.md").read_text()
-    lines = list(parameters.table(LESSONS["parameters"].measure(Setting())))
-    assert len(lines) == 1 + 3 * 4
-    assert "\n".join(lines) in docs
+@pytest.mark.parametrize("name", page.HELD)
+def test_the_docs_quote_the_lesson_as_it_is(name):
+    """`make lessons-page` writes it anew. Numbers may part by one of the last digit."""
+    with one_thread():
+        fresh = page.block(name, LESSONS[name].measure(Setting()))
+    quoted = page.written(page.PAGE.read_text(encoding="utf-8"), page.begin(name))
+    assert len(quoted.splitlines()) > 2
+    assert not list(page.drift(quoted, fresh))
+
+
+def test_a_drift_is_found():
+    quoted = "LSTM 1,302 of 4,000: 0.20 to 3.2e-03"
+    for same in (
+        quoted,
+        "LSTM 1,302   of 4,000: 0.21 to 3.1e-03",
+        "LSTM 1,302 of 4,000: 0.2 to 3e-03",
+    ):
+        assert not list(page.drift(quoted, same)), same
+    for other in (
+        "LSTM 1,303 of 4,000: 0.20 to 3.2e-03", "LSTM 1,302 of 4,000: 0.22 to 3.2e-03",
+        "LSTM 1,302 of 4,000: 0.20 to 3.4e-03", "LSTM 1,302 of 4,000: 0.20 to 3.2e-02",
+        "GRU 1,302 of 4,000: 0.20 to 3.2e-03", "LSTM 1,302 of 4,000: 0.20", quoted + "\nmore",
+    ):  # fmt: skip
+        assert len(list(page.drift(quoted, other))) == 1, other
+    assert len(list(page.drift(quoted + "\nmore", quoted))) == 1
+
+
+@needs("matplotlib")
+def test_the_page_is_written_between_its_comments(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page, "DEFAULT_FOLDER", tmp_path)
+    committed = page.PAGE.read_text(encoding="utf-8")
+    assert set(page.rows(committed)) == set(LESSONS)
+    spoilt = page.put(committed, page.begin("parameters"), "```\nstale\n```\n")
+    copy = tmp_path / "lessons.md"
+    copy.write_text(spoilt, encoding="utf-8")
+    assert page.renew(["parameters"], copy, tmp_path) == 0
+    renewed = copy.read_text(encoding="utf-8")
+    quoted = page.written(committed, page.begin("parameters"))
+    assert page.written(renewed, page.begin("parameters")) == quoted
+    # Nothing else is, but for the lesson's row: where and when.
+    assert page.rows(renewed) | {"parameters": ""} == page.rows(committed) | {"parameters": ""}
+    assert page.put(renewed, page.TABLE, "") == page.put(committed, page.TABLE, "")
+    assert (tmp_path / "parameters.svg").read_text().startswith("<?xml")
+    with pytest.raises(ValueError, match="has no line"):
+        page.put(committed, page.begin("another"), "")
+
+
+@needs("matplotlib")
+def test_wrong_numbers_are_not_written(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(page, "DEFAULT_FOLDER", tmp_path)
+    monkeypatch.setitem(parameters.GATES, "gru", 4)
+    copy = tmp_path / "lessons.md"
+    copy.write_text(before := page.PAGE.read_text(encoding="utf-8"), encoding="utf-8")
+    assert page.renew(["parameters"], copy, tmp_path) == 1
+    assert copy.read_text(encoding="utf-8") == before
+
+
+def test_a_backend_that_cannot_is_one_sentence(tmp_path, capsys):
+    with fusedrnn.use_backend("aten"):
+        assert main(["lesson", "gates", "--quick", "--out", str(tmp_path)]) == 2
+    err = capsys.readouterr().err
+    assert err.startswith("python -m bench lesson: gates cannot be run so: backend 'aten': ")
+    assert err.count("\n") == 1
 
 
 @pytest.mark.parametrize("name", LESSONS)
 def test_the_docs_have_its_section_and_its_picture(name):
     docs = Path(__file__).parent.parent / "docs"
     section = (docs / "lessons.md").read_text().partition(f"\n## {name}\n")[2].partition("\n## ")[0]
+    assert page.begin(name) in section
     assert f"![{name}](figures/lessons/{name}.svg)" in section
     assert "Look at `" in section
     picture = (docs / "figures" / "lessons" / f"{name}.svg").read_text()

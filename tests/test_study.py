@@ -18,6 +18,7 @@ from fusedrnn.kernels.assembly import (
 )
 from fusedrnn.kernels.occupancy import occupancy
 from fusedrnn.kernels.plan import CHIPS
+from fusedrnn.study import copies_of
 
 ROOT = Path(__file__).parents[1]
 
@@ -213,6 +214,58 @@ def test_shared_memory_and_instructions(reports):
     assert f"forward: {hmma} HMMA.16816.F32.BF16" in mix
 
 
+def test_threads_that_compute_one_element_are_counted():
+    """256 threads that take 4 and 4 exponentials, of two tiles of 16 x 8."""
+    tile = "%i_2 = math.exp %i_1 : tensor<16x8xf32, #ttg.slice<{dim = 0, parent = #mma}>> loc(#l)\n"
+    scalar = "%a = math.exp %b : f32\n"
+    taken = read_assembly("        /*0070*/  MUFU.EX2 R5, R5 ;\n" * 8)
+    reciprocals = read_assembly("        /*0070*/  MUFU.RCP R5, R5 ;\n" * 8)
+    assert copies_of(2 * tile + scalar, [*taken, *reciprocals], 256) == 8
+    assert copies_of(16 * tile, taken, 256) == 1
+    assert copies_of(3 * tile, taken, 256) is None
+    assert copies_of(scalar, taken, 256) is None
+    assert copies_of(tile, reciprocals, 256) is None
+
+
+def specials(report):
+    """What the third paragraph says of MUFU below its table, by kernel."""
+    mix = next(p for p in report.split("\n\n") if p.startswith("3. "))
+    lines = [line.strip() for line in mix.splitlines() if "MUFU a thread and step" in line]
+    return dict(line.split(": ", 1) for line in lines)
+
+
+@pytest.mark.xdist_group("study")
+def test_the_floor_s_activations_stand_beside_those_of_the_binary(reports):
+    """After the sum of pieces every one of 8 warps has the whole tile, and computes it."""
+    said = specials(reports("cooperative")[0])
+    assert said == {
+        "forward": "24 MUFU a thread and step, the floor counts 3: each element is computed by 8 "
+        "threads"
+    }
+    said = specials(reports("resident")[0])
+    assert set(said) == {"forward", "backward"}
+    assert all(
+        line.endswith("MUFU a thread and step, as the floor counts") for line in said.values()
+    )
+    said = specials(reports("amd")[0])
+    assert said["forward"].endswith("as the floor counts")
+    assert not specials(reports("stepwise")[0]), "exponentials in fp64 are no MUFU"
+
+
+def test_a_reader_that_goes_away_is_no_traceback(tmp_path):
+    """As in ``study ... | head -1``."""
+    command = [sys.executable, "-m", "fusedrnn", "study", "--hidden", "64", "--dtype", "fp64"]
+    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    with subprocess.Popen(
+        [*command, "--out", str(tmp_path)], cwd=ROOT, env=env, text=True,
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+    ) as study:  # fmt: skip
+        assert study.stdout.readline().startswith("lstm: ")
+        study.stdout.close()
+        assert study.stderr.read() == ""
+    assert study.returncode == 1
+
+
 @pytest.mark.parametrize(
     ("options", "message"),
     [
@@ -220,6 +273,12 @@ def test_shared_memory_and_instructions(reports):
         (("--hidden", "0"), "invalid positive number value: '0'"),
         (("--hidden", "4096", "--schedule", "resident"), "no plan: "),
         (("--hidden", "64", "--dtype", "fp64", "--schedule", "cooperative"), "no plan: "),
+        (("--hidden", "99999999"), "no plan: the weights alone are 149,011,609 GiB, and no GPU"),
+        (("--hidden", "64", "--layers", "99999999"), "no plan: the weights alone are "),
+        (
+            ("--hidden", "64", "--batch", "999999999999"),
+            "no plan: the inputs and gates of one step",
+        ),
     ],
 )
 def test_what_cannot_be_studied_is_one_sentence(options, message, tmp_path):

@@ -6,7 +6,7 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -36,9 +36,8 @@ LESSONS: dict[str, Lesson] = {
 FORMATS = (".png", ".svg")
 
 
-def main(argv: Sequence[str]) -> int:
+def execute(options: argparse.Namespace) -> int:
     """Returns the exit code: 0, 1 if a lesson's numbers are wrong, 2 for what the user can mend."""
-    options = _parser().parse_args(argv)
     name = options.name
     if name is None:
         print(listing())
@@ -72,19 +71,12 @@ def listing() -> str:
     return "\n".join(f"{name:<12} {lesson.sentence}" for name, lesson in LESSONS.items())
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="python -m bench lesson", description=__doc__)
-    parser.set_defaults(prog=parser.prog)
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """The options that are a lesson's own."""
     add = parser.add_argument
     add("name", nargs="?", metavar="NAME", help="which; without one they are listed")
-    add("--seed", type=int, default=0, help="of weights, examples and their order (default: 0)")
-    add("--quick", action="store_true", help="tiny sizes: tests the machinery, shows nothing")
-    add("--out", type=Path, metavar="DIR", help="where JSON and PNG go")
     add("--figure", type=Path, metavar="FILE", help="the picture, .png or .svg by its name")
-    add("--imdb", metavar="PATH", help="imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB")
-    add("--download", action="store_true", help="fetch imdb.npz (17 MB) if it is not at hand")
     add("--words", type=Path, metavar="FILE", help="Keras' imdb_word_index.json, for embeddings")
-    return parser
 
 
 def run(name: str, setting: Setting, out: Path | None = None, figure: Path | None = None) -> int:
@@ -109,8 +101,11 @@ def run(name: str, setting: Setting, out: Path | None = None, figure: Path | Non
     print(f"lesson   {name}: {lesson.sentence}")
     if setting.quick:
         print("quick    tiny sizes: none of these numbers means anything")
-    with one_thread():
-        measured = lesson.measure(setting)
+    try:
+        with one_thread():
+            measured = lesson.measure(setting)
+    except NotImplementedError as error:  # of a backend that FUSEDRNN_BACKEND names
+        raise LessonError(f"{name} cannot be run so: {error}") from error
     setting.progress.close()
     numbers = {
         "lesson": name,
