@@ -1,4 +1,4 @@
-"""README's tables of measurements, of the newest results folders: ``make tables`` writes them."""
+"""README's and a page's tables of the newest results: ``make tables`` writes them."""
 
 from __future__ import annotations
 
@@ -10,9 +10,13 @@ from .disk import whole_rows
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
+PAGE = ROOT / "docs" / "benchmarking.md"
 RESULTS = Path(__file__).resolve().parent / "results"
 END = "<!-- end -->\n"
 NOTHING = "No GPU has been measured yet: `make gpu`, then `make tables` ([how](docs/gpu.md)).\n"
+NO_PEERS = (
+    "No peers have been measured yet: `make peers ARGS='--out bench/results/cpu-DATE-peers'`.\n"
+)
 NO_CPU = "No CPU has been measured yet: `python -m bench cpu --out bench/results/cpu-DATE`.\n"
 #: The columns of the GPU's table, all at one batch and dtype.
 SIZES, BATCH, DTYPE = (64, 256, 1024), 16, "bfloat16"
@@ -125,27 +129,51 @@ def _speedup(rows: list[dict[str, str]], case: str | None, cell: str, what: str,
     return f"{found[0]:.2f}"
 
 
-#: Each table and the line of README behind which it stands.
+def peers_table(results: Path = RESULTS) -> str:
+    """Everybody's times on the CPU as parts of torch.nn's, of the newest folder of peers."""
+    folder = max(results.glob("cpu-*-peers"), default=None)
+    if folder is None:
+        return NO_PEERS
+    env = json.loads((folder / "environment.json").read_text())
+    rows = whole_rows(folder / "results.csv")
+    who = [name for name in dict.fromkeys(row["provider"] for row in rows) if name != "torch.nn"]
+    where = f"{env['device']}, {env['threads']} threads, {env['date'][:10]}, torch {env['torch']}"
+    lines = [f"| {where} | {' | '.join(who)} |", "|---" * (1 + len(who)) + "|"]
+    for case, cell in dict.fromkeys((row["workload"], row["cell"]) for row in rows):
+        of = {r["provider"]: r for r in rows if (r["workload"], r["cell"]) == (case, cell)}
+        lines.append(f"| {case} {cell} | {' | '.join(_both(of[name]) for name in who)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _both(row: dict[str, str]) -> str:
+    if row["gate"] != "ok":
+        return "-" if row["gate"] == "refused" else row["gate"]
+    found = (row["fw_speedup"], row["fwbw_speedup"])
+    return " / ".join(f"{float(x):.2f}" if x else "-" for x in found)
+
+
+#: Each table and the line of its page behind which it stands.
 TABLES = {"<!-- make tables: gpu -->\n": gpu_table, "<!-- make tables: cpu -->\n": cpu_table}
+PAGE_TABLES = {"<!-- make tables: peers -->\n": peers_table}
 
 
-def written(begin: str, readme: Path = README) -> str:
-    """The table that README has now behind a line."""
-    return readme.read_text().partition(begin)[2].partition(END)[0]
+def written(begin: str, page: Path = README) -> str:
+    """The table that a page has now behind a line."""
+    return page.read_text().partition(begin)[2].partition(END)[0]
 
 
-def write(readme: Path = README, results: Path = RESULTS) -> str:
-    """Puts the tables between their comments in README; returns them."""
-    text, made = readme.read_text(), []
-    for begin, table_of in TABLES.items():
+def write(page: Path = README, results: Path = RESULTS, tables: dict = TABLES) -> str:
+    """Puts the tables between their comments in a page; returns them."""
+    text, made = page.read_text(), []
+    for begin, table_of in tables.items():
         made.append(table_of(results))
         before, found, rest = text.partition(begin)
         if not found:
-            raise ValueError(f"{readme} has no line {begin.strip()}")
+            raise ValueError(f"{page} has no line {begin.strip()}")
         text = before + begin + made[-1] + END + rest.partition(END)[2]
-    readme.write_text(text)
+    page.write_text(text)
     return "\n".join(made)
 
 
 if __name__ == "__main__":
-    print(write(), end="")
+    print(write(), write(PAGE, tables=PAGE_TABLES), sep="\n", end="")

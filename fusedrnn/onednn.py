@@ -35,8 +35,8 @@ _LSTM = 2  # oneDNN's number for the cell
 
 
 def takes(request: Any) -> bool:
-    """Whether the backend torch leaves a ``dispatch.Request`` to oneDNN's steps: dense ones of a small fp32
-    LSTM without a projection of h, whose states nobody wants of every step."""
+    """Whether the backend torch leaves a ``dispatch.Request`` to oneDNN's steps: dense ones of a
+    small fp32 LSTM without a projection of h, whose states nobody wants of every step."""
     is_ragged = request.packed or request.lengths or request.reset
     return (
         request.cell == "lstm"

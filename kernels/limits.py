@@ -33,7 +33,7 @@ LARGEST_SLICE = {
 #: not: its operands are loaded for all gates at once.)
 LARGEST_RAGGED_SLICE = {
     "16-bit": {
-        4: {"forward": (8, 16, 12288), "backward": (8, 16, 10240)},
+        4: {"forward": (8, 16, 12288), "backward": (8, 16, 8192)},
         3: {"forward": (8, 32, 15360), "backward": (8, 32, 15360)},
         1: {"forward": (8, 32, 32768), "backward": (8, 32, 32768)},
     },
@@ -76,6 +76,8 @@ def holds_in_registers(
         least, most, ragged_room = LARGEST_RAGGED_SLICE[kind][gates][direction]
         if units < least or units * columns > ragged_room:
             return False
+        if (kind, gates, direction, units, rows) == ("16-bit", 4, "forward", 16, 32):
+            return False  # 8 bytes
     return (
         units <= most
         and units * columns <= room
@@ -105,8 +107,8 @@ def operand_columns(kind: str, gates: int, direction: str, H: int, ragged: bool)
     """How many columns of an operand one chunk of schedule cooperative holds at most.
 
     A piece is at most 8 mma instructions deep, in tf32x3 6, and 8 warps have one each. Smaller
-    chunks where kernels with these spill, 8 to 88 bytes by one Triton or the other: LSTM and GRU
-    backward in tf32 and 16 bit, and RNN forward of ragged rows in tf32.
+    chunks where kernels with these spill, 8 to 160 bytes by one Triton or the other: LSTM and GRU
+    backward in tf32 and 16 bit, and ragged rows.
     """
     backward = direction == "backward"
     if kind == "tf32" and gates > 1 and backward and 384 < H <= 512:
@@ -117,8 +119,12 @@ def operand_columns(kind: str, gates: int, direction: str, H: int, ragged: bool)
         return 128
     if kind == "16-bit" and gates > 1 and backward and H > 1024:
         return 512
-    if kind == "tf32" and gates == 1 and not backward and ragged and 512 < H <= 1024:
+    if ragged and kind == "tf32" and gates == 1 and not backward and H > 384:
         return 128
+    if ragged and kind == "tf32" and gates == 4 and backward and 256 < H <= 384:
+        return 256
+    if ragged and kind == "16-bit" and (H <= 512 or (gates == 1 and not backward and H > 1536)):
+        return 512
     return {"16-bit": 1024, "tf32x3": 128}.get(kind, 512)
 
 

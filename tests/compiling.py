@@ -62,9 +62,9 @@ KINDS = [
 ODD_H = (200, 1000)
 #: Directions and layers of one launch; both of them double what a chip must hold.
 COOPERATIVE_STACKS = ((1, 1), (2, 1), (1, 2))
-#: What is scanned for tiles: raggedness, stacks, H in steps of so many, and batches. A chunk of H is cut in
-#: parts of 8 and more; the number of programs' rows changes with the batch, and what a program can
-#: keep with directions and layers.
+#: What is scanned for tiles: raggedness, stacks, H in steps of so many, batches. A chunk of H is
+#: of 8 columns or more; how many rows a program has changes with the batch, what it holds with
+#: directions and layers.
 SCANNED = (
     (False, (1, 1), 8, (16, 128)),
     (True, (1, 1), 8, (16, 128)),

@@ -39,6 +39,26 @@ def folder(results, name, device, date, speedup=2.0, **changes):
     return results / name
 
 
+def test_the_page_says_what_the_peers_results_say():
+    for begin, table_of in readme.PAGE_TABLES.items():
+        assert written(begin, readme.PAGE) == table_of()
+
+
+def test_peers_stand_side_by_side(tmp_path):
+    assert readme.peers_table(tmp_path) == readme.NO_PEERS
+    folder = tmp_path / "cpu-2026-01-01-peers"
+    folder.mkdir()
+    env = {"device": "CPU, X", "threads": 2, "date": "2026-01-01T00:00:00", "torch": "2.13"}
+    (folder / "environment.json").write_text(json.dumps(env))
+    rows = ["torch.nn,ok,1,1", "keras,ok,0.5,", "jax,red,,", "onnxruntime,refused,,"]
+    text = "".join(f"sine-10,lstm,{row}\n" for row in rows)
+    head = "workload,cell,provider,gate,fw_speedup,fwbw_speedup\n"
+    (folder / "results.csv").write_text(head + text)
+    lines = readme.peers_table(tmp_path).splitlines()
+    assert lines[0].endswith("| keras | jax | onnxruntime |")
+    assert lines[2] == "| sine-10 lstm | 0.50 / - | red | - |"
+
+
 def test_readme_says_what_the_results_say():
     """`make tables` writes it anew."""
     for begin, table_of in TABLES.items():
