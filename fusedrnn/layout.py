@@ -84,7 +84,8 @@ def layout_of(input: Tensor, B: int, D: int, ragged: Ragged, compact: bool) -> L
         return Layout(packed_rows(batch_sizes, D, input.device, None))
     T = input.shape[0]
     if lengths is None and reset is None:
-        return _dense(T, B)
+        # A compiler looks through caches, and warns of it.
+        return Layout(Rows(T, B)) if torch.compiler.is_compiling() else _dense(T, B)
     if lengths is None or not compact or B == 0:
         return Layout(Rows(T, B, origins_of(T, B, D, input.device, lengths, reset)))
     known, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)

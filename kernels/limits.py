@@ -33,7 +33,7 @@ LARGEST_SLICE = {
 #: not: its operands are loaded for all gates at once.)
 LARGEST_RAGGED_SLICE = {
     "16-bit": {
-        4: {"forward": (8, 16, 12288), "backward": (8, 16, 8192)},
+        4: {"forward": (8, 16, 12288), "backward": (8, 16, 10240)},
         3: {"forward": (8, 32, 15360), "backward": (8, 32, 15360)},
         1: {"forward": (8, 32, 32768), "backward": (8, 32, 32768)},
     },
@@ -76,8 +76,9 @@ def holds_in_registers(
         least, most, ragged_room = LARGEST_RAGGED_SLICE[kind][gates][direction]
         if units < least or units * columns > ragged_room:
             return False
-        if (kind, gates, direction, units, rows) == ("16-bit", 4, "forward", 16, 32):
-            return False  # 8 bytes
+        spilled = rows == 32 if direction == "forward" else columns > 512  # 8 to 24 bytes
+        if (kind, gates, units) == ("16-bit", 4, 16) and spilled:
+            return False
     return (
         units <= most
         and units * columns <= room
