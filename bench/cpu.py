@@ -6,10 +6,11 @@
 - memory: bytes kept for backward, and what it costs to make the gates again (``recompute=True``);
 - the host's part of a kernel's launch (``bench/host.py``).
 
-Every case is gated, once for each cell, with the backends that are timed; then all are warmed; then
-each pair is timed in turns. ``x`` is the median over the rounds of torch.nn's time divided by
-fusedrnn's: above 1 is faster. Behind it stand the pages of memory that one call has to ask the
-system for, if there are hundreds: they cost more than the arithmetic (``memory.new_pages``).
+Every case is gated, once for each cell, with the backends that are timed. Then each is timed in a
+process of its own (``apart.py``): all of it is warmed, then each pair is timed in turns. ``x`` is
+the median over the rounds of torch.nn's time divided by fusedrnn's: above 1 is faster. Behind it
+stand the pages of memory that one call has to ask the system for, if there are hundreds: they cost
+more than the arithmetic (``memory.new_pages``).
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from torch.nn import functional as F
 import fusedrnn
 
 from . import host, ragged
+from .apart import apart
 from .cases import CELLS, CHARACTER, EVERY_CELL, LESSONS, ONE_HOT, Workload, cut_down
 from .disk import Table
 from .gate import Gate, Verdict, outcome, verdict
@@ -88,12 +90,16 @@ class Pair(NamedTuple):
     seconds: float
 
 
-class Gated(NamedTuple):
-    """A case and cell: what the gate said, and what is timed if it is green."""
+class Case(NamedTuple):
+    """A case and cell: what is timed, if what the gate says is green."""
 
     cell: str
-    verdicts: Sequence[Verdict]
     pairs: Sequence[Pair]
+    judge: Callable[[], Sequence[Verdict]]
+
+
+#: Makes a case, and the same one in another process.
+Make = Callable[[], Case]
 
 
 def workloads(quick: bool) -> tuple[Workload, ...]:
@@ -101,11 +107,9 @@ def workloads(quick: bool) -> tuple[Workload, ...]:
     return tuple(map(cut_down, LESSONS)) if quick else LESSONS
 
 
-def lesson(workload: Workload, cell: str, settings: Settings, corpus: Corpus | None) -> Gated:
+def lesson(workload: Workload, cell: str, settings: Settings, corpus: Corpus | None) -> Case:
     """As the main job and ``--cases`` run it."""
     subject = Subject(workload, cell, settings, corpus)
-    gate = Gate(workload, cell, subject.weights, subject.gate_input())
-    verdicts = [gate.judge("fusedrnn", inference=True)]
     pairs = []
     for mode, what in PASSES.items():
         told = subject.explain("fusedrnn", mode)
@@ -113,9 +117,14 @@ def lesson(workload: Workload, cell: str, settings: Settings, corpus: Corpus | N
         backend = told.backend or ""
         theirs, ours = (subject.call(name, mode) for name in (TORCH, "fusedrnn"))
         pairs.append(Pair(workload.name, what, backend, theirs, ours, settings.seconds))
-    # By name: of the gate's input all is differentiated, for which auto may take another one.
-    verdicts.append(gate.judge(f"fusedrnn {pairs[-1].backend}"))
-    return Gated(cell, verdicts, pairs)
+
+    def judge() -> list[Verdict]:
+        gate = Gate(workload, cell, subject.weights, subject.gate_input())
+        # By name: of the gate's input all is differentiated, for which auto may take another one.
+        trained = f"fusedrnn {pairs[-1].backend}"
+        return [gate.judge("fusedrnn", inference=True), gate.judge(trained)]
+
+    return Case(cell, pairs, judge)
 
 
 def couple(cell: str, I: int, H: int) -> tuple[nn.RNNBase, Any]:
@@ -126,23 +135,27 @@ def couple(cell: str, I: int, H: int) -> tuple[nn.RNNBase, Any]:
 
 
 @torch.no_grad()
-def decoding(workload: Workload, cell: str, seconds: float) -> Gated:
+def decoding(workload: Workload, cell: str, seconds: float) -> Case:
     """A step from the state before, by ``stream`` and by the module itself."""
     theirs, ours = couple(cell, workload.I, workload.H)
     stream = ours.stream(batch_size=1)
     xs = torch.randn(_DECODED, 1, workload.I)
-    truth = copy.deepcopy(theirs).double()(xs.double())[0]
-    reference, by_module = (_step_by_step(module, xs) for module in (theirs, ours))
-    verdicts = [
-        verdict({"output": got}, {"output": reference}, {"output": truth}, ("output",))
-        for got in (torch.stack([stream(x) for x in xs]), by_module)
-    ]
     x = xs[:1]
     backend = fusedrnn.explain(ours, x).backend or ""
     name, step = f"decode {workload.shape}", chained(theirs, x, (), "fw")
     ways = {"stream": _without_gradients(stream, x[0]), backend: chained(ours, x, (), "fw")}
     pairs = [Pair(name, "step", way, step, call, seconds) for way, call in ways.items()]
-    return Gated(cell, verdicts, pairs)
+
+    @torch.no_grad()
+    def judge() -> list[Verdict]:
+        truth = copy.deepcopy(theirs).double()(xs.double())[0]
+        reference, by_module = (_step_by_step(module, xs) for module in (theirs, ours))
+        return [
+            verdict({"output": got}, {"output": reference}, {"output": truth}, ("output",))
+            for got in (torch.stack([stream(x) for x in xs]), by_module)
+        ]
+
+    return Case(cell, pairs, judge)
 
 
 def _step_by_step(module: nn.Module, xs: Tensor) -> Tensor:
@@ -161,7 +174,7 @@ def _without_gradients(function: Callable, *inputs: Tensor) -> Call:
     return call
 
 
-def with_lengths(sizes: ragged.Sizes, cell: str, seconds: float) -> Gated:
+def with_lengths(sizes: ragged.Sizes, cell: str, seconds: float) -> Case:
     """``lengths`` beside torch.nn's PackedSequence: two ways of ``bench ragged``."""
     problem = ragged.make(cell, sizes, CPU, torch.float32)
     ours = "fusedrnn lengths"
@@ -172,21 +185,16 @@ def with_lengths(sizes: ragged.Sizes, cell: str, seconds: float) -> Gated:
             backend = ragged.backend_of(problem, ours)
         theirs_call, ours_call = (ragged.call(problem, w, mode) for w in (ragged.PACKED, ours))
         pairs.append(Pair(name, what, backend, theirs_call, ours_call, 4 * seconds))
-    return Gated(cell, [ragged.gate(problem, ours)], pairs)
+    return Case(cell, pairs, lambda: [ragged.gate(problem, ours)])
 
 
-def with_tokens(workload: Workload, cell: str, seconds: float) -> Gated:
+def with_tokens(workload: Workload, cell: str, seconds: float) -> Case:
     """``TokenLSTM`` or ``TokenGRU`` beside torch.nn on one-hot rows that are there, or are made."""
     T, B, words, H = workload.T, workload.B, workload.vocabulary, workload.H
     theirs, _ = couple(cell, words, H)
     ours = (fusedrnn.TokenLSTM if cell == "lstm" else fusedrnn.TokenGRU).of(None, theirs)
     tokens = torch.randint(words, (T, B))
     rows = F.one_hot(tokens, words).float()
-    double = copy.deepcopy(theirs).double()
-    truth, reference, got = (
-        outcome(module, input, dict(module.named_parameters()))
-        for module, input in ((double, rows.double()), (theirs, rows), (ours, tokens))
-    )
     name, pairs = f"tokens T{T} B{B} V{words} H{H}", []
     for mode, what in PASSES.items():
         with torch.set_grad_enabled(mode == "fwbw"):
@@ -198,7 +206,16 @@ def with_tokens(workload: Workload, cell: str, seconds: float) -> Gated:
         ):
             theirs_call, ours_call = call(module, input), call(ours, tokens)
             pairs.append(Pair(case, what, backend, theirs_call, ours_call, seconds))
-    return Gated(cell, [verdict(got, reference, truth, truth)], pairs)
+
+    def judge() -> list[Verdict]:
+        double = copy.deepcopy(theirs).double()
+        truth, reference, got = (
+            outcome(module, input, dict(module.named_parameters()))
+            for module, input in ((double, rows.double()), (theirs, rows), (ours, tokens))
+        )
+        return [verdict(got, reference, truth, truth)]
+
+    return Case(cell, pairs, judge)
 
 
 class _OneHot(nn.Module):
@@ -212,47 +229,64 @@ class _OneHot(nn.Module):
         return self.rnn(F.one_hot(tokens, self.words).float(), hx)
 
 
-def gated(settings: Settings, corpus: Corpus | None, quick: bool) -> Iterator[Gated]:
-    """Every case and cell."""
+def makers(settings: Settings, corpus: Corpus | None, quick: bool) -> Iterator[Make]:
+    """Of every case and cell."""
     for workload in workloads(quick):
+        read = corpus if workload.vocabulary else None
         for cell in EVERY_CELL:
-            yield lesson(workload, cell, settings, corpus)
+            yield partial(lesson, workload, cell, settings, read)
     decode, reviews = (cut_down(w) if quick else w for w in (CHARACTER, ONE_HOT))
     sizes = ragged.QUICK if quick else ragged.Sizes()
     for cell in EVERY_CELL:
-        yield decoding(decode, cell, settings.seconds)
+        yield partial(decoding, decode, cell, settings.seconds)
     for cell in EVERY_CELL:
-        yield with_lengths(sizes, cell, settings.seconds)
+        yield partial(with_lengths, sizes, cell, settings.seconds)
     for cell in CELLS:
-        yield with_tokens(reviews, cell, settings.seconds)
+        yield partial(with_tokens, reviews, cell, settings.seconds)
 
 
-def timed(cases: Sequence[Gated], least: int) -> Iterator[Row]:
-    """Warms all, then times one after the other; of a red case there are rows without times."""
-    for case in cases:
-        for pair in case.pairs if _is_green(case) else ():
-            warm({"torch": pair.theirs, "fusedrnn": pair.ours})
-    for case in cases:
-        share = max(found.share for found in case.verdicts)
-        for pair in case.pairs:
-            gate = "ok" if _is_green(case) else "red"
-            row = Row(case=pair.case, cell=case.cell, what=pair.what, backend=pair.backend,
-                      gate=gate, share=share)  # fmt: skip
-            if _is_green(case):
-                calls = {"torch": pair.theirs, "fusedrnn": pair.ours}
-                limits = {"least": least, "most": MOST_ROUNDS}
-                times = interleaved(calls, CPU, seconds=pair.seconds, warmed=True, **limits)  # type: ignore[arg-type]
-                for who, found in times.items():
-                    for field in ("p50", "p20", "p80"):
-                        tail = "" if field == "p50" else f"_{field}"
-                        setattr(row, f"{who}_ms{tail}", getattr(found, field))
-                row.x, row.rounds = times["fusedrnn"].speedup, times["fusedrnn"].rounds
-                row.torch_pages, row.fusedrnn_pages = map(new_pages, calls.values())
-            yield row
+class Gated(NamedTuple):
+    """A case behind its gate."""
+
+    make: Make
+    verdicts: Sequence[Verdict]
+    rows: Sequence[Row]  # without times
+
+    @property
+    def is_green(self) -> bool:
+        return all(found.ok for found in self.verdicts)
 
 
-def _is_green(case: Gated) -> bool:
-    return all(found.ok for found in case.verdicts)
+def gated(make: Make) -> Gated:
+    case = make()
+    verdicts = case.judge()
+    gate = "ok" if all(found.ok for found in verdicts) else "red"
+    share = max(found.share for found in verdicts)
+    rows = [
+        Row(case=p.case, cell=case.cell, what=p.what, backend=p.backend, gate=gate, share=share)
+        for p in case.pairs
+    ]
+    return Gated(make, verdicts, rows)
+
+
+def timed(make: Make, rows: Sequence[Row], least: int, seed: int) -> Sequence[Row]:
+    """The rows of a green case with times: all of it is warmed before any is timed."""
+    torch.manual_seed(seed)
+    pairs = make().pairs
+    for pair in pairs:
+        warm({"torch": pair.theirs, "fusedrnn": pair.ours})
+    for row, pair in zip(rows, pairs, strict=True):
+        calls = {"torch": pair.theirs, "fusedrnn": pair.ours}
+        times = interleaved(
+            calls, CPU, seconds=pair.seconds, least=least, most=MOST_ROUNDS, warmed=True
+        )
+        for who, found in times.items():
+            for field in ("p50", "p20", "p80"):
+                tail = "" if field == "p50" else f"_{field}"
+                setattr(row, f"{who}_ms{tail}", getattr(found, field))
+        row.x, row.rounds = times["fusedrnn"].speedup, times["fusedrnn"].rounds
+        row.torch_pages, row.fusedrnn_pages = map(new_pages, calls.values())
+    return rows
 
 
 def memory(workload: Workload, cell: str, settings: Settings, corpus: Corpus | None) -> tuple:
@@ -355,15 +389,17 @@ def run(out: Path, corpus: Corpus | None, *, quick: bool = False, seed: int = 0)
     tables = _tables(out)
     seconds, least = (0.0, 2) if quick else (0.6, 5)
     settings = Settings(CPU, seed, seconds, least)
-    print(f"{header(env)}\n\ngate and warm-up of every case", flush=True)
-    cases = list(gated(settings, corpus, quick))
+    print(f"{header(env)}\n\ngate of every case", flush=True)
+    cases = [gated(make) for make in makers(settings, corpus, quick)]
     print(f"\n{'case':34} {'cell':5} {'what':9} {'backend':8} {'gate':>8} {'torch ms':>22} "
           f"{'ours ms':>22} {'x':>5}")  # fmt: skip
     rows: list[Row] = []
-    for row in timed(cases, least):
-        rows.append(row)
-        tables["cpu.csv"].add(_cells(row))
-        print(shown(row), flush=True)
+    for case in cases:
+        of_case = apart(timed, case.make, case.rows, least, seed) if case.is_green else case.rows
+        for row in of_case:
+            rows.append(row)
+            tables["cpu.csv"].add(_cells(row))
+            print(shown(row), flush=True)
     print()
     for cell in EVERY_CELL:
         for what in PASSES.values():
@@ -384,11 +420,11 @@ def run(out: Path, corpus: Corpus | None, *, quick: bool = False, seed: int = 0)
 
 
 def _complain(cases: Sequence[Gated]) -> int:
-    red = [case for case in cases if not _is_green(case)]
+    red = [case for case in cases if not case.is_green]
     for case in red:
         for found in case.verdicts:
             for line in found.failures:
-                print(f"{case.pairs[0].case} {case.cell}: {line}", file=sys.stderr)
+                print(f"{case.rows[0].case} {case.rows[0].cell}: {line}", file=sys.stderr)
     return 1 if red else 0
 
 

@@ -13,13 +13,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .gemm import add_outer
 from .kernels.rows import SKIPPED
 from .kernels.spec import CellSpec, Weights, runs_of
 from .layout import Links, by_sequence, own_order
 
-#: On the CPU the sum over rows is one of so many parts, each of at least so many rows, as long as
-#: the parts' products take no more than so many numbers.
-_PARTS, _ROWS_OF_A_PART, _ROOM_OF_PARTS = 8, 400, 1 << 20
+#: Up to so many numbers of h, a copy takes less time than one more product (10 us on the CPU).
+_COPIED = 1 << 14
 
 
 class Recurrent(NamedTuple):
@@ -89,44 +89,48 @@ def weight_grads(
     dense rows only: the results then have one dimension more, the first; known: of one group, what
     need not be computed.
     """
-    H = w.w_hh.shape[-2] // spec.gates
+    columns = w.w_hh.shape[-2]
+    H = columns // spec.gates
     cut = partial(by_group, B=B, groups=groups)
     if groups > 1:
-        entering = [(slice(None), torch.cat([h for _, h in sorted(entering, key=_first_row)]))]
+        entering = [(slice(None), torch.cat([h for _, h in entering]))]
     grads, h_parts = cut(dgates), [(rows, cut(h)) for rows, h in entering]
-    dgx = grads[..., : spec.gates * H]
-    dw_ih = dgx.new_empty(groups, *w.w_ih.shape[-2:])
-    if dw_ih.shape[-1]:  # else the input was projected
-        own = own_order(x, dgx.shape[-1]) if groups == 1 else None
+    dgx = grads if spec.grad_tiles == spec.gates else grads.narrow(-1, 0, columns)
+    of_groups = grads.shape[:-2]
+    dw_ih = dgx.new_empty(*of_groups, *w.w_ih.shape[-2:])
+    if w.w_ih.shape[-1]:  # else the input was projected
+        own = own_order(x, columns) if groups == 1 else None
         if own is None:
             _add_product(dw_ih, dgx, cut(x.reshape(-1, x.shape[-1])), 0.0)
         else:
-            _add_product(dw_ih, by_sequence(dgx[0], x).unsqueeze(0), own.unsqueeze(0), 0.0)
+            _add_product(dw_ih, by_sequence(dgx, x), own, 0.0)
     if known is not None:
-        found = [dw_ih.squeeze(0), known.dw_hh]
+        found = [dw_ih, known.dw_hh]
         return found if w.b_ih is None else [*found, known.db.clone(), known.db]
-    dw_hh, db_hh = dgx.new_empty(groups, *w.w_hh.shape[-2:]), dgx.new_empty(groups, spec.gates * H)
+    dw_hh = dgx.new_empty(*of_groups, *w.w_hh.shape[-2:])
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
         operands = h_parts
         if operand == "r*h":
-            operands = [(rows, cut(gates)[:, rows, :H] * h) for rows, h in h_parts]
+            operands = [(rows, cut(gates)[..., rows, :H] * h) for rows, h in h_parts]
         for first_gate, first_tile, count in runs_of(phase, spec.recurrent):
-            units = slice(first_gate * H, (first_gate + count) * H)
-            of_run = grads[..., first_tile * H : (first_tile + count) * H]
+            of_units = dw_hh.narrow(-2, first_gate * H, count * H)
+            of_run = grads.narrow(-1, first_tile * H, count * H)
             for part, (rows, u) in enumerate(operands):
-                _add_product(dw_hh[:, units], of_run[:, rows], u, float(part > 0))
-            torch.sum(of_run, 1, out=db_hh[:, units])
-    found = [dw_ih, dw_hh]
-    if w.b_ih is not None:
+                _add_product(of_units, of_run[..., rows, :], u, float(part > 0))
+    if w.b_ih is None:
+        return [dw_ih, dw_hh]
+    of_tiles = grads.sum(-2)
+    if spec.grad_tiles == spec.gates:
         # Without a part of its own for the recurrence both biases stand in the same sum.
-        found += [db_hh.clone() if spec.grad_tiles == spec.gates else dgx.sum(1), db_hh]
-    return found if groups > 1 else [grad.squeeze(0) for grad in found]
+        return [dw_ih, dw_hh, of_tiles.clone(), of_tiles]
+    recurrent = [of_tiles.narrow(-1, tile * H, H) for tile in spec.recurrent]
+    return [dw_ih, dw_hh, of_tiles[..., :columns].clone(), torch.cat(recurrent, -1)]
 
 
 def by_group(rows: Tensor, B: int, groups: int) -> Tensor:
-    """``[R, C]`` by group of sequences, ``[groups, R / groups, C]``; no copy of one group."""
+    """``[R, C]`` by group of sequences, ``[groups, R / groups, C]``; of one group as it is."""
     if groups == 1:
-        return rows.unsqueeze(0)
+        return rows
     by_time = rows.unflatten(0, (-1, groups, B // groups))
     return by_time.transpose(0, 1).flatten(1, 2)
 
@@ -138,54 +142,27 @@ def from_groups(groups: Tensor, B: int) -> Tensor:
 
 
 def _add_product(target: Tensor, grads: Tensor, operand: Tensor, beta: float) -> None:
-    """``target = beta target + grads^T operand``, each ``[groups, ...]``, summed over rows."""
-    if target.shape[0] > 1:
+    """``target = beta target + grads^T operand``, summed over rows; of each group, if any."""
+    if target.dim() == 3:
         torch.baddbmm(target, grads.mT, operand, beta=beta, out=target)
-    elif target.device.type == "cpu":
-        _add_in_parts(target[0], grads[0], operand[0], beta)
-    else:  # cuBLAS's GEMM needs no batch
-        torch.addmm(target[0], grads[0].t(), operand[0], beta=beta, out=target[0])
-
-
-def _add_in_parts(target: Tensor, grads: Tensor, operand: Tensor, beta: float) -> None:
-    """Likewise on the CPU, where a GEMM adds up all rows one after the other.
-
-    With T = 200, B = 16, H = 8 that is 2.9 times the error budget. torch.nn adds step by step; here
-    parts of the rows have sums of their own. (One after the other into the same result they would
-    not: the GEMM begins with what is there.)
-    """
-    rows = len(grads)
-    parts = min(_PARTS, rows // _ROWS_OF_A_PART, _ROOM_OF_PARTS // max(target.numel(), 1))
-    if parts < 2:
-        torch.addmm(target, grads.t(), operand, beta=beta, out=target)
-        return
-    # The CPU's GEMMs want the longer side first: 1.5 ms instead of 2.2 for 64 x 6400 x 300.
-    is_wide = target.shape[1] > target.shape[0]
-    left, right = (operand, grads) if is_wide else (grads, operand)
-    size = -(-rows // parts)
-    found = target.new_empty(-(-rows // size), left.shape[1], right.shape[1])
-    for part, of_left, of_right in zip(found, left.split(size), right.split(size), strict=True):
-        torch.mm(of_left.t(), of_right, out=part)  # bmm takes 0.1 ms to begin
-    total = found.sum(0).t() if is_wide else found.sum(0)
-    if beta:
-        target.add_(total)
     else:
-        target.copy_(total)
-
-
-def _first_row(part: tuple[slice, Tensor]) -> int:
-    return part[0].start or 0
+        add_outer(target, grads, operand, beta)
 
 
 def _entering(hs: Tensor, h_0: Tensor, d: int, links: Links | None) -> list[tuple[slice, Tensor]]:
-    """The h that entered each step, in parts: some rows, and their h."""
+    """The h that entered each step, in parts by their order: some rows, and their h."""
     if links is not None:
         return [(slice(None), links.entering(hs, h_0))]
-    # Of all steps but the direction's first it lies in `hs`, one step further on: no copy.
+    # Of all steps but the direction's first it lies in `hs`, one step further on.
     B, rest = h_0.shape[0], hs.shape[0] - h_0.shape[0]
-    if d == 0:
-        return [(slice(0, B), h_0), (slice(B, None), hs[:rest])]
-    return [(slice(rest, None), h_0), (slice(0, rest), hs[B:])]
+    if not rest:
+        return [(slice(None), h_0)]
+    parts = [(slice(0, B), h_0), (slice(B, None), hs[:rest])]
+    if d == 1:
+        parts = [(slice(0, rest), hs[B:]), (slice(rest, None), h_0)]
+    if hs.numel() <= _COPIED:
+        return [(slice(None), torch.cat([h for _, h in parts]))]
+    return parts
 
 
 def projection_grad(
@@ -217,6 +194,7 @@ def projection_grad(
         dh += d_out.flatten(0, -2)[:, d * P : (d + 1) * P]
     dh.masked_fill_((links.origins == SKIPPED).unsqueeze(1), 0.0)  # padding's may be NaN
     cut = partial(by_group, B=len(d_h_n), groups=groups)
-    dw_hr = dh.new_empty(groups, P, H)
-    _add_product(dw_hr, cut(dh), cut(gates[:, 3 * H :] * cs.tanh()), 0.0)  # o tanh(c)
-    return [dw_hr if groups > 1 else dw_hr.squeeze(0)]
+    grads = cut(dh)
+    dw_hr = dh.new_empty(*grads.shape[:-2], P, H)
+    _add_product(dw_hr, grads, cut(gates[:, 3 * H :] * cs.tanh()), 0.0)  # o tanh(c)
+    return [dw_hr]

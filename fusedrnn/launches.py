@@ -15,8 +15,8 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
+from .gemm import add_product, linear
 from .grads import Recurrent, by_group, from_groups
 from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of, plan_stack
 from .kernels.spec import SPECS, CellSpec, Weights
@@ -233,12 +233,10 @@ def project(
                 products += 0.0 if w.b_ih is None else w.b_ih.unsqueeze(1)
                 gx[d] = from_groups(products, B)
             elif own is not None:
-                products = F.linear(own, w.w_ih, w.b_ih)
+                products = linear(own, w.w_ih, w.b_ih)
                 gx[d].unflatten(0, x.shape[:2]).copy_(by_time(products, x))
-            elif w.b_ih is None:
-                torch.mm(rows, w.w_ih.t(), out=gx[d])
             else:
-                torch.addmm(w.b_ih, rows, w.w_ih.t(), out=gx[d])
+                linear(rows, w.w_ih, w.b_ih, gx[d])
     return gx
 
 
@@ -256,7 +254,7 @@ def input_grad(dgates: Tensor, weights: Sequence[Weights], members: int = 1, B: 
         return parts[0] if len(parts) == 1 else parts[0] + parts[1]
     dx = dgates.new_empty(dgates.shape[1], columns)
     for d, w in enumerate(weights):
-        torch.addmm(dx, dgates[d, :, :rows], w.w_ih, beta=float(d > 0), out=dx)
+        add_product(dx, dgates[d, :, :rows], w.w_ih, float(d > 0))
     return dx
 
 

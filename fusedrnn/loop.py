@@ -66,15 +66,27 @@ def _room(gx: Tensor, gates: Tensor | None, columns: int) -> Tensor:
 
 
 def with_one_bias(cell: str, w: Weights) -> Weights:
-    """Both biases as b_ih, unless the cell adds b_hh itself: a pass less over gx."""
-    if w.b_ih is None or w.b_hh is None or CELLS[cell].own_bias:
+    """b_hh as a part of b_ih, but for what the cell adds itself: a pass less over gx."""
+    if w.b_ih is None or w.b_hh is None:
         return w
-    return w._replace(b_ih=w.b_ih + w.b_hh, b_hh=None)
+    shared = _shared_bias(cell, w)
+    if shared == len(w.b_hh):
+        return w._replace(b_ih=w.b_ih + w.b_hh, b_hh=None)
+    b_ih = w.b_ih.clone()
+    b_ih[:shared] += w.b_hh[:shared]
+    return w._replace(b_ih=b_ih, b_hh=w.b_hh[shared:])
+
+
+def _shared_bias(cell: str, w: Weights) -> int:
+    """How many numbers of b_hh, the first, are added where those of b_ih are."""
+    assert w.b_hh is not None
+    H = w.w_hh.shape[0] // SPECS[cell].gates
+    return len(w.b_hh) - CELLS[cell].own_biases * H
 
 
 def _add_b_hh(cell: str, w: Weights, gx: Tensor) -> None:
-    if w.b_hh is not None and not CELLS[cell].own_bias:
-        gx[:, : len(w.b_hh)] += w.b_hh
+    if w.b_hh is not None and (shared := _shared_bias(cell, w)):
+        gx[:, :shared] += w.b_hh[:shared]
 
 
 def loop_gates(cell: str, gates: Tensor, weights: Sequence[Weights], h: Sequence[Tensor]) -> None:

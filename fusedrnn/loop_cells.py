@@ -146,9 +146,7 @@ def _gru_forward(a: ForwardOn) -> Forward:
     The fourth tile, W_hn h + b_hn, begins as b_hn; gx has that of r and z.
     """
     s, H, saves, b_hh = a.steps, a.H, a.saves, a.w.b_hh
-    a.gates[:, 3 * H :] = 0.0 if b_hh is None else b_hh[2 * H :]
-    if b_hh is not None:
-        a.gates[:, : 2 * H] += b_hh[: 2 * H]
+    a.gates[:, 3 * H :] = 0.0 if b_hh is None else b_hh[-H:]
     products = [(s.split(a.gates[:, to]), w.t()) for to, w in _gru_products(a.w, H)]
     rz = s.split(a.gates[:, : 2 * H])
     r, z, n, hn = (s.split(tile) for tile in a.gates.split(H, 1))
@@ -279,13 +277,13 @@ class Cell(NamedTuple):
 
     forward: Callable[[ForwardOn], Forward]
     backward: Callable[[BackwardOn], tuple[Prepare, Backward]]
-    #: Whether it adds b_hh itself, because something comes between that and gx.
-    own_bias: bool = False
+    #: Of how many gates, the last, it adds b_hh itself, because something comes before gx is added.
+    own_biases: int = 0
 
 
 CELLS = {
     "lstm": Cell(_lstm_forward, _lstm_backward),
-    "gru": Cell(_gru_forward, _gru_backward, own_bias=True),
+    "gru": Cell(_gru_forward, _gru_backward, own_biases=1),
     "gru_reset_before": Cell(_gru_reset_before_forward, _gru_reset_before_backward),
     "rnn_tanh": Cell(
         partial(_rnn_forward, function=torch.tanh),

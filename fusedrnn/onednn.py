@@ -17,11 +17,13 @@ Axes: T time, B batch, H hidden, D directions, R = T*B rows.
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .gemm import uses_onednn
 from .grads import Recurrent
 from .kernels.rows import Rows
 from .kernels.spec import Weights
@@ -44,16 +46,15 @@ def takes(request: Any) -> bool:
         and request.dtype == torch.float32
         and request.device.type == "cpu"
         and not (is_ragged or request.states or request.proj_size)
-        and _is_on()
+        and uses_onednn()
     )
 
 
-def _is_on() -> bool:
-    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
-
-
-# A compiler keeps the answer; into torch's own look-up it cannot look.
-_is_on._dynamo_marked_constant = True  # type: ignore[attr-defined]
+@lru_cache
+def _nothing_to_do(columns: int) -> tuple[Tensor, Tensor]:
+    """W_ih and both biases for an input that is gx; kept, for they take 40 us to make."""
+    like = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the defaults are by now
+    return torch.eye(columns, out=like), like.new_zeros(columns)
 
 
 class _Steps:
@@ -62,8 +63,7 @@ class _Steps:
     def __init__(self, gx: Tensor, w: Weights, d: int, rows: Rows) -> None:
         self.H, self.d = w.w_hh.shape[1], d
         self.gx = gx.view(rows.T, rows.B, 4 * self.H)
-        identity = torch.eye(4 * self.H, dtype=gx.dtype, device=gx.device)
-        none = gx.new_zeros(4 * self.H)  # b_ih and b_hh, which gx has
+        identity, none = _nothing_to_do(4 * self.H)
         self.weights = identity, w.w_hh, none, none
 
     def segments(self) -> list[slice]:

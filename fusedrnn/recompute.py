@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from . import onednn
+from .gemm import add_product
 from .grads import layer_grads
 from .kernels.plan import Plan, Problem, chip_of, stepwise
 from .kernels.rows import Rows
@@ -123,7 +124,7 @@ def backward_again(
                 total = [a + b for a, b in zip(total, found, strict=True)] if total else found
             if d_x is not None:
                 for own, w, grads in zip(segment.rows, layer.weights, dgates, strict=True):
-                    d_x[own].addmm_(grads[:, :columns], w.w_ih)
+                    add_product(d_x[own], grads[:, :columns], w.w_ih, 1.0)
         d_h, d_c = new_d_h, new_d_c
     d_h_0.copy_(d_h)
     if d_c_0 is not None and d_c is not None:

@@ -49,7 +49,7 @@ class Steps:
 
     def split(self, by_row: Tensor) -> tuple[Tensor, ...]:
         """Of what has R rows, those of each step."""
-        return by_row.split(self.sizes)
+        return by_row.split_with_sizes(self.sizes)
 
     def prefix(self, state: Tensor) -> list[Tensor]:
         """Of what has B rows, those of each step."""

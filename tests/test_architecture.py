@@ -27,6 +27,7 @@ ORDER = (
     "steps",
     "loop_cells",
     "loop",
+    "gemm",
     "grads",
     "onednn",
     "launches",

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import mmap
+import operator
+import os
 from dataclasses import replace
 
 import pytest
@@ -16,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 import fusedrnn
 from bench import __main__ as main_module
 from bench import cpu, imdb, providers, ragged
+from bench.apart import apart
 from bench.cases import EMBEDDING, EVERY_CELL, MANY_TO_ONE, ONE_HOT, PRICE, cut_down, named
 from bench.disk import whole_rows
 from bench.gate import Gate, Verdict
@@ -80,7 +83,7 @@ def test_a_lesson_is_run_as_its_workload_says():
     hook = register_module_forward_pre_hook(lambda module, given: seen.append((module, given[0])))
     try:
         case = cpu.lesson(workload, "gru", SETTINGS, corpus)
-        assert all(found.ok for found in case.verdicts)
+        assert all(found.ok for found in case.judge())
         seen.clear()
         for pair in case.pairs:
             pair.theirs()
@@ -115,8 +118,11 @@ def test_the_backend_that_is_timed_is_the_one_that_is_gated(monkeypatch):
     corpus = imdb.Corpus(imdb.generate(64, 64, seed=0), "generated for a test")
     case = cpu.lesson(replace(ONE_HOT, train=64, test=1), "lstm", SETTINGS, corpus)
     assert [pair.backend for pair in case.pairs] == ["aten", "torch"]
+    case.judge()
     assert judged == [("fusedrnn", {"inference": True}), ("fusedrnn torch", {})]
-    assert cpu.lesson(PRICE, "lstm", SETTINGS, None).pairs[0].backend == "aten"
+    case = cpu.lesson(PRICE, "lstm", SETTINGS, None)
+    assert case.pairs[0].backend == "aten"
+    case.judge()
     assert judged[-1] == ("fusedrnn aten", {})
 
 
@@ -187,7 +193,7 @@ def test_every_other_gate_bites(monkeypatch):
             cpu.with_tokens(cut_down(ONE_HOT), "lstm", 0.0),
             cpu.decoding(cut_down(MANY_TO_ONE), "gru", 0.0),
         )
-        return [[found.ok for found in case.verdicts] for case in cases]
+        return [[found.ok for found in case.judge()] for case in cases]
 
     assert green() == [[True], [True], [True, True]]
     monkeypatch.setitem(ragged.PROVIDERS, "fusedrnn lengths", shorter)
@@ -203,40 +209,65 @@ def test_every_other_gate_bites(monkeypatch):
 def test_rows_are_on_disk_as_they_are_measured(tmp_path, monkeypatch, few):
     taken = []
 
-    def cut_off(*args, interleaved=cpu.interleaved, **kwargs):
-        if len(taken) == 3:
+    def cut_off(*args, apart=cpu.apart):
+        if len(taken) == 2:
             raise KeyboardInterrupt
-        taken.append(interleaved(*args, **kwargs))
+        taken.append(apart(*args))
         return taken[-1]
 
     (tmp_path / "cpu.csv").write_text("of,an,older,run\n")
-    monkeypatch.setattr(cpu, "interleaved", cut_off)
+    monkeypatch.setattr(cpu, "apart", cut_off)
     with pytest.raises(KeyboardInterrupt):
         main_module.main([*QUICK, str(tmp_path)])
     rows = whole_rows(tmp_path / "cpu.csv")
-    assert [row["cell"] for row in rows] == ["lstm", "lstm", "gru"]
-    assert float(rows[2]["x"]) == pytest.approx(taken[2]["fusedrnn"].speedup, rel=1e-5)
+    assert [row["cell"] for row in rows] == ["lstm", "lstm", "gru", "gru"]
+    assert float(rows[2]["x"]) == pytest.approx(taken[1][0].x, rel=1e-5)
 
 
-def test_all_are_warmed_before_any_is_timed():
+def test_all_of_a_case_is_warmed_before_any_is_timed():
     calls = []
 
     def pair(name):
         both = (lambda who=who: calls.append((name, who)) for who in ("theirs", "ours"))
         return cpu.Pair(name, "forward", "aten", *both, 0.0)
 
-    ok, red = (Verdict(fine, 0.5, ()) for fine in (True, False))
-    cases = [cpu.Gated("lstm", [ok], [pair("a"), pair("b")]), cpu.Gated("gru", [ok], [pair("c")])]
-    cases.append(cpu.Gated("rnn", [ok, red], [pair("red")]))
-    rows = list(cpu.timed(cases, least=3))
+    verdicts = [Verdict(True, 0.5, ()), Verdict(True, 0.2, ())]
+    case = cpu.Case("gru", [pair("a"), pair("b")], lambda: verdicts)
+    behind = cpu.gated(lambda: case)
+    assert behind.is_green
+    assert calls == []
+    assert [(row.case, row.gate, row.share) for row in behind.rows] == [
+        ("a", "ok", 0.5), ("b", "ok", 0.5)
+    ]  # fmt: skip
+    rows = cpu.timed(behind.make, behind.rows, least=3, seed=0)
     once = [("theirs", "ours"), ("ours", "theirs")]
-    warm = [(name, who) for name in "abc" for _ in range(2) for who in once[0]]
+    warm = [(name, who) for name in "ab" for _ in range(2) for who in once[0]]
     timed = []
-    for name in "abc":
+    for name in "ab":
         timed += [(name, who) for n in range(3) for who in once[n % 2]]
         timed += [(name, who) for who in once[0] for _ in range(3)]  # whose new pages are counted
     assert calls == warm + timed
-    assert [row.rounds for row in rows] == [3, 3, 3, None]
+    assert [row.rounds for row in rows] == [3, 3]
+    verdicts.append(Verdict(False, 1.5, ()))
+    assert [row.gate for row in cpu.gated(lambda: case).rows] == ["red", "red"]
+
+
+def test_each_case_is_timed_in_a_process_of_its_own():
+    """Of as many threads; what the function raises arrives."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    try:
+        found = [apart(whoami, 7) for _ in range(2)]
+    finally:
+        torch.set_num_threads(before)
+    assert len({os.getpid(), *(pid for pid, *_ in found)}) == 3
+    assert [(threads, number) for _, threads, number in found] == [(3, 7)] * 2
+    with pytest.raises(ZeroDivisionError):
+        apart(operator.floordiv, 1, 0)
+
+
+def whoami(number):
+    return os.getpid(), torch.get_num_threads(), number
 
 
 def a_row(x, case="sine-10", cell="lstm", what="training", backend="aten"):
