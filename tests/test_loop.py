@@ -362,3 +362,25 @@ def test_sums_over_many_rows_are_as_exact_as_torchs(kind, layout):
     truth, theirs, ours = found
     for name, want in truth.items():
         assert_budget(name, ours[name], theirs[name], want)
+
+
+@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
+def test_the_gradient_of_h_0_of_one_sequence_is_as_exact_as_torchs(kind):
+    """Whose products are of a vector, for which MKL adds term by term to what is there already: the
+    GRU's dh z + dgates W_hh erred 4.6 times as much as torch.nn."""
+    torch.manual_seed(0)
+    theirs, ours = (getattr(library, kind)(256, 256) for library in (torch.nn, fusedrnn))
+    truth = getattr(torch.nn, kind)(256, 256).double()
+    for module in (theirs, truth):
+        module.load_state_dict(ours.state_dict())
+    x, h_0 = torch.randn(64, 1, 256), torch.randn(1, 1, 256)
+    cotangent = torch.randn(64, 1, 256)
+    found = []
+    for module in (truth, theirs, ours):
+        dtype = module.weight_hh_l0.dtype
+        h = h_0.to(dtype).requires_grad_()
+        with fusedrnn.use_backend("torch"):
+            output = module(x.to(dtype), (h, torch.zeros_like(h)) if kind == "LSTM" else h)[0]
+        found += torch.autograd.grad(output, h, cotangent.to(dtype))
+    of_theirs, of_ours = ((grad - found[0]).square().mean().sqrt() for grad in found[1:])
+    assert of_ours < 2 * of_theirs
