@@ -111,9 +111,10 @@ def test_in_worker_processes(method):
 
 
 INTERRUPTED = """
-import _thread, sys, threading
+import _thread, signal, sys, threading
 import torch, fusedrnn
 
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 torch.manual_seed(0)
 # Of an H that the loop runs step by step: oneDNN would be done before the interrupt.
 module = fusedrnn.LSTM(8, 40, recompute=sys.argv[1] == "True")
