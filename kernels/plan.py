@@ -406,7 +406,8 @@ def _cooperative_tiles(
     """Everything that fits: its modelled time, for ties its size, and the tiles."""
     H, kind = problem.hidden_size, kind_of(problem, chip)
     gates, wide = SPECS[problem.cell].gates, problem.dtype == torch.float32
-    chunks = k_chunks(H, kind, operand_columns(kind, gates, direction, H, problem.ragged))
+    most = operand_columns(kind, gates, problem.layers, direction, H, problem.ragged)
+    chunks = k_chunks(H, kind, most)
     columns = sum(pieces * width for _, pieces, width in chunks)
     for units, rows in product((8, 16, 32, 64, 128), (16, 32)):
         partners = -(-H // units)

@@ -56,6 +56,7 @@ class Job(NamedTuple):
 COOPERATIVE_H = (192, 256, 384, 512, 768, 1024, 1536, 2048)
 KINDS = [
     (torch.bfloat16, "ieee"),
+    (torch.float16, "ieee"),
     *((torch.float32, precision) for precision in ("ieee", "tf32", "tf32x3")),
 ]
 #: Their rows are of no round length.
@@ -83,7 +84,6 @@ def plan_of(problem: Problem, chip: Chip) -> Plan:
 def _problems(chip: Chip) -> Iterator[Problem]:
     """Every cell, H, precision, rows per program and I, beside which plans do not differ.
 
-    In bf16, which differs from fp16 in the name of an instruction (``_fp16_problems`` has a few).
     Resident with two directions, whose binaries hold all of one direction's and a pointer select.
     """
     for cell, (dtype, precision) in product(SPECS, KINDS):
@@ -100,7 +100,6 @@ def _problems(chip: Chip) -> Iterator[Problem]:
         yield Problem(cell, H, H, 16, 1, dtype, precision, True)
     for cell, (dtype, precision), layers in product(("lstm", "gru"), KINDS, (3, 4)):
         yield Problem(cell, 256, 256, 16, 1, dtype, precision, True, layers)
-    yield from _fp16_problems()
     yield from _inference_problems(chip)
     yield from _ragged_problems(chip)
     yield from _member_problems(chip)
@@ -128,11 +127,6 @@ def _cooperative_tiles(chip: Chip) -> Iterator[Problem]:
             if chosen.schedule == "cooperative" and chosen.layers == L and tiles - seen:
                 seen |= tiles
                 yield problem
-
-
-def _fp16_problems() -> Iterator[Problem]:
-    for cell, H in product(("lstm", "gru"), (64, 256, 512, 1024)):
-        yield Problem(cell, H, H, 16, 1, torch.float16, "ieee", True)
 
 
 def _inference_problems(chip: Chip) -> Iterator[Problem]:
@@ -194,7 +188,11 @@ def _stepwise_problems() -> Iterator[Problem]:
     for H in (1, 2, 3, 5, 9, 17, 33):
         yield Problem("lstm", H, H, 8, 2, torch.float64, "ieee", True)
     for cell, (dtype, H) in product(
-        SPECS, ((torch.float64, 48), (torch.float32, 4096), (torch.bfloat16, 4096))
+        SPECS,
+        (
+            (torch.float64, 48),
+            *((dtype, 4096) for dtype in (torch.float32, torch.bfloat16, torch.float16)),
+        ),
     ):
         for ragged in (False, True):
             yield Problem(cell, H, H, 8, 2, dtype, "ieee", True, ragged=ragged)

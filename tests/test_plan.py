@@ -136,7 +136,7 @@ def test_a_cell_that_reduces_over_a_row_stays_in_one_program(monkeypatch):
 @pytest.mark.parametrize("gates", [1, 4])
 @pytest.mark.parametrize("kind", ["16-bit", "tf32"])
 def test_chunks_cover_h_in_short_chains(H, kind, gates):
-    chunks = k_chunks(H, kind, operand_columns(kind, gates, "backward", H, False))
+    chunks = k_chunks(H, kind, operand_columns(kind, gates, 1, "backward", H, False))
     assert len({pieces for _, pieces, _ in chunks}) == 1
     ends = [start + pieces * width for start, pieces, width in chunks]
     assert [start for start, _, _ in chunks] == [0, *ends[:-1]]
