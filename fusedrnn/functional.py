@@ -21,6 +21,7 @@ from .kernels.spec import SPECS
 from .launches import Config
 from .layout import Ragged
 from .ops import ATEN
+from .requested import requested_name
 from .transforms import are_operators_watched, is_transformed, rnn_stack, run_eagerly
 
 _ATEN_CELL: dict[str, Callable] = {
@@ -319,7 +320,7 @@ def run_known(
     grad = torch.is_grad_enabled() and (
         first.requires_grad or any(t.requires_grad for t in (input, *params, *states))
     )
-    requested, _ = dispatch.requested_backend()
+    requested = requested_name()
     precision = dispatch.precision() if requested == "triton" or input.is_cuda else None
     shapes = input.shape, first.shape, second.shape, *[state.shape for state in states]
     key = cell, layers, shapes, dtype, device, grad, input.requires_grad, requested, precision

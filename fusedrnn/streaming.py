@@ -20,6 +20,7 @@ from . import arguments, dispatch, functional
 from .kernels.spec import Weights
 from .launches import Config, group_weights
 from .reference import differentiable_stack, one_step
+from .requested import requested_name
 
 #: torch's operators for a single step. They take weights as they lie, and are 1.1 to 10 times as
 #: fast as its operators for a stack with T = 1.
@@ -290,7 +291,7 @@ class Stream:
 
     def _backend(self, weight: Tensor) -> str:
         """The backend of a step without autocast; chosen once for each answer it depends on."""
-        requested, _ = dispatch.requested_backend()
+        requested = requested_name()
         precision = None if self._replay is None else dispatch.precision()
         key = (requested, precision, weight.dtype, weight.device)
         backend = self._chosen.get(key)
@@ -304,7 +305,7 @@ class Stream:
     def _graph_key(self, input: Tensor, weights: list[Tensor], autocast: bool) -> tuple:
         """All that a captured step has baked in."""
         return (
-            dispatch.requested_backend()[0],
+            requested_name(),
             dispatch.precision(),
             torch.get_autocast_dtype(input.device.type) if autocast else None,
             input.dtype,

@@ -30,6 +30,7 @@ ORDER = (
     "gemm",
     "grads",
     "onednn",
+    "requested",
     "launches",
     "recompute",
     "stack",

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import textwrap
 import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from fusedrnn import dispatch
 from fusedrnn.dispatch import Request, choose, explain, requested_backend, use_backend
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.plan import CHIPS, NoPlan
+from fusedrnn.requested import requested_name
 
 
 @pytest.fixture(autouse=True)
@@ -435,3 +437,23 @@ def test_explain_says_what_a_compiler_gets():
     assert "\nunder torch.compile: torch" in str(fusedrnn.explain(module, x))
     with torch.no_grad():
         assert "under torch.compile" not in str(fusedrnn.explain(module, x))
+
+
+def test_the_name_alone_is_found_sooner_and_is_the_same(monkeypatch):
+    def both():
+        return requested_name(), requested_backend()[0]
+
+    monkeypatch.delenv("FUSEDRNN_BACKEND", raising=False)
+    assert both() == ("auto", "auto")
+    with use_backend("torch"):
+        assert both() == ("torch", "torch")
+        with ThreadPoolExecutor(1) as pool:  # the choice is of one thread
+            assert pool.submit(both).result() == ("auto", "auto")
+    for name in ("aten", ""):
+        monkeypatch.setenv("FUSEDRNN_BACKEND", name)
+        assert both() == (name or "auto",) * 2
+        with use_backend("torch"):
+            assert both() == ("torch", "torch")
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "nobody")
+    with pytest.raises(ValueError, match="FUSEDRNN_BACKEND is 'nobody'"):
+        requested_name()
