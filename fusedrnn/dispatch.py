@@ -42,9 +42,9 @@ _LOOP_REASON = {
 }
 #: Numbers in the input from which on, if I >= 4 H, oneDNN's LSTM keeps more than the 32 MiB that
 #: glibc's malloc holds at hand, and asks the system for new pages in each call, unless the heap of
-#: the process has room, which nobody here can know: T = 100, B = 64, I = 300, H = 16 takes it 2.2
-#: times our time with 6,425 new pages, and 0.74 without (`python -m bench cpu`, its rows tokens and
-#: imdb-one-hot). Twice both if the input requires a gradient.
+#: the process has room, which nobody here can know: T = 100, B = 64, I = 300, H = 16 takes it 1.8
+#: to 2.0 times our time with 6,427 new pages (`python -m bench cpu`, imdb-one-hot), and 0.6 to 0.75
+#: in a process that has room. Twice both if the input requires a gradient.
 _WIDE_INPUT = 1_600_000
 #: The B of a compiler's choice, which may know none. A choice made with the B of an example would
 #: hold for every other as well, or make a guard of it; the operator plans with the sizes it gets.
