@@ -53,8 +53,9 @@ def takes(request: Any) -> bool:
 @lru_cache
 def _nothing_to_do(columns: int) -> tuple[Tensor, Tensor]:
     """W_ih and both biases for an input that is gx; kept, for they take 40 us to make."""
-    like = torch.empty(0, dtype=torch.float32, device="cpu")  # whatever the defaults are by now
-    return torch.eye(columns, out=like), like.new_zeros(columns)
+    # Of this dtype and device, whatever the defaults are by now.
+    identity = torch.eye(columns, dtype=torch.float32, device="cpu")
+    return identity, identity.new_zeros(columns)
 
 
 class _Steps:

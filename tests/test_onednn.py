@@ -259,3 +259,29 @@ def test_tokens_train_by_it_too(runs):
     )
     torch.testing.assert_close(got, want)
     assert runs == ["lstm_forward", "lstm_backward"]
+
+
+@pytest.mark.parametrize("first", ["inference", "another default device", "another default dtype"])
+def test_what_is_kept_from_call_to_call_suits_every_later_call(first):
+    """The identity and the zeros, whatever mode or default the first call found."""
+    torch.manual_seed(0)
+    module, x = fusedrnn.LSTM(4, 16), torch.randn(3, 2, 4)
+    weights = list(module.parameters())
+    with fusedrnn.use_backend("torch"):
+        want = torch.autograd.grad(module(x)[0].sum(), weights)
+        onednn._nothing_to_do.cache_clear()
+        if first == "inference":
+            with torch.inference_mode():
+                module(x)
+        elif first == "another default device":
+            with torch.device("meta"):
+                module(x, (x.new_zeros(1, 2, 16), x.new_zeros(1, 2, 16)))
+        else:
+            torch.set_default_dtype(torch.float64)
+            try:
+                module(x)
+            finally:
+                torch.set_default_dtype(torch.float32)
+        got = torch.autograd.grad(module(x)[0].sum(), weights)
+    for left, right in zip(got, want, strict=True):
+        assert torch.equal(left, right)
