@@ -1,8 +1,9 @@
 """Runs a function in a process of its own, in which nothing else has run.
 
 What a process did before decides how fast some calls are: malloc asks the system for whatever is
-beyond 32 MiB anew in every call, unless earlier work left room in the heap. With it, torch.nn's
-training of imdb-one-hot by an LSTM takes 7 ms instead of 17. Users train one model in a process.
+beyond 32 MiB anew in every call, unless earlier work left room in the heap. torch.nn's training of
+imdb-one-hot by an LSTM takes 2.0 times our time without, and took 0.6 with it (docs/benchmarking.md
+names the files). Users train one model in a process.
 """
 
 from __future__ import annotations

@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 
 import torch
 
+from .gemm import uses_onednn
 from .kernels.model import cudnn_step
 from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan_stack
 from .onednn import takes as _onednn_steps
@@ -42,9 +43,10 @@ _LOOP_REASON = {
 }
 #: Numbers in the input from which on, if I >= 4 H, oneDNN's LSTM keeps more than the 32 MiB that
 #: glibc's malloc holds at hand, and asks the system for new pages in each call, unless the heap of
-#: the process has room, which nobody here can know: T = 100, B = 64, I = 300, H = 16 takes it 1.8
-#: to 2.0 times our time with 6,427 new pages (`python -m bench cpu`, imdb-one-hot), and 0.6 to 0.75
-#: in a process that has room. Twice both if the input requires a gradient.
+#: the process has room, which nobody here can know: T = 100, B = 64, I = 300, H = 16 takes it 2.0
+#: times our time with 6,427 new pages (`python -m bench cpu`, imdb-one-hot), and took 0.6 in a
+#: process that had room (cpu-second.csv of bench/results/cpu-2026-11-28). Twice both if the input
+#: requires a gradient.
 _WIDE_INPUT = 1_600_000
 #: The B of a compiler's choice, which may know none. A choice made with the B of an example would
 #: hold for every other as well, or make a guard of it; the operator plans with the sizes it gets.
@@ -220,7 +222,7 @@ def cpu_prefers_loop(request: Request) -> str | None:
         and T * B * request.input_size >= wide * _WIDE_INPUT
     ):
         return (
-            "training with so wide an input takes oneDNN's LSTM 0.7 to 2.2 times as long, by "
+            "training with so wide an input takes oneDNN's LSTM 0.6 to 2.0 times as long, by "
             "whether it needs new memory in each call"
         )
     return None
@@ -392,7 +394,7 @@ def _problem(request: Request) -> Problem:
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
-    if not torch.backends.mkldnn.is_available() or not torch.backends.mkldnn.enabled:
+    if not uses_onednn():
         return True  # then ATen's own loop runs, and takes everything
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
