@@ -28,7 +28,7 @@ from .gauntlet import CORE, cases_of
 from .protocol import HEAD, LEGEND, roll, who
 from .report import environment, header
 from .results import FolderError, other_columns
-from .stages import LOST, Job, now_path
+from .stages import DONE, LOST, RED, Job, now_path
 from .supervise import Ended, Signals, Stopped, supervise
 
 #: A stage that ends by itself this long before its limit need not be killed.
@@ -39,6 +39,8 @@ _LEAST_SECONDS = 5.0
 _MOST_RESTARTS = 5
 #: Of a long list of cases, how many ``--dry-run`` names.
 _SHOWN = 400
+#: Complaints in the summary's line of a stage; all of them are in the output.
+_TOLD = 3
 #: At the end of the run, for the pictures.
 _PICTURE_SECONDS = 10.0
 
@@ -249,7 +251,9 @@ class Run:
         A provider of others' code goes for the rest of the stage, and its case is done again; of
         what is in every case, the case goes.
         """
-        end, red, broken = time.monotonic() + seconds, False, []
+        end = time.monotonic() + seconds
+        red: list[str] = []
+        broken: list[str] = []
         job = Job(
             stage.name, self.folder, 0.0, self.device.type, self.options.seed, self.options.quick,
             self.left_out,
@@ -261,9 +265,9 @@ class Run:
             left = max(0.0, end - time.monotonic())
             job = job._replace(seconds=max(0.0, left - _MARGIN_SECONDS))
             ended = supervise(job.command, None, left, self.signals, complaint=self._hangs(stage))
-            red |= ended.code == 1 and not ended.why
             now, over = self._now(stage.name), ended.why.startswith("stopped after")
-            if over or (not ended.why and ended.code in (0, 1)):
+            red += now["red"] if now else []
+            if over or (not ended.why and ended.code in (DONE, RED)):
                 break
             reason = _reason(ended)
             if now is None:
@@ -277,6 +281,7 @@ class Run:
                 break
         text = f"{now['begin']} of {now['of']} cases" if now else "no case"
         text += f", broken: {'; '.join(broken)}" if broken else ""
+        text += f", red: {_first_of(red)}" if red else ""
         return not (red or broken), text + (f", {ended.why}" if over else "")
 
     def _now(self, name: str) -> dict | None:
@@ -324,6 +329,13 @@ def _without(job: Job, now: dict) -> Job:
     if provider and provider not in CORE:
         return job._replace(begin=now["begin"], skip=skip, lost=job.lost | {provider})
     return job._replace(begin=now["begin"], skip=skip | {now["index"]})
+
+
+def _first_of(complaints: list[str]) -> str:
+    """The first few, in one line, and how many there are beside them."""
+    told = [" ".join(complaint.split())[:200] for complaint in complaints[:_TOLD]]
+    more = [f"{len(complaints) - _TOLD} more"] * (len(complaints) > _TOLD)
+    return "; ".join([*told, *more])
 
 
 def _reason(ended: Ended) -> str:

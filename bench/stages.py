@@ -36,8 +36,8 @@ from .report import training_line
 from .results import Loss, Results, Row
 from .run import Measured, Settings, Subject, trained
 
-#: What a process says by its exit code.
-DONE, RED, LOST = 0, 1, 3
+#: What a process says by its exit code. 1 is what Python says of an exception that nobody caught.
+DONE, LOST, RED = 0, 3, 4
 #: For one comparison. On CUDA a case has four: forward and training, by wall and by device time.
 SECONDS = {"lessons": 0.2, "sweep": 0.2, "autotable": 0.4}
 #: A batch is what is warmed before any of it is timed. What is cut off costs a batch at most: so
@@ -111,7 +111,8 @@ class Worker:
     def __init__(self, job: Job):
         self.job, self.device = job, torch.device(job.device)
         self.end = time.monotonic() + job.seconds
-        self.results, self.red = Continued(job.folder), False
+        self.results = Continued(job.folder)
+        self.red: list[str] = []  # what was wrong, a sentence each
         self.settings = Settings(self.device, job.seed, seconds=SECONDS[job.stage])
         if job.quick:
             self.settings = Settings(self.device, job.seed, seconds=0.0, least_rounds=2)
@@ -120,6 +121,7 @@ class Worker:
         self.cases = cases_of(job.stage, job.quick)
         self.todo = [n for n in range(job.begin, len(self.cases)) if n not in job.skip]
         self.now: tuple[int | None, str] = (None, "")
+        self.place: dict[str, object] = {}
 
     def _corpus(self) -> Corpus:
         words = [case.workload for case in cases_of("lessons", self.job.quick) if case.workload]
@@ -193,7 +195,7 @@ class Worker:
         self.now = index, provider
         begin = self.todo[0] if self.todo else len(self.cases)
         ahead = range(begin, min(begin + MOST_IN_BATCH, len(self.cases)))
-        now = {
+        self.place = {
             "case": "" if index is None else self.cases[index].name,
             "provider": provider,
             "index": begin if index is None else index,
@@ -202,7 +204,17 @@ class Worker:
             "of": len(self.cases),
             "since": time.time(),
         }
+        self._write_down()
+
+    def _write_down(self) -> None:
+        now = self.place | {"red": self.red}
         write_json(now_path(self.job.folder, self.job.stage), now)
+
+    def _complain(self, complaint: str) -> None:
+        """Tells and writes down at once: a process that is killed leaves no exit code."""
+        print(complaint, file=sys.stderr, flush=True)
+        self.red.append(complaint)
+        self._write_down()
 
     @contextmanager
     def _guard(self, index: int) -> Iterator[None]:
@@ -274,7 +286,8 @@ class Worker:
             return
         job = self.job
         code = ragged.run(job.folder, self.device, quick=job.quick, seed=job.seed, anew=False)
-        self.red |= code != 0
+        if code != 0:
+            self._complain("ragged: a gate is red, see ragged.csv")
 
     def _left_out(self, workload: Workload, cell: str, names: Iterable[str]) -> dict[str, str]:
         """Who is not to be run, because of a schedule that failed its tests."""
@@ -307,8 +320,7 @@ class Worker:
             if row.steps and row.final_loss is not None:
                 print(f"{'':<20}{training_line(row)}", flush=True)
         for complaint in found.complaints:
-            print(complaint, file=sys.stderr, flush=True)
-            self.red = True
+            self._complain(complaint)
 
     def _device_answers(self) -> bool:
         """Whether a failure left the process its device: no kernel runs after an assertion."""

@@ -64,6 +64,8 @@ def own_tests(tmp_path):
 
 def start(folder: Path, tests: Path, minutes: float, only: str) -> subprocess.Popen:
     environment = os.environ | {"TRITON_INTERPRET": "1", "PYTHONPATH": str(ROOT)}
+    # What other tests compile at the same moment is no concern of this run's.
+    environment["TORCHINDUCTOR_CACHE_DIR"] = str(folder.parent / "inductor")
     environment.pop("FUSEDRNN_IMDB", None)  # reviews are generated
     command = [PYTHON, "-c", RUN, str(folder), str(tests), str(minutes), only]
     return subprocess.Popen(
@@ -284,7 +286,8 @@ def test_a_schedule_that_fails_is_left_out(tmp_path, own_tests, interpreted, mon
 def test_a_whole_run_in_small(tmp_path, own_tests):
     process = start(tmp_path / "out", own_tests, 1.5, ",".join(gpu.NAMES))
     out = process.communicate(timeout=200)[0].decode()
-    assert process.returncode == 0, out
+    # The summary at the end says what was red; the whole output is far longer than a report shows.
+    assert process.returncode == 0, out[-4000:]
     found = read_all(tmp_path / "out")
     status = json.loads((tmp_path / "out" / "status.json").read_text())
     assert status["state"] == "done"

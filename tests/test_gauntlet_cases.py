@@ -257,15 +257,15 @@ sys.exit(stages.main())
 """
 
 
-def broken_run(body, folder, monkeypatch, restarts):
+def broken_run(body, folder, monkeypatch, restarts, minutes=5.0, patience=3.0):
     original = stages.Job.command.fget
     program = PROGRAM.format(body=body)
     command = property(lambda job: [sys.executable, "-c", program, *original(job)[3:]])
     monkeypatch.setattr(stages.Job, "command", command)
-    few = tuple(s._replace(case_seconds=3.0) for s in gpu.STAGES)
+    few = tuple(s._replace(case_seconds=patience) for s in gpu.STAGES)
     monkeypatch.setattr(gpu, "STAGES", few)
     monkeypatch.setattr(gpu, "_MOST_RESTARTS", restarts)
-    run = gpu.Run(gpu.Options(5.0, ("sweep",), quick=True), folder, CPU)
+    run = gpu.Run(gpu.Options(minutes, ("sweep",), quick=True), folder, CPU)
     assert run.run() == 1
     return json.loads((folder / "status.json").read_text())["stages"]["sweep"]
 
@@ -305,6 +305,22 @@ def test_what_failed_is_told_once_though_its_batch_is_done_again(
     assert set(rows.values()) == {1}
     assert ("H256-B16-fp32 lstm", "fusedrnn") in rows
     assert ("H256-B16-bf16 gru", "fusedrnn") not in rows
+    assert "red: H256-B16-fp32 lstm: division by zero" in stage["text"]
+
+
+def test_what_was_red_is_told_of_a_stage_that_ran_out_of_time(tmp_path, interpreted, monkeypatch):
+    """Killed at its limit, it leaves no exit code; what it had found wrong stands all the same."""
+    body = "{'H256-B16-fp32 lstm': lambda: 1 / 0, 'H256-B16-bf16 gru': lambda: time.sleep(60)}"
+    body += ".get(f'{workload.name} {cell}', lambda: None)()"
+    stage = broken_run(body, tmp_path, monkeypatch, restarts=2, minutes=0.5, patience=60.0)
+    assert stage["state"] == "failed"
+    assert "red: H256-B16-fp32 lstm: division by zero, stopped after" in stage["text"]
+
+
+def test_an_exception_outside_of_every_case_is_no_red_gate(tmp_path, interpreted, monkeypatch):
+    body = "sys.exit(1) if name == 'eager loop' else None"
+    stage = broken_run(body, tmp_path, monkeypatch, restarts=2)
+    assert stage["broken"] == ["H256-B16-fp32 lstm eager loop (its process left with 1)"]
 
 
 def test_a_peer_that_takes_its_process_with_it_costs_only_itself(
@@ -378,5 +394,5 @@ def test_a_training_that_breaks_leaves_the_times(tmp_path, interpreted, monkeypa
     monkeypatch.setattr(stages, "trained", breaks)
     made = worker(tmp_path, "lessons")
     made.do([index_of(made, "sine-10 gru")])
-    assert made.red
+    assert made.red == ["sine-10 gru: training: no such luck"]
     assert {r["provider"] for r in rows_of(tmp_path) if r["fw_ms"]} >= {TORCH, "fusedrnn"}
