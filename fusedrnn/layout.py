@@ -33,6 +33,8 @@ class Layout(NamedTuple):
     #: [R]: the dense row ``t * B + b`` of each row, or None where the call's order is kept.
     dense: Tensor | None = None
     order: Tensor | None = None  # [B]: the sequences by falling length
+    #: [T*B]: the row of each dense row, or R where there is no step.
+    source: Tensor | None = None
 
     @property
     def is_ragged(self) -> bool:
@@ -44,12 +46,23 @@ class Layout(NamedTuple):
         return grid if self.dense is None else grid.flatten(0, 1).index_select(0, self.dense)
 
     def give(self, rows: Tensor) -> Tensor:
-        """Rows ``[R, ...]`` as ``[T, B, ...]``, with zeros where there is no step."""
-        if self.dense is None:
+        """Rows ``[R, C]``, or as of ``room``, as ``[T, B, C]``, with zeros where there is no step.
+
+        Reading rows in the grid's order takes a third of the time of writing them in theirs.
+        """
+        if self.source is None:
             return rows
-        T, B = self.rows.T, self.rows.B
-        grid = rows.new_zeros(T * B, *rows.shape[1:])
-        return grid.index_copy_(0, self.dense, rows).unflatten(0, (T, B))
+        if rows.shape[0] == self.rows.total:
+            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        return rows.index_select(0, self.source).unflatten(0, (self.rows.T, self.rows.B))
+
+    def room(self, columns: int, like: Tensor) -> Tensor:
+        """An empty buffer for R rows that ``give`` takes without a copy: a row of zeros follows."""
+        if self.source is None:
+            return like.new_empty(self.rows.total, columns)
+        buffer = like.new_empty(self.rows.total + 1, columns)
+        buffer[-1].zero_()
+        return buffer
 
     def sort(self, states: Tensor) -> Tensor:
         """States ``[Z, B, H]`` in the order of the rows, contiguous."""
@@ -89,12 +102,20 @@ def layout_of(input: Tensor, B: int, D: int, ragged: Ragged, compact: bool) -> L
     if lengths is None or not compact or B == 0:
         return Layout(Rows(T, B, origins_of(T, B, D, input.device, lengths, reset)))
     known, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)
-    batch_sizes = (torch.arange(T).unsqueeze(1) < known).sum(1)
+    is_there = torch.arange(T).unsqueeze(1) < known
+    batch_sizes = is_there.sum(1)
     dense = torch.arange(T).unsqueeze(1) * B + order
-    index = dense[torch.arange(T).unsqueeze(1) < known]
+    index = dense[is_there]
     reset = None if reset is None else reset.cpu().index_select(1, order)
     rows = packed_rows(batch_sizes, D, input.device, reset, B)
-    return Layout(rows, index.to(input.device), order.to(input.device))
+    return in_grid(rows, index, input.device)._replace(order=order.to(input.device))
+
+
+def in_grid(rows: Rows, dense: Tensor, device: torch.device) -> Layout:
+    """The layout of rows that the call's own tensors have at ``dense``, on the CPU."""
+    source = torch.full((rows.T * rows.B,), rows.total)
+    source[dense] = torch.arange(rows.total)
+    return Layout(rows, dense.to(device), source=source.to(device))
 
 
 class Links(NamedTuple):

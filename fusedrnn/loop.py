@@ -17,25 +17,32 @@ us counts; with H = 16 only the *number* of calls counts, and that of views, 0.5
 - Backward, all that does not depend on the gradients is computed before, for a chunk of steps at
   a time, straight into ``dgates``: a step only multiplies it by dh (or dc) and by W_hh. A chunk is
   large enough for two threads, which a step is not, and small enough for the cache.
+- The gradients of weights and input are made of ``dgates`` a segment at a time, while those are in
+  the cache; they are never there of all steps.
 
 The equations of the cells stand in ``loop_cells.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from functools import partial
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.rows import Rows
 from .kernels.spec import SPECS, Weights
-from .loop_cells import CELLS, Backward, BackwardOn, ForwardOn, Prepare, State
-from .steps import Steps
+from .loop_cells import CELLS, BackwardOn, ForwardOn, State
+from .steps import Part, Steps
 
-#: Numbers in one tile of a chunk of backward. With T = 500, B = 32, H = 128 on one thread backward
-#: takes 79, 70, 65, 63, 61, 62, 69, 73 ms at 2 ** (13, 14, 15, 16, 17, 18, 20, 24) in an LSTM.
+#: Numbers in one tile of a chunk of backward, whose element-wise part is computed at once. With
+#: T = 500, B = 32, H = 128 on one thread backward takes 79, 70, 65, 63, 61, 62, 69, 73 ms at
+#: 2 ** (13, 14, 15, 16, 17, 18, 20, 24) in an LSTM.
 CHUNK = 1 << 16
+#: Numbers of dgates in a segment of backward, some chunks: 4 MiB.
+SEGMENT = 1 << 20
 
 
 def room_of(cell: str, H: int) -> int:
@@ -46,6 +53,11 @@ def room_of(cell: str, H: int) -> int:
 def _by_row(x: Tensor, rows: Rows) -> Tensor:
     """``[R, .]`` of what may be ``[T, B, .]``."""
     return x.view(rows.total, x.shape[-1])
+
+
+def _columns(of_directions: Tensor, d: int, P: int) -> Tensor:
+    """Of ``[R, D*P]`` those of a direction."""
+    return of_directions if of_directions.shape[1] == P else of_directions[:, d * P : (d + 1) * P]
 
 
 def _put_back(mask: Tensor, kept: Sequence[Tensor], states: Sequence[Tensor]) -> None:
@@ -73,7 +85,7 @@ def with_one_bias(cell: str, w: Weights) -> Weights:
     if shared == len(w.b_hh):
         return w._replace(b_ih=w.b_ih + w.b_hh, b_hh=None)
     b_ih = w.b_ih.clone()
-    b_ih[:shared] += w.b_hh[:shared]
+    b_ih[:shared].add_(w.b_hh[:shared])  # += would copy the slice to where it is
     return w._replace(b_ih=b_ih, b_hh=w.b_hh[shared:])
 
 
@@ -86,7 +98,7 @@ def _shared_bias(cell: str, w: Weights) -> int:
 
 def _add_b_hh(cell: str, w: Weights, gx: Tensor) -> None:
     if w.b_hh is not None and (shared := _shared_bias(cell, w)):
-        gx[:, :shared] += w.b_hh[:shared]
+        gx[:, :shared].add_(w.b_hh[:shared])
 
 
 def loop_gates(cell: str, gates: Tensor, weights: Sequence[Weights], h: Sequence[Tensor]) -> None:
@@ -132,9 +144,11 @@ def loop_fwd(
     with torch._C._AutoDispatchBelowAutograd():
         for d, w in enumerate(weights):
             s, saved = Steps(rows, d), None if gates is None else _by_row(gates[d], rows)
-            room = _room(_by_row(gx[d], rows), saved, room_of(cell, H))
+            room = saved
+            if room is None or gx is not gates:
+                room = _room(_by_row(gx[d], rows), saved, room_of(cell, H))
             _add_b_hh(cell, w, room)
-            hs = _by_row(out, rows)[:, d * P : (d + 1) * P]
+            hs = _columns(_by_row(out, rows), d, P)
             c_left = None if cs is None else _by_row(cs[d], rows)
             if c_0 is not None and c_left is None and not s.is_dense:
                 c_left = c_0.new_empty(rows.total, H)  # nothing carries c of those that ended
@@ -180,6 +194,15 @@ def _forwards(
                     to[t].masked_fill_(skipped, 0)
 
 
+class Segment(NamedTuple):
+    """What backward has found of some steps of a direction. Its tensors are overwritten later."""
+
+    d: int
+    part: Part
+    dgates: Tensor  # [r, N*H]
+    entering: Callable[[], list[Tensor]]  # h that entered each row, in pieces by their order
+
+
 def loop_bwd(
     cell: str,
     d_out: Tensor | None,
@@ -192,62 +215,91 @@ def loop_bwd(
     out: Tensor,
     gates: Tensor,
     cs: State,
-    dgates: Tensor,
+    dgates: Tensor | None,
     d_h_0: Tensor,
     d_c_0: State,
     rows: Rows,
+    take: Callable[[Segment], object] = lambda segment: None,
 ) -> None:
     """One layer backwards: fills dgates ``[D, R, N*H]``, d_h_0 and d_c_0.
 
     Shapes as in ``loop_fwd``. d_out (``[R, D*P]``) and d_cs (``[D, R, H]``), the gradients that
-    reach h and c of each step from outside, may be None.
+    reach h and c of each step from outside, may be None. dgates may be None, if all that is wanted
+    of them is what ``take`` makes of each segment as it is found: then only a segment's are there.
     """
-    P = h_0.shape[2]
+    P, tiles = h_0.shape[2], SPECS[cell].grad_tiles
+    H = weights[0].w_hh.shape[0] // SPECS[cell].gates
+    limit = max(CHUNK // max(H, 1), 1)  # of what is not much more, one chunk is made
     with torch._C._AutoDispatchBelowAutograd():
         for d, w in enumerate(weights):
-            s, columns = Steps(rows, d), slice(d * P, (d + 1) * P)
-            s.cut(max(CHUNK * SPECS[cell].grad_tiles // dgates.shape[-1], 1))
-            dh, hs, dc, c = d_h_0[d].copy_(d_h_n[d]), _by_row(out, rows)[:, columns], None, None
-            saved = _by_row(gates[d], rows)
-            to, states, arriving = _by_row(dgates[d], rows), [dh], []
-            if d_out is not None:
-                arriving.append((s.prefix(dh), s.split(_by_row(d_out, rows)[:, columns])))
-            if cs is None:
-                before = s.gather(h_0[d], hs)
-            else:
+            s, dh = Steps(rows, d), d_h_0[d].copy_(d_h_n[d])
+            hs = _columns(_by_row(out, rows), d, P)
+            of_out = None if d_out is None else _columns(_by_row(d_out, rows), d, P)
+            dc = c = of_cs = None
+            if cs is not None:
                 dc, c = d_c_0[d].copy_(d_c_n[d]), _by_row(cs[d], rows)
-                states.append(dc)
-                if d_cs is not None:
-                    arriving.append((s.prefix(dc), s.split(_by_row(d_cs[d], rows))))
-                before = s.gather(c_0[d], c)
-            prepare, step = CELLS[cell].backward(BackwardOn(s, w, dh, dc, hs, saved, c, to, before))
-            _backwards(s, prepare, step, states, arriving, s.split(to) if s.skips else ())
+                of_cs = None if d_cs is None else _by_row(d_cs[d], rows)
+            h_entered = s.entered(h_0[d], hs)
+            entered = h_entered if c is None else s.entered(c_0[d], c)
+            saved, segments = _by_row(gates[d], rows), s.cut(s.whole(), _rows_of_segment(cell, H))
+            if dgates is None:  # one buffer for all segments
+                most = max((part.total for part in segments), default=0)
+                room = saved.new_empty(most, tiles * H)
+            for part in segments:
+                to = _by_row(dgates[d], rows)[part.rows] if dgates is not None else room
+                to = to[: part.total]
+                for chunk in s.cut(part, limit if part.total > 2 * limit else 2 * limit):
+                    own = chunk.rows
+                    on = BackwardOn(
+                        chunk, w, dh, dc, hs[own], saved[own], None if c is None else c[own],
+                        to[chunk.within(part)], partial(_in_one, entered, chunk),
+                    )  # fmt: skip
+                    arriving = [
+                        (chunk.prefix(state), chunk.split(grad[own]))
+                        for state, grad in ((dh, of_out), (dc, of_cs))
+                        if state is not None and grad is not None
+                    ]
+                    _backwards(s, cell, on, arriving)
+                take(Segment(d, part, to, partial(h_entered, part)))
+
+
+def _in_one(entered: Callable[[Part], list[Tensor]], part: Part) -> Tensor:
+    pieces = entered(part)
+    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def _rows_of_segment(cell: str, H: int) -> int:
+    """Few enough for the cache, and enough for adding a segment's dW to the others' to be little
+    beside the product that it is of: 4 H rows."""
+    return max(SEGMENT // max(SPECS[cell].grad_tiles * H, 1), 4 * H)
 
 
 def _backwards(
     s: Steps,
-    prepare: Prepare,
-    step: Backward,
-    states: Sequence[Tensor],
+    cell: str,
+    on: BackwardOn,
     arriving: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
-    written: Sequence[Tensor],
 ) -> None:
-    """Backwards through the steps of one direction.
+    """Backwards through the steps of a chunk.
 
-    states: the gradients that are carried; arriving: prefixes of them, and of each step what is
-    added from outside; written: dgates of each step.
+    arriving: prefixes of the gradients that are carried, and of each step what is added to them
+    from outside.
     """
-    for times, chunk in s.chunks:
-        prepare(times, chunk)
-        for t in times[::-1] if s.d == 0 else times:
-            if (skipped := s.skipped[t]) is not None:
-                kept = [state.clone() for state in states]
-            for state, grad in arriving:
-                state[t].add_(grad[t])
-            step(t)
-            if skipped is not None:
-                _put_back(skipped, kept, states)
-                written[t].masked_fill_(skipped, 0)
-            if (new := s.zero[t]) is not None:
-                for carried in states:  # whatever they hold: 0 times inf is NaN
-                    carried[: len(new)].masked_fill_(new, 0)
+    part = on.steps
+    states = [on.dh] if on.dc is None else [on.dh, on.dc]
+    written = part.split(on.dgates) if s.skips else ()
+    step = CELLS[cell].backward(on)
+    order = range(len(part.sizes))
+    for k in order[::-1] if s.d == 0 else order:
+        t = part.times[k]
+        if (skipped := s.skipped[t]) is not None:
+            kept = [state.clone() for state in states]
+        for state, grad in arriving:
+            state[k].add_(grad[k])
+        step(k)
+        if skipped is not None:
+            _put_back(skipped, kept, states)
+            written[k].masked_fill_(skipped, 0)
+        if (new := s.zero[t]) is not None:
+            for carried in states:  # whatever they hold: 0 times inf is NaN
+                carried[: len(new)].masked_fill_(new, 0)

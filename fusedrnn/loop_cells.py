@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels.spec import Weights
-from .steps import Steps
+from .steps import Part, Steps
 
 State = Any  # a Tensor, or None for the c of a cell without one
 
@@ -34,28 +34,36 @@ class ForwardOn(NamedTuple):
     H: int
     saves: bool  # whether all S tiles of gates are wanted
 
+    def room(self, tiles: int) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
+        """Where a step's gates are made of its gx, and what gives each step its rows of a part.
+
+        It is where they are saved. If nobody saves them it is the same for all steps, which stays
+        in the cache and takes no views: 3 to 8 % of a GRU's time.
+        """
+        if self.saves:
+            return self.gates, self.steps.split
+        return self.gates.new_empty(self.steps.B, tiles * self.H), self.steps.prefix
+
 
 class BackwardOn(NamedTuple):
-    """What a cell's backward works on."""
+    """What a cell's backward works on: some steps, of r rows."""
 
-    steps: Steps
+    steps: Part
     w: Weights
     dh: Tensor  # [B, P], the gradient of the state
     dc: State  # [B, H]
-    out: Tensor  # [R, P]
-    gates: Tensor  # [R, S*H]
-    cs: State  # [R, H]
-    dgates: Tensor  # [R, N*H]
-    #: Of a chunk the states that entered its steps: c in a cell that has it, else h.
-    before: Callable[[range, slice], Tensor]
+    out: Tensor  # [r, P]
+    gates: Tensor  # [r, S*H]
+    cs: State  # [r, H]
+    dgates: Tensor  # [r, N*H], to be written
+    #: Gathers the states ``[r, .]`` that entered the steps: c in a cell that has it, else h.
+    before: Callable[[], Tensor]
 
 
 #: Writes the states that leave step t, from those that enter it.
 Forward = Callable[[int, Tensor, State], object]
-#: Takes the gradients of the states from after step t to before it.
+#: Takes the gradients of the states from after the step to before it, by its number in the part.
 Backward = Callable[[int], object]
-#: Fills dgates of a chunk of steps, in these rows, with all that dh and dc are multiplied by.
-Prepare = Callable[[range, slice], object]
 
 
 def _sigmoid_slope(y: Tensor, out: Tensor) -> Tensor:
@@ -71,12 +79,13 @@ def _lstm_forward(a: ForwardOn) -> Forward:
     """
     s, weight, saves = a.steps, a.w.w_hh.t(), a.saves
     project = None if a.w.w_hr is None else a.w.w_hr.t()
-    gates, (i, f, g, o) = s.split(a.gates), (s.split(tile) for tile in a.gates.split(a.H, 1))
+    room, views = a.room(4)
+    gx, gates, (i, f, g, o) = s.split(a.gates), views(room), map(views, room.chunk(4, 1))
     scratch = s.prefix(a.gates.new_empty(s.B, a.H))
 
     def step(t: int, h: Tensor, c: State) -> None:
         g_t, tmp = g[t], scratch[t]
-        gates[t].addmm_(h, weight)
+        torch.addmm(gx[t], h, weight, out=gates[t])
         tmp.copy_(g_t).tanh_()
         gates[t].sigmoid_()  # g too, for nothing: still cheaper than two calls for i, f and o
         if saves:
@@ -93,48 +102,42 @@ def _lstm_forward(a: ForwardOn) -> Forward:
     return step
 
 
-def _lstm_backward(a: BackwardOn) -> tuple[Prepare, Backward]:
+def _lstm_backward(a: BackwardOn) -> Backward:
     """dc += dh o (1 - tanh^2 c); di, df, dg = dc (..); do = dh (..); dh = dgates W_hh; dc *= f."""
-    s, cs, w_hh, w_hr, H = a.steps, a.cs, a.w.w_hh, a.w.w_hr, a.dc.shape[1]
+    s, w_hh, w_hr, H = a.steps, a.w.w_hh, a.w.w_hr, a.dc.shape[1]
     i, f, g, o = a.gates.chunk(4, 1)
     d_i, d_f, d_g, d_o = a.dgates.chunk(4, 1)
+    tanh_c = torch.tanh(a.cs)
+    slope = o * tanh_c
+    torch.addcmul(slope, slope, o, value=-1, out=d_o)
+    torch.addcmul(o, slope, tanh_c, value=-1, out=slope)  # o (1 - tanh^2 c)
+    _sigmoid_slope(i, d_i).mul_(g)
+    _sigmoid_slope(f, d_f).mul_(a.before())
+    torch.mul(i, g, out=tanh_c)
+    torch.addcmul(i, tanh_c, g, value=-1, out=d_g)
+
     dh, dc, dc_wide = s.prefix(a.dh), s.prefix(a.dc), s.prefix(a.dc.unsqueeze(1))
     dh_out = dh if w_hr is None else s.prefix(torch.empty_like(a.dc))
     dgates, d_ifg = s.split(a.dgates), s.split(a.dgates.view(-1, 4, H)[:, :3])
-    d_o_t, f_t = s.split(d_o), s.split(f)
-    _tanh_c, _slope = s.scratch(cs), s.scratch(cs)
-    slopes: dict[int, Tensor] = {}
+    d_o_t, f_t, slopes = s.split(d_o), s.split(f), s.split(slope)
 
-    def prepare(times: range, rows: slice) -> None:
-        n = rows.stop - rows.start
-        tanh_c, slope = _tanh_c[:n], _slope[:n]
-        torch.tanh(cs[rows], out=tanh_c)
-        torch.mul(o[rows], tanh_c, out=slope)  # o tanh c
-        torch.addcmul(slope, slope, o[rows], value=-1, out=d_o[rows])
-        torch.addcmul(o[rows], slope, tanh_c, value=-1, out=slope)  # o (1 - tanh^2 c)
-        slopes.update(zip(times, slope.split(s.sizes[times.start : times.stop]), strict=True))
-        _sigmoid_slope(i[rows], d_i[rows]).mul_(g[rows])
-        _sigmoid_slope(f[rows], d_f[rows]).mul_(a.before(times, rows))
-        torch.mul(i[rows], g[rows], out=tanh_c)
-        torch.addcmul(i[rows], tanh_c, g[rows], value=-1, out=d_g[rows])
-
-    def step(t: int) -> None:
-        dh_t, dc_t = dh_out[t], dc[t]
+    def step(k: int) -> None:
+        dh_k, dc_k = dh_out[k], dc[k]
         if w_hr is not None:
-            torch.mm(dh[t], w_hr, out=dh_t)
-        dc_t.addcmul_(dh_t, slopes[t])
-        d_ifg[t].mul_(dc_wide[t])
-        d_o_t[t].mul_(dh_t)
-        dc_t.mul_(f_t[t])
-        torch.mm(dgates[t], w_hh, out=dh[t])
+            torch.mm(dh[k], w_hr, out=dh_k)
+        dc_k.addcmul_(dh_k, slopes[k])
+        d_ifg[k].mul_(dc_wide[k])
+        d_o_t[k].mul_(dh_k)
+        dc_k.mul_(f_t[k])
+        torch.mm(dgates[k], w_hh, out=dh[k])
 
-    return prepare, step
+    return step
 
 
 def _gru_products(w: Weights, H: int) -> list[tuple[slice, Tensor]]:
     """W_hh by columns of the tiles (r, z, n, W_hn h), of which n has no part in h: in one product
     with zeros for it, or in two without."""
-    w_rz, w_n = w.w_hh.split((2 * H, H))
+    w_rz, w_n = w.w_hh.split_with_sizes((2 * H, H))
     if H <= _ONE_PRODUCT:
         return [(slice(0, 4 * H), torch.cat([w_rz, torch.zeros_like(w_n), w_n]))]
     return [(slice(0, 2 * H), w_rz), (slice(3 * H, 4 * H), w_n)]
@@ -146,18 +149,22 @@ def _gru_forward(a: ForwardOn) -> Forward:
     The fourth tile, W_hn h + b_hn, begins as b_hn; gx has that of r and z.
     """
     s, H, saves, b_hh = a.steps, a.H, a.saves, a.w.b_hh
-    a.gates[:, 3 * H :] = 0.0 if b_hh is None else b_hh[-H:]
-    products = [(s.split(a.gates[:, to]), w.t()) for to, w in _gru_products(a.w, H)]
-    rz = s.split(a.gates[:, : 2 * H])
-    r, z, n, hn = (s.split(tile) for tile in a.gates.split(H, 1))
+    of_hn = a.gates[:, 3 * H :]
+    of_hn.zero_() if b_hh is None else of_hn.copy_(b_hh[-H:])
+    room, views = a.room(4)
+    products = [
+        (s.split(a.gates[:, of]), views(room[:, of]), w.t()) for of, w in _gru_products(a.w, H)
+    ]
+    rz, (r, z, n, hn) = views(room[:, : 2 * H]), map(views, room.chunk(4, 1))
+    gx_n = n if saves else s.split(a.gates[:, 2 * H : 3 * H])
     scratch = s.prefix(a.gates.new_empty(s.B, H))
 
     def step(t: int, h: Tensor, _: State) -> None:
         tmp = scratch[t]
-        for to, weight in products:
-            to[t].addmm_(h, weight)
+        for gx, to, weight in products:
+            torch.addmm(gx[t], h, weight, out=to[t])
         rz[t].sigmoid_()
-        torch.addcmul(n[t], r[t], hn[t], out=tmp).tanh_()
+        torch.addcmul(gx_n[t], r[t], hn[t], out=tmp).tanh_()
         if saves:
             n[t].copy_(tmp)
         if a.h:
@@ -166,7 +173,7 @@ def _gru_forward(a: ForwardOn) -> Forward:
     return step
 
 
-def _gru_backward(a: BackwardOn) -> tuple[Prepare, Backward]:
+def _gru_backward(a: BackwardOn) -> Backward:
     """All four tiles are dh times what is known before; dh = dh z + (dr, dz, r dn) W_hh.
 
     The product comes first and by itself: added to dh z term by term, it rounds each to dh's size,
@@ -175,42 +182,38 @@ def _gru_backward(a: BackwardOn) -> tuple[Prepare, Backward]:
     s, H = a.steps, a.dh.shape[1]
     r, z, n, hn = a.gates.chunk(4, 1)
     d_r, d_z, d_n, d_hn = a.dgates.chunk(4, 1)
+    _candidate_slopes(z, n, a.before(), d_z, d_n)
+    _sigmoid_slope(r, d_r).mul_(hn).mul_(d_n)
+    torch.mul(d_n, r, out=d_hn)
+
     dh, dh_wide, z_t = s.prefix(a.dh), s.prefix(a.dh.unsqueeze(1)), s.split(z)
     d_all = s.split(a.dgates.view(-1, 4, H))
     (first, w_first), *more = ((s.split(a.dgates[:, of]), w) for of, w in _gru_products(a.w, H))
-    scratch, through_gates = s.scratch(z), s.prefix(torch.empty_like(a.dh))
+    through_gates = s.prefix(torch.empty_like(a.dh))
 
-    def prepare(times: range, rows: slice) -> None:
-        r_, z_, n_, to_r, to_z, to_n = (x[rows] for x in (r, z, n, d_r, d_z, d_n))
-        _candidate_slopes(z_, n_, a.before(times, rows), to_z, to_n, scratch)
-        _sigmoid_slope(r_, to_r).mul_(hn[rows]).mul_(to_n)
-        torch.mul(to_n, r_, out=d_hn[rows])
-
-    def step(t: int) -> None:
-        dh_t, product = dh[t], through_gates[t]
-        d_all[t].mul_(dh_wide[t])
-        torch.mm(first[t], w_first, out=product)
+    def step(k: int) -> None:
+        dh_k, product = dh[k], through_gates[k]
+        d_all[k].mul_(dh_wide[k])
+        torch.mm(first[k], w_first, out=product)
         for grads, w in more:
-            product.addmm_(grads[t], w)
-        torch.addcmul(product, dh_t, z_t[t], out=dh_t)
+            product.addmm_(grads[k], w)
+        torch.addcmul(product, dh_k, z_t[k], out=dh_k)
 
-    return prepare, step
+    return step
 
 
-def _candidate_slopes(
-    z: Tensor, n: Tensor, h_before: Tensor, to_z: Tensor, to_n: Tensor, scratch: Tensor
-) -> None:
+def _candidate_slopes(z: Tensor, n: Tensor, h_before: Tensor, to_z: Tensor, to_n: Tensor) -> None:
     """Of h' = (1 - z) n + z h: (h - n) z (1 - z), and (1 - z) (1 - n^2)."""
     torch.mul(n, n, out=to_n).sub_(1)
     torch.addcmul(to_n, to_n, z, value=-1, out=to_n).neg_()
-    _sigmoid_slope(z, to_z).mul_(torch.sub(h_before, n, out=scratch[: len(n)]))
+    _sigmoid_slope(z, to_z).mul_(h_before - n)
 
 
 def _gru_reset_before_forward(a: ForwardOn) -> Forward:
     """r, z = sigmoid(.); n = tanh(gx_n + W_hn (r h) + b_hn); h' = (1 - z) n + z h."""
     s, H, saves = a.steps, a.H, a.saves
     w_rz, w_n = a.w.w_hh.t().split((2 * H, H), 1)
-    rz, (r, z, n) = s.split(a.gates[:, : 2 * H]), (s.split(tile) for tile in a.gates.split(H, 1))
+    rz, (r, z, n) = s.split(a.gates[:, : 2 * H]), (s.split(tile) for tile in a.gates.chunk(3, 1))
     scratch = s.prefix(a.gates.new_empty(s.B, H))
 
     def step(t: int, h: Tensor, _: State) -> None:
@@ -226,32 +229,30 @@ def _gru_reset_before_forward(a: ForwardOn) -> Forward:
     return step
 
 
-def _gru_reset_before_backward(a: BackwardOn) -> tuple[Prepare, Backward]:
+def _gru_reset_before_backward(a: BackwardOn) -> Backward:
     """dz, dn = dh (..); du = dn W_hn; dr = du (..); dh = dh z + du r + (dr, dz) W_hrz."""
     s, H = a.steps, a.dh.shape[1]
     w_rz, w_n = a.w.w_hh.split((2 * H, H))
     r, z, n = a.gates.chunk(3, 1)
     d_r, d_z, d_n = a.dgates.chunk(3, 1)
+    h_before = a.before()
+    _sigmoid_slope(r, d_r).mul_(h_before)
+    _candidate_slopes(z, n, h_before, d_z, d_n)
+
     dh, dh_wide, r_t, z_t = s.prefix(a.dh), s.prefix(a.dh.unsqueeze(1)), s.split(r), s.split(z)
     d_rz, d_zn = s.split(a.dgates[:, : 2 * H]), s.split(a.dgates.view(-1, 3, H)[:, 1:])
     d_r_t, d_n_t = s.split(d_r), s.split(d_n)
     scratch, through_gates = (s.prefix(torch.empty_like(a.dh)) for _ in range(2))
-    differences = s.scratch(z)
 
-    def prepare(times: range, rows: slice) -> None:
-        h_before = a.before(times, rows)
-        _sigmoid_slope(r[rows], d_r[rows]).mul_(h_before)
-        _candidate_slopes(z[rows], n[rows], h_before, d_z[rows], d_n[rows], differences)
+    def step(k: int) -> None:
+        du = scratch[k]
+        d_zn[k].mul_(dh_wide[k])
+        torch.mm(d_n_t[k], w_n, out=du)
+        d_r_t[k].mul_(du)
+        product = torch.mm(d_rz[k], w_rz, out=through_gates[k]).addcmul_(du, r_t[k])
+        torch.addcmul(product, dh[k], z_t[k], out=dh[k])
 
-    def step(t: int) -> None:
-        du = scratch[t]
-        d_zn[t].mul_(dh_wide[t])
-        torch.mm(d_n_t[t], w_n, out=du)
-        d_r_t[t].mul_(du)
-        product = torch.mm(d_rz[t], w_rz, out=through_gates[t]).addcmul_(du, r_t[t])
-        torch.addcmul(product, dh[t], z_t[t], out=dh[t])
-
-    return prepare, step
+    return step
 
 
 def _rnn_forward(a: ForwardOn, function: Callable) -> Forward:
@@ -264,26 +265,25 @@ def _rnn_forward(a: ForwardOn, function: Callable) -> Forward:
     return step
 
 
-def _rnn_backward(
-    a: BackwardOn, slope: Callable[[Tensor, Tensor], object]
-) -> tuple[Prepare, Backward]:
+def _rnn_backward(a: BackwardOn, slope: Callable[[Tensor, Tensor], object]) -> Backward:
     """da = dh (..); dh = da W_hh. The slope of either function follows from h alone."""
+    slope(a.out, a.dgates)
     w, dh, dgates = a.w.w_hh, a.steps.prefix(a.dh), a.steps.split(a.dgates)
 
-    def prepare(_: range, rows: slice) -> None:
-        slope(a.out[rows], a.dgates[rows])
+    def step(k: int) -> None:
+        torch.mm(dgates[k].mul_(dh[k]), w, out=dh[k])
 
-    def step(t: int) -> None:
-        torch.mm(dgates[t].mul_(dh[t]), w, out=dh[t])
-
-    return prepare, step
+    return step
 
 
 class Cell(NamedTuple):
-    """The two functions of a cell; each binds its tensors and returns the step."""
+    """The two functions of a cell; each binds its tensors and returns the step.
+
+    Before, backward fills dgates with all that dh and dc will be multiplied by.
+    """
 
     forward: Callable[[ForwardOn], Forward]
-    backward: Callable[[BackwardOn], tuple[Prepare, Backward]]
+    backward: Callable[[BackwardOn], Backward]
     #: Of how many gates, the last, it adds b_hh itself, because something comes before gx is added.
     own_biases: int = 0
 

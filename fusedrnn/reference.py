@@ -17,7 +17,7 @@ from torch import Tensor
 
 from .kernels.rows import Rows, packed_rows
 from .kernels.spec import Weights
-from .layout import Layout, Ragged
+from .layout import Layout, Ragged, in_grid
 
 State = Any  # a Tensor, or None for the c of a cell without one
 
@@ -197,4 +197,4 @@ def _packing(batch_sizes: Tensor | None, device: torch.device) -> Layout:
         return Layout(Rows(0, 0))
     rows = packed_rows(batch_sizes, 1, device)
     there = torch.arange(rows.B) < batch_sizes.unsqueeze(1)
-    return Layout(rows, there.flatten().nonzero().squeeze(1).to(device))
+    return in_grid(rows, there.flatten().nonzero().squeeze(1), device)

@@ -35,6 +35,7 @@ from .launches import (
 from .layout import Layout, Links, Ragged, layout_of, links_of, with_slack, without_padding
 from .loop import room_of, with_one_bias
 from .recompute import backward_again
+from .segments import backward_by_segment, takes
 
 
 def again_if_refused(run: Callable, input: Tensor, *arguments: Any) -> Any:
@@ -92,8 +93,9 @@ def stack_forward(
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
     tiles, grid, empty = config.spec.saved, input.shape[:-1], input.new_empty
     room = grid.numel()
+    output = layout.room(D * P, input)
     saved = Saved(
-        empty(*grid, D * P) if layout.dense is None else empty(layout.rows.total, D * P),
+        output.view(*grid, D * P) if layout.dense is None else output[: layout.rows.total],
         gates=empty(L * D, room, tiles * H) if save and not config.recompute else None,
         cs=empty(L * D, room, H) if save and c_0 is not None and not config.onednn else None,
         hidden=empty(L - 1, room, D * P) if save and L > 1 else None,
@@ -118,7 +120,7 @@ def stack_forward(
             # The loop turns gx into gates where it lies: one buffer, and no copy.
             gx = gates
             if gx is None or not tiles:
-                gx = x.new_empty(D, x.shape[:-1].numel(), room_of(config.cell, H))
+                gx = _room_for_gx(outs[0], room_of(config.cell, H), D, not tiles)
             project(x, weights, config, gx[..., : config.spec.gates * H])
             x = gx
         elif not plan.i_blocks:
@@ -144,9 +146,17 @@ def stack_forward(
             x = outs[-1].view_as(work.output)
             x = x * dropout_masks[layers[-1]] if dropout_masks else x
     if layout.dense is not None:
-        saved = saved._replace(output=layout.give(saved.output))
+        saved = saved._replace(output=layout.give(output))
     c_n = None if c_n is None else layout.unsort(c_n)
     return saved.output, layout.unsort(h_n), c_n, saved
+
+
+def _room_for_gx(out: Tensor, columns: int, D: int, turns_into_h: bool) -> Tensor:
+    """``[D, R, columns]`` for the loop; the output itself, if gx turns into h where it lies."""
+    rows = out.flatten(0, -2)
+    if turns_into_h and rows.shape[1] == columns:
+        return rows.unsqueeze(0)
+    return rows.new_empty(D, len(rows), columns)
 
 
 def _each(change: Callable[[Tensor], Tensor], tensors: Sequence[Tensor | None]) -> list[Any]:
@@ -196,11 +206,17 @@ def stack_backward(
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
     d_cs = None if d_cs is None else layout.part(d_cs.contiguous())
     dropout_masks = [layout.take(mask) for mask in dropout_masks]
-    x = without_padding(layout.take(input), layout.rows)
+    by_segment = takes(config, groups, h_0.shape[-1] != H)
+    # The input is taken a segment at a time.
+    x = (
+        input
+        if by_segment and layout.dense is not None
+        else without_padding(layout.take(input), layout.rows)
+    )
     d_params: list[Tensor] = []
     d_out = None if d_output is None else layout.take(d_output).contiguous()
     grouped = group_weights([p.contiguous() for p in params], config)
-    has_links = layout.is_ragged or h_0.shape[-1] != H
+    has_links = (layout.is_ragged or h_0.shape[-1] != H) and not by_segment
     links = [links_of(layout.rows, d, input.device) for d in range(D * has_links)]
     cs = None if c_0 is None or config.onednn else saved.cs
     every = h_0, c_0, cs, d_cs, saved.gates, d_h_n, d_c_n, d_h_0, d_c_0
@@ -210,7 +226,9 @@ def stack_backward(
         ends: tuple[Any, Any, Any, Any] = own[5:]
         left = Launched(
             [
-                _layer_input(layer, x, saved, dropout_masks) if groups or config.recompute else x
+                _layer_input(layer, x, saved, dropout_masks)
+                if groups or config.recompute or by_segment
+                else x
                 for layer in layers
             ],
             [w for layer in layers for w in grouped[layer]],
@@ -222,7 +240,11 @@ def stack_backward(
             of_d_cs,
         )
         wanted = bool(layers[0]) or needs_input, groups
-        if config.recompute:
+        if by_segment:
+            d_out, found = backward_by_segment(
+                config, left, gates, *ends, layout, wanted[0], bool(groups)
+            )
+        elif config.recompute:
             outs = [out.flatten(0, -2) for out in left.outs]
             rows = None if d_out is None else d_out.flatten(0, -2)
             left = left._replace(outs=outs, d_out=rows)

@@ -9,11 +9,44 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from .kernels.rows import INITIAL, SKIPPED, ZERO, Rows
+
+
+class Part(NamedTuple):
+    """Some steps that follow each other, in the order of time, with rows of their own."""
+
+    times: range
+    rows: slice  # of all rows
+    sizes: list[int]
+
+    @property
+    def total(self) -> int:
+        return self.rows.stop - self.rows.start
+
+    def split(self, own: Tensor) -> tuple[Tensor, ...]:
+        """Of what has the rows of the part, those of each step."""
+        return own.split_with_sizes(self.sizes)
+
+    def prefix(self, state: Tensor) -> list[Tensor]:
+        """Of what has B rows, those of each step."""
+        return _prefix(state, self.sizes)
+
+    def within(self, other: Part) -> slice:
+        """Its rows among those of a part that has it."""
+        return slice(self.rows.start - other.rows.start, self.rows.stop - other.rows.start)
+
+
+def _prefix(state: Tensor, sizes: list[int]) -> list[Tensor]:
+    B = state.shape[0]
+    if not sizes or sizes[0] == sizes[-1] == B:  # they only ever fall
+        return [state] * len(sizes)
+    views = {n: state[:n] for n in set(sizes)}
+    return [views[n] for n in sizes]
 
 
 class Steps:
@@ -27,7 +60,6 @@ class Steps:
         self.rows, self.T, self.B, self.d = rows, rows.T, rows.B, d
         self.sizes = [rows.B] * rows.T if rows.sizes is None else rows.sizes.tolist()
         self.starts = [0, *accumulate(self.sizes)]
-        self.chunks: list[tuple[range, slice]] = []
         self.order = range(self.T) if d == 0 else range(self.T - 1, -1, -1)
         #: Whether every step has all sequences and enters with the state of the step before.
         self.is_dense = rows.sizes is None and rows.origins is None
@@ -53,10 +85,7 @@ class Steps:
 
     def prefix(self, state: Tensor) -> list[Tensor]:
         """Of what has B rows, those of each step."""
-        if self.rows.sizes is None:
-            return [state] * self.T
-        views = {n: state[:n] for n in set(self.sizes)}
-        return [views[n] for n in self.sizes]
+        return _prefix(state, self.sizes)
 
     def entering(self, initial: Tensor, history: Sequence[Tensor]) -> Iterable[Tensor]:
         """The state ``[n, .]`` that enters each step, in the order of the direction; not to be
@@ -103,64 +132,68 @@ class Steps:
                 if after < n:
                     to[after:n] = by_row[starts[t] + after : starts[t + 1]]
             return
-        by_time = by_row.unflatten(0, (self.T, self.B))
         if not self.skips:
-            to.copy_(by_time[self.order[-1]])
+            start = starts[self.order[-1]]
+            to.copy_(by_row[start : start + self.B])
             return
+        by_time = by_row.unflatten(0, (self.T, self.B))
         assert self.rows.origins is not None
         there = self.rows.origins[self.d] != SKIPPED
         last = there.sum(0).sub_(1).clamp_min_(0) if self.d == 0 else there.new_zeros(self.B).long()
         left = by_time[last, torch.arange(self.B, device=last.device)]
         torch.where(there.any(0).unsqueeze(1), left, initial, out=to)
 
-    def cut(self, limit: int) -> None:
-        """Sets chunks: times and rows of at most ``limit`` rows, in the order of backward."""
-        first = 0
-        for t in range(1, self.T + 1):
-            if t == self.T or self.starts[t + 1] - self.starts[first] > limit:
-                self.chunks.append((range(first, t), slice(self.starts[first], self.starts[t])))
+    def whole(self) -> Part:
+        """All steps as one part."""
+        return Part(range(self.T), slice(0, self.starts[-1]), self.sizes)
+
+    def cut(self, whole: Part, limit: int) -> list[Part]:
+        """A part in parts of at most ``limit`` rows, but of one step at least, in the order of
+        backward."""
+        if whole.total <= limit:
+            return [whole] if whole.sizes else []
+        found, first, stop = [], whole.times.start, whole.times.stop
+        for t in range(first + 1, stop + 1):
+            if t == stop or self.starts[t + 1] - self.starts[first] > limit:
+                rows = slice(self.starts[first], self.starts[t])
+                found.append(Part(range(first, t), rows, self.sizes[first:t]))
                 first = t
-        if self.d == 0:
-            self.chunks.reverse()
+        return found[::-1] if self.d == 0 else found
 
-    def scratch(self, like: Tensor) -> Tensor:
-        """A buffer for the rows of the longest chunk."""
-        longest = max((rows.stop - rows.start for _, rows in self.chunks), default=0)
-        return like.new_empty(longest, like.shape[1])
-
-    def gather(self, initial: Tensor, by_row: Tensor) -> Callable[[range, slice], Tensor]:
-        """What gathers the states that entered a chunk; not to be written to.
+    def entered(self, initial: Tensor, by_row: Tensor) -> Callable[[Part], list[Tensor]]:
+        """What gives the states that entered a part, in pieces by their order; not to be written
+        to.
 
         initial: ``[B, .]``; by_row: what left each step, ``[R, .]``.
         """
-        buffer = self.scratch(initial)
         history = () if self.is_dense else self.split(by_row)
 
-        def before(times: range, rows: slice) -> Tensor:
+        def gathered(part: Part) -> list[Tensor]:
             pieces = []
-            for t in times:
+            for t in part.times:
                 n, previous = self.sizes[t], t - 1 if self.d == 0 else t + 1
                 known = self.sizes[previous] if 0 <= previous < self.T else 0
                 if known:
                     pieces.append(history[previous] if known <= n else history[previous][:n])
                 if known < n or n == 0:
                     pieces.append(initial[known:n])
-            entering = torch.cat(pieces, out=buffer[: rows.stop - rows.start])
-            views = entering.split(self.sizes[times.start : times.stop])
-            for t, state in zip(times, views, strict=True):
+            entering = torch.cat(pieces)
+            for t, state in zip(part.times, part.split(entering), strict=True):
                 if (mask := self.initial[t]) is not None:
                     torch.where(mask, initial, state, out=state)
                 if (mask := self.zero[t]) is not None:
                     state.masked_fill_(mask, 0)
-            return entering
+            return [entering]
 
-        def next_to_it(_: range, rows: slice) -> Tensor:
+        def next_to_it(part: Part) -> list[Tensor]:
             """Dense: the rows of a step before, which lie in one piece but at the first step."""
             shift = -self.B if self.d == 0 else self.B
-            first, last = rows.start + shift, rows.stop + shift
-            if first >= 0 and last <= len(by_row):
-                return by_row[first:last]
-            pieces = [initial, by_row[:last]] if self.d == 0 else [by_row[first:], initial]
-            return torch.cat(pieces, out=buffer[: rows.stop - rows.start])
+            first, last = part.rows.start + shift, part.rows.stop + shift
+            total = by_row.shape[0]
+            if first >= 0 and last <= total:
+                return [by_row[first:last]]
+            if self.d == 0:
+                return [initial, by_row[:last]] if last else [initial]
+            return [by_row[first:], initial] if first < total else [initial]
 
-        return next_to_it if self.is_dense else before
+        return next_to_it if self.is_dense else gathered

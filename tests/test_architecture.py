@@ -33,6 +33,7 @@ ORDER = (
     "requested",
     "launches",
     "recompute",
+    "segments",
     "stack",
     "second",
     "ops",

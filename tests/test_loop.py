@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
-from fusedrnn import loop, reference
+from fusedrnn import loop, loop_cells, reference
 from fusedrnn.kernels.rows import Rows, origins_of, packed_rows
 from fusedrnn.kernels.spec import SPECS, Weights
 from fusedrnn.loop import loop_bwd, loop_fwd
@@ -289,16 +289,58 @@ def test_the_input_part_may_stand_in_the_gates(cell):
 
 
 @pytest.mark.parametrize("d", [0, 1])
-def test_chunks_hold_all_rows_once_and_few_at_a_time(d, monkeypatch):
-    monkeypatch.setattr(loop, "CHUNK", 6 * H)
+def test_parts_hold_all_rows_once_and_few_at_a_time(d):
     steps = Steps(_case("gru", 2, "packed").rows, d)
-    steps.cut(loop.CHUNK // H)
-    found = sorted(steps.chunks, key=lambda chunk: chunk[0].start)
-    assert found == (steps.chunks[::-1] if d == 0 else steps.chunks)
-    assert [t for times, _ in found for t in times] == list(range(T))
-    assert [r for _, rows in found for r in range(rows.start, rows.stop)] == list(range(20))
-    assert all(len(times) == 1 or rows.stop - rows.start <= 6 for times, rows in found)
+    parts = steps.cut(steps.whole(), 6)
+    found = sorted(parts, key=lambda part: part.times.start)
+    assert found == (parts[::-1] if d == 0 else parts)
+    assert [t for part in found for t in part.times] == list(range(T))
+    assert [r for part in found for r in range(part.rows.start, part.rows.stop)] == list(range(20))
+    assert all(len(part.times) == 1 or part.total <= 6 for part in found)
+    assert all(sum(part.sizes) == part.total for part in found)
     assert len(found) == 4  # of 5, 5, 3 + 3, 2 + 1 + 1 rows
+
+
+@pytest.mark.parametrize("up_to", [0, 64])
+@pytest.mark.parametrize("layout", ["dense", "packed", "ragged-resets"])
+@pytest.mark.parametrize("cell", SPECS)
+def test_gates_that_nobody_saves_are_the_same(cell, layout, up_to, monkeypatch):
+    """Where a GRU multiplies all tiles at once, and where it does not."""
+    monkeypatch.setattr(loop_cells, "_ONE_PRODUCT", up_to)
+    case = _case(cell, 2, layout)
+    saved, unsaved = _run(case, backward=False), _run(case, save=False, backward=False)
+    for name in ("out", "h_n", *(["c_n"] if case.c_0 is not None else [])):
+        torch.testing.assert_close(unsaved[name], saved[name], rtol=1e-14, atol=1e-14)
+
+
+@pytest.mark.parametrize("cell", SPECS)
+@pytest.mark.parametrize("layout", ["dense", "packed"])
+def test_segments_add_up(cell, layout, monkeypatch):
+    """What is taken of each segment is all there is, whatever their size, once and in order."""
+    case, whole, found = _case(cell, 2, layout), {}, {}
+    whole = _run(case)
+    monkeypatch.setattr(loop, "_rows_of_segment", lambda *_: 7)
+    monkeypatch.setattr(loop, "CHUNK", 4 * H)
+    backward = loop.loop_bwd
+
+    def taking(*args):
+        *given, dgates, d_h_0, d_c_0, rows = args
+
+        def take(segment):
+            found.setdefault(segment.d, []).append(segment.part.times)
+            dgates[segment.d][segment.part.rows] = segment.dgates
+            entering = torch.cat(segment.entering())
+            assert entering.shape == (segment.part.total, case.P)
+
+        return backward(*given, None, d_h_0, d_c_0, rows, take)
+
+    monkeypatch.setitem(globals(), "loop_bwd", taking)
+    parts = _run(case)
+    for name, value in whole.items():
+        torch.testing.assert_close(parts[name], value, rtol=1e-14, atol=1e-14)
+    assert len(found[0]) > 2
+    for d, order in ((0, reversed(found[0])), (1, found[1])):
+        assert [t for times in order for t in times] == list(range(T)), d
 
 
 @pytest.mark.parametrize("cell", SPECS)
