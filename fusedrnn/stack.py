@@ -93,9 +93,10 @@ def stack_forward(
     h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
     tiles, grid, empty = config.spec.saved, input.shape[:-1], input.new_empty
     room = grid.numel()
-    output = layout.room(D * P, input)
+    is_grid = layout.dense is None
+    output = empty(*grid, D * P) if is_grid else layout.room(D * P, input)
     saved = Saved(
-        output.view(*grid, D * P) if layout.dense is None else output[: layout.rows.total],
+        output if is_grid else output[: layout.rows.total],
         gates=empty(L * D, room, tiles * H) if save and not config.recompute else None,
         cs=empty(L * D, room, H) if save and c_0 is not None and not config.onednn else None,
         hidden=empty(L - 1, room, D * P) if save and L > 1 else None,
