@@ -153,7 +153,8 @@ def _by_run(
     """Of each run of gates their rows of dW_hh, by its first gate.
 
     Where there is little to multiply, a product of all tiles at once takes less time than one for
-    each run: 148 and 247 us for a GRU's at T = 50, B = H = 32.
+    each run: with it weight_grads of a GRU at T = 50, B = H = 32 took 172 us instead of 247, by a
+    script.
     """
     (rows, tiles), joint = grads.shape[-2:], len(runs) > 1
     if joint and rows * tiles * H <= _LITTLE:

@@ -313,6 +313,20 @@ def test_gates_that_nobody_saves_are_the_same(cell, layout, up_to, monkeypatch):
         torch.testing.assert_close(unsaved[name], saved[name], rtol=1e-14, atol=1e-14)
 
 
+@pytest.mark.parametrize("cell", ["lstm", "gru"])
+def test_a_product_is_added_where_gx_lies(cell, monkeypatch):
+    """To the very tensor: to another view of the same memory torch copies it first."""
+    places, addmm = [], torch.addmm
+
+    def spy(gx, *factors, out):
+        places.append(out is gx)
+        return addmm(gx, *factors, out=out)
+
+    monkeypatch.setattr(torch, "addmm", spy)
+    _run(_case(cell, 1, "dense"), backward=False)
+    assert places == [True] * T
+
+
 @pytest.mark.parametrize("cell", SPECS)
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 def test_segments_add_up(cell, layout, monkeypatch):
