@@ -57,8 +57,10 @@ def add_product(target: Tensor, x: Tensor, weight: Tensor, beta: float) -> None:
         torch.addmm(target, x, weight, beta=beta, out=target)
 
 
-def outer(left: Tensor, right: Tensor) -> Tensor:
+def outer(left: Tensor, right: Tensor, out: Tensor | None = None, beta: float = 0.0) -> Tensor:
     """``left^T right``: ``[M, N]`` of ``[R, M]`` and ``[R, N]``; a sum over rows, contiguous.
+
+    With ``out``, which is returned, ``beta out`` is added, and it is written there.
 
     On the CPU in parts: with T = 200, B = 16, H = 8 one sum through all rows is 2.9 times the error
     budget. torch.nn adds step by step. (Parts one after the other into the same result would not
@@ -68,11 +70,17 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
     rows, size = left.shape[0], left.shape[1] * right.shape[1]
     parts = min(_PARTS, rows // _ROWS_OF_A_PART, _ROOM_OF_PARTS // max(size, 1))
     if left.is_cuda or (parts < 2 and not _is_narrow(right, rows)):
-        return torch.mm(left.t(), right)
+        if out is None:
+            return torch.mm(left.t(), right)
+        return torch.addmm(out, left.t(), right, beta=beta, out=out)
     is_wide = left.shape[1] <= right.shape[1]
     first, second = (left, right) if is_wide else (right, left)
     product = torch.mm(first.t(), second) if parts < 2 else _in_parts(first, second, rows // parts)
-    return product if is_wide else product.t().contiguous()
+    product = product if is_wide else product.t()
+    if out is None:
+        return product.contiguous()
+    _add(out, product, beta)
+    return out
 
 
 def _in_parts(first: Tensor, second: Tensor, size: int) -> Tensor:
@@ -80,9 +88,8 @@ def _in_parts(first: Tensor, second: Tensor, size: int) -> Tensor:
     rows = first.shape[0]
     parts = rows // size
     end = parts * size
-    total = torch.bmm(first[:end].view(parts, size, -1).mT, second[:end].view(parts, size, -1)).sum(
-        0
-    )
+    of_first, of_second = (x[:end].view(parts, size, -1) for x in (first, second))
+    total = torch.bmm(of_first.mT, of_second).sum(0)
     return total if end == rows else total.addmm_(first[end:].t(), second[end:])
 
 

@@ -91,10 +91,13 @@ def backward_again(
     (whole_x,), (whole_out,), columns = layer.xs, layer.outs, config.spec.gates * H
     outs = whole_out.unflatten(1, (D, -1)).transpose(0, 1)  # as cs lies, [D, R, P]
     by_loop = config.backend == "torch"
-    # Ragged rows are whole here, and their gradients made as if the gates had been saved.
-    saved = config._replace(recompute=False)
-    by_segment = bool(links) and takes(saved, groups, layer.weights[0].w_hr is not None)
     whole_x = whole_x.reshape(-1, whole_x.shape[-1])
+    if links and takes(config, groups, layer.weights[0].w_hr is not None):
+        # Ragged rows are one segment here; their gradients are made as if gates had been saved.
+        h = [link.entering(*of) for link, *of in zip(links, outs, layer.h_0, strict=True)]
+        gates = _gates(config, [whole_x] * D, layer.weights, h, None)
+        given = layer._replace(xs=[whole_x]), gates, d_h_n, d_c_n, d_h_0, d_c_0
+        return backward_by_segment(config, *given, layout, needs_input, groups > 0)
     d_x = torch.zeros_like(whole_x) if needs_input else None
     total: list[Tensor] = []
     segments = _segments(layout, D, B, columns, bool(links), whole_x.is_cuda, config.onednn)
@@ -113,9 +116,6 @@ def backward_again(
         if layer.c_0 is not None and layer.cs is not None and not (links and by_loop):
             c, c_0 = _entering(layer.c_0, layer.cs, segment, links)
         gates = _gates(config, xs, part.weights, h, c)
-        if by_segment:
-            given = layer._replace(xs=[whole_x]), gates, d_h_n, d_c_n, d_h_0, d_c_0
-            return backward_by_segment(config, *given, layout, needs_input, groups > 0)
         dgates = with_slack(gates, (D, len(xs[0]), config.spec.grad_tiles * H))
         new_d_h, new_d_c = torch.empty_like(d_h), None if d_c is None else torch.empty_like(d_c)
         known = run_backward(

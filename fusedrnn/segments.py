@@ -22,10 +22,10 @@ from .loop import Segment, loop_bwd
 
 
 def takes(config: Config, groups: int, projects_h: bool) -> bool:
-    """Whether a layer's backward goes this way: by the loop, from saved gates, and with one sum for
-    all sequences. dW_hr of a projection needs each step beside the one that follows."""
+    """Whether a layer whose gates are there can go this way: by the loop, and with one sum for all
+    sequences. dW_hr of a projection needs each step beside the one that follows."""
     by_loop = config.backend == "torch" and not config.onednn
-    return by_loop and not config.recompute and groups <= 1 and not projects_h
+    return by_loop and groups <= 1 and not projects_h
 
 
 def backward_by_segment(
@@ -86,9 +86,11 @@ class _Gradients:
                 self.spec, self.weights[d], self._input(segment), in_parts(segment.entering()),
                 self._gates(d, rows), dgates, self.B,
             )  # fmt: skip
-            for total, more in zip(self.sums[d], found, strict=False):
-                total.add_(more)
-            self.sums[d] = self.sums[d] or found
+            if not self.sums[d]:
+                self.sums[d] = found
+            else:
+                for total, more in zip(self.sums[d], found, strict=True):
+                    total.add_(more)
         if self.d_x is None:
             return
         dgx, w_ih = dgates[:, : self.columns], self.weights[d].w_ih

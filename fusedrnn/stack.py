@@ -207,7 +207,7 @@ def stack_backward(
     d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
     d_cs = None if d_cs is None else layout.part(d_cs.contiguous())
     dropout_masks = [layout.take(mask) for mask in dropout_masks]
-    by_segment = takes(config, groups, h_0.shape[-1] != H)
+    by_segment = not config.recompute and takes(config, groups, h_0.shape[-1] != H)
     # The input is taken a segment at a time.
     x = (
         input

@@ -51,6 +51,11 @@ def test_every_product_is_the_one_it_says(shape, dtype, strided):
     found = gemm.outer(grads, x)
     close(found, of[2].T @ of[0], rows + 1)
     assert found.is_contiguous()
+    for beta in (0.0, 1.0):
+        target = torch.randn(outer, inner, dtype=dtype)
+        want = beta * target.double() + of[2].T @ of[0]
+        assert gemm.outer(grads, x, target, beta) is target
+        close(target, want, rows + 1)
 
 
 @pytest.mark.parametrize("shape", [(64, 4, 12), (3205, 4, 12), (799, 16, 8)], ids=str)
