@@ -8,7 +8,7 @@ from functools import cache, lru_cache
 from typing import NamedTuple
 
 import fusedrnn
-from fusedrnn import dispatch, functional, launches
+from fusedrnn import dispatch, known, launches
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.plan import Chip, Plan, Problem
 
@@ -16,7 +16,7 @@ Planner = Callable[[Problem, Chip], tuple[Plan, ...]]
 #: What asks for plans, and what remembers calls together with theirs.
 _PLACES = (
     (dispatch, "plan_stack"), (launches, "plan_stack"), (launches, "_launches"),
-    (functional, "_KNOWN"),
+    (known, "_KNOWN"),
 )  # fmt: skip
 
 

@@ -36,6 +36,7 @@ from .kernels.rows import Rows
 from .kernels.spec import SPECS, Weights
 from .loop_cells import CELLS, BackwardOn, ForwardOn, State
 from .steps import Part, Steps
+from .threads import alone, are_few
 
 #: Numbers in one tile of a chunk of backward, whose element-wise part is computed at once. With
 #: T = 500, B = 32, H = 128 on one thread backward takes 79, 70, 65, 63, 61, 62, 69, 73 ms at
@@ -153,7 +154,8 @@ def loop_fwd(
             if c_0 is not None and c_left is None and not s.is_dense:
                 c_left = c_0.new_empty(rows.total, H)  # nothing carries c of those that ended
             of_c_0, of_c_n = (None, None) if c_0 is None else (c_0[d], c_n[d])
-            _forwards(cell, s, w, room, saved, h_0[d], of_c_0, hs, c_left, of_c_n)
+            with alone(are_few(s.T, s.B, w.w_hh)):
+                _forwards(cell, s, w, room, saved, h_0[d], of_c_0, hs, c_left, of_c_n)
             s.finish(h_0[d], hs, h_n[d])
             if c_left is not None:
                 s.finish(c_0[d], c_left, c_n[d])
@@ -259,7 +261,8 @@ def loop_bwd(
                         for state, grad in ((dh, of_out), (dc, of_cs))
                         if state is not None and grad is not None
                     ]
-                    _backwards(s, cell, on, arriving)
+                    with alone(are_few(len(chunk.sizes), s.B, w.w_hh)):
+                        _backwards(s, cell, on, arriving)
                 take(Segment(d, part, to, partial(h_entered, part)))
 
 

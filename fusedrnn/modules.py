@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, functional, inspection
+from . import arguments, functional, inspection, known
 from .streaming import Stream
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
@@ -85,7 +85,7 @@ class _Stack(torch.nn.RNNBase):
     ):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
         # Not _prepare, which would compute parametrized weights a second time.
-        return functional.run_module(
+        return known.run_module(
             self._cell, input, hx, self._params(), self._layers(), lengths, reset
         )
 

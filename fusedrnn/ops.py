@@ -8,7 +8,7 @@ order are right. ``transforms.py`` takes them through ``torch.func``.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import _VF
@@ -25,6 +25,7 @@ from .stack import (
     stack_backward,
     stack_forward,
 )
+from .threads import alone, are_few
 
 #: torch's own operator of each cell it has one for.
 ATEN: dict[str, Callable] = {
@@ -87,19 +88,28 @@ def as_results(found) -> tuple[torch.Tensor, ...]:
 torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"), _forward_flat)
 
 
+def by_one_thread(cell: str, shape: Sequence[int], w_hh: torch.Tensor) -> bool:
+    """Whether torch's operator of an input ``[T, B, I]`` gains by one thread (``threads.py``): then
+    all that it multiplies in MKL is a step's small product, or no more than those together."""
+    T, B, I = shape
+    # What an LSTM multiplies, oneDNN mostly does.
+    return cell != "lstm" and w_hh.shape[-1] >= I and are_few(T, B, w_hh)
+
+
 def _forward_by_torch(input, h_0, c_0, params, config: Config):
     """torch's own operator, for compilers one node; without autograd and whatever else it lacks."""
-    output, h_n, *c_n = ATEN[config.cell](
-        input,
-        h_0 if c_0 is None else (h_0, c_0),
-        params,
-        config.has_bias,
-        config.num_layers,
-        0.0,  # dropout
-        False,  # training
-        config.bidirectional,
-        False,  # batch_first
-    )
+    with alone(by_one_thread(config.cell, input.shape, params[1])):
+        output, h_n, *c_n = ATEN[config.cell](
+            input,
+            h_0 if c_0 is None else (h_0, c_0),
+            params,
+            config.has_bias,
+            config.num_layers,
+            0.0,  # dropout
+            False,  # training
+            config.bidirectional,
+            False,  # batch_first
+        )
     return output, h_n, *(c_n or [None]), None, None, None
 
 

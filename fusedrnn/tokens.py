@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, dispatch, functional, inspection
+from . import arguments, dispatch, inspection, known
 from .modules import GRU, LSTM
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -156,7 +156,7 @@ class _Tokens:
     def forward(self: Any, input: Any, hx: Any = None, **options: Any):
         """Runs the stack on tokens; see the class."""
         rows, params, layers = self._rows(input)
-        return functional.run_module(self._cell, rows, hx, params, layers, **options)
+        return known.run_module(self._cell, rows, hx, params, layers, **options)
 
     def states(self: Any, input: Any, hx: Any = None, *, gates: bool = False, **options: Any):
         """As ``LSTM.states``, of tokens."""

@@ -77,9 +77,9 @@ def test_a_restored_generator_gives_torchs_masks(backend, name, restore):
 def test_the_masks_are_those_of_torchs_dropout_bit_for_bit(backend, monkeypatch):
     """0 or 1/(1-p) in the input's dtype, one for each layer but the last."""
     _, ours = build("GRU", torch.float32, num_layers=3, bidirectional=True, dropout=0.3)
-    drawn, real = [], functional._dropout_masks
+    drawn, real = [], functional.dropout_masks
     monkeypatch.setattr(
-        functional, "_dropout_masks", lambda *args: drawn.extend(real(*args)) or list(drawn)
+        functional, "dropout_masks", lambda *args: drawn.extend(real(*args)) or list(drawn)
     )
     x = batch().float()
     torch.manual_seed(11)

@@ -39,7 +39,7 @@ from test_ragged import (
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 
 import fusedrnn
-from fusedrnn import functional, layout, segments, stack
+from fusedrnn import known, layout, segments, stack
 from fusedrnn.kernels import resident
 from fusedrnn.kernels import rows as rows_module
 from fusedrnn.kernels.rows import PREVIOUS, ZERO, packed_rows
@@ -588,12 +588,12 @@ def test_rows_of_another_step_are_found(monkeypatch):
 
 def test_indices_that_are_not_applied_are_found(monkeypatch):
     theirs, own = inputs.build("GRU")
-    prepare = functional.prepare
+    prepare = known.prepare
 
     def forgetful(*args):
         call = prepare(*args)
         return call._replace(packing=call.packing._replace(unsorted_indices=None))
 
-    monkeypatch.setattr(functional, "prepare", forgetful)
+    monkeypatch.setattr(known, "prepare", forgetful)
     with pytest.raises(AssertionError):
         inputs.assert_same("torch", theirs, own, inputs.packed(False, (2, 3, 1)))

@@ -281,7 +281,7 @@ PLANTED = {
 
 
 WHERE = {
-    "before": (functional, "_dropout_masks"),
+    "before": (functional, "dropout_masks"),
     "forward": (stack, "layout_of"),
     "backward": (ops, "stack_backward"),
 }
