@@ -41,6 +41,21 @@ _LOOP_REASON = {
     "rnn_tanh": "training of so many steps takes torch's RNN 1.0 to 1.8 times as long",
     "rnn_relu": "training of so many steps takes torch's RNN 1.0 to 1.8 times as long",
 }
+#: From how many steps on the loop is faster without gradients, too: torch's operator takes 0.98 to
+#: 1.7 times as long with T = 50 to 200 (GRU, of these sizes), 1.01 to 1.4 with T = 100 and more
+#: (RNN, H = 8 to 1024); on one thread and on two, I = 1 to 300, B = 1 to 1000, fp32, torch 2.13.
+#: With T = 30 it is 0.9 to 1.5 and 0.75 to 1.05.
+_FORWARD_STEPS = {"gru": 50, "rnn_tanh": 100, "rnn_relu": 100}
+_FORWARD_REASON = {
+    "gru": "so many steps take torch's GRU 0.98 to 1.7 times as long",
+    "rnn_tanh": "so many steps take torch's RNN 1.0 to 1.4 times as long",
+    "rnn_relu": "so many steps take torch's RNN 1.0 to 1.4 times as long",
+}
+#: Where one of both is no more: of a larger GRU torch's operator takes 0.76 to 1.1 times as long.
+_SMALL_GRU, _SMALL_BATCH = 64, 8
+#: Numbers in a GRU's gx, 4 tiles for each step and sequence, from which on it is 32 MiB and asks
+#: the system for new pages: torch's operator then took 0.74 and 0.87 times as long.
+_MOST_GX = 1 << 23
 #: Numbers in the input from which on, if I >= 4 H, oneDNN's LSTM keeps more than the 32 MiB that
 #: glibc's malloc holds at hand, and asks the system for new pages in each call, unless the heap of
 #: the process has room, which nobody here can know: T = 100, B = 64, I = 300, H = 16 takes it 2.0
@@ -205,7 +220,7 @@ def cpu_prefers_loop(request: Request) -> str | None:
     """
     # Sizes last: a compiler makes guards of what is compared.
     if not request.needs_grad:
-        return None
+        return _forward_prefers_loop(request)
     T, B = request.steps, request.batch
     if request.packed and T >= _PACKED_STEPS and B >= _PACKED_BATCH:
         return "with gradients a PackedSequence takes torch's operator 1.1 to 4.1 times as long"
@@ -226,6 +241,18 @@ def cpu_prefers_loop(request: Request) -> str | None:
             "whether it needs new memory in each call"
         )
     return None
+
+
+def _forward_prefers_loop(request: Request) -> str | None:
+    """As ``cpu_prefers_loop``, without gradients."""
+    if request.compiled or request.packed or request.autocast is not None:
+        return None
+    T, B, H = request.steps, request.batch, request.hidden_size
+    least = _FORWARD_STEPS.get(request.cell)
+    if request.dtype != torch.float32 or least is None or least > T:
+        return None
+    is_large = (H > _SMALL_GRU and B > _SMALL_BATCH) or 4 * T * B * H > _MOST_GX
+    return None if request.cell == "gru" and is_large else _FORWARD_REASON[request.cell]
 
 
 def prefers_identity(cell: str, device: torch.device, trains: bool) -> bool:

@@ -290,9 +290,9 @@ def _run_aten(call: Call) -> tuple[Tensor, Sequence[Tensor]]:
 
 
 def is_small(call: Call) -> bool:
-    """As ``by_one_thread``; of packed sequences it was not measured."""
+    """As ``by_one_thread``. Of packed sequences it was not measured; a compiler cannot trace it."""
     asked = call.request
-    if asked.packed:
+    if asked.packed or asked.compiled:
         return False
     return by_one_thread(asked.cell, (asked.steps, asked.batch, asked.input_size), call.params[1])
 

@@ -34,15 +34,12 @@ class ForwardOn(NamedTuple):
     H: int
     saves: bool  # whether all S tiles of gates are wanted
 
-    def room(self, tiles: int) -> tuple[Tensor, Callable[[Tensor], Sequence[Tensor]]]:
-        """Where a step's gates are made of its gx, and what gives each step its rows of a part.
+    def room(self, tiles: int) -> Tensor:
+        """Where each step's gates ``[B, tiles*H]`` are made of its gx, if nobody saves them.
 
-        It is where they are saved. If nobody saves them it is the same for all steps, which stays
-        in the cache and takes no views: 3 to 8 % of a GRU's time, by a prototype.
+        It stays in the cache and takes no views: 3 to 8 % of a GRU's time, by a prototype.
         """
-        if self.saves:
-            return self.gates, self.steps.split
-        return self.gates.new_empty(self.steps.B, tiles * self.H), self.steps.prefix
+        return self.gates.new_empty(self.steps.B, tiles * self.H)
 
 
 class BackwardOn(NamedTuple):
@@ -79,8 +76,8 @@ def _lstm_forward(a: ForwardOn) -> Forward:
     """
     s, weight, saves = a.steps, a.w.w_hh.t(), a.saves
     project = None if a.w.w_hr is None else a.w.w_hr.t()
-    room, views = a.room(4)
     gx = s.split(a.gates)
+    room, views = (a.gates, s.split) if saves else (a.room(4), s.prefix)
     gates = gx if saves else views(room)  # the same views: into others addmm would copy first
     i, f, g, o = map(views, room.chunk(4, 1))
     scratch = s.prefix(a.gates.new_empty(s.B, a.H))
@@ -148,31 +145,54 @@ def _gru_products(w: Weights, H: int) -> list[tuple[slice, Tensor]]:
 def _gru_forward(a: ForwardOn) -> Forward:
     """r, z = sigmoid(.); n = tanh(gx_n + r (W_hn h + b_hn)); h' = (1 - z) n + z h.
 
-    The fourth tile, W_hn h + b_hn, begins as b_hn; gx has that of r and z.
+    The tile W_hn h + b_hn begins as b_hn; gx has that of r and z.
     """
-    s, H, saves, b_hh = a.steps, a.H, a.saves, a.w.b_hh
-    of_hn = a.gates[:, 3 * H :]
-    of_hn.zero_() if b_hh is None else of_hn.copy_(b_hh[-H:])
-    room, views = a.room(4)
-    products = []
-    for of, w in _gru_products(a.w, H):
-        gx = s.split(a.gates[:, of])
-        # Into the same views: into others addmm would copy first.
-        products.append((gx, gx if saves else views(room[:, of]), w.t()))
-    rz, (r, z, n, hn) = views(room[:, : 2 * H]), map(views, room.chunk(4, 1))
-    gx_n = n if saves else s.split(a.gates[:, 2 * H : 3 * H])
+    return (_gru_saving if a.saves else _gru_passing)(a)
+
+
+def _set_b_hn(of_hn: Tensor, b_hh: Tensor | None) -> None:
+    of_hn.zero_() if b_hh is None else of_hn.copy_(b_hh[-of_hn.shape[1] :])
+
+
+def _gru_saving(a: ForwardOn) -> Forward:
+    """The tiles are r, z, n and W_hn h + b_hn, of which the products have no n."""
+    s, H = a.steps, a.H
+    _set_b_hn(a.gates[:, 3 * H :], a.w.b_hh)
+    products = [(s.split(a.gates[:, of]), w.t()) for of, w in _gru_products(a.w, H)]
+    rz, (r, z, n, hn) = s.split(a.gates[:, : 2 * H]), map(s.split, a.gates.chunk(4, 1))
     scratch = s.prefix(a.gates.new_empty(s.B, H))
 
     def step(t: int, h: Tensor, _: State) -> None:
         tmp = scratch[t]
-        for gx, to, weight in products:
-            torch.addmm(gx[t], h, weight, out=to[t])
+        for tiles, weight in products:
+            tiles[t].addmm_(h, weight)
         rz[t].sigmoid_()
-        torch.addcmul(gx_n[t], r[t], hn[t], out=tmp).tanh_()
-        if saves:
-            n[t].copy_(tmp)
+        torch.addcmul(n[t], r[t], hn[t], out=tmp).tanh_()
+        n[t].copy_(tmp)
         if a.h:
             torch.lerp(tmp, h, z[t], out=a.h[t])
+
+    return step
+
+
+def _gru_passing(a: ForwardOn) -> Forward:
+    """The tiles are r, z, W_hn h + b_hn and gx_n: one product of the first three."""
+    s, H = a.steps, a.H
+    of_hn, of_n = a.gates[:, 2 * H : 3 * H], a.gates[:, 3 * H :]
+    of_n.copy_(of_hn)
+    _set_b_hn(of_hn, a.w.b_hh)
+    weight, gx, gx_n = a.w.w_hh.t(), s.split(a.gates[:, : 3 * H]), s.split(of_n)
+    room = a.room(3)
+    gates, rz = s.prefix(room), s.prefix(room[:, : 2 * H])
+    r, z, hn = map(s.prefix, room.chunk(3, 1))
+    scratch = s.prefix(a.gates.new_empty(s.B, H))
+
+    def step(t: int, h: Tensor, _: State) -> None:
+        tmp = scratch[t]
+        torch.addmm(gx[t], h, weight, out=gates[t])
+        rz[t].sigmoid_()
+        torch.addcmul(gx_n[t], r[t], hn[t], out=tmp).tanh_()
+        torch.lerp(tmp, h, z[t], out=a.h[t])
 
     return step
 

@@ -225,6 +225,29 @@ class TestAuto:
         with use_backend("aten"):
             assert choose(request()) == "aten"
 
+    @pytest.mark.parametrize(
+        ("changes", "backend"),
+        [
+            ({"cell": "gru", "steps": 50}, "torch"),
+            ({"cell": "gru", "steps": 49}, "aten"),
+            ({"cell": "gru", "steps": 50, "hidden_size": 64, "batch": 99}, "torch"),
+            ({"cell": "gru", "steps": 50, "hidden_size": 256, "batch": 8}, "torch"),
+            ({"cell": "gru", "steps": 50, "hidden_size": 65, "batch": 9}, "aten"),
+            ({"cell": "gru", "steps": 100, "hidden_size": 48, "batch": 512}, "aten"),
+            ({"cell": "rnn_tanh", "steps": 100, "hidden_size": 512, "batch": 99}, "torch"),
+            ({"cell": "rnn_relu", "steps": 99}, "aten"),
+            ({"cell": "lstm", "steps": 500}, "aten"),
+            ({"cell": "gru", "steps": 50, "dtype": torch.float64}, "aten"),
+            ({"cell": "gru", "steps": 50, "packed": True}, "aten"),
+            ({"cell": "gru", "steps": 50, "compiled": True}, "aten"),
+        ],
+    )
+    def test_without_gradients_long_sequences_on_the_cpu_are_the_loops(self, changes, backend):
+        asked = request(**changes)
+        assert choose(asked) == backend
+        if backend == "torch":
+            assert "times as long" in dict(dispatch._weigh(asked, "auto")[1])["aten"]
+
 
 class TestNamed:
     @pytest.mark.parametrize(("value", "expected"), [("1", True), ("True", True), ("0", False)])

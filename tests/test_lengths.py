@@ -100,7 +100,10 @@ def test_several_tiles_of_the_batch(cell, H):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("cell", MODULES)
 def test_nothing_saved_gives_the_same(cell, backend, dtype):
-    """Without gradients no gate is kept; also without a bias and from zero states."""
+    """Without gradients no gate is kept; also without a bias and from zero states. Not a bit is
+    another, but for the loop of a GRU, whose products have other columns then."""
+    is_other = cell == "gru" and backend == "torch" and dtype == torch.float64
+    near = {"rtol": 1e-14, "atol": 1e-14} if is_other else {"rtol": 0, "atol": 0}
     module = build(cell, 1, 2, dtype, bias=False)
     x = padded_with_nan(torch.randn(T, 5, 3, dtype=dtype), LENGTHS)
     with fusedrnn.use_backend(backend), fusedrnn.use_precision("ieee"):
@@ -110,11 +113,11 @@ def test_nothing_saved_gives_the_same(cell, backend, dtype):
     zero = tuple(state.to(dtype) for state in zeros_for(module, 5))
     want, states = one_by_one(module, x, zero, **KINDS["both"])
     assert output.requires_grad
-    assert torch.equal(output, bare)
+    torch.testing.assert_close(output, bare, **near)
     for got, other, state in zip(
         *(f if isinstance(f, tuple) else (f,) for f in (final, bare_final)), states, strict=True
     ):
-        assert torch.equal(got, other)
+        torch.testing.assert_close(got, other, **near)
         torch.testing.assert_close(got, state)
     torch.testing.assert_close(output, want)
 

