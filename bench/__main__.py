@@ -196,7 +196,13 @@ def _list() -> int:
 def _cpu(options: argparse.Namespace) -> int:
     out = options.out or DEFAULT_FOLDER
     corpus = _corpus(cpu.workloads(options.quick), options)
-    return cpu.run(out, corpus, quick=options.quick, seed=options.seed)
+    beside = options.beside_thread
+    return cpu.run(out, corpus, quick=options.quick, seed=options.seed, beside_thread=beside)
+
+
+def _add_beside_thread(parser: argparse.ArgumentParser) -> None:
+    words = "another thread of each timing process has computed before, as a server's or a loader's"
+    parser.add_argument("--beside-thread", action="store_true", help=words)
 
 
 def _model(options: argparse.Namespace) -> int:
@@ -349,7 +355,7 @@ COMMANDS = {
     ),
     "cpu": Command(
         "speed and memory beside torch.nn on the CPU",
-        ("imdb", "download", "out", "seed", "quick"), _cpu,
+        ("imdb", "download", "out", "seed", "quick"), _cpu, _add_beside_thread,
     ),
     "gpu": Command(
         "on a CUDA machine: tests, compute-sanitizer, lessons, sweep, autotuning",

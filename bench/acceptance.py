@@ -13,8 +13,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from .cases import CELLS, DTYPES
-from .cpu import geomean
 from .disk import whole_rows
+from .targets import geomean
 
 #: The points: T = 512, one layer in one direction, padded, for every cell and dtype.
 SIZES, BATCHES, T = (192, 256, 384, 512, 768, 1024, 2048), (1, 16, 64, 128), 512

@@ -6,21 +6,22 @@
 - memory: bytes kept for backward, and what it costs to make the gates again (``recompute=True``);
 - the host's part of a kernel's launch (``bench/host.py``).
 
-Every case is gated, once for each cell, with the backends that are timed. Then each is timed in a
-process of its own (``apart.py``): all of it is warmed, then each pair is timed in turns. ``x`` is
-the median over the rounds of torch.nn's time divided by fusedrnn's: above 1 is faster. Behind it
-stand the pages of memory that one call has to ask the system for, if there are hundreds: they cost
-more than the arithmetic (``memory.new_pages``).
+Every case is gated, once for each cell, with the backends that are timed. Then each is timed in
+three processes of its own (``apart.py``): all of it is warmed, then each pair is timed in turns.
+``x`` is the median over the rounds of torch.nn's time divided by fusedrnn's, of the process in the
+middle: above 1 is faster. Behind it stand those of the other two, and the pages of memory that one
+call has to ask the system for, if there are hundreds: they cost more than the arithmetic
+(``memory.new_pages``).
 """
 
 from __future__ import annotations
 
 import copy
-import math
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, fields
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import fields
 from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
@@ -35,6 +36,7 @@ import fusedrnn
 from . import host, ragged
 from .apart import apart
 from .cases import CELLS, CHARACTER, EVERY_CELL, LESSONS, ONE_HOT, Workload, cut_down
+from .cpu_rows import Row, cells, median_of, shown
 from .disk import Table
 from .gate import Gate, Verdict, outcome, verdict
 from .imdb import Corpus
@@ -43,40 +45,20 @@ from .providers import TORCH, build
 from .report import environment, header
 from .results import FolderError, begin
 from .run import Settings, Subject, chained
+from .targets import LESSON_NAMES, TARGETS, geomean, verdict_on
 from .timing import Call, interleaved, warm
 
 CPU = torch.device("cpu")
 #: A second holds thousands of rounds of a short call, and the more there are, the less the median
 #: of their ratios depends on those that were interrupted.
 MOST_ROUNDS = 5000
-#: New pages of memory that a line of the table tells of: a page takes 1.5 us.
-MANY_PAGES = 300
 PASSES = {"fw": "forward", "fwbw": "training"}
 MEMORY = ("case", "cell", "torch_MiB", "default_MiB", "recompute_MiB", "recompute_x_time")
+#: How many processes time a case: where a heap lies and which CPUs a process gets holds for all of
+#: it, so that two of them can be 1.3 times apart.
+PROCESSES = 3
 #: How many steps of a decoder are gated.
 _DECODED = 20
-
-
-@dataclass(kw_only=True)
-class Row:
-    """A line of cpu.csv; where the gate is red there are no times."""
-
-    case: str
-    cell: str
-    what: str
-    backend: str
-    gate: str
-    share: float
-    torch_ms: float | None = None
-    torch_ms_p20: float | None = None
-    torch_ms_p80: float | None = None
-    fusedrnn_ms: float | None = None
-    fusedrnn_ms_p20: float | None = None
-    fusedrnn_ms_p80: float | None = None
-    x: float | None = None
-    rounds: int | None = None
-    torch_pages: int | None = None
-    fusedrnn_pages: int | None = None
 
 
 class Pair(NamedTuple):
@@ -269,8 +251,15 @@ def gated(make: Make) -> Gated:
     return Gated(make, verdicts, rows)
 
 
-def timed(make: Make, rows: Sequence[Row], least: int, seed: int) -> Sequence[Row]:
-    """The rows of a green case with times: all of it is warmed before any is timed."""
+def timed(
+    make: Make, rows: Sequence[Row], least: int, seed: int, beside_thread: bool = False
+) -> Sequence[Row]:
+    """The rows of a green case with times: all of it is warmed before any is timed.
+
+    beside_thread: see ``run``.
+    """
+    if beside_thread:
+        _compute_in_another_thread()
     torch.manual_seed(seed)
     pairs = make().pairs
     for pair in pairs:
@@ -287,6 +276,19 @@ def timed(make: Make, rows: Sequence[Row], least: int, seed: int) -> Sequence[Ro
         row.x, row.rounds = times["fusedrnn"].speedup, times["fusedrnn"].rounds
         row.torch_pages, row.fusedrnn_pages = map(new_pages, calls.values())
     return rows
+
+
+def _compute_in_another_thread() -> None:
+    """Once; then it waits, and OpenMP keeps its workers at hand, as many as this thread's."""
+    done = threading.Event()
+
+    def compute() -> None:
+        torch.ones(1 << 20).tanh()
+        done.set()
+        threading.Event().wait()
+
+    threading.Thread(target=compute, daemon=True).start()
+    done.wait()
 
 
 def memory(workload: Workload, cell: str, settings: Settings, corpus: Corpus | None) -> tuple:
@@ -308,72 +310,18 @@ def memory(workload: Workload, cell: str, settings: Settings, corpus: Corpus | N
     return workload.name, cell, *(f"{size:.2f}" for size in sizes), f"{x_time:.2f}"
 
 
-def geomean(values: Iterable[float]) -> float:
-    logs = [math.log(value) for value in values]
-    return math.exp(sum(logs) / len(logs))
-
-
-class Target(NamedTuple):
-    """``of`` the ratios of the rows that are ``meant`` shall be at least ``least``."""
-
-    words: str
-    least: float
-    of: Callable[[list[float]], float]
-    meant: Callable[[Row], bool]
-
-
-_LESSONS = frozenset(w.name for w in LESSONS)
-
-
-def _training_of(cell: str) -> Callable[[Row], bool]:
-    return lambda r: (r.case in _LESSONS) and (r.cell, r.what) == (cell, "training")
-
-
-TARGETS = (
-    Target("every lesson, cell and pass", 0.95, min, lambda r: r.case in _LESSONS),
-    Target("LSTM training, geometric mean", 1.1, geomean, _training_of("lstm")),
-    Target(
-        "IMDB one-hot, LSTM training", 1.8, min,
-        lambda r: r.case == ONE_HOT.name and _training_of("lstm")(r),
-    ),
-    Target("GRU training, geometric mean", 1.6, geomean, _training_of("gru")),
-    Target("a step of T=1 by stream", 1.0, min, lambda r: r.backend == "stream"),
-    Target(
-        "a step of T=1 by the module", 1.0, min,
-        lambda r: r.what == "step" and r.backend != "stream",
-    ),
-    Target(
-        "lengths beside packed, training", 3.0, min,
-        lambda r: r.case.startswith("lengths") and r.what == "training",
-    ),
-    Target(
-        "tokens beside one-hot rows, forward", 2.0, min,
-        lambda r: r.case.startswith("tokens") and r.what == "forward"
-        and not r.case.endswith("from tokens"),
-    ),
-    Target(
-        "tokens beside making one-hot rows, forward", 2.0, min,
-        lambda r: r.case.endswith("from tokens") and r.what == "forward",
-    ),
-)  # fmt: skip
-
-
-def verdict_on(target: Target, rows: Sequence[Row]) -> str:
-    """A line: the target, the value, and whether it holds; it does not where a gate is red."""
-    meant = [row for row in rows if target.meant(row)]
-    found = [row.x for row in meant if row.x is not None]
-    value = target.of(found) if found else None
-    holds = value is not None and len(found) == len(meant) and value >= target.least
-    shown = "-" if value is None else f"{value:.2f}"
-    where = ""
-    if value is not None and target.of is min:
-        worst = next(row for row in meant if row.x == value)
-        where = f" ({worst.case} {worst.cell} {worst.what})"
-    return f"{target.words} >= {target.least:g}: {shown} {'holds' if holds else 'missed'}{where}"
-
-
-def run(out: Path, corpus: Corpus | None, *, quick: bool = False, seed: int = 0) -> int:
+def run(
+    out: Path,
+    corpus: Corpus | None,
+    *,
+    quick: bool = False,
+    seed: int = 0,
+    beside_thread: bool = False,
+) -> int:
     """Prints the tables, and writes them with ``environment.json`` into ``out``.
+
+    beside_thread: in each timing process another thread has computed before, as a server's worker
+    or a loader does.
 
     Returns:
         1 if a gate was red, else 0.
@@ -385,25 +333,31 @@ def run(out: Path, corpus: Corpus | None, *, quick: bool = False, seed: int = 0)
     started = time.monotonic()
     data = corpus.source if corpus else "random numbers"
     env = environment(CPU, data)
-    begin(out, env)
+    begin(out, env | {"beside_thread": beside_thread})
     tables = _tables(out)
-    seconds, least = (0.0, 2) if quick else (0.6, 5)
+    seconds, least = (0.0, 2) if quick else (0.25, 3)
     settings = Settings(CPU, seed, seconds, least)
-    print(f"{header(env)}\n\ngate of every case", flush=True)
+    told = "another thread of each timing process has computed before\n" if beside_thread else ""
+    print(f"{header(env)}\n{told}\ngate of every case", flush=True)
     cases = [gated(make) for make in makers(settings, corpus, quick)]
     print(f"\n{'case':34} {'cell':5} {'what':9} {'backend':8} {'gate':>8} {'torch ms':>22} "
           f"{'ours ms':>22} {'x':>5}")  # fmt: skip
     rows: list[Row] = []
     for case in cases:
-        of_case = apart(timed, case.make, case.rows, least, seed) if case.is_green else case.rows
+        timing = timed, case.make, case.rows, least, seed, beside_thread
+        of_case = case.rows
+        if case.is_green:
+            of_case = median_of([apart(*timing) for _ in range(1 if quick else PROCESSES)])
         for row in of_case:
             rows.append(row)
-            tables["cpu.csv"].add(_cells(row))
+            tables["cpu.csv"].add(cells(row))
             print(shown(row), flush=True)
     print()
     for cell in EVERY_CELL:
         for what in PASSES.values():
-            found = [r.x for r in rows if r.case in _LESSONS and (r.cell, r.what) == (cell, what)]
+            found = [
+                r.x for r in rows if r.case in LESSON_NAMES and (r.cell, r.what) == (cell, what)
+            ]
             good = [x for x in found if x is not None]
             if good:
                 print(f"{cell} {what}: geometric mean {geomean(good):.2f}, least {min(good):.2f}")
@@ -441,29 +395,6 @@ def _tables(out: Path) -> dict[str, Table]:
         return {name: Table(out / name, row) for name, row in columns.items()}
     except OSError as error:
         raise FolderError(f"no results can be written to {out}: {error.strerror}") from error
-
-
-def _cells(row: Row) -> list[object]:
-    values = ("" if value is None else value for value in asdict(row).values())
-    return [f"{value:.6g}" if isinstance(value, float) else value for value in values]
-
-
-def shown(row: Row) -> str:
-    """One line of the table."""
-    names = f"{row.case:34} {row.cell:5} {row.what:9} {row.backend:8}"
-    start = f"{names} {row.gate:>3} {row.share:4.2f}"
-    if row.x is None:
-        return start
-    times = (
-        f"{p50:8.2f} {f'{p20:.2f}-{p80:.2f}':>13}"
-        for p50, p20, p80 in (
-            (row.torch_ms, row.torch_ms_p20, row.torch_ms_p80),
-            (row.fusedrnn_ms, row.fusedrnn_ms_p20, row.fusedrnn_ms_p80),
-        )
-    )
-    pages = [row.torch_pages or 0, row.fusedrnn_pages or 0]
-    told = f"  new pages {pages[0]}, {pages[1]}" if max(pages) >= MANY_PAGES else ""
-    return f"{start} {' '.join(times)} {row.x:5.2f}{told}"
 
 
 def _show(table: Table, names: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> None:

@@ -5,8 +5,8 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .cpu import geomean
 from .disk import whole_rows
+from .targets import geomean
 
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"

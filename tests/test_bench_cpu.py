@@ -5,9 +5,11 @@
 
 from __future__ import annotations
 
+import json
 import mmap
 import operator
 import os
+import threading
 from dataclasses import replace
 
 import pytest
@@ -17,7 +19,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
 from bench import __main__ as main_module
-from bench import cpu, imdb, providers, ragged
+from bench import cpu, cpu_rows, imdb, providers, ragged, targets
 from bench.apart import apart
 from bench.cases import EMBEDDING, EVERY_CELL, MANY_TO_ONE, ONE_HOT, PRICE, cut_down, named
 from bench.disk import whole_rows
@@ -29,6 +31,8 @@ from bench.run import Settings, Subject
 CPU = torch.device("cpu")
 SETTINGS = Settings(CPU, seconds=0.0, least_rounds=2)
 QUICK = ["cpu", "--quick", "--out"]
+#: Times of a row that is printed.
+TIMES = {f"{who}_ms{tail}": 2.0 for who in ("torch", "fusedrnn") for tail in ("", "_p20", "_p80")}
 
 
 @pytest.fixture
@@ -63,7 +67,7 @@ def test_every_case_cell_and_pass_has_a_row(tmp_path, capsys, no_imdb):
             assert 0 < p20 <= p50 <= p80
     assert all(int(row["torch_pages"]) >= 0 <= int(row["fusedrnn_pages"]) for row in rows)
     assert "lstm training: geometric mean" in said
-    assert all(f"{target.words} >= {target.least:g}: " in said for target in cpu.TARGETS)
+    assert all(f"{target.words} >= {target.least:g}: " in said for target in targets.TARGETS)
     memory = whole_rows(tmp_path / "memory.csv")
     assert len(memory) == 2 * len(lessons)
     assert all(float(m["recompute_MiB"]) <= float(m["default_MiB"]) for m in memory)
@@ -271,7 +275,7 @@ def whoami(number):
 
 
 def a_row(x, case="sine-10", cell="lstm", what="training", backend="aten"):
-    return cpu.Row(case=case, cell=cell, what=what, backend=backend, gate="ok", share=0.1, x=x)
+    return cpu_rows.Row(case=case, cell=cell, what=what, backend=backend, gate="ok", share=0.1, x=x)
 
 
 def test_targets_are_of_the_rows_they_name():
@@ -284,7 +288,7 @@ def test_targets_are_of_the_rows_they_name():
         a_row(2.1, "tokens T9", what="forward"), a_row(0.2, "tokens T9"),
         a_row(1.9, "tokens T9 from tokens", what="forward"),
     ]  # fmt: skip
-    assert [cpu.verdict_on(target, rows) for target in cpu.TARGETS] == [
+    assert [targets.verdict_on(target, rows) for target in targets.TARGETS] == [
         "every lesson, cell and pass >= 0.95: 0.94 missed (sine-10 gru forward)",
         "LSTM training, geometric mean >= 1.1: 2.00 holds",
         "IMDB one-hot, LSTM training >= 1.8: 4.00 holds (imdb-one-hot lstm training)",
@@ -297,7 +301,50 @@ def test_targets_are_of_the_rows_they_name():
         "(tokens T9 from tokens lstm forward)",
     ]
     red = replace(rows[1], gate="red", x=None)
-    assert cpu.verdict_on(cpu.TARGETS[1], [a_row(1.2), red]).endswith("1.20 missed")
+    assert targets.verdict_on(targets.TARGETS[1], [a_row(1.2), red]).endswith("1.20 missed")
+
+
+def test_a_row_is_of_the_process_in_the_middle():
+    """Each row for itself, and it says what the others found."""
+    runs = [[a_row(x), a_row(y, cell="gru")] for x, y in ((1.5, 1.0), (1.1, 3.0), (1.2, 2.0))]
+    found = cpu_rows.median_of(runs)
+    assert [(r.cell, r.x, r.x_low, r.x_high) for r in found] == [
+        ("lstm", 1.2, 1.1, 1.5), ("gru", 2.0, 1.0, 3.0)
+    ]  # fmt: skip
+    line = cpu_rows.shown(replace(found[1], **TIMES, torch_pages=999))
+    assert " 2.00   1.00-3.00  new pages 999, 0" in line
+
+
+def test_three_processes_time_a_case(monkeypatch, tmp_path, no_imdb):
+    timed = []
+
+    def apart(function, make, rows, *rest):
+        timed.append((rows[0].case, rows[0].cell, rest))
+        return [replace(row, x=1.0, **TIMES) for row in rows]
+
+    monkeypatch.setattr(cpu, "apart", apart)
+    case = cpu.Case(
+        "gru",
+        [cpu.Pair("a", "forward", "aten", int, int, 0.0)],
+        lambda: [Verdict(True, 0.5, ())],
+    )
+    monkeypatch.setattr(cpu, "makers", lambda *_: iter([lambda: case]))
+    monkeypatch.setattr(cpu, "workloads", lambda _: ())
+    monkeypatch.setattr(cpu.host, "measured", lambda _: [])
+    assert cpu.run(tmp_path, None, beside_thread=True) == 0
+    assert timed == [("a", "gru", (3, 0, True))] * 3
+    assert json.loads((tmp_path / "environment.json").read_text())["beside_thread"] is True
+
+
+def test_another_thread_has_workers_of_its_own():
+    before = threading.active_count()
+    assert apart(threads_beside, True) == apart(threads_beside, False) + 1
+    assert threading.active_count() == before
+
+
+def threads_beside(beside):
+    cpu.timed(lambda: cpu.Case("gru", [], list), [], 1, 0, beside)
+    return threading.active_count()
 
 
 def test_kept_bytes_are_those_of_saved_storages():
