@@ -82,7 +82,7 @@ def weight_grads(
     w: Weights,
     x: Tensor,
     entering: list[tuple[slice, Tensor]],
-    gates: Tensor,
+    gates: Tensor | None,
     dgates: Tensor,
     B: int,
     groups: int = 1,
@@ -91,9 +91,9 @@ def weight_grads(
     """dW_ih, dW_hh and, with biases, db_ih, db_hh of a direction, each summed over all rows.
 
     x: ``[R, I]`` or ``[T, B, I]``; entering: rows, and the h that entered each of them; gates
-    ``[R, S*H]``; dgates ``[R, N*H]``; groups: how many equal parts of B have sums of their own, of
-    dense rows only: the results then have one dimension more, the first; known: of one group, what
-    need not be computed.
+    ``[R, S*H]``, or None where no operand is of them; dgates ``[R, N*H]``; groups: how many equal
+    parts of B have sums of their own, of dense rows only: the results then have one dimension more,
+    the first; known: of one group, what need not be computed.
     """
     columns = w.w_hh.shape[-2]
     H = columns // spec.gates
@@ -116,6 +116,7 @@ def weight_grads(
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
         operands = h_parts
         if operand == "r*h":
+            assert gates is not None
             operands = [(rows, cut(gates)[..., rows, :H] * h) for rows, h in h_parts]
         runs += [(operands, *run) for run in runs_of(phase, spec.recurrent)]
     dw_hh = _by_run(grads, runs, H, len(spec.phases) == 1)

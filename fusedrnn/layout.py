@@ -57,9 +57,8 @@ class Layout(NamedTuple):
         return rows.index_select(0, self.source).unflatten(0, (self.rows.T, self.rows.B))
 
     def room(self, columns: int, like: Tensor) -> Tensor:
-        """An empty buffer for R rows that ``give`` takes without a copy: a row of zeros follows."""
-        if self.source is None:
-            return like.new_empty(self.rows.total, columns)
+        """An empty buffer for R rows in another order than the call's, which ``give`` takes without
+        a copy: a row of zeros follows."""
         buffer = like.new_empty(self.rows.total + 1, columns)
         buffer[-1].zero_()
         return buffer

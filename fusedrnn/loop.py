@@ -112,7 +112,7 @@ def loop_gates(cell: str, gates: Tensor, weights: Sequence[Weights], h: Sequence
         for d, w in enumerate(weights):
             _add_b_hh(cell, w, gates[d])
             one = Steps(Rows(1, len(h[d])), d)
-            CELLS[cell].forward(ForwardOn(one, w, gates[d], (), (), H, True))(0, h[d], None)
+            CELLS[cell].forward(ForwardOn(one.whole, w, gates[d], (), (), H, True))(0, h[d], None)
 
 
 def loop_fwd(
@@ -178,16 +178,16 @@ def _forwards(
     room: ``[R, .]``, as of ``_room``; saved: it, if gates are kept; hs and c_left: h and c that
     leave each step, ``[R, P]`` and ``[R, H]``; without c_left c is carried in c_n.
     """
-    h, H = s.split(hs), w.w_hh.shape[0] // SPECS[cell].gates
+    h, H = s.whole.split(hs), w.w_hh.shape[0] // SPECS[cell].gates
     c: Sequence[Tensor] = ()
     entering_c: Iterable[State] = [None] * s.T
     if c_left is not None:
-        c = s.split(c_left)
+        c = s.whole.split(c_left)
         entering_c = s.entering(c_0, c)
     elif c_0 is not None:
         c = entering_c = [c_n.copy_(c_0)] * s.T
-    written = [h, c, () if saved is None else s.split(saved)] if s.skips else []
-    step = CELLS[cell].forward(ForwardOn(s, w, room, h, c, H, saved is not None))
+    written = [h, c, () if saved is None else s.whole.split(saved)] if s.skips else []
+    step = CELLS[cell].forward(ForwardOn(s.whole, w, room, h, c, H, saved is not None))
     for t, h_t, c_t in zip(s.order, s.entering(h_0, h), entering_c, strict=True):
         step(t, h_t, c_t)
         if (skipped := s.skipped[t]) is not None:
@@ -243,7 +243,7 @@ def loop_bwd(
                 of_cs = None if d_cs is None else _by_row(d_cs[d], rows)
             h_entered = s.entered(h_0[d], hs)
             entered = h_entered if c is None else s.entered(c_0[d], c)
-            saved, segments = _by_row(gates[d], rows), s.cut(s.whole(), _rows_of_segment(cell, H))
+            saved, segments = _by_row(gates[d], rows), s.cut(s.whole, _rows_of_segment(cell, H))
             if dgates is None:  # one buffer for all segments
                 most = max((part.total for part in segments), default=0)
                 room = saved.new_empty(most, tiles * H)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from .kernels.spec import Weights
-from .steps import Part, Steps
+from .steps import Part
 
 State = Any  # a Tensor, or None for the c of a cell without one
 
@@ -26,7 +26,7 @@ _ONE_PRODUCT = 64
 class ForwardOn(NamedTuple):
     """What a cell's forward works on."""
 
-    steps: Steps
+    steps: Part
     w: Weights
     gates: Tensor  # [R, max(G, S)*H], whose first G tiles are gx with what b_hh there is for them
     h: Sequence[Tensor]  # of each step [n, P], to be written; empty if only gates are wanted
@@ -35,11 +35,12 @@ class ForwardOn(NamedTuple):
     saves: bool  # whether all S tiles of gates are wanted
 
     def room(self, tiles: int) -> Tensor:
-        """Where each step's gates ``[B, tiles*H]`` are made of its gx, if nobody saves them.
+        """Room for one step, ``[most, tiles*H]``.
 
-        It stays in the cache and takes no views: 3 to 8 % of a GRU's time, by a prototype.
+        Gates that nobody saves are made in it: it stays in the cache and takes no views, 3 to 8 %
+        of a GRU's time, by a prototype.
         """
-        return self.gates.new_empty(self.steps.B, tiles * self.H)
+        return self.gates.new_empty(self.steps.most, tiles * self.H)
 
 
 class BackwardOn(NamedTuple):
@@ -80,7 +81,7 @@ def _lstm_forward(a: ForwardOn) -> Forward:
     room, views = (a.gates, s.split) if saves else (a.room(4), s.prefix)
     gates = gx if saves else views(room)  # the same views: into others addmm would copy first
     i, f, g, o = map(views, room.chunk(4, 1))
-    scratch = s.prefix(a.gates.new_empty(s.B, a.H))
+    scratch = s.prefix(a.room(1))
 
     def step(t: int, h: Tensor, c: State) -> None:
         g_t, tmp = g[t], scratch[t]
@@ -160,7 +161,7 @@ def _gru_saving(a: ForwardOn) -> Forward:
     _set_b_hn(a.gates[:, 3 * H :], a.w.b_hh)
     products = [(s.split(a.gates[:, of]), w.t()) for of, w in _gru_products(a.w, H)]
     rz, (r, z, n, hn) = s.split(a.gates[:, : 2 * H]), map(s.split, a.gates.chunk(4, 1))
-    scratch = s.prefix(a.gates.new_empty(s.B, H))
+    scratch = s.prefix(a.room(1))
 
     def step(t: int, h: Tensor, _: State) -> None:
         tmp = scratch[t]
@@ -185,7 +186,7 @@ def _gru_passing(a: ForwardOn) -> Forward:
     room = a.room(3)
     gates, rz = s.prefix(room), s.prefix(room[:, : 2 * H])
     r, z, hn = map(s.prefix, room.chunk(3, 1))
-    scratch = s.prefix(a.gates.new_empty(s.B, H))
+    scratch = s.prefix(a.room(1))
 
     def step(t: int, h: Tensor, _: State) -> None:
         tmp = scratch[t]
@@ -238,7 +239,7 @@ def _gru_reset_before_forward(a: ForwardOn) -> Forward:
     s, H, saves = a.steps, a.H, a.saves
     w_rz, w_n = a.w.w_hh.t().split((2 * H, H), 1)
     rz, (r, z, n) = s.split(a.gates[:, : 2 * H]), (s.split(tile) for tile in a.gates.chunk(3, 1))
-    scratch = s.prefix(a.gates.new_empty(s.B, H))
+    scratch = s.prefix(a.room(1))
 
     def step(t: int, h: Tensor, _: State) -> None:
         n_t, tmp = n[t], scratch[t]

@@ -10,7 +10,6 @@ tiles.
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .gemm import add_product
@@ -99,10 +98,9 @@ class _Gradients:
         else:
             add_product(self.d_x[rows], dgx, w_ih, float(d > 0))
 
-    def _gates(self, d: int, rows: slice) -> Tensor:
+    def _gates(self, d: int, rows: slice) -> Tensor | None:
         """The rows of gates, if a product needs them: of the reset gate before it."""
-        needed = "r*h" in self.spec.operands
-        return self.gates[d].flatten(0, -2)[rows] if needed else self.gates
+        return self.gates[d].flatten(0, -2)[rows] if "r*h" in self.spec.operands else None
 
     def _input(self, segment: Segment) -> Tensor:
         """The rows of the input; of a dense one that lies by sequence, if they are all of it, as it
@@ -118,9 +116,5 @@ class _Gradients:
         return x[times.start : times.stop].reshape(-1, x.shape[-1])
 
     def d_weights(self) -> list[Tensor]:
-        """In torch's order; of no step at all they are 0."""
-        for d, w in enumerate(self.weights):
-            if self.needs_weights and not self.sums[d]:
-                own = (w.w_ih, w.w_hh, w.b_ih, w.b_hh)
-                self.sums[d] = [torch.zeros_like(p) for p in own if p is not None]
+        """In torch's order."""
         return [grad for sums in self.sums for grad in sums]

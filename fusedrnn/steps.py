@@ -28,25 +28,26 @@ class Part(NamedTuple):
     def total(self) -> int:
         return self.rows.stop - self.rows.start
 
+    @property
+    def most(self) -> int:
+        """The sequences of its largest step, the first: they only ever fall."""
+        return self.sizes[0] if self.sizes else 0
+
     def split(self, own: Tensor) -> tuple[Tensor, ...]:
         """Of what has the rows of the part, those of each step."""
         return own.split_with_sizes(self.sizes)
 
     def prefix(self, state: Tensor) -> list[Tensor]:
-        """Of what has B rows, those of each step."""
-        return _prefix(state, self.sizes)
+        """Of what has B rows, or as many as the largest step, those of each step."""
+        sizes, B = self.sizes, state.shape[0]
+        if not sizes or sizes[-1] == B:
+            return [state] * len(sizes)
+        views = {n: state[:n] for n in set(sizes)}
+        return [views[n] for n in sizes]
 
     def within(self, other: Part) -> slice:
         """Its rows among those of a part that has it."""
         return slice(self.rows.start - other.rows.start, self.rows.stop - other.rows.start)
-
-
-def _prefix(state: Tensor, sizes: list[int]) -> list[Tensor]:
-    B = state.shape[0]
-    if not sizes or sizes[0] == sizes[-1] == B:  # they only ever fall
-        return [state] * len(sizes)
-    views = {n: state[:n] for n in set(sizes)}
-    return [views[n] for n in sizes]
 
 
 class Steps:
@@ -60,6 +61,7 @@ class Steps:
         self.rows, self.T, self.B, self.d = rows, rows.T, rows.B, d
         self.sizes = [rows.B] * rows.T if rows.sizes is None else rows.sizes.tolist()
         self.starts = [0, *accumulate(self.sizes)]
+        self.whole = Part(range(self.T), slice(0, self.starts[-1]), self.sizes)
         self.order = range(self.T) if d == 0 else range(self.T - 1, -1, -1)
         #: Whether every step has all sequences and enters with the state of the step before.
         self.is_dense = rows.sizes is None and rows.origins is None
@@ -78,14 +80,6 @@ class Steps:
             return [None] * self.T
         masks = zip(of_all.unsqueeze(2).unbind(0), self.sizes, needed, strict=True)
         return [mask[:n] if need else None for mask, n, need in masks]
-
-    def split(self, by_row: Tensor) -> tuple[Tensor, ...]:
-        """Of what has R rows, those of each step."""
-        return by_row.split_with_sizes(self.sizes)
-
-    def prefix(self, state: Tensor) -> list[Tensor]:
-        """Of what has B rows, those of each step."""
-        return _prefix(state, self.sizes)
 
     def entering(self, initial: Tensor, history: Sequence[Tensor]) -> Iterable[Tensor]:
         """The state ``[n, .]`` that enters each step, in the order of the direction; not to be
@@ -143,10 +137,6 @@ class Steps:
         left = by_time[last, torch.arange(self.B, device=last.device)]
         torch.where(there.any(0).unsqueeze(1), left, initial, out=to)
 
-    def whole(self) -> Part:
-        """All steps as one part."""
-        return Part(range(self.T), slice(0, self.starts[-1]), self.sizes)
-
     def cut(self, whole: Part, limit: int) -> list[Part]:
         """A part in parts of at most ``limit`` rows, but of one step at least, in the order of
         backward."""
@@ -166,7 +156,7 @@ class Steps:
 
         initial: ``[B, .]``; by_row: what left each step, ``[R, .]``.
         """
-        history = () if self.is_dense else self.split(by_row)
+        history = () if self.is_dense else self.whole.split(by_row)
 
         def gathered(part: Part) -> list[Tensor]:
             pieces = []

@@ -293,7 +293,7 @@ def test_the_input_part_may_stand_in_the_gates(cell):
 @pytest.mark.parametrize("d", [0, 1])
 def test_parts_hold_all_rows_once_and_few_at_a_time(d):
     steps = Steps(_case("gru", 2, "packed").rows, d)
-    parts = steps.cut(steps.whole(), 6)
+    parts = steps.cut(steps.whole, 6)
     found = sorted(parts, key=lambda part: part.times.start)
     assert found == (parts[::-1] if d == 0 else parts)
     assert [t for part in found for t in part.times] == list(range(T))
