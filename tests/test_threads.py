@@ -42,7 +42,7 @@ def run(cell: str, T: int, B: int, I: int, H: int, *, trains: bool = True, backe
 @needs_mkl
 @pytest.mark.parametrize("cell", ["GRU", "RNN"])
 def test_steps_of_the_loop_are_alone_both_ways(switched, cell):
-    run(cell, 5, 3, 4, 8)
+    run(cell, 5, 16, 4, 8)
     assert switched == [1, 0, 1, 0]
 
 
@@ -54,13 +54,15 @@ def test_the_gradients_of_weights_are_not(switched, monkeypatch):
     monkeypatch.setattr(
         segments, "weight_grads", lambda *args: found.append(list(switched)) or real(*args)
     )
-    run("GRU", 5, 3, 4, 8)
+    run("GRU", 5, 6, 4, 8)
     assert found == [[1, 0, 1, 0]]
 
 
 @needs_mkl
 @pytest.mark.parametrize(
-    ("T", "B", "H"), [(3, 3, 8), (5, 33, 64), (5, 1, 256)], ids=["few steps", "many rows", "wide"]
+    ("T", "B", "H"),
+    [(3, 16, 8), (5, 5, 8), (5, 33, 64), (5, 1, 256)],
+    ids=["few steps", "tiny", "many rows", "wide"],
 )
 def test_where_it_would_not_pay_all_threads_multiply(switched, T, B, H):
     run("GRU", T, B, 4, H)
@@ -70,16 +72,16 @@ def test_where_it_would_not_pay_all_threads_multiply(switched, T, B, H):
 @needs_mkl
 def test_torch_s_operator_is_alone_where_its_input_is_no_wider(switched):
     gru = {"trains": False, "backend": "aten"}
-    run("GRU", 5, 3, 8, 8, **gru)
+    run("GRU", 5, 6, 8, 8, **gru)
     assert switched == [1, 0]
-    run("GRU", 5, 3, 9, 8, **gru)
-    run("LSTM", 5, 3, 8, 8, **gru)
+    run("GRU", 5, 6, 9, 8, **gru)
+    run("LSTM", 5, 6, 8, 8, **gru)
     assert switched == [1, 0]
 
 
 @needs_mkl
 def test_a_compiled_call_is_alone_too(switched):
-    module, x = fusedrnn.GRU(8, 8).eval(), torch.randn(5, 3, 8)
+    module, x = fusedrnn.GRU(8, 8).eval(), torch.randn(5, 6, 8)
     with torch.no_grad(), fusedrnn.use_backend("aten"):
         exported = torch.export.export(module, (x,)).module()
         del switched[:]
@@ -89,7 +91,7 @@ def test_a_compiled_call_is_alone_too(switched):
 
 @needs_mkl
 def test_packed_sequences_are_not(switched):
-    packed = nn.utils.rnn.pack_sequence([torch.randn(6, 8), torch.randn(5, 8)])
+    packed = nn.utils.rnn.pack_sequence([torch.randn(6, 8)] * 8)
     with torch.no_grad(), fusedrnn.use_backend("aten"):
         fusedrnn.GRU(8, 8)(packed)
     assert switched == []
@@ -97,7 +99,7 @@ def test_packed_sequences_are_not(switched):
 
 @needs_mkl
 def test_a_known_call_is_alone_too(switched):
-    module, x = fusedrnn.GRU(8, 8).eval(), torch.randn(5, 3, 8)
+    module, x = fusedrnn.GRU(8, 8).eval(), torch.randn(5, 6, 8)
     with torch.no_grad(), fusedrnn.use_backend("aten"):
         first = module(x)[0]
         assert switched == [1, 0]
@@ -108,7 +110,7 @@ def test_a_known_call_is_alone_too(switched):
 @needs_mkl
 def test_one_thread_needs_no_switch(switched, monkeypatch):
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
-    run("GRU", 5, 3, 4, 8)
+    run("GRU", 5, 6, 4, 8)
     assert switched == []
 
 
@@ -141,7 +143,7 @@ def test_results_are_torch_s(switched):
     theirs = nn.GRU(4, 8)
     ours = fusedrnn.GRU(4, 8)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(6, 3, 4)
+    x = torch.randn(6, 16, 4)
     with fusedrnn.use_backend("torch"):
         torch.testing.assert_close(ours(x)[0], theirs(x)[0])
     assert switched
