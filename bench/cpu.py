@@ -335,7 +335,7 @@ def run(
     env = environment(CPU, data)
     begin(out, env | {"beside_thread": beside_thread})
     tables = _tables(out)
-    seconds, least = (0.0, 2) if quick else (0.25, 3)
+    seconds, least = (0.0, 2) if quick else (0.25, 6)  # each is first as often as second
     settings = Settings(CPU, seed, seconds, least)
     told = "another thread of each timing process has computed before\n" if beside_thread else ""
     print(f"{header(env)}\n{told}\ngate of every case", flush=True)

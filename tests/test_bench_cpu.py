@@ -332,7 +332,7 @@ def test_three_processes_time_a_case(monkeypatch, tmp_path, no_imdb):
     monkeypatch.setattr(cpu, "workloads", lambda _: ())
     monkeypatch.setattr(cpu.host, "measured", lambda _: [])
     assert cpu.run(tmp_path, None, beside_thread=True) == 0
-    assert timed == [("a", "gru", (3, 0, True))] * 3
+    assert timed == [("a", "gru", (6, 0, True))] * 3
     assert json.loads((tmp_path / "environment.json").read_text())["beside_thread"] is True
 
 
