@@ -1,11 +1,12 @@
 """Small products in the thread that asks for them.
 
 torch hands products on the CPU to MKL, which shares even ``[32, 32] x [32, 128]`` among all threads
-of the process. Those must meet before and after, which costs a step more than it saves. On two
-cores, torch 2.13, in turns with one thread: 6.1 us for 4.7 while the other core is at hand, and 15
-for 4.7 for minutes on end while it is not, which nobody here can know. In a process of its own that
-is 1.0 to 1.1 times and 1.1 to 1.5 times the time of a small GRU or RNN. Whoever calls
-``torch.set_num_threads(1)`` for a small RNN gains this, and loses what large products gain.
+of the process. Those must meet before and after, which costs a step more than it saves. By a script
+on two cores, torch 2.13, it takes two threads 6 us while the other core is at hand, 14 while it is
+not, for tens of seconds on end on a virtual machine, and 60 to 120 once another thread of the
+process has computed, whose OpenMP threads outnumber the cores; one thread always takes 4.7. Nobody
+here can know which it will be. Whoever calls ``torch.set_num_threads(1)`` for a small RNN gains the
+same, and loses what large products gain.
 """
 
 from __future__ import annotations
@@ -20,9 +21,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-#: Multiplications in a step's product, up to which one thread is as fast as two that are at hand:
-#: 0.97 to 1.04 of their time up to here, 1.15 with twice as many. With more threads there is more
-#: to wait for.
+#: Multiplications in a step's product, up to which one thread does it: two that are at hand take
+#: 0.9 to 1.0 of its time up to here and 0.85 with twice as many, two that are not 1.3 to 1.8 and
+#: 1.3 to 1.5. With more threads there are more to wait for.
 FEW = 1 << 17
 #: Of fewer MKL makes one thread's work by itself: 2.5 us of 50 lost in an RNN, T = 5, B = 8, H = 8.
 _FEWEST = 1 << 10
