@@ -35,8 +35,9 @@ _WORTH_IT = 4
 def _switch() -> Callable[[int], int] | None:
     """MKL's ``mkl_set_num_threads_local`` of the library that torch computes with.
 
-    It holds for the thread that calls it alone, and returns what held before; 0 is "as in the whole
-    process". None where torch multiplies by another library, or is built in another way.
+    It holds for the thread that calls it alone, and returns what held before: what this thread said
+    to ``torch.set_num_threads``, or 0, "as in the whole process". None where torch multiplies by
+    another library, or is built in another way.
     """
     library = Path(torch.__file__).parent / "lib" / "libtorch_cpu.so"
     if not (torch.backends.mkl.is_available() and library.exists()):

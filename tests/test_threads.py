@@ -18,9 +18,10 @@ needs_mkl = pytest.mark.skipif(
 
 @pytest.fixture
 def switched(monkeypatch):
-    """What MKL was told, as by two threads, with its own answers."""
+    """What MKL was told, as by two threads, with its own answers; nothing was said to it before."""
     real, told = threads._switch(), []
     assert real is not None
+    before = real(0)  # torch.set_num_threads tells it, too
 
     def switch(count: int) -> int:
         told.append(count)
@@ -28,7 +29,8 @@ def switched(monkeypatch):
 
     monkeypatch.setattr(threads, "_switch", lambda: switch)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
-    return told
+    yield told
+    real(before)
 
 
 def run(cell: str, T: int, B: int, I: int, H: int, *, trains: bool = True, backend: str = "torch"):
