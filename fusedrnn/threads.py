@@ -4,9 +4,9 @@ torch hands products on the CPU to MKL, which shares even ``[32, 32] x [32, 128]
 of the process. Those must meet before and after, which costs a step more than it saves. By a script
 on two cores, torch 2.13, it takes two threads 6 us while the other core is at hand, 14 while it is
 not, for tens of seconds on end on a virtual machine, and 60 to 120 once another thread of the
-process has computed, whose OpenMP threads outnumber the cores; one thread always takes 4.7. Nobody
-here can know which it will be. Whoever calls ``torch.set_num_threads(1)`` for a small RNN gains the
-same, and loses what large products gain.
+process has computed; one thread always takes 4.7. Nobody here can know which it will be. Whoever
+calls ``torch.set_num_threads(1)`` for a small RNN gains the same, and loses what large products
+gain.
 """
 
 from __future__ import annotations
