@@ -55,7 +55,7 @@ MOST_ROUNDS = 5000
 PASSES = {"fw": "forward", "fwbw": "training"}
 MEMORY = ("case", "cell", "torch_MiB", "default_MiB", "recompute_MiB", "recompute_x_time")
 #: How many processes time a case: where a heap lies and which CPUs a process gets holds for all of
-#: it, so that two of them can be 1.3 times apart.
+#: it, so that two of them were up to 1.6 times apart.
 PROCESSES = 3
 #: How many steps of a decoder are gated.
 _DECODED = 20
@@ -279,7 +279,7 @@ def timed(
 
 
 def _compute_in_another_thread() -> None:
-    """Once; then it waits, and OpenMP keeps its workers at hand, as many as this thread's."""
+    """Once; then it waits, as a worker without work does."""
     done = threading.Event()
 
     def compute() -> None:
