@@ -24,7 +24,7 @@ from torch import Tensor
 #: Multiplications in a step's product, up to which one thread does it: two that are at hand take
 #: 0.9 to 1.0 of its time up to here and 0.85 with twice as many, two that are not 1.3 to 1.8 and
 #: 1.3 to 1.5. With more threads there are more to wait for.
-FEW = 1 << 17
+_FEW = 1 << 17
 #: Of fewer MKL makes one thread's work by itself: 2.5 us of 50 lost in an RNN, T = 5, B = 8, H = 8.
 _FEWEST = 1 << 10
 #: Steps that gain at least those of entering and leaving.
@@ -69,7 +69,7 @@ _AS_IT_IS: AbstractContextManager[Any] = nullcontext()
 
 def are_few(T: int, B: int, w_hh: Tensor) -> bool:
     """Whether T steps of B sequences, each multiplied by ``w_hh [G*H, P]``, gain by one thread."""
-    return T >= _WORTH_IT and _FEWEST <= B * w_hh.numel() <= FEW and w_hh.is_cpu
+    return T >= _WORTH_IT and _FEWEST <= B * w_hh.numel() <= _FEW and w_hh.is_cpu
 
 
 def alone(few: bool) -> AbstractContextManager[Any]:

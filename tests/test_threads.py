@@ -135,9 +135,10 @@ def test_what_held_before_holds_again_also_after_an_error(switched):
 
 def test_without_mkl_nothing_is_switched(monkeypatch):
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: False)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
     assert threads._switch.__wrapped__() is None
-    with threads.alone(False) as entered:
-        assert entered is None
+    monkeypatch.setattr(threads, "_switch", threads._switch.__wrapped__)
+    assert threads.alone(True) is threads._AS_IT_IS
 
 
 @needs_mkl
