@@ -365,8 +365,11 @@ def _aten_refusal(request: Request, requested: str) -> str | None:
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
     in_onednn = request.autocast == request.dtype and request.cell == "lstm"
-    if in_onednn and not request.single_step and not _onednn_takes(request.dtype):
-        return f"oneDNN's LSTM under autocast needs a CPU with {_name(request.dtype)}"
+    if in_onednn and not request.single_step and uses_onednn():  # else ATen's own loop runs
+        if not _onednn_takes(request.dtype):
+            return f"oneDNN's LSTM under autocast needs a CPU with {_name(request.dtype)}"
+        if request.dtype == torch.float16 and request.needs_grad:
+            return "oneDNN's LSTM under autocast does not train in float16"
     if requested == "auto" and _torch_refusal(request, requested) is None:
         return cpu_prefers_loop(request)
     return None
@@ -421,8 +424,6 @@ def _problem(request: Request) -> Problem:
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:
-    if not uses_onednn():
-        return True  # then ATen's own loop runs, and takes everything
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()

@@ -315,14 +315,20 @@ class TestAutocastOnTheCpu:
         settings = {"dtype": torch.bfloat16, "autocast": torch.bfloat16} | changes
         assert choose(request(**settings)) == backend
 
-    def test_agrees_with_torch_on_this_cpu(self):
-        x = torch.zeros(5, 2, 3)
-        for dtype in (torch.bfloat16, torch.float16):
-            with torch.autocast("cpu", dtype):
-                takes = dispatch._onednn_takes(dtype)
-                refuses = pytest.raises(RuntimeError, match="primitive descriptor")
-                with contextlib.nullcontext() if takes else refuses:
-                    nn.LSTM(3, 4)(x)
+    @pytest.mark.parametrize(("needs_grad", "backend"), [(False, "aten"), (True, "torch")])
+    def test_with_float16_instructions(self, monkeypatch, needs_grad, backend):
+        monkeypatch.setattr(dispatch, "_onednn_takes", lambda dtype: True)
+        settings = {"dtype": torch.float16, "autocast": torch.float16, "needs_grad": needs_grad}
+        assert choose(request(**settings)) == backend
+
+    @pytest.mark.parametrize("needs_grad", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+    def test_agrees_with_torch_on_this_cpu(self, dtype, needs_grad):
+        takes = choose(request(dtype=dtype, autocast=dtype, needs_grad=needs_grad)) == "aten"
+        refuses = pytest.raises(RuntimeError, match="primitive descriptor")
+        with torch.autocast("cpu", dtype), torch.set_grad_enabled(needs_grad):
+            with contextlib.nullcontext() if takes else refuses:
+                nn.LSTM(3, 4)(torch.zeros(5, 2, 3))
 
 
 class TestExplain:
