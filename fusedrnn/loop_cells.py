@@ -21,6 +21,8 @@ State = Any  # a Tensor, or None for the c of a cell without one
 #: Up to this H a GRU's product of all four tiles, one of them with zeros, is cheaper than one
 #: product of two tiles and one of the last.
 _ONE_PRODUCT = 64
+#: From how many steps on a transposed copy of W_hh pays.
+_MANY_STEPS = 48
 
 
 class ForwardOn(NamedTuple):
@@ -58,6 +60,12 @@ class BackwardOn(NamedTuple):
     before: Callable[[], Tensor]
 
 
+def _transposed(weight: Tensor, steps: Part) -> Tensor:
+    """``weight^T``, by which every step multiplies: over many steps as rows of its own."""
+    transposed = weight.t()
+    return transposed.contiguous() if len(steps.sizes) >= _MANY_STEPS else transposed
+
+
 #: Writes the states that leave step t, from those that enter it.
 Forward = Callable[[int, Tensor, State], object]
 #: Takes the gradients of the states from after the step to before it, by its number in the part.
@@ -75,8 +83,8 @@ def _lstm_forward(a: ForwardOn) -> Forward:
     tanh calls a library for each row of a tile with gaps, so it gets a copy. 2 sigmoid(2x) - 1
     would be faster for large tiles, and lose tanh's relative precision near 0.
     """
-    s, weight, saves = a.steps, a.w.w_hh.t(), a.saves
-    project = None if a.w.w_hr is None else a.w.w_hr.t()
+    s, weight, saves = a.steps, _transposed(a.w.w_hh, a.steps), a.saves
+    project = None if a.w.w_hr is None else _transposed(a.w.w_hr, s)
     gx = s.split(a.gates)
     room, views = (a.gates, s.split) if saves else (a.room(4), s.prefix)
     gates = gx if saves else views(room)  # the same views: into others addmm would copy first
@@ -159,7 +167,7 @@ def _gru_saving(a: ForwardOn) -> Forward:
     """The tiles are r, z, n and W_hn h + b_hn, of which the products have no n."""
     s, H = a.steps, a.H
     _set_b_hn(a.gates[:, 3 * H :], a.w.b_hh)
-    products = [(s.split(a.gates[:, of]), w.t()) for of, w in _gru_products(a.w, H)]
+    products = [(s.split(a.gates[:, of]), _transposed(w, s)) for of, w in _gru_products(a.w, H)]
     rz, (r, z, n, hn) = s.split(a.gates[:, : 2 * H]), map(s.split, a.gates.chunk(4, 1))
     scratch = s.prefix(a.room(1))
 
@@ -182,7 +190,7 @@ def _gru_passing(a: ForwardOn) -> Forward:
     of_hn, of_n = a.gates[:, 2 * H : 3 * H], a.gates[:, 3 * H :]
     of_n.copy_(of_hn)
     _set_b_hn(of_hn, a.w.b_hh)
-    weight, gx, gx_n = a.w.w_hh.t(), s.split(a.gates[:, : 3 * H]), s.split(of_n)
+    weight, gx, gx_n = _transposed(a.w.w_hh, s), s.split(a.gates[:, : 3 * H]), s.split(of_n)
     room = a.room(3)
     gates, rz = s.prefix(room), s.prefix(room[:, : 2 * H])
     r, z, hn = map(s.prefix, room.chunk(3, 1))
@@ -237,7 +245,7 @@ def _candidate_slopes(z: Tensor, n: Tensor, h_before: Tensor, to_z: Tensor, to_n
 def _gru_reset_before_forward(a: ForwardOn) -> Forward:
     """r, z = sigmoid(.); n = tanh(gx_n + W_hn (r h) + b_hn); h' = (1 - z) n + z h."""
     s, H, saves = a.steps, a.H, a.saves
-    w_rz, w_n = a.w.w_hh.t().split((2 * H, H), 1)
+    w_rz, w_n = (_transposed(w, s) for w in a.w.w_hh.split((2 * H, H)))
     rz, (r, z, n) = s.split(a.gates[:, : 2 * H]), (s.split(tile) for tile in a.gates.chunk(3, 1))
     scratch = s.prefix(a.room(1))
 
@@ -282,7 +290,7 @@ def _gru_reset_before_backward(a: BackwardOn) -> Backward:
 
 def _rnn_forward(a: ForwardOn, function: Callable) -> Forward:
     """h' = tanh(.) or max(., 0)."""
-    weight, gx = a.w.w_hh.t(), a.steps.split(a.gates)
+    weight, gx = _transposed(a.w.w_hh, a.steps), a.steps.split(a.gates)
 
     def step(t: int, h: Tensor, _: State) -> None:
         function(gx[t].addmm_(h, weight), out=a.h[t])
