@@ -105,6 +105,7 @@ PROVIDERS = {
     # The loop's own products follow the switch of matrix products, its projections ours.
     "fusedrnn torch": replace(_ours("torch"), fp32=either_switch),
     "fusedrnn aten": _ours("aten"),
+    "fusedrnn compiled": _ours("compiled", devices=("cpu",)),
     "fusedrnn triton": _ours("triton", devices=("cuda",)),
     "fusedrnn resident": _forced("resident"),
     "fusedrnn cooperative": _forced("cooperative"),

@@ -5,6 +5,8 @@ Backends, best first:
 - ``triton``: the fused kernels, on CUDA tensors (or in Triton's interpreter, if named).
 - ``aten``: torch's own operator: cuDNN on CUDA, oneDNN or ATen on the CPU.
 - ``torch``: the recurrence step by step in plain torch, ``loop.py``; takes every cell.
+- ``compiled``: the same, small steps on the CPU compiled by torch.compile, ``compiled.py``; only
+  where it is named, for the compiling takes tens of seconds.
 
 ``auto`` runs the first that does not refuse. A named backend runs, or raises with its refusal.
 """
@@ -18,9 +20,11 @@ from typing import Any, NamedTuple
 
 import torch
 
+from . import compiled
 from .gemm import uses_onednn
 from .kernels.model import cudnn_step
 from .kernels.plan import NoPlan, Plan, Problem, chip_of, plan_stack
+from .kernels.spec import SPECS
 from .onednn import takes as _onednn_steps
 from .requested import BACKENDS as BACKENDS
 from .requested import precision as precision
@@ -160,7 +164,7 @@ class Explanation:
 
 
 def choose(request: Request) -> str:
-    """The backend that runs ``request``: ``"triton"``, ``"torch"`` or ``"aten"``.
+    """The backend that runs ``request``: ``"triton"``, ``"aten"``, ``"torch"`` or ``"compiled"``.
 
     Raises:
         NotImplementedError: the named backend refuses; the message is the reason.
@@ -381,7 +385,18 @@ def _torch_refusal(request: Request, requested: str) -> str | None:
     return None
 
 
-_REFUSALS = {"triton": _triton_refusal, "aten": _aten_refusal, "torch": _torch_refusal}
+def _compiled_refusal(request: Request, requested: str) -> str | None:
+    if request.device.type != "cpu":
+        return f"the loop's steps are compiled for the CPU, not for {request.device}"
+    return compiled.missing()
+
+
+_REFUSALS = {
+    "triton": _triton_refusal,
+    "aten": _aten_refusal,
+    "torch": _torch_refusal,
+    "compiled": _compiled_refusal,
+}
 
 
 def _plans(request: Request) -> tuple[Plan, ...]:
@@ -390,9 +405,24 @@ def _plans(request: Request) -> tuple[Plan, ...]:
 
 
 def _steps_of(request: Request, backend: str | None) -> tuple[str, ...]:
+    if backend == "compiled":
+        reason = _not_compiled(request)
+        found = f"{compiled.STEPS} at a time compiled" if reason is None else f"a loop: {reason}"
+        return (f"steps: {found}",)
     if backend != "torch":
         return ()
     return ("steps: oneDNN's",) if _onednn_steps(request) else ("steps: a loop",)
+
+
+def _not_compiled(request: Request) -> str | None:
+    """Why none of the steps is compiled, or None."""
+    if request.packed or request.lengths or request.reset:
+        return "only those of full sequences are compiled"
+    if request.states and request.needs_grad:
+        return "with gradients that reach c of each step none is compiled"
+    columns = SPECS[request.cell].gates * request.hidden_size
+    products = request.batch * columns * (request.proj_size or request.hidden_size)
+    return compiled.refusal(request.cell, request.steps, products, request.dtype)
 
 
 def _described(plans: tuple[Plan, ...]) -> tuple[str, ...]:

@@ -19,6 +19,7 @@ from . import dispatch, onednn
 from .arguments import Call, Layers, as_hx, check_alike, prepare
 from .launches import Config
 from .ops import ATEN, by_one_thread
+from .requested import LOOPS
 from .threads import alone
 from .transforms import rnn_stack
 
@@ -334,7 +335,7 @@ def config_of(call: Call, backend: str) -> Config:
     """How the operator runs a call."""
     request, layers = call.request, call.layers
     # Where the host may read lengths without waiting, the loop does nothing for missing steps.
-    compact = backend == "torch" and request.device.type == "cpu" and request.lengths
+    compact = backend in LOOPS and request.device.type == "cpu" and request.lengths
     return Config(
         request.cell,
         backend,

@@ -23,13 +23,14 @@ from .kernels.spec import SPECS, CellSpec, Weights
 from .layout import Layout, by_time, own_order
 from .loop import loop_bwd, loop_fwd
 from .onednn import lstm_backward, lstm_forward
+from .requested import LOOPS
 
 
 class Config(NamedTuple):
     """What of a stack is not a tensor."""
 
     cell: str
-    backend: str  # "triton" or "torch"
+    backend: str  # "triton", "torch" or "compiled"
     has_bias: bool
     num_layers: int
     bidirectional: bool
@@ -46,6 +47,16 @@ class Config(NamedTuple):
     @property
     def directions(self) -> int:
         return 2 if self.bidirectional else 1
+
+    @property
+    def by_loop(self) -> bool:
+        """Whether the recurrence is ``loop.py``'s."""
+        return self.backend in LOOPS
+
+    @property
+    def compiles(self) -> bool:
+        """Whether the loop runs compiled what it can."""
+        return self.backend == "compiled"
 
     @property
     def spec(self) -> CellSpec:
@@ -120,7 +131,7 @@ def _launches(
     needs_grad: bool,
     ragged: bool,
 ) -> list[tuple[range, Plan | None]]:
-    if config.backend == "torch":
+    if config.by_loop:
         return [(range(layer, layer + 1), None) for layer in range(config.num_layers)]
     problem = Problem(
         config.cell,
@@ -161,7 +172,7 @@ def run_forward(
     if config.onednn:
         lstm_forward(x, weights, h_0, c_0, outs[0], h_n, c_n, layout.rows)
     elif plan is None:
-        loop_fwd(cell, *given, h_0, c_0, outs[0], *results)
+        loop_fwd(cell, *given, h_0, c_0, outs[0], *(*results, config.compiles))
     elif plan.schedule == "resident":
         lazily("resident").resident_fwd(cell, plan, *given, h_0, c_0, outs[0], *results)
     elif plan.schedule == "stepwise":
@@ -190,7 +201,7 @@ def run_backward(
         states = h_0, c_0, outs[0], gates, dgates, d_h_0, d_c_0
         return lstm_backward(d_out, d_h_n, d_c_n, weights, *states, layout.rows)
     if plan is None:
-        loop_bwd(cell, *given, h_0, c_0, outs[0], *rest)
+        loop_bwd(cell, *given, h_0, c_0, outs[0], *(*rest, config.compiles))
     elif plan.schedule == "resident":
         lazily("resident").resident_bwd(cell, plan, *given, h_0, c_0, outs[0], *rest)
     elif plan.schedule == "stepwise":

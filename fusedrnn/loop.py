@@ -32,6 +32,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from . import compiled
 from .kernels.rows import Rows
 from .kernels.spec import SPECS, Weights
 from .loop_cells import CELLS, BackwardOn, ForwardOn, State
@@ -127,6 +128,7 @@ def loop_fwd(
     gates: Tensor | None,
     cs: Tensor | None,
     rows: Rows,
+    compiles: bool = False,
 ) -> None:
     """One layer, all directions. What has an axis R may have axes T, B instead.
 
@@ -139,6 +141,7 @@ def loop_fwd(
         out: ``[R, D*P]``.
         gates: ``[D, R, S*H]``, or None if nothing is to be saved; likewise cs ``[D, R, H]``.
         rows: which steps there are.
+        compiles: whether those that can be are run compiled (``compiled.py``).
     """
     P, spec = h_0.shape[2], SPECS[cell]
     H = weights[0].w_hh.shape[0] // spec.gates
@@ -154,8 +157,12 @@ def loop_fwd(
             if c_0 is not None and c_left is None and not s.is_dense:
                 c_left = c_0.new_empty(rows.total, H)  # nothing carries c of those that ended
             of_c_0, of_c_n = (None, None) if c_0 is None else (c_0[d], c_n[d])
+            part, h, c = s.whole, h_0[d], of_c_0
             with alone(are_few(s.T, s.B, w.w_hh)):
-                _forwards(cell, s, w, room, saved, h_0[d], of_c_0, hs, c_left, of_c_n)
+                if compiles:
+                    kept = room, saved is not None
+                    part, h, c = compiled.forward_steps(cell, s, w, *kept, h, c, hs, c_left)
+                _forwards(cell, s, part, w, room, saved, h, c, hs, c_left, of_c_n)
             s.finish(h_0[d], hs, h_n[d])
             if c_left is not None:
                 s.finish(c_0[d], c_left, c_n[d])
@@ -164,6 +171,7 @@ def loop_fwd(
 def _forwards(
     cell: str,
     s: Steps,
+    part: Part,
     w: Weights,
     room: Tensor,
     saved: Tensor | None,
@@ -173,27 +181,32 @@ def _forwards(
     c_left: Tensor | None,
     c_n: State,
 ) -> None:
-    """Through the steps of one direction.
+    """Through the steps of a part of one direction: of all, or of dense ones the last.
 
-    room: ``[R, .]``, as of ``_room``; saved: it, if gates are kept; hs and c_left: h and c that
-    leave each step, ``[R, P]`` and ``[R, H]``; without c_left c is carried in c_n.
+    room: ``[R, .]``, as of ``_room``; saved: it, if gates are kept; h_0 and c_0: what enters the
+    part; hs and c_left: h and c that leave each step, ``[R, P]`` and ``[R, H]``; without c_left c
+    is carried in c_n.
     """
-    h, H = s.whole.split(hs), w.w_hh.shape[0] // SPECS[cell].gates
+    own, count, H = part.rows, len(part.sizes), w.w_hh.shape[0] // SPECS[cell].gates
+    h = part.split(hs[own])
     c: Sequence[Tensor] = ()
-    entering_c: Iterable[State] = [None] * s.T
+    entering_c: Iterable[State] = [None] * count
     if c_left is not None:
-        c = s.whole.split(c_left)
+        c = part.split(c_left[own])
         entering_c = s.entering(c_0, c)
     elif c_0 is not None:
-        c = entering_c = [c_n.copy_(c_0)] * s.T
-    written = [h, c, () if saved is None else s.whole.split(saved)] if s.skips else []
-    step = CELLS[cell].forward(ForwardOn(s.whole, w, room, h, c, H, saved is not None))
-    for t, h_t, c_t in zip(s.order, s.entering(h_0, h), entering_c, strict=True):
-        step(t, h_t, c_t)
-        if (skipped := s.skipped[t]) is not None:
+        c = entering_c = [c_n.copy_(c_0)] * count
+    if not count:
+        return
+    written = [h, c, () if saved is None else part.split(saved)] if s.skips else []
+    step = CELLS[cell].forward(ForwardOn(part, w, room[own], h, c, H, saved is not None))
+    order = range(count) if s.d == 0 else range(count - 1, -1, -1)
+    for k, h_k, c_k in zip(order, s.entering(h_0, h), entering_c, strict=True):
+        step(k, h_k, c_k)
+        if (skipped := s.skipped[part.times[k]]) is not None:
             for to in written:
                 if to:
-                    to[t].masked_fill_(skipped, 0)
+                    to[k].masked_fill_(skipped, 0)
 
 
 class Segment(NamedTuple):
@@ -221,6 +234,7 @@ def loop_bwd(
     d_h_0: Tensor,
     d_c_0: State,
     rows: Rows,
+    compiles: bool = False,
     take: Callable[[Segment], object] = lambda segment: None,
 ) -> None:
     """One layer backwards: fills dgates ``[D, R, N*H]``, d_h_0 and d_c_0.
@@ -228,6 +242,7 @@ def loop_bwd(
     Shapes as in ``loop_fwd``. d_out (``[R, D*P]``) and d_cs (``[D, R, H]``), the gradients that
     reach h and c of each step from outside, may be None. dgates may be None, if all that is wanted
     of them is what ``take`` makes of each segment as it is found: then only a segment's are there.
+    compiles: as of ``loop_fwd``.
     """
     P, tiles = h_0.shape[2], SPECS[cell].grad_tiles
     H = weights[0].w_hh.shape[0] // SPECS[cell].gates
@@ -249,8 +264,13 @@ def loop_bwd(
                 room = saved.new_empty(most, tiles * H)
             for part in segments:
                 to = _by_row(dgates[d], rows)[part.rows] if dgates is not None else room
-                to = to[: part.total]
-                for chunk in s.cut(part, limit if part.total > 2 * limit else 2 * limit):
+                to, rest = to[: part.total], part
+                if compiles and of_cs is None:
+                    states = (h_0[d], hs) if c is None else (c_0[d], c)
+                    given = *states, saved, of_out, to, dh, dc
+                    with alone(are_few(s.T, s.B, w.w_hh)):
+                        rest = compiled.backward_steps(cell, s, part, w, *given)
+                for chunk in s.cut(rest, limit if rest.total > 2 * limit else 2 * limit):
                     own = chunk.rows
                     on = BackwardOn(
                         chunk, w, dh, dc, hs[own], saved[own], None if c is None else c[own],

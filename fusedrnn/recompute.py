@@ -90,7 +90,7 @@ def backward_again(
     d_h, d_c = d_h_n, d_c_n
     (whole_x,), (whole_out,), columns = layer.xs, layer.outs, config.spec.gates * H
     outs = whole_out.unflatten(1, (D, -1)).transpose(0, 1)  # as cs lies, [D, R, P]
-    by_loop = config.backend == "torch"
+    by_loop = config.by_loop
     whole_x = whole_x.reshape(-1, whole_x.shape[-1])
     if links and takes(config, groups, layer.weights[0].w_hr is not None):
         # Ragged rows are one segment here; their gradients are made as if gates had been saved.
@@ -221,7 +221,7 @@ def _gates(
     """
     D, (r, P), H = len(xs), h[0].shape, weights[0].w_hh.shape[0] // config.spec.gates
     gates, columns = h[0].new_empty(D, r, config.spec.saved * H), config.spec.gates * H
-    if config.backend == "torch":  # the loop turns gx into gates where it lies
+    if config.by_loop:  # the loop turns gx into gates where it lies
         weights = [with_one_bias(config.cell, w) for w in weights]
         for d, x in enumerate(xs):
             project(x, weights[d : d + 1], config, gates[d : d + 1, :, :columns])

@@ -100,8 +100,17 @@ def _projected(x: Tensor, w: Weights, d: int) -> Tensor:
 
 def one_step(cell: str, x: Tensor, h: Tensor, c: State, w: Weights) -> tuple[Tensor, State]:
     """The states after one step with the input ``[B, I]``."""
-    h, c, _ = _CELLS[cell](F.linear(x, w.w_ih, w.b_ih), h, c, w)
-    return _project(h, w), c
+    h, c, _ = step_of_gx(cell, F.linear(x, w.w_ih, w.b_ih), h, c, w)
+    return h, c
+
+
+def step_of_gx(cell: str, gx: Tensor, h: Tensor, c: State, w: Weights):
+    """The states after one step of which the input's part is known, and the tiles that are saved.
+
+    gx: ``[B, G*H]``; tiles: S times ``[B, H]``.
+    """
+    h, c, tiles = _CELLS[cell](gx, h, c, w)
+    return _project(h, w), c, tiles
 
 
 def differentiable_stack(

@@ -9,7 +9,9 @@ from contextlib import AbstractContextManager, contextmanager
 
 import torch
 
-BACKENDS = ("auto", "triton", "torch", "aten")
+BACKENDS = ("auto", "triton", "torch", "aten", "compiled")
+#: Those whose recurrence is the loop in torch.
+LOOPS = ("torch", "compiled")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 _KEY = os.environ.encodekey(ENVIRONMENT_VARIABLE)
@@ -27,8 +29,10 @@ def use_backend(name: str) -> AbstractContextManager[None]:
     takes precedence over the environment variable ``FUSEDRNN_BACKEND``.
 
     Args:
-        name: ``"auto"``, ``"triton"``, ``"torch"`` or ``"aten"``. A named backend (all but
-            ``"auto"``) runs or raises ``NotImplementedError`` with the reason.
+        name: ``"auto"``, ``"triton"``, ``"torch"``, ``"aten"`` or ``"compiled"``: the loop of
+            ``"torch"``, small steps on the CPU compiled, for 5 to 20 seconds the first time that a
+            size comes (``explain`` says whether they are). A named backend (all but ``"auto"``)
+            runs or raises ``NotImplementedError`` with the reason.
 
     Raises:
         ValueError: there is no backend of that name.

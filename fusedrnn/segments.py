@@ -23,8 +23,7 @@ from .loop import Segment, loop_bwd
 def takes(config: Config, groups: int, projects_h: bool) -> bool:
     """Whether a layer whose gates are there can go this way: by the loop, and with one sum for all
     sequences. dW_hr of a projection needs each step beside the one that follows."""
-    by_loop = config.backend == "torch" and not config.onednn
-    return by_loop and groups <= 1 and not projects_h
+    return config.by_loop and not config.onednn and groups <= 1 and not projects_h
 
 
 def backward_by_segment(
@@ -48,7 +47,8 @@ def backward_by_segment(
     found = _Gradients(config.spec, layer, gates, layout, needs_input, needs_weights)
     loop_bwd(
         config.cell, layer.d_out, layer.d_cs, d_h_n, d_c_n, layer.weights, layer.h_0, layer.c_0,
-        layer.outs[0], gates, layer.cs, None, d_h_0, d_c_0, layout.rows, found.take,
+        layer.outs[0], gates, layer.cs, None, d_h_0, d_c_0, layout.rows,
+        config.compiles, found.take,
     )  # fmt: skip
     return found.d_x, found.d_weights()
 

@@ -20,7 +20,7 @@ from . import arguments, dispatch, functional
 from .kernels.spec import Weights
 from .launches import Config, group_weights
 from .reference import differentiable_stack, one_step
-from .requested import requested_name
+from .requested import LOOPS, requested_name
 
 #: torch's operators for a single step. They take weights as they lie, and are 1.1 to 10 times as
 #: fast as its operators for a stack with T = 1.
@@ -278,7 +278,7 @@ class Stream:
                 and weights[0].dtype != torch.float64
             ):
                 return _cell_by_cell(request.cell, input, states, weights, self._module.bias)
-            if backend == "torch" and not captured:
+            if backend in LOOPS and not captured:
                 return _by_reference(request.cell, input, states, weights, self._module.bias)
         options = arguments.Layers(request.num_layers, self._module.bias)
         hx = arguments.as_hx([_stacked(layers) for layers in states])

@@ -26,6 +26,8 @@ ORDER = (
     "reference",
     "steps",
     "loop_cells",
+    "chunks",
+    "compiled",
     "threads",
     "loop",
     "gemm",

@@ -326,9 +326,12 @@ class TestAutocastOnTheCpu:
     def test_agrees_with_torch_on_this_cpu(self, dtype, needs_grad):
         takes = choose(request(dtype=dtype, autocast=dtype, needs_grad=needs_grad)) == "aten"
         refuses = pytest.raises(RuntimeError, match="primitive descriptor")
-        with torch.autocast("cpu", dtype), torch.set_grad_enabled(needs_grad):
-            with contextlib.nullcontext() if takes else refuses:
-                nn.LSTM(3, 4)(torch.zeros(5, 2, 3))
+        with (
+            torch.autocast("cpu", dtype),
+            torch.set_grad_enabled(needs_grad),
+            contextlib.nullcontext() if takes else refuses,
+        ):
+            nn.LSTM(3, 4)(torch.zeros(5, 2, 3))
 
 
 class TestExplain:

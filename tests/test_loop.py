@@ -347,7 +347,7 @@ def test_segments_add_up(cell, layout, monkeypatch):
             entering = torch.cat(segment.entering())
             assert entering.shape == (segment.part.total, case.P)
 
-        return backward(*given, None, d_h_0, d_c_0, rows, take)
+        return backward(*given, None, d_h_0, d_c_0, rows, take=take)
 
     monkeypatch.setitem(globals(), "loop_bwd", taking)
     parts = _run(case)
