@@ -26,7 +26,7 @@ from .readme import BATCH, SIZES
 #: name, whose times stand beside the floor.
 CORE = (TORCH, "fusedrnn", "fusedrnn triton")
 #: Who is compiled for seconds to minutes before it can be timed: behind all lessons.
-COMPILED = ("compiled step", "compiled loop")
+COMPILED = ("fusedrnn compiled", "compiled step", "compiled loop")
 #: Who has nothing to say in the sweep: torch's operator again, our loop for the CPU, and those.
 NOT_IN_SWEEP = ("fusedrnn aten", "fusedrnn torch", *COMPILED)
 #: Everybody takes part at README's sizes in fp32, which every peer computes, up to so many steps.
