@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from functools import partial
 from pathlib import Path
 
 from .disk import whole_rows
@@ -129,9 +130,9 @@ def _speedup(rows: list[dict[str, str]], case: str | None, cell: str, what: str,
     return f"{found[0]:.2f}"
 
 
-def peers_table(results: Path = RESULTS) -> str:
-    """Everybody's times on the CPU as parts of torch.nn's, of the newest folder of peers."""
-    folder = max(results.glob("cpu-*-peers"), default=None)
+def peers_table(results: Path = RESULTS, kind: str = "peers") -> str:
+    """Everybody's times on the CPU as parts of torch.nn's, of the newest folder of a kind."""
+    folder = max(results.glob(f"cpu-*-{kind}"), default=None)
     if folder is None:
         return NO_PEERS
     env = json.loads((folder / "environment.json").read_text())
@@ -154,7 +155,10 @@ def _both(row: dict[str, str]) -> str:
 
 #: Each table and the line of its page behind which it stands.
 TABLES = {"<!-- make tables: gpu -->\n": gpu_table, "<!-- make tables: cpu -->\n": cpu_table}
-PAGE_TABLES = {"<!-- make tables: peers -->\n": peers_table}
+PAGE_TABLES = {
+    "<!-- make tables: peers -->\n": peers_table,
+    "<!-- make tables: compiled -->\n": partial(peers_table, kind="compiled"),
+}
 
 
 def written(begin: str, page: Path = README) -> str:

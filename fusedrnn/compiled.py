@@ -36,7 +36,7 @@ from .kernels.spec import SPECS, Weights
 from .loop_cells import CELLS, State
 from .steps import Part, Steps
 
-#: Steps of one call. 16 take 0.95 of the time a step and twice as long to compile.
+#: Steps of one call. 16 take the same time a step, and twice as long to compile.
 STEPS = 8
 #: Multiplications in a step's product up to which it is compiled: above, the product takes most of
 #: the time, and the loop's element-wise calls use all threads, which a compiled step does not.
@@ -248,6 +248,10 @@ def _there(*tensors: Tensor | None) -> list[Tensor]:
     return [t for t in tensors if t is not None]
 
 
+def _dense(tensor: State) -> State:
+    return None if tensor is None else tensor.contiguous()
+
+
 def _own_biases(cell: str, w: Weights) -> Tensor | None:
     """b_hh, but zeros for what of it is a part of gx."""
     columns = w.w_hh.shape[0]
@@ -279,8 +283,8 @@ def forward_steps(
     gx = chunks.each(room[:, : w.w_hh.shape[0]])
     results = list(zip(*map(chunks.each, _there(room if saves else None, hs, cs)), strict=True))
     # Every step multiplies by W_hh^T, so it gets rows of its own.
-    weights = w.w_hh.t().contiguous(), _own_biases(cell, w), w.w_hr
-    h, c = h.contiguous(), None if c is None else c.contiguous()
+    weights = w.w_hh.t().contiguous(), _own_biases(cell, w), _dense(w.w_hr)
+    h, c = _dense(h), _dense(c)
     fixed, last = (cell, s.d, saves, cs is not None), 0 if s.d else -1
     program, there = _program(forward_chunk, fixed, [gx[0], h, c, *weights]), _there(*weights)
     for own, to in zip(gx, results, strict=True):
@@ -317,11 +321,11 @@ def backward_steps(
         return part
     tensors = gates if SPECS[cell].saved else None, left, d_out
     given = zip(*map(chunks.each, tensors), chunks.entered(initial, left), strict=True)
-    grads, weights = [dh, dc], (w.w_hh, None, w.w_hr)
+    grads, weights = [dh, dc], (_dense(w.w_hh), None, _dense(w.w_hr))
     there, to_each = _there(*weights), chunks.each(dgates, part.times.start)
     program = None
     for to, (of_gates, of_left, of_out, first) in zip(to_each, given, strict=True):
-        first = first.contiguous()
+        first = _dense(first)
         if program is None:
             like = of_gates, of_left, first, of_out, *grads, *weights
             program = _program(backward_chunk, (cell, s.d), like)

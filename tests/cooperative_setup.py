@@ -248,5 +248,6 @@ def prepared(cell, shape, dtype=torch.float32):
 def check(cell, shape, **options) -> dict[str, Any]:
     data = prepared(cell, shape)
     assert not run(cell, shape, data, **options)
-    assert not differences(cell, shape, data)
+    found = differences(cell, shape, data)
+    assert not found, found
     return data

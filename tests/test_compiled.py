@@ -96,6 +96,23 @@ def test_chunks_and_what_is_left_are_the_loop(plain, cell, T):
     assert set(plain) == BOTH_WAYS
 
 
+def test_each_chunk_is_one_call(plain, monkeypatch):
+    calls, program = [], compiled._program
+
+    def counted(function, *rest):
+        run = program(function, *rest)
+        return lambda given: (calls.append(function.__name__), run(given))[1]
+
+    monkeypatch.setattr(compiled, "_program", counted)
+    found(
+        module_of("gru"),
+        torch.zeros(3 * K + 5, 2, I).double(),
+        states_of(module_of("gru"), 2),
+        "compiled",
+    )
+    assert calls == ["forward_chunk"] * 3 + ["backward_chunk"] * 3
+
+
 @pytest.mark.parametrize(
     "options",
     [{"bias": False}, {"num_layers": 2}, {"recompute": True}, {"num_layers": 2, "recompute": True}],
@@ -361,6 +378,22 @@ class TestCompiled:
         monkeypatch.setattr(compiled, "_PROGRAMS", {})
         monkeypatch.setattr(compiled, "_compile", lambda *_: pytest.fail("it was compiled"))
         assert_same(module_of("rnn_relu"), K, 2)
+
+    def test_threads_run_one_program_at_once(self):
+        module, x = module_of("rnn_relu"), torch.randn(4 * K, 3, I, dtype=torch.float64)
+        results: list[torch.Tensor] = []
+
+        def work():
+            with use_backend("compiled"):
+                results.extend(module(x)[0].detach() for _ in range(50))
+
+        threads = [threading.Thread(target=work) for _ in range(4)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        assert len(results) == 200
+        assert all(torch.equal(result, results[0]) for result in results)
 
     def test_other_sources_are_other_programs(self, monkeypatch):
         names = []
