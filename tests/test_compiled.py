@@ -20,6 +20,12 @@ from fusedrnn.testing import assert_budget
 K, I, H = compiled.STEPS, 3, 5
 
 
+@pytest.fixture(autouse=True)
+def _from_the_first_chunk_on(monkeypatch):
+    """Few steps are enough for these tests; who asks for a gain waits for more."""
+    monkeypatch.setattr(compiled, "_LEAST", K)
+
+
 @pytest.fixture
 def plain(monkeypatch):
     """Chunks run as they stand, uncompiled; what was asked for, by name and direction."""
@@ -222,6 +228,17 @@ def test_explain_names_what_is_compiled():
     with use_backend("compiled"):
         told = explain(module_of("lstm", torch.float32), torch.zeros(K, 2, I))
     assert (told.backend, told.layers) == ("compiled", (f"steps: {K} at a time compiled",))
+
+
+def test_few_steps_are_not_compiled(monkeypatch):
+    monkeypatch.undo()
+    with use_backend("compiled"):
+        few, enough = (
+            explain(module_of("gru", torch.float32), torch.zeros(T, 2, I)).layers
+            for T in (compiled._LEAST - 1, compiled._LEAST)
+        )
+    assert few == ("steps: a loop: of fewer than 32 steps none is compiled",)
+    assert enough == (f"steps: {K} at a time compiled",)
 
 
 def test_auto_never_takes_it():
