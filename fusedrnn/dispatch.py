@@ -5,7 +5,7 @@ Backends, best first:
 - ``triton``: the fused kernels, on CUDA tensors (or in Triton's interpreter, if named).
 - ``aten``: torch's own operator: cuDNN on CUDA, oneDNN or ATen on the CPU.
 - ``torch``: the recurrence step by step in plain torch, ``loop.py``; takes every cell.
-- ``compiled``: the same, small steps on the CPU compiled by torch.compile, ``compiled.py``; only
+- ``compiled``: the same, small steps on the CPU compiled by AOTInductor, ``compiled.py``; only
   where it is named, for the compiling takes tens of seconds.
 
 ``auto`` runs the first that does not refuse. A named backend runs, or raises with its refusal.
