@@ -418,8 +418,6 @@ def _not_compiled(request: Request) -> str | None:
     """Why none of the steps is compiled, or None."""
     if request.packed or request.lengths or request.reset:
         return "only those of full sequences are compiled"
-    if request.states and request.needs_grad:
-        return "with gradients that reach c of each step none is compiled"
     columns = SPECS[request.cell].gates * request.hidden_size
     products = request.batch * columns * (request.proj_size or request.hidden_size)
     return compiled.refusal(request.cell, request.steps, products, request.dtype)
