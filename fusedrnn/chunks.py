@@ -77,7 +77,7 @@ ADJOINTS: dict[str, Adjoint] = {
 
 def forward_chunk(
     cell: str, d: int, saves: bool, keeps_c: bool, gx: Tensor, h: Tensor, c: State, *weights
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """Through some steps of a direction.
 
     Args:
@@ -97,7 +97,7 @@ def forward_chunk(
         h, c, tiles = step_of_gx(cell, gx[k], h, c, w)
         of_each[k] = torch.cat(tiles, 1) if saves and tiles else None, h, c
     gates, hs, cs = (_stacked([of_each[k][i] for k in sorted(order)]) for i in range(3))
-    return _there(gates, hs, cs if keeps_c else c)
+    return there(gates, hs, cs if keeps_c else c)
 
 
 def backward_chunk(
@@ -110,7 +110,7 @@ def backward_chunk(
     dh: Tensor,
     dc: State,
     *weights,
-) -> tuple[Tensor, ...]:
+) -> list[Tensor]:
     """Backwards through some steps of a direction.
 
     Args:
@@ -131,7 +131,7 @@ def backward_chunk(
             dh = dh + d_out[k]
         tiles = () if gates is None else gates[k].chunk(SPECS[cell].saved, 1)
         dgates[k], dh, dc = ADJOINTS[cell](tiles, left[k], entered[k], dh, dc, w)
-    return _there(torch.stack([dgates[k] for k in sorted(order)]), dh, dc)
+    return there(torch.stack([dgates[k] for k in sorted(order)]), dh, dc)
 
 
 def _order(d: int, steps: int) -> list[int]:
@@ -146,5 +146,6 @@ def _stacked(tensors: list[State]) -> State:
     return None if tensors[0] is None else torch.stack(tensors)
 
 
-def _there(*tensors: State) -> tuple[Tensor, ...]:
-    return tuple(tensor for tensor in tensors if tensor is not None)
+def there(*tensors: State) -> list[Tensor]:
+    """Those that are no None: what a program takes and returns."""
+    return [tensor for tensor in tensors if tensor is not None]

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from . import chunks, reference
-from .chunks import ADJOINTS, backward_chunk, forward_chunk
+from .chunks import ADJOINTS, backward_chunk, forward_chunk, there
 from .kernels.spec import SPECS, Weights
 from .loop_cells import CELLS, State
 from .steps import Part, Steps
@@ -198,8 +198,9 @@ def _machine() -> str:
     sources = b"".join(
         Path(module.__file__).read_bytes() for module in (chunks, reference) if module.__file__
     )
-    info = Path("/proc/cpuinfo")
-    flags = [line for line in info.read_text().splitlines() if line.startswith(("flags", "Feat"))]
+    info = Path("/proc/cpuinfo")  # Linux alone has it
+    lines = info.read_text().splitlines() if info.exists() else [platform.processor()]
+    flags = [line for line in lines if line.startswith(("flags", "Feat"))] or lines
     parts: list[Any] = [torch.__version__, platform.machine(), flags[:1], _OPTIONS]
     return f"{parts} {hashlib.sha256(sources).hexdigest()}"
 
@@ -247,10 +248,6 @@ class _Chunks(NamedTuple):
         return [left[t * B : (t + 1) * B] if 0 <= t < T else initial for t in before]
 
 
-def _there(*tensors: Tensor | None) -> list[Tensor]:
-    return [t for t in tensors if t is not None]
-
-
 def _dense(tensor: State) -> State:
     return None if tensor is None else tensor.contiguous()
 
@@ -284,14 +281,14 @@ def forward_steps(
     chunks = _Chunks.of(s.whole, backwards=s.d == 1)
     saves = saves and SPECS[cell].saved > 0
     gx = chunks.each(room[:, : w.w_hh.shape[0]])
-    results = list(zip(*map(chunks.each, _there(room if saves else None, hs, cs)), strict=True))
+    results = list(zip(*map(chunks.each, there(room if saves else None, hs, cs)), strict=True))
     # Every step multiplies by W_hh^T, so it gets rows of its own.
     weights = w.w_hh.t().contiguous(), _own_biases(cell, w), _dense(w.w_hr)
     h, c = _dense(h), _dense(c)
     fixed, last = (cell, s.d, saves, cs is not None), 0 if s.d else -1
-    program, there = _program(forward_chunk, fixed, [gx[0], h, c, *weights]), _there(*weights)
+    program = _program(forward_chunk, fixed, [gx[0], h, c, *weights])
     for own, to in zip(gx, results, strict=True):
-        found = program([own, h, *_there(c), *there])
+        found = program(there(own, h, c, *weights))
         for room_of_each, of_each in zip(to, found, strict=False):
             room_of_each.copy_(of_each)
         h = found[saves][last]
@@ -325,15 +322,14 @@ def backward_steps(
     tensors = gates if SPECS[cell].saved else None, left, d_out
     given = zip(*map(chunks.each, tensors), chunks.entered(initial, left), strict=True)
     grads, weights = [dh, dc], (_dense(w.w_hh), None, _dense(w.w_hr))
-    there, to_each = _there(*weights), chunks.each(dgates, part.times.start)
-    program = None
+    to_each, program = chunks.each(dgates, part.times.start), None
     for to, (of_gates, of_left, of_out, first) in zip(to_each, given, strict=True):
         first = _dense(first)
         if program is None:
             like = of_gates, of_left, first, of_out, *grads, *weights
             program = _program(backward_chunk, (cell, s.d), like)
-        found, *grads = program([*_there(of_gates, of_left, first, of_out, *grads), *there])
+        found, *grads = program(there(of_gates, of_left, first, of_out, *grads, *weights))
         to.copy_(found)
-    for carried, grad in zip(_there(dh, dc), grads, strict=True):
+    for carried, grad in zip(there(dh, dc), grads, strict=True):
         carried.copy_(grad)
     return chunks.rest
