@@ -16,7 +16,9 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from .spec import CellSpec
+import torch
+
+from .problem import Chip, Problem, Tiles
 
 MMA_LATENCY = 24  # cycles
 #: Dependent mma instructions of a step of schedule cooperative, at most.
@@ -46,23 +48,6 @@ SPEEDS = {
 }
 
 
-class Launch(NamedTuple):
-    """The sizes of one launch of schedule resident or cooperative, in one direction."""
-
-    spec: CellSpec
-    kind: str  # of products: "16-bit", "tf32", "tf32x3" or "ieee"
-    forward: bool
-    layers: int
-    rows: int  # sequences of a program
-    units: int  # hidden units of a program
-    chunks: tuple[tuple[int, int, int], ...]  # of the sum over H: start, pieces, columns of each
-    folded: int  # dots that share an accumulator, 0: all
-    partners: int  # programs that share a batch tile, with those of other layers and directions
-    tiles: int  # batch tiles at once
-    rounds: int  # of batch tiles, one after the other
-    exchanges: bool  # programs read what others wrote
-
-
 class Floors(NamedTuple):
     """Microseconds of one step of the whole batch, by what bounds it."""
 
@@ -83,24 +68,36 @@ class Floors(NamedTuple):
         return f"{self.step:.2f} us a step ({parts})"
 
 
-def dependent_mma(launch: Launch) -> tuple[int, ...]:
+def dependent_mma(problem: Problem, kind: str, tiles: Tiles, forward: bool) -> tuple[int, ...]:
     """Counts the longest chain of mma instructions of each product of a step.
 
     The compiler makes one accumulator of a sum of dots, or one of every ``folded`` of them: forward
     of all chunks, backward of all gates of a phase, too. Backward in a wavefront has one more
     product, with all gates of the layer above.
     """
-    deep = 16 if launch.kind == "16-bit" else 8  # columns of one instruction
-    each = [-(-width // deep) for _, _, width in launch.chunks]
-    gates = [len(phase) for phase in launch.spec.phases]
-    if not launch.forward and launch.layers > 1:
-        gates.append(launch.spec.gates)
-    if launch.kind == "tf32x3":  # three products of one pair, whose result is added
+    each = _mma_of_chunks(kind, tiles)
+    gates = [len(phase) for phase in problem.spec.phases]
+    if not forward and problem.layers > 1:
+        gates.append(problem.spec.gates)
+    if kind == "tf32x3":  # three products of one pair, whose result is added
         return (3 * max(each),) * len(gates)
-    if launch.forward:
-        return (_longest(each, launch.folded),) * len(gates)
+    if forward:
+        return (_longest(each, tiles.folded),) * len(gates)
     # With several gates each chunk has its own accumulator; they are added at the end.
-    return tuple(_longest([max(each)] * n if n > 1 else each, launch.folded) for n in gates)
+    return tuple(_longest([max(each)] * n if n > 1 else each, tiles.folded) for n in gates)
+
+
+def dots_per_accumulator(problem: Problem, kind: str, tiles: Tiles, forward: bool) -> int:
+    """Returns how many dots of a sum may share an accumulator, 0 for all: see LONGEST_CHAIN."""
+    if max(dependent_mma(problem, kind, tiles, forward)) <= LONGEST_CHAIN:
+        return 0
+    return max(1, LONGEST_CHAIN // max(_mma_of_chunks(kind, tiles)))
+
+
+def _mma_of_chunks(kind: str, tiles: Tiles) -> list[int]:
+    """How deep the dot of each chunk of H is, in mma instructions of one piece."""
+    deep = 16 if kind == "16-bit" else 8  # columns of one instruction
+    return [-(-width // deep) for *_, width in tiles.k_chunks or ((0, 1, tiles.block_h),)]
 
 
 def _longest(each: list[int], folded: int) -> int:
@@ -108,69 +105,75 @@ def _longest(each: list[int], folded: int) -> int:
     return max(sum(each[i : i + n]) for i in range(0, len(each), n))
 
 
-def dots_per_accumulator(launch: Launch) -> int:
-    """Returns how many dots of a sum may share an accumulator, 0 for all: see LONGEST_CHAIN."""
-    if max(dependent_mma(launch)) <= LONGEST_CHAIN:
-        return 0
-    deep = 16 if launch.kind == "16-bit" else 8
-    return max(1, LONGEST_CHAIN // max(-(-width // deep) for _, _, width in launch.chunks))
+def floors_of(schedule: str, problem: Problem, chip: Chip, tiles: Tiles, forward: bool) -> Floors:
+    """The floors of a step of a plan, all rounds of batch tiles together."""
+    speeds = SPEEDS.get(chip.arch, SPEEDS["sm_90"])
+    if schedule == "stepwise":
+        return _from_memory(problem, chip, speeds, forward)
+    return _on_chip(problem, chip, speeds, tiles, forward)
 
 
-def floors_on_chip(launch: Launch, arch: str) -> Floors:
-    """The floors of a launch that keeps its weights on the chip, all rounds together."""
-    spec, speeds = launch.spec, SPEEDS.get(arch, SPEEDS["sm_90"])
-    itemsize = 2 if launch.kind == "16-bit" else 4
-    columns = sum(pieces * width for _, pieces, width in launch.chunks)
-    operands = 2 if launch.layers > 1 else 1  # a layer above the first projects its own input
-    weights = spec.gates * launch.units * columns * operands
-    read = launch.rows * columns * itemsize * operands * (1 if launch.forward else spec.gates)
-    chains, phases = dependent_mma(launch), len(spec.phases)
-    specials = launch.rows * launch.units * spec.specials[not launch.forward]
-    programs = launch.partners * launch.tiles
+def _on_chip(p: Problem, chip: Chip, speeds: Speeds, tiles: Tiles, forward: bool) -> Floors:
+    """Programs that keep their weights; they exchange h or dgates if the sum over H is cut."""
+    spec, kind, together = p.spec, p.kind(chip), bool(tiles.k_chunks)
+    rows, units, itemsize = tiles.block_b, tiles.block_h, p.dtype.itemsize
+    columns = sum(pieces * width for _, pieces, width in tiles.k_chunks) or units
+    operands = 2 if p.layers > 1 else 1  # a layer above the first projects its own input
+    weights = spec.gates * units * columns * operands
+    batch_tiles, rounds, partners = -(-p.batch // rows), 1, 1
+    if together:
+        rounds, partners = -(-batch_tiles // tiles.at_once), -(-p.hidden_size // units)
+        batch_tiles = min(batch_tiles, tiles.at_once)
+    programs = partners * batch_tiles * p.directions * p.layers
+    read = rows * columns * itemsize * operands * (1 if forward else spec.gates)
+    chains, hop = dependent_mma(p, kind, tiles, forward), speeds.hop + speeds.l2_latency
     one = Floors(
-        products=2 * max(launch.rows, 16) * weights / speeds.flops[launch.kind],
+        products=2 * max(rows, 16) * weights / speeds.flops[kind],  # an mma has 16 rows
         shared=weights * itemsize / SHARED_BYTES_A_CYCLE / speeds.cycles,
-        specials=specials / SPECIALS_A_CYCLE / speeds.cycles,
-        l2=programs * read / speeds.l2_bytes if launch.exchanges else 0.0,
+        specials=rows * units * spec.specials[not forward] / SPECIALS_A_CYCLE / speeds.cycles,
+        l2=programs * read / speeds.l2_bytes if together else 0.0,
         mma=MMA_LATENCY * sum(chains) / speeds.cycles,
         chain=(ROUND_TRIP * len(chains) + ACTIVATIONS) / speeds.cycles,
-        sync=phases * (speeds.hop + speeds.l2_latency) if launch.exchanges else 0.0,
+        sync=len(spec.phases) * hop if together else 0.0,
     )
-    return Floors(*(launch.rounds * floor for floor in one))
+    return Floors(*(rounds * floor for floor in one))
 
 
-def floors_stepwise(
-    spec: CellSpec, kind: str, itemsize: int, sizes: tuple[int, int, int], sms: int, arch: str,
-    forward: bool,
-) -> Floors:  # fmt: skip
-    """The floors of a GEMM a phase and direction and a launch a phase; sizes are H, B and D."""
-    speeds, (H, B, D) = SPEEDS.get(arch, SPEEDS["sm_90"]), sizes
-    weights = spec.gates * H * H * D
-    specials = B * H * D * spec.specials[not forward]
+def _from_memory(p: Problem, chip: Chip, speeds: Speeds, forward: bool) -> Floors:
+    """A GEMM a phase and direction, and a launch a phase."""
+    H, D = p.hidden_size, p.directions
+    weights = p.spec.gates * H * H * D
+    specials = p.batch * H * D * p.spec.specials[not forward]
     return Floors(
-        products=2 * B * weights / (speeds.flops[kind] * sms),
+        products=2 * p.batch * weights / (speeds.flops[p.kind(chip)] * chip.sms),
         shared=0.0,
-        specials=specials / SPECIALS_A_CYCLE / speeds.cycles / sms,
-        l2=weights * itemsize / speeds.l2_bytes,
+        specials=specials / SPECIALS_A_CYCLE / speeds.cycles / chip.sms,
+        l2=weights * p.dtype.itemsize / speeds.l2_bytes,
         mma=0.0,
         chain=0.0,
-        sync=len(spec.phases) * (D + 1) * speeds.launch,
+        sync=len(p.spec.phases) * (D + 1) * speeds.launch,
     )
 
 
-def cudnn_step(cell: str, dtype: str, H: int, B: int, chains: int, needs_grad: bool) -> float:
-    """Returns the microseconds of a step of cuDNN as others report them; nothing is measured.
+def cudnn_step(problem: Problem) -> float | None:
+    """Microseconds of a step of cuDNN as others report them, None where there is no report.
 
-    The lower ends of reports for cuDNN 8 as torch drives it on A100 and H100, in 16 bits or tf32.
-    ``chains``: the layers, one after the other; directions run side by side.
+    The lower ends of reports for cuDNN 8 as torch drives it on A100 and H100, in 16 bits or tf32;
+    nothing is measured. Layers run one after the other, directions side by side.
     """
-    persists = cell == "lstm" and dtype == "float16" and chains == 1 and B % 8 == 0
+    p, H = problem, problem.hidden_size
+    if p.dtype.itemsize == 8 or (p.dtype == torch.float32 and p.precision != "tf32"):
+        return None
+    persists = (
+        p.cell == "lstm" and p.dtype == torch.float16 and p.layers == p.directions == 1
+        and H % 128 == p.batch % 8 == 0 and H <= 1024 and p.batch <= 128
+    )  # fmt: skip
     if H <= 64:
         forward, backward = 0.6, 1.0
     elif H <= 128:
         forward, backward = 2.0, 2.0
-    elif persists and H % 128 == 0 and H <= 1024 and B <= 128:
+    elif persists:
         forward, backward = 2.0, 3.1
     else:
         forward, backward = 6.5, 9.0
-    return (forward + backward * needs_grad) * chains
+    return (forward + backward * p.needs_grad) * p.layers

@@ -6,7 +6,7 @@ if a GPU was measured on exactly this problem, else from ``model.py``.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -14,7 +14,6 @@ from typing import NamedTuple
 
 import torch
 
-from .chips import CHIPS, Chip, chip_of, refuse_cooperation  # noqa: F401, re-exported
 from .limits import (
     LARGEST_H,
     LARGEST_SLICE,
@@ -24,62 +23,31 @@ from .limits import (
     resident_bytes,
     slice_bytes,
 )
-from .model import Floors, Launch, dots_per_accumulator, floors_on_chip, floors_stepwise
-from .spec import SPECS, CellSpec
+from .model import Floors, dots_per_accumulator, floors_of
+from .problem import (  # noqa: F401, re-exported
+    CHIPS,
+    Chip,
+    LaunchRefused,
+    NoPlan,
+    Problem,
+    Tiles,
+    chip_of,
+    refuse_cooperation,
+)
 
 
-class NoPlan(Exception):  # noqa: N818, a planner's answer rather than an error
-    """No schedule takes the problem; the message is the reason, in one sentence."""
+class Measured(NamedTuple):
+    """A plan of one layer that a GPU preferred, with microseconds of a step in that run."""
 
-
-class LaunchRefused(RuntimeError):  # noqa: N818, as above
-    """The device does not hold all programs of a cooperative launch at once; nothing has run."""
-
-
-class Problem(NamedTuple):
-    """What a plan depends on. T is left out: no binary and no choice depends on it."""
-
-    cell: str
-    hidden_size: int
-    batch: int
-    directions: int
-    dtype: torch.dtype
-    precision: str  # of products in fp32: "tf32", "tf32x3" or "ieee"
-    needs_grad: bool
-    layers: int = 1
-    ragged: bool = False  # lengths, resets or packed input
-    layer_by_layer: bool = False  # no wavefront: backward recomputes the gates of each layer
-
-    @property
-    def spec(self) -> CellSpec:
-        """The counts of the cell.
-
-        Raises:
-            NoPlan: no kernel has this cell.
-        """
-        if self.cell not in SPECS:
-            raise NoPlan(f"no kernel knows the cell {self.cell!r}; known are {', '.join(SPECS)}")
-        return SPECS[self.cell]
-
-
-@dataclass(frozen=True)
-class Tiles:
-    """The sizes of one program of a kernel, with its launch options."""
-
-    block_b: int  # sequences
-    block_h: int  # hidden units
-    num_warps: int
-    max_registers: int | None  # a thread's; None where the compiler has no such option
-    precision: str  # of products, as tl.dot's input_precision
-    shared_bytes: int  # an upper bound of the compiler's figure
-    # Of schedule cooperative: how the sum over H is cut (start, pieces, columns of each), how many
-    # batch tiles run at once, and how many dots share an accumulator (0: all).
-    k_chunks: tuple[tuple[int, int, int], ...] = ()
-    at_once: int = 1
-    folded: int = 0
+    schedule: str
+    forward: Tiles
+    backward: Tiles | None
+    us: float
+    torch_us: float  # of torch.nn in the same process
+    where: str  # the GPU's full name and the date
 
     def __str__(self) -> str:
-        return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
+        return f"{self.us:.2f} us a step (torch.nn {self.torch_us:.2f}), measured on {self.where}"
 
 
 @dataclass(frozen=True)
@@ -91,8 +59,7 @@ class Plan:
     backward: Tiles | None
     layers: int = 1
     floors: tuple[Floors, ...] = ()  # of a step forward and, if planned, backward
-    #: Microseconds of a step of this plan and of torch.nn, where a GPU was measured.
-    measured: tuple[float, float] | None = None
+    measured: Measured | None = None  # None: the model's choice
 
     @property
     def step(self) -> float:
@@ -108,15 +75,13 @@ class Plan:
             parts.append(f"{self.layers} layers as a wavefront")
         names = ("forward at least", "backward at least")
         parts += [f"{n} {floors}" for n, floors in zip(names, self.floors, strict=False)]
-        source = "modelled, not measured"
-        if self.measured is not None:
-            source = "measured: {:.2f} us a step, torch.nn {:.2f}".format(*self.measured)
+        source = self.measured or "modelled, not measured"
         return f"{self.schedule}: {'; '.join(parts)} ({source})"
 
 
-#: Plans of one layer that a run on a GPU preferred, by family (f"{arch}-{sms}") and problem; made
-#: by ``python -m bench tune``. Each must be one of ``candidates``.
-MEASURED: dict[tuple[str, Problem], Plan] = {}
+#: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
+#: be one of ``candidates``.
+MEASURED: dict[tuple[str, int, Problem], Measured] = {}
 
 
 @lru_cache(maxsize=4096)
@@ -144,8 +109,10 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
-    if chip.cooperates and (found := MEASURED.get((f"{chip.arch}-{chip.sms}", problem))):
-        return found
+    found = MEASURED.get((chip.arch, chip.sms, problem))
+    if found and (chip.cooperates or found.schedule != "cooperative"):
+        best = _with_floors(found.schedule, found.forward, found.backward, problem, chip)
+        return replace(best, measured=found)
     refused = []
     for schedule in SCHEDULES.values():
         try:
@@ -163,7 +130,7 @@ def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
         except NoPlan:
             continue
         yield best
-        pairs: list[tuple[Tiles, Tiles]] = []
+        pairs: list[tuple[Tiles, ...]] = []
         if name == "resident":  # fewer warps or more rows would spill
             rows, warps = best.forward.block_b, best.forward.num_warps
             for r, w in product((8, 16), (2, 4, 8)):
@@ -172,7 +139,7 @@ def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
         elif name == "cooperative":
             sides = (_slices(problem, chip, forward) for forward in (True, False))
             pairs = list(product(*([tiles for *_, tiles in side] for side in sides)))
-        others = {_with_floors(name, *pair, problem, chip) for pair in pairs} - {best}
+        others = {_with_floors(name, one, two, problem, chip) for one, two in pairs} - {best}
         yield from sorted(others, key=lambda other: (other.step, str(other)))
 
 
@@ -193,13 +160,6 @@ def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
     return tuple(waves)
 
 
-def _kind(problem: Problem, chip: Chip) -> str:
-    """How products are made; AMD's matrix units have no tf32."""
-    if problem.dtype.itemsize == 2:
-        return "16-bit"
-    return "ieee" if problem.dtype.itemsize == 8 or chip.warp_size == 64 else problem.precision
-
-
 def _need_dots(problem: Problem) -> None:
     if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         raise NoPlan(
@@ -214,7 +174,7 @@ def resident(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: W_hh is too large, or the dtype has no products.
     """
-    spec, kind, amd = problem.spec, _kind(problem, chip), chip.warp_size == 64
+    spec, kind, amd = problem.spec, problem.kind(chip), chip.warp_size == 64
     _need_dots(problem)
     H, largest = problem.hidden_size, LARGEST_H[kind][spec.gates] // (2 if amd else 1)
     if largest < H:
@@ -249,7 +209,7 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: no slice of W_hh fits, or the programs cannot exchange h.
     """
-    spec, kind = problem.spec, _kind(problem, chip)
+    spec, kind = problem.spec, problem.kind(chip)
     _need_dots(problem)
     if spec.rowwise:
         raise NoPlan(f"schedule cooperative cuts a row of H, over which {problem.cell} reduces")
@@ -277,7 +237,7 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
     """Everything that fits: its modelled time, its size for ties, and the tiles."""
     H, kind, gates, L = (
         problem.hidden_size,
-        _kind(problem, chip),
+        problem.kind(chip),
         problem.spec.gates,
         problem.layers,
     )
@@ -296,8 +256,8 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
         at_once = max(1, min(-(-problem.batch // rows), chip.sms // programs))
         precision = kind if kind != "16-bit" else "ieee"
         tiles = Tiles(rows, units, 8, 255, precision, shared, chunks, at_once)
-        tiles = replace(tiles, folded=dots_per_accumulator(_launch(problem, chip, tiles, forward)))
-        floors = floors_on_chip(_launch(problem, chip, tiles, forward), chip.arch)
+        tiles = replace(tiles, folded=dots_per_accumulator(problem, kind, tiles, forward))
+        floors = floors_of("cooperative", problem, chip, tiles, forward)
         yield floors.step, rows, units, tiles
 
 
@@ -319,40 +279,21 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
 
 
 #: In the order in which they are asked.
-SCHEDULES = {"resident": resident, "cooperative": cooperative, "stepwise": stepwise}
-
-
-def _launch(problem: Problem, chip: Chip, tiles: Tiles, forward: bool) -> Launch:
-    """The sizes of a launch, as the model takes them."""
-    spec, kind = problem.spec, _kind(problem, chip)
-    count, partners = -(-problem.batch // tiles.block_b), problem.directions * problem.layers
-    exchanges = bool(tiles.k_chunks)
-    chunks, rounds = tiles.k_chunks or ((0, 1, tiles.block_h),), 1
-    if exchanges:
-        partners *= -(-problem.hidden_size // tiles.block_h)
-        rounds, count = -(-count // tiles.at_once), min(count, tiles.at_once)
-    return Launch(
-        spec, kind, forward, problem.layers, tiles.block_b, tiles.block_h, chunks, tiles.folded,
-        partners, count, rounds, exchanges,
-    )  # fmt: skip
+SCHEDULES: dict[str, Callable[[Problem, Chip], Plan]] = {
+    "resident": resident,
+    "cooperative": cooperative,
+    "stepwise": stepwise,
+}
 
 
 def _with_floors(
     schedule: str, forward: Tiles, backward: Tiles | None, problem: Problem, chip: Chip
 ) -> Plan:
     """A plan with its modelled times, and without backward where none is needed."""
-    p = problem
-    floors: list[Floors] = []
-    backward = backward if p.needs_grad else None
-    for tiles in (forward, backward):
-        if tiles is None:
-            continue
-        if schedule == "stepwise":
-            sizes = p.hidden_size, p.batch, p.directions
-            found = floors_stepwise(
-                p.spec, _kind(p, chip), p.dtype.itemsize, sizes, chip.sms, chip.arch, not floors
-            )
-        else:
-            found = floors_on_chip(_launch(p, chip, tiles, not floors), chip.arch)
-        floors.append(found)
-    return Plan(schedule, forward, backward, p.layers, tuple(floors))
+    backward = backward if problem.needs_grad else None
+    floors = (
+        floors_of(schedule, problem, chip, tiles, tiles is forward)
+        for tiles in (forward, backward)
+        if tiles
+    )
+    return Plan(schedule, forward, backward, problem.layers, tuple(floors))
