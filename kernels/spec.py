@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-from .tensors import Weights  # noqa: F401, until every import names tensors.py
+from .tensors import Weights  # noqa: F401, until nothing imports it from this file
 
 
 @dataclass(frozen=True)

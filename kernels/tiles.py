@@ -170,7 +170,7 @@ def store_states(h_ptr, c_ptr, row, mask, cols, state, H: tl.constexpr):
 
 @triton.jit
 def load_matrix(w_ptr, cols, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``w[gate]`` of a whole W_hh ``[G*H, H]``, tiles ``[BLOCK_H, BLOCK_H]``; its transpose if told."""
+    """``w[gate]`` of a whole W_hh ``[G*H, H]``, or its transpose: tiles ``[BLOCK_H, BLOCK_H]``."""
     H: tl.constexpr = TILE.H
     inside = (cols < H)[:, None] & (cols < H)[None, :]
     w = ()
