@@ -1,4 +1,4 @@
-"""Tests of ``patch``, ``replace_modules`` and ``to_torch``: modules of torch become ours, and back."""
+"""Tests of ``patch``, ``replace_modules`` and ``to_torch``: torch modules become ours, and back."""
 
 from __future__ import annotations
 
