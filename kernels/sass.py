@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -96,10 +97,16 @@ def read_listing(text: str) -> list[Instruction]:
     ]
 
 
-def read(cubin: bytes) -> list[Instruction]:
-    """Disassembles a binary of one kernel with the ``nvdisasm`` that Triton ships."""
-    from .offline import run_tool
+def run_tool(name: str, *arguments: str) -> str:
+    """Runs a program that Triton ships (ptxas, cuobjdump, nvdisasm) and returns its output."""
+    import triton
 
+    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
+    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+
+
+def read(cubin: bytes) -> list[Instruction]:
+    """Returns the instructions of a binary of one kernel."""
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

@@ -6,9 +6,9 @@ import sys
 
 import pytest
 
+from fusedrnn.kernels import sass
 from fusedrnn.kernels.latencies import TIMINGS, timings
-from fusedrnn.kernels.offline import run_tool
-from fusedrnn.kernels.sass import NO_BOARD, Instruction, decode, loops, read, read_listing, trace
+from fusedrnn.kernels.sass import NO_BOARD, Instruction, decode, read_listing, trace
 from fusedrnn.kernels.steptime import cost, predict, write_json
 
 SM = timings("sm_90")
@@ -65,8 +65,8 @@ def cycles(path, warps=1, **options):
 def compiled(body, folder):
     text, binary = folder / "kernel.ptx", folder / "kernel.cubin"
     text.write_text(PTX.format(body=body))
-    run_tool("ptxas", "-arch=sm_90", "-o", str(binary), str(text))
-    return read(binary.read_bytes())
+    sass.run_tool("ptxas", "-arch=sm_90", "-o", str(binary), str(text))
+    return sass.read(binary.read_bytes())
 
 
 @pytest.mark.parametrize(
@@ -85,7 +85,7 @@ def test_decodes_the_control_word(high, stall, stay, write, read_board, wait):
 
 def test_traces_the_loop_over_time():
     instructions = read_listing(LISTING)
-    assert loops(instructions) == [(1, 6), (2, 3)]
+    assert sass.loops(instructions) == [(1, 6), (2, 3)]
     path = trace(instructions)
     # The poll runs once, the branch around the call is taken.
     assert [each.address for each in path] == [0x10, 0x20, 0x30, 0x40, 0x60]
@@ -101,10 +101,9 @@ def test_every_kind_of_instruction_has_its_pipe(arch):
         "LDSM.16.M88.4": "memory", "STG.E.128": "memory", "SHFL.BFLY": "memory", "LOP3": "alu",
         "BAR.SYNC": "barrier", "UIADD3": "uniform", "BRA": "control",
     }  # fmt: skip
-    sm = timings(arch)
-    assert {name: cost(Instruction(0, name), sm, sm.l2).pipe for name in pipes} == pipes
-    assert cost(Instruction(0, "LDSM.16.M88.4"), sm, sm.l2).unit == 4  # 512 bytes at 128 a cycle
-    assert cost(Instruction(0, "LDG.E.128"), sm, 500.0).latency == 506  # 8 beats, the first 2 in it
+    costs = {name: cost(Instruction(0, name), timings(arch), 500.0) for name in pipes}
+    assert {name: each.pipe for name, each in costs.items()} == pipes
+    assert costs["LDSM.16.M88.4"].unit == 4  # 512 bytes at 128 a cycle
 
 
 def test_hand_made_traces():
