@@ -1,4 +1,9 @@
-"""The tensors of one launch: what every schedule and the loop on the CPU read and write."""
+"""The tensors of a launch, as the named tuples that every schedule and the CPU's loop take.
+
+Sizes: T time, B batch, R rows (``rows.py``), I input, H hidden, G gates, D directions, L layers,
+Z = L*D, S saved tiles, N gradient tiles (``spec.py``). Layer l in direction d has number l*D + d.
+Every tensor is contiguous.
+"""
 
 from __future__ import annotations
 
@@ -14,40 +19,42 @@ class Weights(NamedTuple):
     w_hh: Tensor  # [G*H, H]
     b_ih: Tensor | None  # [G*H]
     b_hh: Tensor | None  # [G*H]
-    w_hr: Tensor | None = None  # [P, H], a projection of h; read by ``reference.py`` only
+    w_hr: Tensor | None = None  # [P, H], a projection of h; only ``reference.py`` reads it
 
 
 class Layers(NamedTuple):
     """The tensors of the layers that run in one launch.
 
-    A tuple has an entry for each layer and direction, Z of them. A tensor is None where a cell has
-    no c, where there are no biases, or where the call does not need it.
+    A tensor is None if the cell does not have it (an RNN has no c) or the call does not need it
+    (without gradients nothing is saved). A kernel is compiled without what is None.
     """
 
     gx: Tensor | None = None  # [D, R, G*H] = x W_ih^T + b_ih of the first layer
-    w_ih: tuple[Tensor, ...] = ()  # [G*H, I], above the first layer [G*H, D*H]
-    b_ih: tuple[Tensor, ...] | None = None  # [G*H]
-    w_hh: tuple[Tensor, ...] = ()  # [G*H, H]
-    b_hh: tuple[Tensor, ...] | None = None  # [G*H]
-    masks: tuple[Tensor, ...] | None = None  # the dropout factor of each layer's input [R, H]
+    w_ih: tuple[Tensor, ...] | None = (
+        None  # Z of [G*H, I]; kernels read those above the first layer
+    )
+    b_ih: tuple[Tensor, ...] | None = None  # Z of [G*H]
+    w_hh: tuple[Tensor, ...] = ()  # Z of [G*H, H]
+    b_hh: tuple[Tensor, ...] | None = None  # Z of [G*H]
+    masks: tuple[Tensor, ...] | None = None  # Z of [R, H]: dropout factors of a layer's input
     h_0: Tensor | None = None  # [Z, B, H]
-    c_0: Tensor | None = None
-    h_n: Tensor | None = None
-    c_n: Tensor | None = None
-    out: tuple[Tensor, ...] = ()  # the output of the layer, [R, D*H]
-    gates: Tensor | None = None  # [Z, R, S*H], saved for backward
-    cs: Tensor | None = None  # [Z, R, H], saved for backward
-    origins: Tensor | None = None  # [D, T, B], from ``Rows``
-    starts: Tensor | None = None  # [T], from ``Rows``
+    c_0: Tensor | None = None  # [Z, B, H]
+    h_n: Tensor | None = None  # [Z, B, H], written by forward
+    c_n: Tensor | None = None  # [Z, B, H], written by forward
+    out: tuple[Tensor, ...] = ()  # Z of [R, D*H], written by forward; directions share a tensor
+    gates: Tensor | None = None  # [Z, R, S*H], saved by forward
+    cs: Tensor | None = None  # [Z, R, H], saved by forward
+    origins: Tensor | None = None  # [D, T, B] of the rows; None if every sequence has every step
+    starts: Tensor | None = None  # [T] of the rows; None if they are not packed
 
 
 class Grads(NamedTuple):
-    """The gradients that reach the layers of a launch, and those that it writes."""
+    """The gradients that reach the layers of a launch, and those that leave them."""
 
     out: Tensor | None = None  # [R, D*H] of the last layer
-    cs: Tensor | None = None  # [Z, R, H]
+    cs: Tensor | None = None  # [Z, R, H] of every c
     h_n: Tensor | None = None  # [Z, B, H]
-    c_n: Tensor | None = None
-    gates: Tensor | None = None  # [Z, R, N*H], written
-    h_0: Tensor | None = None  # [Z, B, H], written
-    c_0: Tensor | None = None
+    c_n: Tensor | None = None  # [Z, B, H]
+    gates: Tensor | None = None  # [Z, R, N*H] of the pre-activations, written by backward
+    h_0: Tensor | None = None  # [Z, B, H], written by backward
+    c_0: Tensor | None = None  # [Z, B, H], written by backward
