@@ -52,7 +52,6 @@ class Stream:
             raise ValueError(f"batch_size is {batch_size!r}; expected a positive integer")
         self._module = module
         self._shape = (batch_size, module.input_size)
-        self._names: list[str] = list(module._flat_weights_names)
         self._layers = arguments.Layers(module.num_layers, module.bias)
         self._set(hx)
 
@@ -137,7 +136,7 @@ class Stream:
         module, (batch, features) = self._module, self._shape
         size = (batch, 1, features) if module.batch_first else (1, batch, features)
         with torch.no_grad():
-            call = module._prepare(getattr(module, self._names[0]).new_zeros(size), hx)
+            call = module._prepare(module._params()[0].new_zeros(size), hx)
             self._facts = call.facts._replace(autocast=None)
             self._states: _States = [list(state.clone().unbind(0)) for state in call.states]
 
@@ -149,8 +148,7 @@ class Stream:
                 hook(module, (input,), {})
             else:
                 hook(module, (input,))
-        own = module._parameters  # faster than getattr for each weight
-        return [own[name] if name in own else getattr(module, name) for name in self._names]
+        return module._params()
 
     def _check_input(self, input: Any, weight: Tensor, autocast: bool) -> None:
         """Raises for an input that no step takes, with the module's own exception types."""
