@@ -7,24 +7,22 @@ is printed are entries of ``MEASURED`` in ``kernels/plan.py``, ready to be copie
 from __future__ import annotations
 
 import argparse
-import math
+import os
 import time
-from dataclasses import replace
 from datetime import datetime, timezone
 from itertools import islice
-from pathlib import Path
 
 import torch
 
 from fusedrnn import dispatch
 from fusedrnn.kernels import plan as planning
-from fusedrnn.kernels.plan import Chip, Measured, Plan, Problem, chip_of
+from fusedrnn.kernels.plan import Measured, Problem, chip_of
 
 from . import DEFAULT_FOLDER, UserError
-from .cases import Workload, named
+from .cases import named
 from .gate import Gate
 from .gpu import append
-from .measure import BenchmarkCase, Settings, interleaved
+from .measure import PASSES, BenchmarkCase, Settings, Times, interleaved
 from .providers import TORCH
 
 HELP = "which plan is the fastest here, as entries for kernels/plan.py"
@@ -47,84 +45,74 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Tunes case by case until the time is over; returns 1 if a candidate was wrong or broke."""
-    device = torch.device("cuda" if options.device == "auto" else options.device)
-    if device.type == "cuda" and not torch.cuda.is_available():
+    device = torch.device(options.device)
+    if device.type == "cpu" and os.environ.get("TRITON_INTERPRET") != "1":
         raise UserError("tune needs a CUDA device, and torch finds none")
-    table = Path(options.out or DEFAULT_FOLDER) / "tune.csv"
+    table = (options.out or DEFAULT_FOLDER) / "tune.csv"
     table.parent.mkdir(parents=True, exist_ok=True)
     end, bad = time.monotonic() + 60 * options.minutes, 0
     flat = [w for w in named(options.cases) if w.layers == 1 and not w.ragged]
     for workload, cell in ((w, cell) for w in flat for cell in w.cells):
-        case = BenchmarkCase(workload, cell, Settings(device, options.seed))
-        for training in (True, False):
-            rows, entry = tune(case, training)
+        settings = Settings(device, options.seed, seconds=0.3)
+        case = BenchmarkCase.of(workload, cell, settings)
+        for mode in PASSES:
+            rows, entry = tune(case, mode, settings)
             for row in rows:
-                append(table, COLUMNS, (workload.name, cell, *row))
-            bad += sum(row[2] in ("red", "failed") for row in rows)
+                append(table, COLUMNS, (workload.name, cell, mode, *row))
+            bad += sum(row[1] in ("red", "failed") for row in rows)
             print(entry or f"# {workload.name} {cell}: no candidate passed", flush=True)
         if time.monotonic() > end:
             break
     return 1 if bad else 0
 
 
-def tune(case: BenchmarkCase, training: bool) -> tuple[list[tuple], str]:
+def tune(case: BenchmarkCase, mode: str, settings: Settings) -> tuple[list[tuple], str]:
     """Gates and times the candidates of one problem.
 
     Args:
         case: one layer, in one or two directions.
-        training: whether backward is run too.
+        mode: ``"forward"`` or ``"training"``.
+        settings: the device, and the seconds for each candidate.
 
     Returns:
         The rows for tune.csv, and the fastest candidate as an entry of ``MEASURED``; "" if none
         passed.
     """
-    workload, device = case.workload, case.settings.device
-    pass_name = "training" if training else "forward"
-    gate = Gate(workload, case.cell, case.weights, case.gate_input())
-    problem, chip = problem_of(workload, case.cell, training), chip_of(device)
-    calls = {name: case.call(name, pass_name) for name in (TORCH, TRITON)}
+    problem, chip = problem_of(case, mode == "training"), chip_of(settings.device)
+    gate, precision = Gate(case), problem.precision if case.x.dtype == torch.float32 else ""
+    calls = {name: case.call(name, mode) for name in (TORCH, TRITON)}
     rows, passed = [], {}
     for plan in islice(planning.candidates(problem, chip), MOST):
-        verdict, note = _judge(gate, plan, problem, chip)
-        ms = dict.fromkeys(calls, math.nan)
-        if verdict == "ok":
-            # The plan is forced around all calls, not in each, so that calls cost what they do.
-            with planning.forced(lambda problem, chip, plan=plan: (plan,)):
-                times = interleaved(calls, device, seconds=case.settings.seconds)
-            ms = {name: found.p50 for name, found in times.items()}
-            passed[plan] = ms
-        rows.append((pass_name, plan.describe(), verdict, ms[TRITON], ms[TORCH], note))
+        times: dict[str, Times] = {}
+        # The plan is forced around all calls, not in each, so that calls cost what they do.
+        with planning.forced(lambda problem, chip, plan=plan: (plan,)):
+            try:
+                verdict = gate.judge(TRITON, precision, backward=mode == "training")
+            except (RuntimeError, ValueError) as error:
+                outcome, note = "failed", f"{type(error).__name__}: {error}"[:200]
+            else:
+                outcome = "ok" if verdict.ok else "red"
+                note = f"{verdict.share:.2f} of the error budget"
+                if verdict.ok:
+                    times = interleaved(calls, settings.device, seconds=settings.seconds)
+                    passed[plan] = times
+        ms = [times[name].p50 if times else "" for name in (TRITON, TORCH)]
+        rows.append((plan.describe(), outcome, *ms, note))
     if not passed:
         return rows, ""
-
-    def relative(plan: Plan) -> float:
-        return passed[plan][TRITON] / passed[plan][TORCH]
-
-    best, usual = min(passed, key=relative), planning.plan(problem, chip)
-    if usual in passed and relative(usual) < LEAD * relative(best):
+    best = max(passed, key=lambda plan: passed[plan][TRITON].x)
+    usual = planning.plan(problem, chip)
+    if usual in passed and passed[usual][TRITON].x * LEAD > passed[best][TRITON].x:
         best = usual
     where = f"{chip.name}, {datetime.now(timezone.utc):%Y-%m-%d}"
-    us = (round(1000 * passed[best][name] / workload.T, 3) for name in (TRITON, TORCH))
-    measured = Measured(best.schedule, best.forward, best.backward, *us, where)
+    us = [round(1000 * passed[best][name].p50 / case.workload.T, 3) for name in (TRITON, TORCH)]
+    measured = Measured(best.schedule, best.forward, best.backward, us[0], us[1], where)
     return rows, f"    {(chip.arch, chip.sms, problem)!r}: {measured!r},"
 
 
-def problem_of(workload: Workload, cell: str, needs_grad: bool) -> Problem:
+def problem_of(case: BenchmarkCase, needs_grad: bool) -> Problem:
     """Returns the problem that the planner gets for one layer of a case."""
-    name = "rnn_tanh" if cell == "rnn" else cell
-    dtype, D = getattr(torch, workload.dtype), 2 if workload.bidirectional else 1
-    return Problem(name, workload.H, workload.B, D, dtype, dispatch.precision(), needs_grad)
-
-
-def _judge(gate: Gate, plan: Plan, problem: Problem, chip: Chip) -> tuple[str, str]:
-    """Returns the gate's verdict on a plan and a note. The gate runs backward as well."""
-    try:
-        if plan.backward is None:
-            schedule = planning.SCHEDULES[plan.schedule]
-            trained = schedule(problem._replace(needs_grad=True), chip)
-            plan = replace(plan, backward=trained.backward)
-        with planning.forced(lambda problem, chip: (plan,)):
-            verdict = gate.judge(TRITON)
-    except (RuntimeError, ValueError, planning.NoPlan) as error:
-        return "failed", f"{type(error).__name__}: {error}"[:200]
-    return ("ok" if verdict.ok else "red"), f"{verdict.share:.2f} of the error budget"
+    cell = "rnn_tanh" if case.cell == "rnn" else case.cell
+    D = 2 if case.workload.bidirectional else 1
+    sizes = case.workload.H, case.workload.B, D
+    return Problem(cell, *sizes, case.x.dtype, dispatch.precision(), needs_grad)
