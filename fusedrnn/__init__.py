@@ -2,10 +2,10 @@
 
 from .dispatch import explain, use_backend, use_precision
 from .functional import gru, lstm, rnn
-from .inspection import States
+from .states import States
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .patching import patch, replace_modules, to_torch, unpatch
-from .streaming import Stream
+from .stream import Stream
 from .tokens import TokenGRU, TokenLSTM
 
 __version__ = "0.1.0"

@@ -62,15 +62,15 @@ def _add_run(commands: Any) -> None:
 
 def _run(options: argparse.Namespace) -> None:
     # Imported late, for it takes seconds and --help should not.
-    from . import running
+    from . import run
 
     source = None
     if not options.as_module:
         try:
-            source = running.read(options.target)
+            source = run.read(options.target)
         except OSError as error:
             options.fail(f"can't open file {options.target!r}: {error.strerror}")
-    running.run(options.target, options.arguments, source)
+    run.run(options.target, options.arguments, source)
 
 
 def _add_study(commands: Any) -> None:

@@ -15,8 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, functional, inspection, known
-from .streaming import Stream
+from . import arguments, functional, states, known
+from .stream import Stream
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
@@ -97,7 +97,7 @@ class _Stack(torch.nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
         gates: bool = False,
-    ) -> inspection.States:
+    ) -> states.States:
         """Runs the stack and returns every state of every step; see ``fusedrnn.States``.
 
         Args:
@@ -108,7 +108,7 @@ class _Stack(torch.nn.RNNBase):
             NotImplementedError: backend ``"aten"`` was named, which keeps no state but the last.
         """
         call = self._prepare(input, hx, lengths=lengths, reset=reset)
-        return inspection.run(call, gates)
+        return states.run(call, gates)
 
     def stream(self, batch_size: int = 1, hx: Any = None) -> Stream:
         """Decoding step by step, with the state carried from call to call; see ``Stream``."""

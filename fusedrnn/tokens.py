@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, dispatch, inspection, known
+from . import arguments, dispatch, states, known
 from .modules import GRU, LSTM
 
 _INTEGERS = (torch.int32, torch.int64)
@@ -161,7 +161,7 @@ class _Tokens:
     def states(self: Any, input: Any, hx: Any = None, *, gates: bool = False, **options: Any):
         """As ``LSTM.states``, of tokens."""
         call = self._prepare(input, hx, embedded=True, **options)
-        return inspection.run(call, gates)
+        return states.run(call, gates)
 
     def stream(self, batch_size: int = 1, hx: Any = None) -> Any:
         """Refused: a stream takes the embedding's rows.
