@@ -182,7 +182,7 @@ def backward(
         dx = layers.h_0.new_empty(rows.total, xs[0].shape[-1]) if needs_input else None
         return dx, _backward(config, plan, xs, layers, grads, rows, dx, needs_params)
     x = xs[0].reshape(-1, xs[0].shape[-1])
-    dx, total = torch.empty_like(x) if needs_input else None, []
+    dx, total = torch.empty_like(x) if needs_input else None, list[Tensor]()
     for own, part, part_grads, part_rows in _segments(config, x, layers, grads, rows):
         part_dx = None if dx is None else dx[own]
         found = _backward(

@@ -25,7 +25,7 @@ class Forward(NamedTuple):
 
     gates: Tensor  # [R, max(G, S)*H], first gx
     h: Sequence[Tensor]  # of each step [n, H]
-    c: Sequence[Tensor] | None  # of each step [n, H]
+    c: Any  # of each step [n, H], None in a cell without c
     w_hh: Tensor  # [G*H, H]
     b_hh: Tensor | None  # [G*H], of which gx has all but a GRU's b_hn
     split: Split
@@ -37,10 +37,10 @@ class Backward(NamedTuple):
     gates: Tensor  # [R, S*H]
     dgates: Tensor  # [R, N*H]
     h: Tensor  # [R, H], the state that left each step
-    c: Tensor | None  # [R, H]
+    c: Any  # [R, H], None in a cell without c
     before: Tensor  # [R, H], the c, or without one the h, that entered each step
     dh: Sequence[Tensor]  # of each step [n, H], the gradient of h, carried in place
-    dc: Sequence[Tensor] | None
+    dc: Any  # of each step [n, H], None in a cell without c
     w_hh: Tensor
     split: Split
 
@@ -127,7 +127,7 @@ def _gru_forward(a: Forward) -> Callable:
 
 
 def _candidate_slopes(z: Tensor, n: Tensor, h: Tensor, d_z: Tensor, d_n: Tensor) -> None:
-    """Of h' = (1 - z) n + z h: (h - n) z (1 - z), and (1 - z) (1 - n^2)."""
+    """Fills d_z and d_n with the slopes of h': (h - n) z (1 - z), and (1 - z) (1 - n^2)."""
     _sigmoid_slope(z, d_z).mul_(h - n)
     torch.mul(n, n, out=d_n).sub_(1)
     torch.addcmul(d_n, d_n, z, value=-1, out=d_n).neg_()
