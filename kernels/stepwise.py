@@ -152,9 +152,8 @@ def _stepwise_bwd_kernel(
         if grads.cs is not None:
             d_state = add_to(d_state, 1, d_cs[0])
         d_leaving, carry = d_state, ()
-        for later in tl.static_range(P - PHASE):
-            p: tl.constexpr = P - 1 - later
-            if later > 0:
+        for p in tl.static_range(P - 1, PHASE - 1, -1):
+            if p < P - 1:
                 du = load(carried.u + ((p + 1) * TILE.D * B + row) * H, mask_b, cols, 1, H)[0]
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
         # A skipped step leaves the gradient as it was.
