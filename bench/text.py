@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 import fusedrnn
-from fusedrnn.streaming import Stream
+from fusedrnn.stream import Stream
 
 from .cases import CHARACTER
 from .plots import COLOURS
