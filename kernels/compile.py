@@ -8,14 +8,12 @@ does not compile under ``TRITON_INTERPRET``.
 from __future__ import annotations
 
 import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import cached_property
 from importlib import import_module
-from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -23,15 +21,8 @@ from triton.backends.compiler import GPUTarget
 
 from .plan import Chip, Plan, Problem, Tiles
 from .rows import Rows
+from .sass import Instruction, loops, read, run_tool
 from .tensors import Grads, Layers
-
-
-class Instruction(NamedTuple):
-    """One SASS instruction, such as ``HMMA.16816.F32.BF16``, and the index it branches back to."""
-
-    name: str
-    back_to: int | None = None
-
 
 #: Kinds of instructions and what their names begin with; the first that fits counts.
 KINDS = {
@@ -48,9 +39,6 @@ KINDS = {
     "spill": r"LDL\b|STL\b",
     "FMA unit": r"[FD](?:FMA|ADD|MUL)\w*\b|HFMA2|HADD2|HMUL2",
 }
-_INSTRUCTION = re.compile(r"/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?(\S+?)(?:\s+(.*?))?\s*;")
-_LABEL = re.compile(r"\s*(\.L_x_\d+):")
-_TARGET = re.compile(r"\.L_x_\d+")
 
 
 class Kernel:
@@ -65,13 +53,11 @@ class Kernel:
         self.shared_bytes: int = binary.metadata.shared
 
     @cached_property
-    def sass(self) -> str:
-        """The instructions as text."""
-        return self._read("nvdisasm", "-c")
-
-    @cached_property
     def _usage(self) -> dict[str, int]:
-        listing = self._read("cuobjdump", "-res-usage")
+        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+            file.write(self.binary.asm["cubin"])
+            file.flush()
+            listing = run_tool("cuobjdump", "-res-usage", file.name)
         return {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
 
     @property
@@ -87,13 +73,7 @@ class Kernel:
     @cached_property
     def instructions(self) -> list[Instruction]:
         """All instructions, each once, however often it runs."""
-        return read_sass(self.sass)
-
-    def _read(self, tool: str, option: str) -> str:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.binary.asm["cubin"])
-            file.flush()
-            return run_tool(tool, option, file.name)
+        return read(self.binary.asm["cubin"])
 
 
 def compile_plan(
@@ -193,32 +173,10 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
     return layers, grads, rows
 
 
-def read_sass(text: str) -> list[Instruction]:
-    """The instructions of the kernel whose listing the text is."""
-    labels: dict[str, int] = {}
-    found: list[Instruction] = []
-    for line in text.splitlines():
-        if mark := _LABEL.match(line):
-            labels[mark[1]] = len(found)
-        elif match := _INSTRUCTION.search(line):
-            name, operands = match[1], match[2] or ""
-            target = _TARGET.search(operands) if name.startswith("BRA") else None
-            # A label that has not come yet is ahead.
-            found.append(Instruction(name, labels.get(target[0]) if target else None))
-    return found
-
-
 def loop_over_time(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
-    """From the target of the farthest branch back to that branch, or nothing.
-
-    The other loops of the kernels poll, inside that one.
-    """
-    longest: Sequence[Instruction] = ()
-    for index, instruction in enumerate(instructions):
-        # The last instruction of a kernel branches to itself.
-        if instruction.back_to is not None and index - instruction.back_to > max(0, len(longest) - 1):
-            longest = instructions[instruction.back_to : index + 1]
-    return longest
+    """The longest loop, or nothing: the other loops of the kernels poll, inside that one."""
+    spans = loops(instructions)
+    return instructions[spans[0][0] : spans[0][1] + 1] if spans else ()
 
 
 def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
@@ -228,9 +186,3 @@ def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
         of = (kind for kind, names in KINDS.items() if re.match(names, instruction.name))
         counts[next(of, "other")] += 1
     return counts | {"total": len(instructions)}
-
-
-def run_tool(name: str, *arguments: str) -> str:
-    """The output of a program that Triton brings along: ptxas, cuobjdump or nvdisasm."""
-    program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
