@@ -16,8 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .kernels.rows import Rows, packed_rows
-from .kernels.spec import Weights
-from .layout import Layout, Ragged, in_grid
+from .kernels.tensors import Weights
+from .layout import Layout, Sequences, with_index
 
 State = Any  # a Tensor, or None for the c of a cell without one
 
@@ -120,7 +120,7 @@ def differentiable_stack(
     c_0: State,
     weights: Sequence[Sequence[Weights]],
     dropout_masks: Sequence[Tensor],
-    ragged: Ragged = Ragged(),  # noqa: B008, it is immutable
+    sequences: Sequences = Sequences(),  # noqa: B008, it is immutable
 ) -> tuple[Tensor, Tensor, State, State]:
     """A whole stack of layers out of operations autograd knows, so derivatives of any order exist.
 
@@ -131,15 +131,15 @@ def differentiable_stack(
         weights: ``weights[layer][direction]``.
         dropout_masks: for each layer but the last ``[T, B, D*H]``, packed ``[R, D*H]``, scaled; or
             none at all.
-        ragged: lengths and resets, or the batch sizes of packed input.
+        sequences: lengths and resets, or the batch sizes of packed input.
 
     Returns:
         output ``[T, B, D*H]``, h_n ``[L*D, B, H]``, c_n or None, and c of every step or None,
         ``[L*D, R, H]``.
     """
-    packing = _packing(ragged.batch_sizes, input.device)
-    input, dropout_masks = packing.give(input), [packing.give(mask) for mask in dropout_masks]
-    steps = _Steps(ragged, input.shape[0], input.shape[1], input.device)
+    packing = _packing(sequences.batch_sizes, input.device)
+    input, dropout_masks = packing.to_grid(input), [packing.to_grid(mask) for mask in dropout_masks]
+    steps = _Steps(sequences, input.shape[0], input.shape[1], input.device)
     # What stands beyond the end may be NaN, and 0 * NaN would reach the gradient of W_ih.
     input = torch.where(steps.there.unsqueeze(-1), input, 0.0)
     h_n: list[Tensor] = []
@@ -154,11 +154,11 @@ def differentiable_stack(
             outputs.append(out)
             h_n.append(h)
             c_n.append(c)
-            cs += [packing.take(every_c).flatten(0, -2)] if every_c is not None else []
+            cs += [packing.to_rows(every_c).flatten(0, -2)] if every_c is not None else []
         input = torch.cat(outputs, -1)
         if dropout_masks and layer < len(weights) - 1:
             input = input * dropout_masks[layer]
-    output = packing.take(input)
+    output = packing.to_rows(input)
     if c_0 is None:
         return output, torch.stack(h_n), None, None
     return output, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)
@@ -167,10 +167,10 @@ def differentiable_stack(
 class _Steps:
     """Which steps are there, and before which the state is cut, ``[T, B]`` each."""
 
-    def __init__(self, ragged: Ragged, T: int, B: int, device: torch.device):
-        lengths, reset = ragged.lengths, ragged.reset
-        if ragged.batch_sizes is not None:
-            lengths = (ragged.batch_sizes.unsqueeze(1) > torch.arange(B)).sum(0)
+    def __init__(self, sequences: Sequences, T: int, B: int, device: torch.device):
+        lengths, reset = sequences.lengths, sequences.reset
+        if sequences.batch_sizes is not None:
+            lengths = (sequences.batch_sizes.unsqueeze(1) > torch.arange(B)).sum(0)
         every = torch.ones(T, B, dtype=torch.bool, device=device)
         times = torch.arange(T, device=device).unsqueeze(1)
         self.there = every if lengths is None else every & (times < lengths.to(device))
@@ -206,4 +206,4 @@ def _packing(batch_sizes: Tensor | None, device: torch.device) -> Layout:
         return Layout(Rows(0, 0))
     rows = packed_rows(batch_sizes, 1, device)
     there = torch.arange(rows.B) < batch_sizes.unsqueeze(1)
-    return in_grid(rows, there.flatten().nonzero().squeeze(1), device)
+    return with_index(rows, there.flatten().nonzero().squeeze(1), device)
