@@ -74,13 +74,6 @@ class Facts(NamedTuple):
         return ", ".join([*parts, "with gradients" if self.needs_grad else "no gradients"])
 
 
-class Jagged(NamedTuple):
-    """The rows of a nested tensor of layout ``torch.jagged`` that was packed."""
-
-    offsets: Tensor  # [B + 1]
-    values: Tensor  # [R], the packed row of each row of the nested values
-
-
 class Call(NamedTuple):
     """A checked call, with its tensors in the form that all backends take."""
 
@@ -91,7 +84,8 @@ class Call(NamedTuple):
     batched: bool = True  # False: the results lose the batch dimension again
     sequences: Sequences = Sequences()
     packing: PackedSequence | None = None  # the packed input
-    jagged: Jagged | None = None  # or the nested one
+    #: Or of a nested one its offsets [B + 1], and the packed row of each of its rows [R].
+    jagged: tuple[Tensor, Tensor] | None = None
 
 
 class _Sizes(NamedTuple):
@@ -156,35 +150,19 @@ def prepare(
     check_alike(data, states, params, check_dtype=autocast is None)
     if hx is not None and packing is not None and packing.sorted_indices is not None:
         states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
-    facts = _facts(cell, data, states, params, (steps, batch, sizes), layers, sequences, autocast)
+    tensors = data, *states, *params
+    facts = _facts(cell, tensors, (steps, batch, sizes), layers, sequences, autocast)
     return Call(facts, data, states, params, batched, sequences, packing, jagged)
 
 
-def prepare_cell(
-    cell: str,
-    input: Tensor,
-    hx: Tensor | Sequence[Tensor] | None,
-    params: Sequence[Tensor],
-) -> Call:
-    """Checks the arguments of a single step, ``input [B, I]`` or ``[I]``."""
-    layers = Layers(bias=len(params) == 4)
-    sizes = _sizes(cell, params, layers)
-    batched = _ndim(input, (1, 2)) == 2
-    data = input if batched else input.unsqueeze(0)
-    _check_features(data, sizes.input_size)
-    if hx is None:
-        states = _zeros(data, (len(data),), sizes.columns)
-    else:
-        states = _as_tensors(hx, len(sizes.columns), indexed=False)
-        for name, state in zip(_hx_names(len(states)), states, strict=True):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"{name} is {state.dim()}-D; expected 1-D or 2-D")
-        states = _fitted(states, (len(data),) if batched else (), sizes.columns)
-        states = states if batched else tuple(s.unsqueeze(0) for s in states)
-    autocast = _autocast_dtype(data)
-    check_alike(data, states, params, check_dtype=autocast is None)
-    facts = _facts(cell, data, states, params, (1, len(data), sizes), layers, _DENSE, autocast)
-    return Call(facts._replace(single_step=True), data, states, params, batched)
+def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
+    """Prepares a single step, ``input [B, I]`` or ``[I]``, as a stack with T = 1."""
+    _ndim(input, (1, 2))
+    if hx is not None:
+        states = _as_tensors(hx, SPECS[cell].states, indexed=False)
+        hx = as_hx([state.unsqueeze(0) for state in states])
+    call = prepare(cell, input.unsqueeze(0), hx, params, Layers(bias=len(params) == 4))
+    return call._replace(facts=call.facts._replace(single_step=True))
 
 
 _DENSE = Sequences()
@@ -193,37 +171,23 @@ _KINDS = ("lengths", "reset", "packed")
 
 def _facts(
     cell: str,
-    data: Tensor,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grid: tuple[int, int, _Sizes],
+    tensors: Sequence[Tensor],
+    dims: tuple[int, int, _Sizes],
     layers: Layers,
     sequences: Sequences,
     autocast: torch.dtype | None,
 ) -> Facts:
-    steps, batch, sizes = grid
-    ragged: tuple[str, ...] = ()
-    if sequences is not _DENSE:
-        pairs = zip(_KINDS, sequences, strict=True)
-        ragged = tuple(name for name, given in pairs if given is not None)
-    needs_grad = torch.is_grad_enabled()
-    needs_grad = needs_grad and any(t.requires_grad for t in (*params, data, *states))
-    return Facts(
-        cell,
-        data.device,
-        # Autocast leaves fp64 alone, as everywhere in torch.
-        data.dtype if autocast is None or data.dtype == torch.float64 else autocast,
-        steps,
-        batch,
-        *sizes[:3],
-        layers,
-        ragged,
-        needs_grad,
-        needs_grad and data.requires_grad,
-        autocast,
-        torch.compiler.is_compiling(),
-        is_transformed(),
-    )
+    """Returns the facts about a call with these tensors, the input first."""
+    data, (steps, batch, sizes) = tensors[0], dims
+    pairs = () if sequences is _DENSE else zip(_KINDS, sequences, strict=True)
+    ragged = tuple([kind for kind, given in pairs if given is not None])
+    needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
+    grads = needs_grad, needs_grad and data.requires_grad
+    # Autocast leaves fp64 alone, as everywhere in torch.
+    dtype = data.dtype if autocast is None or data.dtype == torch.float64 else autocast
+    modes = torch.compiler.is_compiling(), is_transformed()
+    grid = steps, batch, *sizes[:3]
+    return Facts(cell, data.device, dtype, *grid, layers, ragged, *grads, autocast, *modes)
 
 
 def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> _Sizes:
@@ -289,7 +253,7 @@ def _check_packed(packing: PackedSequence) -> tuple[int, int]:
     return len(batch_sizes), int(batch_sizes[0])
 
 
-def _pack_jagged(nested: Any) -> tuple[PackedSequence, Jagged]:
+def _pack_jagged(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
     """Packs a nested tensor; reads its lengths, hence waits for a GPU."""
     if nested.layout != torch.jagged:
         raise ValueError(f"input is a nested tensor of {nested.layout}; expected torch.jagged")
@@ -306,7 +270,7 @@ def _pack_jagged(nested: Any) -> tuple[PackedSequence, Jagged]:
     back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
     order = order.to(values.device)
     packed = PackedSequence(values.index_select(0, rows), there.sum(1), order, order.argsort())
-    return packed, Jagged(offsets, back)
+    return packed, (offsets, back)
 
 
 def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor | None:

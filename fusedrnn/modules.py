@@ -287,35 +287,32 @@ class RNN(_Stack):
 
 
 class _SingleStep(torch.nn.RNNCellBase):
-    """The common part of the cells."""
+    """The common part of the cells, which derive from torch's."""
 
-    @property
-    def _cell(self) -> str:
-        """The name of the equations."""
-        raise NotImplementedError
+    _cell = "lstm"
 
-    def _prepare(
-        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
-    ) -> arguments.Call:
+    def _prepare(self, input: Tensor, hx: Any = None) -> arguments.Call:
         params = [self.weight_ih, self.weight_hh]
-        params += [self.bias_ih, self.bias_hh] if self.bias else []
+        params += [b for b in (self.bias_ih, self.bias_hh) if b is not None]
         return arguments.prepare_cell(self._cell, input, hx, params)
 
     def forward(self, input: Tensor, hx: Any = None):
         """Runs one step; see the class for shapes and errors."""
-        op = ATEN_CELL.get(self._cell)
-        if op and hx is not None and dispatch.is_auto() and not is_transformed():
-            # torch checks as it goes, and where it raises, the checks below have a sentence.
+        op, p = ATEN_CELL.get(self._cell), self._parameters
+        if is_transformed() or not (dispatch.is_auto() and op):
+            if op is None or is_transformed() or dispatch.requested_backend()[0] != "aten":
+                return functional.run_cell(self._prepare(input, hx))
+        elif hx is not None:
             try:
                 if input.dim() == 2:
-                    return op(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-            except (RuntimeError, TypeError, AttributeError, IndexError):
-                self._prepare(input, hx)
-                raise
-        return functional.run_cell(self._prepare(input, hx))
+                    biases = p["bias_ih"], p["bias_hh"]
+                    return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+                pass  # torch's own forward raises its own error, or reads computed weights
+        return super().forward(input, hx)
 
 
-class LSTMCell(_SingleStep):
+class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
     Args:
@@ -331,23 +328,11 @@ class LSTMCell(_SingleStep):
     Raises:
         ValueError: input or a state is neither 1-D nor 2-D.
         RuntimeError: a size, dtype or device is wrong, or hx has not two tensors.
-        TypeError, AttributeError: input or hx is not what can hold tensors. All as ``nn.LSTMCell``.
+        TypeError, AttributeError: input or hx cannot hold tensors. All as ``nn.LSTMCell``.
     """
 
-    _cell = "lstm"  # type: ignore[assignment]
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
-
-
-class GRUCell(_SingleStep):
+class GRUCell(_SingleStep, torch.nn.GRUCell):
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
     The arguments are ``LSTMCell``'s, and keyword-only ``reset_after``, see ``GRU``. Inputs are
@@ -359,28 +344,19 @@ class GRUCell(_SingleStep):
 
     reset_after: bool = True  # as of GRU
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        reset_after: bool = True,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.reset_after = reset_after
 
     @property
-    def _cell(self) -> str:
+    def _cell(self) -> str:  # type: ignore[override]
         return "gru" if self.reset_after else "gru_reset_before"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-class RNNCell(_SingleStep):
+class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 
     The arguments are ``LSTMCell``'s, and as the fourth ``nonlinearity``, ``"tanh"`` or ``"relu"``.
@@ -392,20 +368,8 @@ class RNNCell(_SingleStep):
         ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
-        self.nonlinearity = nonlinearity
-
     @property
-    def _cell(self) -> str:
+    def _cell(self) -> str:  # type: ignore[override]
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
