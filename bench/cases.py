@@ -103,9 +103,7 @@ def _kernelbench(number: int, cell: str, bidirectional: bool = False) -> Workloa
 
 
 def _deepbench(cell: str, H: int, B: int, T: int) -> Workload:
-    return Workload(
-        f"deepbench-{cell}-{H}", "deepbench", "none", T=T, B=B, I=H, H=H, cells=(cell,)
-    )
+    return Workload(f"deepbench-{cell}-{H}", "deepbench", "none", T=T, B=B, I=H, H=H, cells=(cell,))
 
 
 #: Sizes that others have published times of (``bench/references.csv``).

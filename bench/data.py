@@ -18,7 +18,6 @@ import tarfile
 import tempfile
 import urllib.request
 import zipfile
-import zlib
 from array import array
 from collections import Counter
 from itertools import chain

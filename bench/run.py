@@ -252,7 +252,9 @@ def run_cases(options: argparse.Namespace) -> int:
         for line in case_lines(rows):
             report.say(report.table_line(line, WIDTHS))
         complaints += wrong
-    print("\ngate: the largest error as a part of what is allowed; forward, training: milliseconds, and")
+    print(
+        "\ngate: the largest error as a part of what is allowed; forward, training: milliseconds, and"
+    )
     print("how many times as fast as torch.nn, which is given a PackedSequence if lengths differ.")
     if names:
         from . import references
@@ -298,7 +300,9 @@ def case_lines(rows: Rows) -> Iterator[dict[str, str]]:
         cells["gate"] = f"{gate} {max(shares):.2f}" if shares else gate
         for mode in PASSES:
             row = rows.get((provider, mode), {})
-            speed = f"{report.ms_text(row['ms'])} ms" if row.get("ms") else row.get("note", "-")[:24]
+            speed = (
+                f"{report.ms_text(row['ms'])} ms" if row.get("ms") else row.get("note", "-")[:24]
+            )
             cells[mode] = f"{speed}, {row['x']:.2f}x" if row.get("x") else speed
         yield cells
 
