@@ -30,7 +30,7 @@ import fusedrnn
 
 from . import UserError
 
-HELP = "on a CUDA machine: gate, benchmark, tests, tuning and compute-sanitizer in one command"
+HELP = "gate, speed, tests and tuning on a CUDA machine"
 ROOT = Path(__file__).resolve().parents[1]
 #: A process that is told its limit gets this much less, so that it can end by itself.
 MARGIN_SECONDS = 10
