@@ -40,19 +40,22 @@ from .tiles import (
     add_to,
     choose,
     entering_state,
+    first_row,
     gradient_before,
+    h_rows_before,
     is_present,
     is_stored,
     leaving_state,
     load,
     load_bias,
     load_origins,
+    load_state,
     load_state_after,
-    load_states,
     load_step,
-    rows_at,
+    out_rows,
+    row_ptrs,
     store,
-    store_states,
+    store_state,
     time_of,
     visible,
 )
@@ -109,34 +112,31 @@ def _load_slice(w_ptr, cols, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: 
 
 
 @triton.jit
-def _load_chunk(row_ptrs, mask_b, N: tl.constexpr, TILE: tl.constexpr):
+def _load_chunk(rows, mask_b, N: tl.constexpr, TILE: tl.constexpr):
     """Chunk N of whole rows, ``[KS, BLOCK_B, KC]``, past L1."""
     k = _chunk(N, TILE)[:, None, :]
     mask = mask_b[None, :, None]
     if TILE.chunks[N][0] + TILE.chunks[N][1] * TILE.chunks[N][2] > TILE.H:
         mask = mask & (k < TILE.H)
-    return tl.load(row_ptrs[None, :, None] + k, mask, other=0.0, cache_modifier=".cg")
+    return tl.load(rows[None, :, None] + k, mask, other=0.0, cache_modifier=".cg")
 
 
 @triton.jit
-def _load_operand(row_ptrs, mask_b, TILE: tl.constexpr):
+def _load_operand(rows, mask_b, TILE: tl.constexpr):
     """``u[chunk]``, whole rows."""
     u = ()
     for n in tl.static_range(len(TILE.chunks)):
-        u = u + (_load_chunk(row_ptrs, mask_b, n, TILE),)
+        u = u + (_load_chunk(rows, mask_b, n, TILE),)
     return u
 
 
 @triton.jit
 def _load_h(layers, program, step, origins, TILE: tl.constexpr):
     """``u[chunk]``, whole rows of the h that enters a step."""
-    D: tl.constexpr = TILE.D
-    H: tl.constexpr = TILE.H
-    B, d, z = program.B, program.d, program.z
-    t_before = time_of(tl.maximum(step - 1, 0), program)
     if layers.origins is not None:
-        left_rows = program.out + d * H + rows_at(layers, program, t_before) * (D * H)
-        initial_rows = layers.h_0 + (z * B + program.offs_b) * H
+        t_before = time_of(tl.maximum(step - 1, 0), program)
+        left_rows = out_rows(program, first_row(layers, program, t_before), TILE)
+        initial_rows = row_ptrs(layers.h_0, program.z * program.B, program, TILE.H)
         u = ()
         for n in tl.static_range(len(TILE.chunks)):
             left = _load_chunk(left_rows, origins == PREVIOUS, n, TILE)
@@ -144,20 +144,18 @@ def _load_h(layers, program, step, origins, TILE: tl.constexpr):
             u = u + (left + initial,)  # at most one of them is not zero
         return u
     else:
-        # Chosen as scalars: a choice between vectors loses their alignment.
-        first = tl.where(step > 0, t_before * B * (D * H) + d * H, z * B * H)
-        rows = tl.where(step > 0, program.out, layers.h_0) + first
-        rows += program.offs_b * tl.where(step > 0, D * H, H)
+        rows = h_rows_before(layers, program, step, TILE)
         return _load_operand(rows, program.mask_b, TILE)
 
 
 @triton.jit
-def _load_input(layers, program, row, here, TILE: tl.constexpr):
+def _load_input(layers, program, first, here, TILE: tl.constexpr):
     """``u[chunk]``, whole rows of a layer's input: the output of the layer below, after dropout."""
     below = choose(layers.out, tl.maximum(program.z - 1, 0))
-    x = _load_operand(below + row * TILE.H, here, TILE)
+    x = _load_operand(row_ptrs(below, first, program, TILE.H), here, TILE)
     if layers.masks is not None:
-        mask = _load_operand(choose(layers.masks, program.z) + row * TILE.H, here, TILE)
+        masks = choose(layers.masks, program.z)
+        mask = _load_operand(row_ptrs(masks, first, program, TILE.H), here, TILE)
         dropped = ()
         for n in tl.static_range(len(x)):
             dropped = dropped + (x[n] * mask[n],)
@@ -200,14 +198,14 @@ def _products(u, w, b, CELL: tl.constexpr, PART: tl.constexpr, TILE: tl.constexp
 
 
 @triton.jit
-def _product_sum(row_ptrs, mask_b, w, CELL: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
+def _product_sum(rows, mask_b, w, CELL: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
     """The sum over the gates of a part of ``dgates W[gate]``; the rows begin at its first tile."""
     G: tl.constexpr = len(CELL.parts[PART])
     COUNT: tl.constexpr = len(TILE.chunks) * G
     RUN: tl.constexpr = TILE.folded if TILE.folded > 0 else (COUNT if G == 1 else G)
     done = ()
     for n in tl.static_range(COUNT):
-        tile = row_ptrs + CELL.factors[PART][n % G] * TILE.H
+        tile = rows + CELL.factors[PART][n % G] * TILE.H
         u = _load_chunk(tile, mask_b, n // G, TILE)
         dot = _dot(u, w[CELL.parts[PART][n % G]][n // G], n % RUN == 0 and RUN < COUNT, TILE)
         if n == 0:
@@ -231,31 +229,32 @@ def _cooperative_fwd_kernel(
     P: tl.constexpr = len(CELL.phases)
     z = tl.program_id(2).to(tl.int64)
     program = _program(layers, z, T, B, R, first_tile, TILE)
-    d, offs_b, mask_b, cols = program.d, program.offs_b, program.mask_b, program.cols
+    mask_b, cols = program.mask_b, program.cols
     partners = tl.num_programs(0)
     counter = _counter(shared.counters, z, B, first_tile, TILE)
     counter_below = _counter(shared.counters, z - 1, B, first_tile, TILE)
-    ends = (z * B + offs_b) * H
 
     w_hh = _load_slice(choose(layers.w_hh, z), cols, True, CELL, TILE)
     b_hh = load_bias(choose(layers.b_hh, z), cols, CELL, H)
     if TILE.L > 1:
         w_ih = _load_slice(choose(layers.w_ih, z), cols, True, CELL, TILE)
         b_ih = load_bias(choose(layers.b_ih, z), cols, CELL, H)
-    state = load_states(layers.h_0, layers.c_0, ends, mask_b, cols, H)
+    state = load_state(layers.h_0, layers.c_0, program, mask_b, H)
 
     for step in range(T):
         published = partners * P * step  # each step publishes h, and every operand that is not h
         t = time_of(step, program)
-        row = rows_at(layers, program, t)
+        first = first_row(layers, program, t)
+        row = z * R + first
         origins = load_origins(layers, program, t)
         here = is_present(layers, program, origins)
-        reads_gx = here & (offs_b < tl.where(z < TILE.D, B, 0))  # the first layer alone
-        gx = load(layers.gx + (d * R + row) * (G * H), reads_gx, cols, G, H)
+        reads_gx = here & (program.offs_b < tl.where(z < TILE.D, B, 0))  # the first layer alone
+        rows = row_ptrs(layers.gx, program.d * R + first, program, G * H)
+        gx = load(rows, reads_gx, cols, G, H)
         if TILE.L > 1:
             if z > 0:
                 wait(counter_below, published + partners * P, patience)
-                x = _load_input(layers, program, row, here, TILE)
+                x = _load_input(layers, program, first, here, TILE)
                 gx = _products(x, w_ih, b_ih, CELL, P, TILE)
 
         entering = entering_state(layers, state, origins)
@@ -265,7 +264,8 @@ def _cooperative_fwd_kernel(
                 wait(counter, published, patience)
                 u = _load_h(layers, program, step, origins, TILE)
             else:
-                slots = shared.slots + (((z * 2 + step % 2) * (P - 1) + p - 1) * B + offs_b) * H
+                slot = (z * 2 + step % 2) * (P - 1) + p - 1
+                slots = row_ptrs(shared.slots, slot * B, program, H)
                 store(slots, mask_b, cols, (CELL.operand(p, gx, gh, entering),), H)
                 publish(counter)
                 wait(counter, published + partners * p, patience)
@@ -276,16 +276,16 @@ def _cooperative_fwd_kernel(
 
         result = visible(layers, state, origins)
         here = is_stored(layers, program, origins)
-        store(program.out + row * (TILE.D * H) + d * H, here, cols, (result[0],), H)
+        store(out_rows(program, first, TILE), here, cols, (result[0],), H)
         publish(counter)
         # Stored after publishing, because no other program reads them.
         if layers.gates is not None:
-            rows = layers.gates + (z * R + row) * (S * H)
-            store(rows, here, cols, visible(layers, saved, origins), H)
+            saved = visible(layers, saved, origins)
+            store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
         if layers.cs is not None:
-            store(layers.cs + (z * R + row) * H, here, cols, (result[1],), H)
+            store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
 
-    store_states(layers.h_n, layers.c_n, ends, mask_b, cols, state, H)
+    store_state(layers.h_n, layers.c_n, program, state, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
@@ -299,17 +299,16 @@ def _cooperative_bwd_kernel(
     # Numbered from the last layer down, so that a program is scheduled after those it waits for.
     z = LAST - tl.program_id(2).to(tl.int64)
     program = _program(layers, z, T, B, R, first_tile, TILE)
-    offs_b, mask_b, cols = program.offs_b, program.mask_b, program.cols
+    mask_b, cols = program.mask_b, program.cols
     partners = tl.num_programs(0)
     counter = _counter(shared.counters, z, B, first_tile, TILE)
     counter_above = _counter(shared.counters, z + 1, B, first_tile, TILE)
-    ends = (z * B + offs_b) * H
 
     w_hh = _load_slice(choose(layers.w_hh, z), cols, False, CELL, TILE)
     if TILE.L > 1:
         above = tl.minimum(z + 1, LAST)
         w_ih = _load_slice(choose(layers.w_ih, above), cols, False, CELL, TILE)
-    d_state = load_states(grads.h_n, grads.c_n, ends, mask_b, cols, H)
+    d_state = load_state(grads.h_n, grads.c_n, program, mask_b, H)
     left = load_state_after(layers, program, time_of(T - 1, program), TILE)
     loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
 
@@ -319,9 +318,9 @@ def _cooperative_bwd_kernel(
         # Loaded while this step waits for its partners.
         loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
         saved, entered, left_before, d_out, d_cs, origins = loaded
-        row = rows_at(layers, program, time_of(step, program))
+        first = first_row(layers, program, time_of(step, program))
         here = is_stored(layers, program, origins)
-        rows = grads.gates + (z * R + row) * (N * H)
+        rows = row_ptrs(grads.gates, z * R + first, program, N * H)
 
         if grads.out is not None:  # of the last layer
             d_state = add_to(d_state, 0, tl.where(z > LAST - TILE.D, d_out[0], 0.0))
@@ -333,7 +332,8 @@ def _cooperative_bwd_kernel(
                 rows_above = rows + R.to(tl.int64) * (N * H)
                 dy = _product_sum(rows_above, mask_b, w_ih, CELL, P, TILE)
                 if layers.masks is not None:
-                    dy *= load(choose(layers.masks, above) + row * H, here, cols, 1, H)[0]
+                    masks = row_ptrs(choose(layers.masks, above), first, program, H)
+                    dy *= load(masks, here, cols, 1, H)[0]
                 d_state = add_to(d_state, 0, visible(layers, (dy,), origins)[0])
 
         d_leaving, carry = d_state, ()
@@ -350,7 +350,7 @@ def _cooperative_bwd_kernel(
         d_state = gradient_before(layers, d_state, d_leaving, origins)
         left, loaded = left_before, loaded_next
 
-    store_states(grads.h_0, grads.c_0, ends, mask_b, cols, d_state, H)
+    store_state(grads.h_0, grads.c_0, program, d_state, H)
 
 
 def forward(

@@ -90,7 +90,7 @@ def tensors(
     cell: str, shape: Shape, dtype: torch.dtype = torch.float32, device: torch.device = CPU
 ) -> Data:
     """The tensors of a forward and a backward launch. Steps that are skipped hold NaN."""
-    of, (T, B, H, L, D) = SPECS[cell], (shape.T, shape.B, shape.H, shape.L, shape.D)
+    of, B, H, L, D = SPECS[cell], shape.B, shape.H, shape.L, shape.D
     G, Z, rows = of.gates, L * D, rows_of(shape, device)
     R, two = rows.total, of.states == 2
 
@@ -108,6 +108,7 @@ def tensors(
         return tensor.masked_fill(skipped[0], torch.nan)
 
     outs = [nan(R, D * H) for _ in range(L)]
+    masks = tuple(poisoned(2 * (randn(R, H) > 0).to(dtype)) for _ in range(Z))
     bias = tuple(randn(G * H) for _ in range(2 * Z)) if shape.bias else None
     layers = Layers(
         gx=poisoned(randn(D, R, G * H)),
@@ -115,9 +116,7 @@ def tensors(
         b_ih=bias and bias[:Z],
         w_hh=tuple(randn(G * H, H) / H**0.5 for _ in range(Z)),
         b_hh=bias and bias[Z:],
-        masks=tuple(poisoned(2 * (randn(R, H) > 0).to(dtype)) for _ in range(Z))
-        if shape.masks
-        else None,
+        masks=masks if shape.masks else None,
         h_0=randn(Z, B, H),
         c_0=randn(Z, B, H) if two else None,
         h_n=nan(Z, B, H),
