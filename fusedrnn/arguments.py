@@ -1,23 +1,22 @@
 """Checks the arguments of a call and brings every form of input into one, time-major.
 
-What is wrong gets one sentence that names the argument, what came and what was expected, in the
-exception type that torch's own module raises. Axes: T time, B batch, I input size, H hidden size,
-L layers, D directions.
+Wrong input raises the exception type of torch's own module, with one sentence that names the
+argument, what came and what was expected.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .dispatch import Request
 from .kernels.spec import SPECS
-from .layout import Ragged
-from .transforms import is_transformed
+from .layout import Sequences
+from .vmap import is_transformed
 
 
 class Layers(NamedTuple):
@@ -30,34 +29,75 @@ class Layers(NamedTuple):
     training: bool = False
     bidirectional: bool = False
     recompute: bool = False
-    #: The input is ``x W_ih^T`` of the first layer already, ``[T, B, D*G*H]``, and that layer's
-    #: weight_ih is ``[G*H, 0]``.
-    projected: bool = False
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
 
 
-class Call(NamedTuple):
-    """A checked call: what dispatch decides on, and the tensors in the form all backends take."""
+class Facts(NamedTuple):
+    """The facts about a call that the choice of a backend depends on; hashable."""
 
-    request: Request
-    layers: Layers
-    input: Tensor  # [T, B, I]; a PackedSequence's data [sum of lengths, I]; for a cell [B, I]
-    states: tuple[Tensor, ...]  # [L*D, B, H] each; for a cell [B, H]
-    params: Sequence[Tensor]
-    batched: bool  # else the results lose the batch dimension again
-    ragged: Ragged = Ragged()
-    packing: PackedSequence | None = None  # the packed input
-    jagged: Jagged | None = None  # or the nested one, which was packed
+    cell: str  # a key of SPECS
+    device: torch.device
+    dtype: torch.dtype  # of the computation: under autocast, autocast's
+    steps: int  # T
+    batch: int  # B
+    input_size: int  # I
+    hidden_size: int  # H
+    proj_size: int = 0
+    layers: Layers = Layers()
+    ragged: tuple[str, ...] = ()  # of "packed", "lengths" and "reset"
+    needs_grad: bool = False
+    needs_input_grad: bool = False
+    autocast: torch.dtype | None = None
+    compiled: bool = False  # being traced by torch.compile or torch.export
+    transformed: bool = False  # inside vmap, grad, jvp, ... of torch.func
+    single_step: bool = False  # a module like nn.LSTMCell
+    states: bool = False  # the states of every step are wanted
+
+    @property
+    def recompute(self) -> bool:
+        """Whether backward computes the gates again; a transform may hide that there is one."""
+        has_backward = self.needs_grad or self.transformed
+        return self.layers.recompute and has_backward and SPECS[self.cell].saved > 0
+
+    @property
+    def dropout(self) -> bool:
+        """Whether masks are drawn between layers."""
+        return self.layers.training and self.layers.dropout > 0 and self.layers.num_layers > 1
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.cell}{' cell' if self.single_step else ''} on {self.device}",
+            str(self.dtype).removeprefix("torch."),
+            f"T={self.steps} B={self.batch} I={self.input_size} H={self.hidden_size}",
+            f"layers={self.layers.num_layers}",
+            f"directions={self.layers.directions}",
+        ]
+        parts += [f"proj_size={self.proj_size}"] if self.proj_size else []
+        parts += [*self.ragged, *(name for name in ("states", "recompute") if getattr(self, name))]
+        return ", ".join([*parts, "with gradients" if self.needs_grad else "no gradients"])
 
 
 class Jagged(NamedTuple):
-    """What a nested tensor of layout ``torch.jagged`` becomes when it is packed, and the way back.
-
-    Its values ``[R, I]`` stand sequence by sequence, and step by step when packed.
-    """
+    """A nested tensor of layout ``torch.jagged`` that was packed, and the way back."""
 
     offsets: Tensor  # [B + 1]
-    packed: Tensor  # [R]: of each packed row the row of the values
-    values: Tensor  # [R]: the way back
+    values: Tensor  # [R], the packed row of each row of the nested values
+
+
+class Call(NamedTuple):
+    """A checked call, with its tensors in the form that all backends take."""
+
+    facts: Facts
+    input: Tensor  # [T, B, I], the data of a PackedSequence [R, I], for a cell [B, I]
+    states: tuple[Tensor, ...]  # [L*D, B, H] each; for a cell [B, H]
+    params: Sequence[Tensor]
+    batched: bool = True  # False: the results lose the batch dimension again
+    sequences: Sequences = Sequences()
+    packing: PackedSequence | None = None  # the packed input
+    jagged: Jagged | None = None  # or the nested one
 
 
 def prepare(
@@ -72,22 +112,16 @@ def prepare(
     """Checks the arguments of a stack and brings them into the one form that backends take."""
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
-    directions = 2 if layers.bidirectional else 1
     sizes = _sizes(cell, params, layers)
-    if layers.projected:
-        sizes = sizes._replace(input_size=directions * len(params[0]))
-    jagged = None
+    jagged = packing = None
     if isinstance(input, Tensor) and input.is_nested:
-        input, jagged = _packed_from_jagged(input)
-    packing = input if isinstance(input, PackedSequence) else None
+        input, jagged = _pack_jagged(input)
     if isinstance(input, PackedSequence):
-        for name, value in (("lengths", lengths), ("reset", reset)):
-            if value is not None:
-                raise ValueError(f"{name} was given with an input that has lengths of its own")
-        data, batched = input.data, True
-        if data.dim() != 2:
-            raise RuntimeError(f"the packed input's data is {data.dim()}-D; expected 2-D")
-        steps, batch = len(input.batch_sizes), int(input.batch_sizes[0])
+        packing, data, batched = input, input.data, True
+        if lengths is not None or reset is not None:
+            name = "reset" if lengths is None else "lengths"
+            raise ValueError(f"{name} was given with an input that has lengths of its own")
+        steps, batch = _check_packed(packing)
     else:
         batched = _ndim(input, (2, 3), "a PackedSequence") == 3
         data = input if batched else input.unsqueeze(1)
@@ -100,54 +134,36 @@ def prepare(
         )
     _check_features(data, sizes.input_size)
     if steps == 0:
-        raise RuntimeError("input has no time step (T = 0); expected at least one")
-    ragged = Ragged(
-        _checked_lengths(lengths, steps, batch, batched),
-        _checked_reset(reset, steps, batch, batched, layers.batch_first),
-        None if packing is None else packing.batch_sizes,
-    )
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
+        )
+    ragged: tuple[str, ...] = () if packing is None else ("packed",)
+    sequences = _DENSE if packing is None else Sequences(batch_sizes=packing.batch_sizes)
+    if lengths is not None or reset is not None:
+        sequences = Sequences(
+            _checked_lengths(lengths, steps, batch, batched, data.device),
+            _checked_reset(reset, steps, batch, batched, layers.batch_first),
+        )
+        ragged = tuple(n for n in ("lengths", "reset") if getattr(sequences, n) is not None)
 
-    rows = layers.num_layers * directions
+    rows = layers.num_layers * layers.directions
     if hx is None:
-        states = tuple(data.new_zeros(rows, batch, size) for size in sizes.states)
+        states = _zeros(data, (rows, batch), sizes)
     else:
-        states = _as_tensors(hx, len(sizes.states), indexed=packing is None)
+        states = _as_tensors(hx, sizes.count, indexed=packing is None)
         middle = (batch,) if batched else ()
-        shapes = [(rows, *middle, size) for size in sizes.states]
-        if batched:  # one state for all sequences
+        shapes = [(rows, *middle, size) for size in sizes.columns]
+        if batched:
             states = tuple(map(_spread, states, shapes))
         _check_shapes(states, shapes)
         if not batched:
             states = tuple(s.unsqueeze(1) for s in states)
+        if packing is not None and packing.sorted_indices is not None:
+            check_alike(data, states, (), check_dtype=False)
+            states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
     check_alike(data, states, params, check_dtype=autocast is None)
-    if hx is not None and packing is not None and packing.sorted_indices is not None:
-        states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
-    needs_grad, transformed = _needs_grad(data, states, params), is_transformed()
-    request = Request(
-        cell=cell,
-        device=data.device,
-        dtype=_compute_dtype(data, autocast),
-        steps=steps,
-        batch=batch,
-        input_size=sizes.input_size,
-        hidden_size=sizes.hidden_size,
-        proj_size=sizes.proj_size,
-        num_layers=layers.num_layers,
-        directions=directions,
-        packed=packing is not None,
-        lengths=ragged.lengths is not None,
-        reset=ragged.reset is not None,
-        needs_grad=needs_grad,
-        autocast=autocast,
-        dropout=layers.training and layers.dropout > 0 and layers.num_layers > 1,
-        compiled=torch.compiler.is_compiling(),
-        transformed=transformed,
-        projected=layers.projected,
-        needs_input_grad=needs_grad and data.requires_grad,
-        # A transform may hide that something requires a gradient; some cells save no gates.
-        recompute=layers.recompute and (needs_grad or transformed) and SPECS[cell].saved > 0,
-    )
-    return Call(request, layers, data, states, params, batched, ragged, packing, jagged)
+    facts = _facts(cell, data, states, params, (steps, batch), sizes, layers, ragged, autocast)
+    return Call(facts, data, states, params, batched, sequences, packing, jagged)
 
 
 def prepare_cell(
@@ -163,37 +179,147 @@ def prepare_cell(
     data = input if batched else input.unsqueeze(0)
     _check_features(data, sizes.input_size)
     if hx is None:
-        states = tuple(data.new_zeros(len(data), size) for size in sizes.states)
+        states = _zeros(data, (len(data),), sizes)
     else:
-        states = _as_tensors(hx, len(sizes.states), indexed=False)
+        states = _as_tensors(hx, sizes.count, indexed=False)
         for name, state in zip(_hx_names(len(states)), states, strict=True):
             if state.dim() not in (1, 2):
                 raise ValueError(f"{name} is {state.dim()}-D; expected 1-D or 2-D")
         middle = (len(data),) if batched else ()
-        _check_shapes(states, [(*middle, size) for size in sizes.states])
+        _check_shapes(states, [(*middle, size) for size in sizes.columns])
         if not batched:
             states = tuple(s.unsqueeze(0) for s in states)
     autocast = _autocast_dtype(data)
     check_alike(data, states, params, check_dtype=autocast is None)
-    request = Request(
-        cell=cell,
-        device=data.device,
-        dtype=_compute_dtype(data, autocast),
-        steps=1,
-        batch=len(data),
-        input_size=sizes.input_size,
-        hidden_size=sizes.hidden_size,
-        needs_grad=_needs_grad(data, states, params),
-        autocast=autocast,
-        single_step=True,
-        compiled=torch.compiler.is_compiling(),
-        transformed=is_transformed(),
+    facts = _facts(cell, data, states, params, (1, len(data)), sizes, layers, (), autocast)
+    return Call(facts._replace(single_step=True), data, states, params, batched)
+
+
+class _Sizes(NamedTuple):
+    """The sizes that the weights of the first layer tell."""
+
+    input_size: int
+    hidden_size: int
+    proj_size: int  # 0 without a projection
+    count: int  # of states
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of each state."""
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: self.count]
+
+
+_DENSE = Sequences()
+
+
+def _facts(
+    cell: str,
+    data: Tensor,
+    states: Sequence[Tensor],
+    params: Sequence[Tensor],
+    grid: tuple[int, int],
+    sizes: _Sizes,
+    layers: Layers,
+    ragged: tuple[str, ...],
+    autocast: torch.dtype | None,
+) -> Facts:
+    # Autocast leaves fp64 alone, as everywhere in torch.
+    dtype = data.dtype if autocast is None or data.dtype == torch.float64 else autocast
+    needs_grad = torch.is_grad_enabled() and any(
+        [t.requires_grad for t in (*params, data, *states)]
     )
-    return Call(request, layers, data, states, params, batched)
+    return Facts(
+        cell,
+        data.device,
+        dtype,
+        *grid,
+        sizes.input_size,
+        sizes.hidden_size,
+        sizes.proj_size,
+        layers,
+        ragged,
+        needs_grad,
+        needs_grad and data.requires_grad,
+        autocast,
+        torch.compiler.is_compiling(),
+        is_transformed(),
+    )
 
 
-def _packed_from_jagged(input: Tensor) -> tuple[PackedSequence, Jagged]:
-    """A nested tensor as a PackedSequence; reads its lengths, for which a GPU is waited for."""
+def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> _Sizes:
+    """Reads the sizes off the first layer's weights and checks the shapes of all."""
+    spec, entries = SPECS[cell], layers.num_layers * layers.directions
+    base = 4 if layers.bias else 2
+    each, rest = divmod(len(params), entries)
+    projects = cell == "lstm" and each == base + 1
+    if rest or each != base + projects:
+        raise ValueError(
+            f"params has {len(params)} tensors; expected {base * entries}, {base} for each layer "
+            f"and direction{' (or one more with a projection)' if cell == 'lstm' else ''}"
+        )
+    shapes = [getattr(p, "shape", None) for p in params]
+    first, last = shapes[0], shapes[each - 1]
+    if first is None or len(first) != 2 or first[0] % spec.gates or first[0] == 0:
+        _refuse_weight(params[0], 0, each, layers, f"({spec.gates}*hidden_size, input_size)")
+    H, P = first[0] // spec.gates, 0
+    if projects:
+        if last is None or len(last) != 2:
+            _refuse_weight(params[each - 1], each - 1, each, layers, f"(proj_size, {H})")
+        P = last[0]
+    layout = _weight_shapes.__wrapped__ if torch.compiler.is_compiling() else _weight_shapes
+    expected = layout(spec.gates, layers.num_layers, layers.directions, base, first[1], H, P)
+    if shapes != expected:
+        for i, (shape, wanted) in enumerate(zip(shapes, expected, strict=True)):
+            if shape != wanted:
+                _refuse_weight(params[i], i, each, layers, str(wanted))
+    return _Sizes(first[1], H, P, spec.states)
+
+
+@lru_cache(maxsize=1024)
+def _weight_shapes(
+    gates: int, num_layers: int, directions: int, base: int, I: int, H: int, P: int
+) -> list[tuple[int, ...]]:
+    """Returns the shape of each weight, in torch's order."""
+    shapes: list[tuple[int, ...]] = []
+    for layer in range(num_layers):
+        columns = I if layer == 0 else (P or H) * directions
+        one = [(gates * H, columns), (gates * H, P or H), *[(gates * H,)] * (base - 2)]
+        shapes += (one + [(P, H)] * bool(P)) * directions
+    return shapes
+
+
+def _refuse_weight(weight: Any, i: int, each: int, layers: Layers, expected: str) -> None:
+    """Raises the sentence for weight number i of a stack."""
+    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if layers.bias else 2]
+    layer, d = divmod(i // each, layers.directions)
+    name = f"{[*names, 'weight_hr'][i % each]}_l{layer}{'_reverse' * d}"
+    got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
+    kind = RuntimeError if isinstance(weight, Tensor) else TypeError
+    raise kind(f"{name} has {got}; expected a tensor of shape {expected}")
+
+
+def _zeros(data: Tensor, shape: tuple[int, ...], sizes: _Sizes) -> tuple[Tensor, ...]:
+    """Returns initial states of zeros; they are only read, so equal ones are one tensor."""
+    first, *more = sizes.columns
+    h_0 = data.new_zeros(*shape, first)
+    return h_0, *(h_0 if columns == first else data.new_zeros(*shape, columns) for columns in more)
+
+
+def _check_packed(packing: PackedSequence) -> tuple[int, int]:
+    """Checks a PackedSequence; returns its T and B."""
+    data, batch_sizes = packing.data, packing.batch_sizes
+    if data.dim() != 2:
+        raise RuntimeError(f"the packed input's data is {data.dim()}-D; expected 2-D")
+    if not torch.compiler.is_compiling() and int(batch_sizes.sum()) != len(data):
+        raise RuntimeError(
+            f"the packed input has {len(data)} rows; expected {int(batch_sizes.sum())}, the sum "
+            "of its batch_sizes"
+        )
+    return len(batch_sizes), int(batch_sizes[0])
+
+
+def _pack_jagged(input: Tensor) -> tuple[PackedSequence, Jagged]:
+    """Packs a nested tensor; reads its lengths, hence waits for a GPU."""
     if input.layout != torch.jagged:
         raise ValueError(
             f"input is a nested tensor of layout {input.layout}; expected torch.jagged"
@@ -206,22 +332,29 @@ def _packed_from_jagged(input: Tensor) -> tuple[PackedSequence, Jagged]:
     lengths, order = starts.diff().sort(descending=True, stable=True)
     if not len(lengths) or not lengths[-1]:
         raise ValueError("input is a nested tensor with an empty sequence; expected none")
-    there = torch.arange(int(lengths[0])).unsqueeze(1) < lengths  # [T, B]
-    rows = (starts[:-1][order] + torch.arange(len(there)).unsqueeze(1))[there].to(values.device)
+    times = torch.arange(int(lengths[0]), device="cpu").unsqueeze(1)
+    there = times < lengths  # [T, B]
+    rows = (starts[:-1][order] + times)[there].to(values.device)
     back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
     order = order.to(values.device)
     packed = PackedSequence(values.index_select(0, rows), there.sum(1), order, order.argsort())
-    return packed, Jagged(offsets, rows, back)
+    return packed, Jagged(offsets, back)
 
 
 def _checked_lengths(
-    lengths: Tensor | Sequence[int] | None, steps: int, batch: int, batched: bool
+    lengths: Any, steps: int, batch: int, batched: bool, device: torch.device
 ) -> Tensor | None:
-    """Lengths as a tensor ``[B]``. Its values are looked at only where that waits for no device."""
+    """Returns lengths as a tensor ``[B]``; its values are checked only where no device waits."""
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
-        lengths = torch.as_tensor(lengths, dtype=None if len(lengths) else torch.long)
+        if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+            kind = type(lengths).__name__
+            raise TypeError(f"lengths is a {kind}; expected a tensor or a list of integers")
+        for i, length in enumerate(lengths):
+            if isinstance(length, bool) or not hasattr(length, "__index__"):
+                raise ValueError(f"lengths[{i}] is {length!r}; expected an integer")
+        lengths = torch.tensor(lengths, dtype=torch.long, device="cpu")
     kind = lengths.dtype
     if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise ValueError(f"lengths is {kind}; expected integers")
@@ -229,7 +362,7 @@ def _checked_lengths(
         raise ValueError("lengths was given with an input without a batch; cut the input instead")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
-    lengths = lengths.long()  # of a narrow dtype T might be no number
+    lengths = lengths.long()  # a narrow dtype may not hold T
     hidden = torch.compiler.is_compiling() or is_transformed()
     if lengths.device.type == "cpu" and batch and not hidden:
         low, high = (int(bound) for bound in lengths.aminmax())
@@ -243,7 +376,7 @@ def _checked_lengths(
 def _checked_reset(
     reset: Tensor | None, steps: int, batch: int, batched: bool, batch_first: bool
 ) -> Tensor | None:
-    """Resets as bool ``[T, B]``."""
+    """Returns resets as bool ``[T, B]``."""
     if reset is None:
         return None
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
@@ -259,38 +392,13 @@ def _checked_reset(
 
 
 def _spread(state: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """A state given once ``[L*D, 1, H]`` for all sequences; what does not fit stays as it is."""
-    fits = state.dim() == 3 and state.shape == (shape[0], 1, shape[2])
-    return state.expand(shape) if fits else state
-
-
-class _Sizes(NamedTuple):
-    input_size: int
-    hidden_size: int
-    proj_size: int  # 0 without a projection
-    states: tuple[int, ...]  # the columns of each state
-
-
-def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> _Sizes:
-    """Reads the sizes off the first layer's weights and checks how many tensors there are."""
-    spec = SPECS[cell]
-    if len(params) < 2:
-        raise ValueError(f"params has {len(params)} tensors; expected at least two weights")
-    hidden_size, columns = params[0].shape[0] // spec.gates, params[1].shape[1]
-    proj_size = columns if cell == "lstm" and columns != hidden_size else 0
-    each = (4 if layers.bias else 2) + (proj_size > 0)
-    expected = each * layers.num_layers * (2 if layers.bidirectional else 1)
-    if len(params) != expected:
-        raise ValueError(
-            f"params has {len(params)} tensors; expected {expected}, {each} for each layer and "
-            "direction"
-        )
-    states = (proj_size or hidden_size, hidden_size)[: spec.states]
-    return _Sizes(params[0].shape[1], hidden_size, proj_size, states)
+    """Expands a state ``[L*D, 1, H]`` to all sequences; others stay as they are."""
+    fits = state.dim() == 3 and state.shape[1] == 1 != shape[1]
+    return state.expand(shape) if fits and state.shape == (shape[0], 1, shape[2]) else state
 
 
 def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
-    """The input's ndim, checked."""
+    """Returns the number of dimensions of the input, one of those allowed."""
     hint = f" or {otherwise}" if otherwise else ""
     if not isinstance(input, Tensor):
         raise AttributeError(f"input is a {type(input).__name__}; expected a tensor{hint}")
@@ -309,8 +417,10 @@ def _check_features(data: Tensor, input_size: int) -> None:
 
 
 def _as_tensors(hx: object, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
-    """The states in hx. If ``indexed``, torch indexes hx before its operator sees it: hence the
-    different exceptions, which are torch's."""
+    """Returns the states in hx as a tuple.
+
+    ``indexed``: torch indexes hx before its operator gets it, hence its different exceptions.
+    """
     if count == 1:
         if not isinstance(hx, Tensor):
             raise AttributeError(f"hx is a {type(hx).__name__}; expected a tensor, h_0")
@@ -353,22 +463,14 @@ def check_alike(
         raise RuntimeError(f"{name} is {tensor.dtype}; expected {dtype}, the input's")
 
 
-def _needs_grad(data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor]) -> bool:
-    return torch.is_grad_enabled() and any(t.requires_grad for t in (data, *states, *params))
-
-
 def _autocast_dtype(data: Tensor) -> torch.dtype | None:
-    """The dtype autocast asks for on the input's device, or None."""
+    """Returns the dtype that autocast asks for on the input's device, or None."""
     kind = data.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
     return torch.get_autocast_dtype(kind)
 
 
-def _compute_dtype(data: Tensor, autocast: torch.dtype | None) -> torch.dtype:
-    """Autocast leaves fp64 alone, here as everywhere in torch."""
-    return data.dtype if autocast is None or data.dtype == torch.float64 else autocast
-
-
 def as_hx(states: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns states in the form of hx: a tensor, or for an LSTM a pair."""
     return states[0] if len(states) == 1 else (states[0], states[1])

@@ -26,6 +26,8 @@ _OURS: _Classes = {
     for kind in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
 }
 _TORCHS: _Classes = {ours: theirs for theirs, ours in _OURS.items()}
+#: The lists in which torch's modules, but not ours, keep their weights a second time.
+_FLAT = {"_flat_weights", "_flat_weight_refs"}
 #: The modules in which torch exposes the six classes.
 _PLACES = (torch.nn, torch.nn.modules, torchs_rnn)
 
@@ -189,8 +191,8 @@ def _obstacle(module: torch.nn.Module, target: type) -> str | None:
     if not getattr(module, "reset_after", True):
         kind = type(module).__name__
         return f"is a {kind} with reset_after=False, for which torch has no module"
-    own = {*module.__dict__, *module._parameters, *module._buffers, *module._modules}
-    for name in sorted(own & (set(dir(target)) - set(dir(type(module)))) - {"_flat_weights"}):
+    own = {*module.__dict__, *module._parameters, *module._buffers, *module._modules} - _FLAT
+    for name in sorted(own & (set(dir(target)) - set(dir(type(module))))):
         return f"has an attribute {name!r}, which {target.__name__} uses itself; rename it"
     return None
 
@@ -202,9 +204,9 @@ def _change_class(module: torch.nn.Module, classes: _Classes) -> None:
         # parametrize derives a class for each module, with a property for each such weight.
         members = {k: v for k, v in vars(former).items() if k not in ("__dict__", "__weakref__")}
         base = type(former.__name__, (base,), members)
-    module.__class__ = base
+    object.__setattr__(module, "__class__", base)
     if classes is _TORCHS:
-        for name in ("reset_after", "recompute"):
+        for name in ("reset_after", "recompute", "_assigned"):
             module.__dict__.pop(name, None)
         if isinstance(module, torch.nn.RNNBase):
             module._init_flat_weights()
@@ -212,6 +214,6 @@ def _change_class(module: torch.nn.Module, classes: _Classes) -> None:
             for i, weight in enumerate(module._flat_weights):
                 if weight is not None and not weight.is_leaf:
                     module._flat_weights[i] = weight.detach()
-    # Ours read their weights at every call, and weak references cannot be pickled.
-    elif module.__dict__.pop("_flat_weights", None) is not None:
-        module.__dict__["_flat_weight_refs"] = []
+    else:
+        for name in _FLAT:
+            module.__dict__.pop(name, None)

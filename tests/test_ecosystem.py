@@ -1,17 +1,13 @@
-"""Models of ours inside of other libraries, each beside the same model of torch.nn, in fp64.
-
-Lightning trains it, Captum explains it, Opacus takes its gradients sample by sample, torchinfo
-counts it, safetensors carries its weights.
-"""
+"""Tests with other libraries: our models give the results of the same torch.nn models, in fp64."""
 
 import pytest
 import torch
-from needs import needs
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 import fusedrnn
 
+pytestmark = pytest.mark.ecosystem
 I, H, T, B = 3, 4, 6, 5
 WORDS = 7
 
@@ -49,13 +45,12 @@ def assert_alike(got, want):
     torch.testing.assert_close(got, want, rtol=1e-10, atol=1e-10)
 
 
-@needs("lightning")
 # What Lightning asks of torch's trees when it looks at a loader.
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is deprecated:FutureWarning")
 @backends
 def test_lightning_trains(backend, tmp_path, monkeypatch):
-    """The same losses and the same weights after every step, and no file is left behind."""
-    import lightning
+    """Compares losses and weights after every step; no file is left behind."""
+    lightning = pytest.importorskip("lightning")
 
     class Training(lightning.LightningModule):
         def __init__(self, model):
@@ -102,19 +97,18 @@ def test_lightning_trains(backend, tmp_path, monkeypatch):
     assert not list(tmp_path.iterdir())
 
 
-@needs("captum")
 @backends
 @pytest.mark.parametrize("cell", ["LSTM", "GRU"])
 def test_captum_attributes(cell, backend):
-    """In eval(), of features and of words; they add up to what the model says."""
-    from captum.attr import IntegratedGradients, LayerIntegratedGradients
+    """Compares attributions of features and words, which add up to the output."""
+    attr = pytest.importorskip("captum.attr")
 
     x, words = batch(), torch.randint(WORDS, (B, T))
 
     def attributions(model):
-        features = IntegratedGradients(model.eval())
+        features = attr.IntegratedGradients(model.eval())
         of_features, rest = features.attribute(x, target=1, return_convergence_delta=True)
-        by_word = LayerIntegratedGradients(model, model.embedding)
+        by_word = attr.LayerIntegratedGradients(model, model.embedding)
         return of_features, by_word.attribute(words, torch.zeros_like(words), target=0), rest
 
     ours, theirs = pair(cell)
@@ -126,7 +120,7 @@ def test_captum_attributes(cell, backend):
 
 
 class Outputs(fusedrnn.LSTM):
-    """An LSTM for Opacus, which takes the gradients of one tensor from a module."""
+    """An LSTM for Opacus, which needs a module that returns one tensor."""
 
     def forward(self, input):
         return super().forward(input)[0]
@@ -150,7 +144,7 @@ def taggers(**kwargs):
 
 
 def gradients_by_a_loop(model, x, dim):
-    """Of the sum of squares, for each sample by itself."""
+    """Returns the gradients of the sum of squares of each sample."""
     each = []
     for sample in x.split(1, dim):
         loss = model(sample).square().sum()
@@ -162,13 +156,11 @@ def gradients_by_a_loop(model, x, dim):
 first_module = pytest.mark.filterwarnings("ignore:Full backward hook is firing when:UserWarning")
 
 
-@needs("opacus")
 @first_module
 @backends
 @pytest.mark.parametrize("batch_first", [True, False])
 def test_opacus_takes_gradients_per_sample(backend, batch_first):
-    from opacus import GradSampleModule
-
+    GradSampleModule = pytest.importorskip("opacus").GradSampleModule
     ours, theirs = taggers(batch_first=batch_first)
     x = batch() if batch_first else batch().transpose(0, 1)
     want = gradients_by_a_loop(theirs, x, 0 if batch_first else 1)
@@ -178,13 +170,11 @@ def test_opacus_takes_gradients_per_sample(backend, batch_first):
     assert_alike([p.grad_sample for p in model.parameters()], want)
 
 
-@needs("opacus")
 @first_module
 def test_opacus_makes_a_private_step():
-    """Without noise: the mean of the samples' gradients, each clipped to norm 1."""
-    from opacus.grad_sample import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-
+    """Compares with the mean of the gradients per sample, each clipped to norm 1."""
+    GradSampleModule = pytest.importorskip("opacus").GradSampleModule
+    DPOptimizer = pytest.importorskip("opacus.optimizers").DPOptimizer
     ours, theirs = taggers(batch_first=True)
     x = batch()
     grads = gradients_by_a_loop(theirs, x, 0)
@@ -202,13 +192,11 @@ def test_opacus_makes_a_private_step():
     assert_alike(ours.state_dict(), theirs.state_dict())
 
 
-@needs("opacus")
 @first_module
 def test_opacus_raises_for_a_tuple():
-    """Of h_n in the tuple its hooks see nothing, and then no step is made."""
-    from opacus.grad_sample import GradSampleModule
-    from opacus.optimizers import DPOptimizer
-
+    """The hooks of Opacus miss h_n in the tuple, and then it makes no step."""
+    GradSampleModule = pytest.importorskip("opacus").GradSampleModule
+    DPOptimizer = pytest.importorskip("opacus.optimizers").DPOptimizer
     model = GradSampleModule(pair()[0].rnn)
     with pytest.raises(TypeError, match="only integer tensors"):
         model(batch())[0].sum().backward()
@@ -219,22 +207,18 @@ def test_opacus_raises_for_a_tuple():
         private.step()
 
 
-@needs("opacus")
 def test_opacus_replaces_what_to_torch_gives():
-    from opacus.layers import DPLSTM
-    from opacus.validators import ModuleValidator
-
+    DPLSTM = pytest.importorskip("opacus.layers").DPLSTM
+    ModuleValidator = pytest.importorskip("opacus.validators").ModuleValidator
     ours, theirs = (model.float() for model in pair())  # what a DPLSTM is made in
     fixed = ModuleValidator.fix(fusedrnn.to_torch(ours))
     assert type(fixed.rnn) is DPLSTM
     assert_alike(fixed.double()(x := batch()), theirs.double()(x))
 
 
-@needs("torchinfo")
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_torchinfo_counts(cell):
-    from torchinfo import summary
-
+    summary = pytest.importorskip("torchinfo").summary
     ours, theirs = pair(cell)
     words = torch.randint(WORDS, (B, T))
     got = summary(ours, input_data=words, verbose=0)
@@ -246,27 +230,24 @@ def test_torchinfo_counts(cell):
     assert str(got) == str(summary(theirs, input_data=words, verbose=0))
 
 
-@needs("safetensors")
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_safetensors_there_and_back(cell, tmp_path):
-    """To torch.nn's module and from it, bit for bit."""
-    from safetensors.torch import load_file, save_file
-
+    """Moves weights to a module of torch.nn and back, bit for bit."""
+    files = pytest.importorskip("safetensors.torch")
     there, back, x = tmp_path / "there.safetensors", tmp_path / "back.safetensors", batch()
     ours, theirs, again = Model(fusedrnn, cell), Model(nn, cell), Model(fusedrnn, cell)
-    save_file(ours.state_dict(), there)
-    theirs.load_state_dict(load_file(there))
-    save_file(theirs.state_dict(), back)
-    again.load_state_dict(load_file(back))
+    files.save_file(ours.state_dict(), there)
+    theirs.load_state_dict(files.load_file(there))
+    files.save_file(theirs.state_dict(), back)
+    again.load_state_dict(files.load_file(back))
     assert there.read_bytes() == back.read_bytes()
     assert torch.equal(again(x.float()), ours(x.float()))
     assert_alike(ours.double()(x), theirs.double()(x))
 
 
-@needs("safetensors")
 def test_safetensors_of_tied_weights(tmp_path):
-    """``save_model`` writes them once, ``load_model`` leaves them tied; ``save_file`` refuses."""
-    from safetensors.torch import load_file, load_model, save_file, save_model
+    """``save_model`` writes tied weights once, ``load_model`` keeps them tied."""
+    files = pytest.importorskip("safetensors.torch")
 
     def tied(library):
         model = Model(library, "LSTM").double()
@@ -277,12 +258,12 @@ def test_safetensors_of_tied_weights(tmp_path):
     path, x = tmp_path / "tied.safetensors", batch()
     ours, theirs, again = tied(fusedrnn), tied(nn), tied(fusedrnn)
     with pytest.raises(RuntimeError, match="share memory"):
-        save_file(ours.state_dict(), path)
-    save_model(ours, path)
-    assert len(load_file(path)) == len(ours.state_dict()) - 2
-    load_model(theirs, path)
+        files.save_file(ours.state_dict(), path)
+    files.save_model(ours, path)
+    assert len(files.load_file(path)) == len(ours.state_dict()) - 2
+    files.load_model(theirs, path)
     assert_alike(ours(x), theirs(x))
-    save_model(theirs, path)
-    load_model(again, path)
+    files.save_model(theirs, path)
+    files.load_model(again, path)
     assert again.rnn.weight_hh_l1_reverse is again.rnn.weight_hh_l1
     assert torch.equal(again(x), ours(x))

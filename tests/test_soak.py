@@ -1,7 +1,4 @@
-"""Long use: thousands of calls in four threads, worker processes, and an interrupted call.
-
-The kernels are not among them: under the interpreter a call takes a thousand times as long.
-"""
+"""Tests of long use: thousands of calls in four threads, worker processes, an interrupted call."""
 
 import gc
 import os
@@ -18,13 +15,13 @@ from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
 
-#: FUSEDRNN_SOAK=20000 is the whole run, a minute or two.
+pytestmark = pytest.mark.slow
 CALLS, THREADS = int(os.environ.get("FUSEDRNN_SOAK", "3000")), 4
 STATM = Path("/proc/self/statm")
 
 
 def cases():
-    """Some thirty calls of every cell and form, on both CPU backends."""
+    """Returns calls of every cell and form, on both CPU backends."""
     torch.manual_seed(0)
     made = []
     for kind in ("LSTM", "GRU", "RNN"):
@@ -36,12 +33,11 @@ def cases():
                 if backend == "torch":
                     options["lengths"] = torch.randint(T + 1, (B,))
                 made.append((backend, module, torch.randn(T, B, 3), options))
-    tokens = torch.randint(6, (7, 3))
-    return [*made, ("auto", fusedrnn.TokenLSTM(6, 4, 5), tokens, {})]
+    return made
 
 
 def result(case):
-    """Output and gradients of one call."""
+    """Returns the output and the gradients of one call."""
     backend, module, x, options = case
     with fusedrnn.use_backend(backend):
         output = module(x, **options)[0]
@@ -53,10 +49,9 @@ def resident_bytes():
     return int(STATM.read_text().split()[1]) * 4096
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not STATM.exists(), reason="reads the process's memory from /proc")
 def test_thousands_of_calls_in_four_threads():
-    """The same bits from every call, each thread with its own backend, and no growth of memory."""
+    """Every call gives the same bits, each thread has its own backend, and memory does not grow."""
     random.seed(0)
     every = cases()
     expected = [result(case) for case in every]
@@ -84,7 +79,7 @@ def test_thousands_of_calls_in_four_threads():
 
 
 class Encoded(Dataset):
-    """A dataset that runs a module in its worker."""
+    """A dataset that runs a module in its worker process."""
 
     def __init__(self):
         torch.manual_seed(0)
@@ -100,11 +95,11 @@ class Encoded(Dataset):
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-# Python warns of fork in a process with threads, which every DataLoader's default was on Linux.
+# Python warns of fork in a process with threads.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_in_worker_processes(method):
     data = Encoded()
-    data[0]  # a process that has run one before it forks
+    data[0]  # the process has run a module before it forks
     loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=method)
     got = torch.cat(list(loader))
     torch.testing.assert_close(got, torch.stack([data[n] for n in range(len(data))]))
@@ -116,7 +111,6 @@ import torch, fusedrnn
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
 torch.manual_seed(0)
-# Of an H that the loop runs step by step: oneDNN would be done before the interrupt.
 module = fusedrnn.LSTM(8, 40, recompute=sys.argv[1] == "True")
 x, long = torch.randn(5, 2, 8), torch.randn(200_000, 2, 8)
 weights = list(module.parameters())
@@ -125,7 +119,7 @@ caught = threading.Event()
 
 
 def interrupt():
-    # Once more if Python dropped it, but never while the first one still unwinds.
+    # Again if Python dropped it, but not while the first one still unwinds.
     while not caught.wait(3):
         _thread.interrupt_main()
 
@@ -134,7 +128,7 @@ threading.Thread(target=interrupt).start()
 try:
     with fusedrnn.use_backend("torch"):
         module(long)[0].sum().backward()
-    caught.set()  # and "usable" is not said
+    caught.set()
 except KeyboardInterrupt:
     caught.set()
     assert all(weight.grad is None for weight in weights)
@@ -149,8 +143,7 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_interrupted_call_leaves_a_usable_module(recompute):
-    """In a process of its own: what other tests load has callbacks of the garbage collector and of
-    weak references, and Python drops an exception that is raised in one of those."""
+    """Runs a new process, because Python drops exceptions in callbacks, which other tests add."""
     said = subprocess.run(
         [sys.executable, "-c", INTERRUPTED, str(recompute)],
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
