@@ -221,12 +221,13 @@ def _weight_shapes(
     cell: str, num_layers: int, directions: int, base: int, I: int, H: int, P: int
 ) -> tuple[list[tuple[int, ...]], _Sizes]:
     """Returns the shape of each weight, in torch's order, and the sizes."""
-    spec, shapes = SPECS[cell], []
+    spec = SPECS[cell]
+    shapes: list[tuple[int, ...]] = []
     for layer in range(num_layers):
         columns = I if layer == 0 else (P or H) * directions
-        one = [(spec.gates * H, columns), (spec.gates * H, P or H)]
-        one += [(spec.gates * H,)] * (base - 2) + ([(P, H)] if P else [])  # type: ignore[list-item]
-        shapes += one * directions
+        weights = (spec.gates * H, columns), (spec.gates * H, P or H)
+        biases = [(spec.gates * H,)] * (base - 2)
+        shapes += [*weights, *biases, *([(P, H)] if P else [])] * directions
     return shapes, _Sizes(I, H, P, (P or H, H)[: spec.states])
 
 

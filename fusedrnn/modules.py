@@ -27,12 +27,14 @@ class _FlatWeights(list):
     """The weights of a module in torch's order; an assignment replaces one for its forward."""
 
     def __init__(self, module: _Stack) -> None:
-        super().__init__(getattr(module, name, None) for name in module._flat_weights_names)
+        assigned = module._assigned or {}
+        names = module._flat_weights_names
+        super().__init__(assigned.get(name, getattr(module, name, None)) for name in names)
         self._module = module
 
     def __setitem__(self, index: Any, weight: Any) -> None:
         super().__setitem__(index, weight)
-        self._module._flat_weights = self  # type: ignore[method-assign]
+        self._module._flat_weights = self
 
 
 class _Stack(torch.nn.RNNBase):
@@ -40,7 +42,7 @@ class _Stack(torch.nn.RNNBase):
 
     # As class attributes for modules that began as torch's (replace_modules, pickles).
     recompute: bool = False
-    _flat_weight_refs = ()  # type: ignore[assignment]
+    _flat_weight_refs: Any = ()
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
 
     @property
@@ -51,18 +53,14 @@ class _Stack(torch.nn.RNNBase):
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         """The weights as they are now. RNNBase would keep a list, stale once one is replaced."""
-        weights: Any = _FlatWeights(self)
-        for i, name in enumerate(self._flat_weights_names if self._assigned else ()):
-            list.__setitem__(weights, i, self._assigned.get(name, weights[i]))
-        return weights
+        return _FlatWeights(self)
 
     @_flat_weights.setter
     def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
-        names, now = self._flat_weights_names, _FlatWeights(self)
-        pairs = zip(names, weights, now, strict=True)
-        assigned = {name: weight for name, weight, old in pairs if weight is not old}
+        pairs = zip(self._flat_weights_names, weights, strict=True)
+        assigned = {name: w for name, w in pairs if w is not getattr(self, name, None)}
         self.__dict__["_assigned"] = assigned or None
 
     def _init_flat_weights(self) -> None:
@@ -195,8 +193,8 @@ class LSTM(_Stack):
         >>> assert h_n.shape == (1, 2, 4)
     """
 
-    permute_hidden = torch.nn.LSTM.permute_hidden
-    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
     def __init__(

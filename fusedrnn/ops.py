@@ -85,7 +85,7 @@ def rnn_stack(
 
 def _needs_grad(*tensors: Any) -> bool:
     """Returns whether autograd records a call of these; no module's training flag matters."""
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)  # type: ignore[attr-defined]
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def _needs_dispatcher(tensor: Tensor) -> bool:
@@ -291,7 +291,7 @@ def _split_backward(flat: Sequence[Any]) -> tuple[Any, ...]:
     output, gates, cs, hidden = _empty_to_none(flat[9:13])
     sequences, config, flags = _split_arguments(flat[13:])
     inputs = StackInputs(input, h_0, c_0, params, masks or ())
-    outputs = StackOutputs(output, None, None, gates, cs, hidden)
+    outputs = StackOutputs(output, None, None, gates, cs, hidden)  # type: ignore[arg-type]
     return inputs, outputs, grads, sequences, config, *flags
 
 
