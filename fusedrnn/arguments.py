@@ -20,7 +20,7 @@ from .vmap import is_transformed
 
 
 class Layers(NamedTuple):
-    """How layers are stacked, in the words of ``nn.LSTM``'s constructor."""
+    """The arrangement of layers, in the words of ``nn.LSTM``'s constructor."""
 
     num_layers: int = 1
     bias: bool = True
