@@ -104,7 +104,9 @@ def test_entering_and_final_states(d):
             for t in range(n)[:: 1 if d == 0 else -1]:
                 row = spans[t].start + b
                 kind = origins[d][t, b]
-                want[row] = {INITIAL: initial[b], ZERO: torch.zeros(2), PREVIOUS: ends[b]}[int(kind)]
+                want[row] = {INITIAL: initial[b], ZERO: torch.zeros(2), PREVIOUS: ends[b]}[
+                    int(kind)
+                ]
                 ends[b] = left[row]
         found = entering(previous_rows(rows, d, CPU), initial, left)
         assert torch.equal(found, want)

@@ -94,7 +94,9 @@ def test_only_what_is_needed_is_computed(recompute):
     assert nothing == []
     assert torch.equal(alone, d_h_0)
     assert torch.equal(backward(inputs, outputs, config, (True, False))[0], d_input)
-    for got, want in zip(backward(inputs, outputs, config, (False, True))[3], d_params, strict=True):
+    for got, want in zip(
+        backward(inputs, outputs, config, (False, True))[3], d_params, strict=True
+    ):
         assert torch.equal(got, want)
 
 
