@@ -171,7 +171,7 @@ class _Steps:
     def __init__(self, sequences: Sequences, T: int, B: int, device: torch.device):
         lengths, reset = sequences.lengths, sequences.reset
         if sequences.batch_sizes is not None:
-            lengths = (sequences.batch_sizes.unsqueeze(1) > torch.arange(B)).sum(0)
+            lengths = (sequences.batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
         every = torch.ones(T, B, dtype=torch.bool, device=device)
         times = torch.arange(T, device=device).unsqueeze(1)
         self.there = every if lengths is None else every & (times < lengths.to(device))
@@ -206,5 +206,5 @@ def _packing(batch_sizes: Tensor | None, device: torch.device) -> Layout:
     if batch_sizes is None:
         return Layout(Rows(0, 0))
     rows = packed_rows(batch_sizes, 1, device)
-    there = torch.arange(rows.B) < batch_sizes.unsqueeze(1)
+    there = torch.arange(rows.B, device="cpu") < batch_sizes.unsqueeze(1)
     return with_index(rows, there.flatten().nonzero().squeeze(1), device)
