@@ -43,6 +43,7 @@ PYTEST = (
     *(sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"),
     "--continue-on-collection-errors",  # a package that a test imports may be missing
 )
+OURS = "fusedrnn,fusedrnn triton,fusedrnn resident,fusedrnn cooperative,fusedrnn stepwise"
 KERNEL_TESTS = ("tests/test_resident.py", "tests/test_cooperative.py", "tests/test_stepwise.py")
 
 
@@ -65,6 +66,9 @@ def steps() -> list[Step]:
     limited = ("--minutes", "{minutes}", "--resume")
     cases = (*BENCH, "--device", "cuda", "--out", "{out}", *limited)
     gate = (*BENCH, "--device", "cuda", "--out", "{out}/gate", *limited, "--gate-only")
+    # Without the compiled loop, which takes minutes to compile.
+    published, ours = "kernelbench,deepbench", "fusedrnn,fusedrnn triton"
+    peers = f"{OURS},eager loop,flashrnn,haste,torchrl"
     first = (sys.executable, "-m", "bench.gpu")
     # Compiling takes most of the time of a test.
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
@@ -72,10 +76,12 @@ def steps() -> list[Step]:
     found = [
         Step("machine", 0.1, ("nvidia-smi",)),
         Step("first", 0.4, first),
-        Step("gate", 1.0, (*gate, "--cases", "lessons,sweep"), restarts=True),
-        Step("kernelbench", 0.8, (*cases, "--cases", "kernelbench,deepbench"), restarts=True),
+        Step("gate", 1.0, (*gate, "--cases", "lessons,sweep", "--providers", OURS), restarts=True),
+        Step(
+            "kernelbench", 0.8, (*cases, "--cases", published, "--providers", peers), restarts=True
+        ),
         Step("lessons", 1.5, (*BENCH, "--device", "cuda", "--out", "{out}", *limited[:2])),
-        Step("sweep", 1.6, (*cases, "--cases", "sweep"), restarts=True),
+        Step("sweep", 1.6, (*cases, "--cases", "sweep", "--providers", ours), restarts=True),
         Step("kernel-tests", 1.0, (*pytest, *KERNEL_TESTS)),
         Step("tune", 1.0, (*BENCH, "tune", "--out", "{out}", "--minutes", "{minutes}")),
         Step("tests", 1.0, (*pytest, "tests", *(f"--ignore={path}" for path in KERNEL_TESTS))),
