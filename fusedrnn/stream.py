@@ -43,6 +43,9 @@ class Stream:
         >>> outputs = torch.stack([stream(input) for input in torch.randn(7, 2, 3)])
     """
 
+    _facts: arguments.Facts
+    _states: _States
+
     def __init__(self, module: Any, batch_size: int = 1, hx: Any = None) -> None:
         if module.bidirectional:
             raise ValueError(
@@ -138,7 +141,7 @@ class Stream:
         with torch.no_grad():
             call = module._prepare(module._params()[0].new_zeros(size), hx)
             self._facts = call.facts._replace(autocast=None)
-            self._states: _States = [list(state.clone().unbind(0)) for state in call.states]
+            self._states = [list(state.clone().unbind(0)) for state in call.states]
 
     def _weights(self, input: Any) -> list[Tensor]:
         """Returns the present weights, after the hooks that may compute them."""
