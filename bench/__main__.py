@@ -45,7 +45,7 @@ class _Part:
 class _Ragged:
     HELP = "sequences of different lengths: padded, packed, and with lengths"
     OPTIONS = ("device", "out", "seed", "quick")
-    run = staticmethod(run.run_ragged)
+    run = staticmethod(run.ragged_job)
 
     @staticmethod
     def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -109,7 +109,7 @@ def _without_command(options: argparse.Namespace) -> int:
         for w in every_case():
             print(f"{w.name:<28} {w.group:<12} {w.shape} {w.dtype} {', '.join(w.cells)}")
         return 0
-    return run.main_job(options) if options.cases is None else run.run_cases(options)
+    return run.main_job(options) if options.cases is None else run.cases_job(options)
 
 
 def _check(options: argparse.Namespace) -> None:

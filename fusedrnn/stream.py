@@ -15,17 +15,16 @@ from .ops import ATEN_CELL
 _LARGEST_SINGLE_STEP_BATCH = 64
 
 _States = list[list[Tensor]]  # of h and, in an LSTM, of c: for each layer [B, H]
+_Step = tuple[Tensor, _States]  # the output [B, H], and the states after the step
 
 
 class Stream:
     """A stack that runs one step per call and carries its state; made by ``module.stream()``.
 
     The results are those of one call of the module over the whole sequence, without gradients and
-    as in ``eval()``. Each call uses the module's present weights, and the state follows a module
-    that is cast or moved. The module's forward pre-hooks run before a step with the input
-    ``[B, I]``, because ``weight_norm`` and pruning compute weights in one; what they return is
-    ignored, and forward hooks do not run. ``use_backend`` and ``torch.autocast`` apply to each
-    call; under autocast the state keeps the dtype of the weights.
+    as in ``eval()``. Each call uses the module's present weights, and runs the forward pre-hooks
+    with which ``weight_norm`` and pruning compute some; the state follows a module that is cast or
+    moved. ``use_backend`` and ``torch.autocast`` apply; the state keeps the dtype of the weights.
 
     Args:
         module: a ``fusedrnn`` LSTM, GRU or RNN in one direction; ``batch_first`` has no effect.
@@ -36,11 +35,10 @@ class Stream:
     Raises:
         ValueError: the module is bidirectional, or ``batch_size`` is not a positive integer.
         RuntimeError, TypeError, AttributeError, IndexError: ``hx`` is wrong, as for the module.
-
-    Example:
-        >>> stream = fusedrnn.LSTM(3, 4).stream(batch_size=2)
-        >>> outputs = torch.stack([stream(input) for input in torch.randn(7, 2, 3)])
     """
+
+    _facts: arguments.Facts
+    _states: _States
 
     def __init__(self, module: Any, batch_size: int = 1, hx: Any = None) -> None:
         if module.bidirectional:
@@ -76,17 +74,13 @@ class Stream:
             first, held = weights[0], self._states[0][0]
             autocast = first.device.type != "meta" and torch.is_autocast_enabled(first.device.type)
             self._check_input(input, first, autocast)
-            states = self._states
             if held.dtype != first.dtype or held.device != first.device:
-                states = [[s.to(first) for s in layers] for layers in states]
+                self._states = [[s.to(first) for s in layers] for layers in self._states]
                 self._facts = self._facts._replace(dtype=first.dtype, device=first.device)
-            if not autocast and self._runs_by_cells():
-                output, states = self._by_cells(input, states, weights)
-            else:
-                output, states = self._by_stack(input, states, weights)
-            self._states = states
+            step = self._by_cells if not autocast and self._runs_by_cells() else self._by_stack
+            output, self._states = step(input, self._states, weights)
             # The caller may write into the output, but not into the state.
-            return output.clone() if output is states[0][-1] else output
+            return output.clone() if output is self._states[0][-1] else output
 
     @property
     def state(self) -> Any:
@@ -115,21 +109,13 @@ class Stream:
             ValueError: ``rows`` has another shape.
             IndexError: an index is outside the batch (on CUDA a device assertion).
         """
+        B, kind = self._shape[0], getattr(rows, "dtype", type(rows).__name__)
         if rows is not None:
-            if not isinstance(rows, Tensor) or rows.dtype not in (
-                torch.bool,
-                torch.int32,
-                torch.int64,
-            ):
-                kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            if kind not in (torch.bool, torch.int32, torch.int64):
                 raise TypeError(f"rows is {kind}; expected a tensor: a bool mask, or int64 indices")
-            masks = rows.dtype == torch.bool
-            if rows.dim() != 1 or (masks and len(rows) != self._shape[0]):
-                expected = f"[{self._shape[0]}], the batch_size" if masks else "1-D indices"
-                raise ValueError(f"rows has shape {list(rows.shape)}; expected {expected}")
-            rows = rows.to(self._states[0][0].device, non_blocking=True)
-        with torch.no_grad():
-            self._states = [[_zeroed(s, rows) for s in layers] for layers in self._states]
+            if rows.dim() != 1 or (kind == torch.bool and len(rows) != B):
+                raise ValueError(f"rows has shape {list(rows.shape)}; expected [{B}] or indices")
+        self._states = [[_zeroed(s, rows) for s in layers] for layers in self._states]
 
     def _set(self, hx: Any) -> None:
         """Copies a state in, after the module's own checks beside an input that is right."""
@@ -138,41 +124,35 @@ class Stream:
         with torch.no_grad():
             call = module._prepare(module._params()[0].new_zeros(size), hx)
             self._facts = call.facts._replace(autocast=None)
-            self._states: _States = [list(state.clone().unbind(0)) for state in call.states]
+            self._states = [list(state.clone().unbind(0)) for state in call.states]
 
     def _weights(self, input: Any) -> list[Tensor]:
         """Returns the present weights, after the hooks that may compute them."""
         module = self._module
         for key, hook in module._forward_pre_hooks.items():
-            if key in module._forward_pre_hooks_with_kwargs:
-                hook(module, (input,), {})
-            else:
-                hook(module, (input,))
+            with_kwargs = key in module._forward_pre_hooks_with_kwargs
+            hook(module, (input,), *([{}] if with_kwargs else []))
         return module._params()
 
     def _check_input(self, input: Any, weight: Tensor, autocast: bool) -> None:
-        """Raises for an input that no step takes, with the module's own exception types."""
+        """Raises for an input that no step takes, with the module's exception types."""
         if not isinstance(input, Tensor):
             raise AttributeError(f"input is a {type(input).__name__}; expected a tensor, [B, I]")
         is_dtype = input.dtype == weight.dtype or (autocast and input.is_floating_point())
-        if is_dtype and input.shape == self._shape and input.device == weight.device:
-            return
-        kind = RuntimeError if is_dtype and input.dim() == 2 else ValueError
-        raise kind(
-            f"input is {input.dtype} {list(input.shape)} on {input.device}; expected "
-            f"{weight.dtype} {list(self._shape)} on {weight.device}: [batch_size, input_size], and "
-            "dtype and device of the weights"
-        )
+        if not is_dtype or input.shape != self._shape or input.device != weight.device:
+            kind = RuntimeError if is_dtype and input.dim() == 2 else ValueError
+            raise kind(
+                f"input is {input.dtype} {list(input.shape)} on {input.device}; expected "
+                f"{weight.dtype} {list(self._shape)}, batch_size and input_size, on {weight.device}"
+            )
 
     def _runs_by_cells(self) -> bool:
-        """Returns whether torch's operators for single steps can run, and are faster."""
+        """Decides between torch's operators for single steps and a sequence of one step."""
         facts = self._facts
         is_large = facts.cell == "lstm" and facts.batch > _LARGEST_SINGLE_STEP_BATCH
         return not facts.proj_size and not is_large and dispatch.choose(facts) == "aten"
 
-    def _by_cells(
-        self, input: Tensor, states: _States, weights: list[Tensor]
-    ) -> tuple[Tensor, _States]:
+    def _by_cells(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
         """Runs the layers one by one with torch's operators for single steps."""
         step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(states[0]), []
         for layer, hx in enumerate(zip(*states, strict=True)):
@@ -182,9 +162,7 @@ class Stream:
             input = after[-1][0]
         return input, [list(layers) for layers in zip(*after, strict=True)]
 
-    def _by_stack(
-        self, input: Tensor, states: _States, weights: list[Tensor]
-    ) -> tuple[Tensor, _States]:
+    def _by_stack(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
         """Runs a sequence of one step."""
         hx = arguments.as_hx([torch.stack(layers) for layers in states])
         call = arguments.prepare(self._facts.cell, input.unsqueeze(0), hx, weights, self._layers)
@@ -198,6 +176,7 @@ def _zeroed(state: Tensor, rows: Tensor | None) -> Tensor:
     """Returns the state ``[B, H]`` with zeros in some rows, also in place of NaN."""
     if rows is None:
         return torch.zeros_like(state)
+    rows = rows.to(state.device, non_blocking=True)
     if rows.dtype == torch.bool:
         return state.masked_fill(rows.unsqueeze(1), 0)
     return state.index_fill(0, rows.long(), 0)
