@@ -33,7 +33,7 @@ from . import UserError
 
 HELP = "gate, speed, tests and tuning on a CUDA machine"
 ROOT = Path(__file__).resolve().parents[1]
-#: A process that is told its limit gets this much less, so that it can end by itself.
+#: A command with {minutes} gets this much less than its limit, so that it can end by itself.
 MARGIN_SECONDS = 10
 #: A process that crashed is started again this often; it goes on behind the case it was at.
 MOST_STARTS = 4

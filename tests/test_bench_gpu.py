@@ -68,7 +68,7 @@ def test_a_step_with_restarts_goes_on_after_a_crash(tmp_path):
     assert log.read_text() == "xxx"
 
 
-def test_a_step_is_told_the_folder_and_its_minutes(tmp_path):
+def test_a_step_gets_the_folder_and_its_minutes(tmp_path):
     command = (*PYTHON, "import sys; print(sys.argv[1:])", "{out}/a", "{minutes}")
     run_steps([Step("told", 1, command)], tmp_path, 130)
     folder, minutes = eval(outcomes(tmp_path)["told"]["last_line"])
