@@ -89,6 +89,15 @@ def test_the_summary_has_red_gates_and_the_mean_gain(tmp_path):
     assert "gate red: c gru 2 tensors" in text
 
 
+def test_the_summary_names_red_tests_also_of_a_run_that_was_cut_off(tmp_path):
+    printed = "tests/test_a.py::test_b[c] FAILED [ 5%]\\n[gw1] [ 9%] FAILED tests/test_a.py::test_d"
+    code = f"import time; print('{printed}', flush=True); time.sleep(60)"
+    run_steps([Step("tests", 1, (*PYTHON, code))], tmp_path, 1.5)
+    lines = summary(tmp_path).splitlines()
+    assert "  red test: tests/test_a.py::test_b[c]" in lines
+    assert "  red test: tests/test_a.py::test_d" in lines
+
+
 def test_dry_run_prints_every_step_and_needs_no_gpu(capsys):
     assert gpu.run(options(dry_run=True)) == 0
     printed = capsys.readouterr().out
