@@ -1,6 +1,6 @@
 """The layout of a call: the grid of steps and sequences, and the rows that the layers compute.
 
-``kernels/rows.py`` defines rows and origins. They follow from ``lengths`` and ``reset``, or from the
+``kernels/rows.py`` defines rows and origins. They follow from ``lengths`` and ``reset`` or from the
 ``batch_sizes`` of a PackedSequence; without these the rows are dense. On the CPU, where reading
 lengths costs no synchronisation, lengths are packed too, so that missing steps cost nothing.
 """
