@@ -75,7 +75,7 @@ def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
 def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:
     """An upper bound: W_hh, and the operands of every dot on their way through shared memory."""
     itemsize = 2 if kind == "16-bit" else 4
-    operands = max(rows, 16) * (gates + 1) * units * 4
+    operands = max(rows, 16) * (gates + 1) * units * itemsize
     return (gates * units * units * itemsize + operands) * (2 if kind == "tf32x3" else 1)
 
 
