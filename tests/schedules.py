@@ -88,7 +88,7 @@ def expected(cell: str, layers: Layers, grads: Grads, rows: Rows, dtype) -> dict
         return None if tensor is None else tensor.to(dtype).detach().requires_grad_()
 
     gx, h_0, c_0 = leaf(layers.gx), leaf(layers.h_0), leaf(layers.c_0)
-    D, B, H = layers.h_0.shape
+    D = len(layers.h_0)
     outs, every_c, finals = [], [], []
     for d in range(D):
         bias = None if layers.b_hh is None else layers.b_hh[d].to(dtype)
