@@ -137,15 +137,19 @@ class Cell(NamedTuple):
     gates: tuple
     saved: tuple
     tiles: tuple  # of dgates
-    phases: tuple  # for each product of a step the gates that it serves
-    grads: tuple  # for each product the tiles of dgates that its adjoint returns
-    factors: tuple  # for each gate of each product, which of those tiles W_hh multiplies
+    phases: tuple  # for each recurrent product the gates that it serves
+    grads: tuple  # for each of these the tiles of dgates that its adjoint returns
+    parts: tuple  # phases, and behind them all gates: the product with the layer's input
+    factors: tuple  # for each gate of each part the tile of dgates, counted from the part's first
 
 
 def cell_of(spec: CellSpec, forward: Any, adjoint: Any, operand: Any = operand_h) -> Cell:
     """The cell with these tile counts and device functions."""
-    counts = (tuple(range(n)) for n in (spec.gates, spec.saved, spec.grad_tiles))
-    return Cell(operand, forward, adjoint, *counts, spec.phases, spec.grads, spec.factors)
+    gates, saved, tiles = (tuple(range(n)) for n in (spec.gates, spec.saved, spec.grad_tiles))
+    parts, factors = (*spec.phases, gates), (*spec.factors, gates)
+    return Cell(
+        operand, forward, adjoint, gates, saved, tiles, spec.phases, spec.grads, parts, factors
+    )
 
 
 CELLS = {

@@ -36,6 +36,7 @@ from .tiles import (
     add_to,
     choose,
     entering_state,
+    first_row,
     gradient_before,
     is_present,
     is_stored,
@@ -43,12 +44,13 @@ from .tiles import (
     load,
     load_bias,
     load_origins,
+    load_state,
     load_state_after,
-    load_states,
     load_step,
-    rows_at,
+    out_rows,
+    row_ptrs,
     store,
-    store_states,
+    store_state,
     time_of,
     visible,
 )
@@ -83,8 +85,7 @@ def _stepwise_fwd_kernel(
     P: tl.constexpr = len(CELL.phases)
     program = _program(layers, T, B, R, TILE)
     d, mask_b, cols = program.d, program.mask_b, program.cols
-    row = d * B + program.offs_b  # of what is carried
-    state = load_states(carried.h, carried.c, row * H, mask_b, cols, H)
+    state = load_state(carried.h, carried.c, program, mask_b, H)
     t = time_of(step, program)
     origins = load_origins(layers, program, t)
     entering = entering_state(layers, state, origins)
@@ -92,10 +93,11 @@ def _stepwise_fwd_kernel(
 
     if PHASE > 0:
         READY: tl.constexpr = CELL.phases[PHASE - 1][-1] + 1  # gates whose products are made
-        out_row = rows_at(layers, program, t)
+        first = first_row(layers, program, t)
+        row = d * R + first
         here = is_present(layers, program, origins)
-        gx = load(layers.gx + (d * R + out_row) * (G * H), here, cols, G, H)
-        made = load(carried.gh + row * (G * H), mask_b, cols, READY, H)
+        gx = load(row_ptrs(layers.gx, row, program, G * H), here, cols, G, H)
+        made = load(row_ptrs(carried.gh, d * B, program, G * H), mask_b, cols, READY, H)
         bias = load_bias(choose(layers.b_hh, d), cols, CELL, H)
         gh = ()
         for g in tl.static_range(READY):
@@ -105,19 +107,19 @@ def _stepwise_fwd_kernel(
         else:
             state, saved = CELL.forward(gx, gh, entering)
             state = leaving_state(layers, state, entering, origins)
-            store_states(carried.h, carried.c, row * H, mask_b, cols, state, H)
+            store_state(carried.h, carried.c, program, state, H)
             result = visible(layers, state, origins)
             here = is_stored(layers, program, origins)
-            store(program.out + out_row * (TILE.D * H) + d * H, here, cols, (result[0],), H)
+            store(out_rows(program, first, TILE), here, cols, (result[0],), H)
             if layers.gates is not None:
-                gates_rows = layers.gates + (d * R + out_row) * (S * H)
-                store(gates_rows, here, cols, visible(layers, saved, origins), H)
+                saved = visible(layers, saved, origins)
+                store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
             if layers.cs is not None:
-                store(layers.cs + (d * R + out_row) * H, here, cols, (result[1],), H)
+                store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
             following = time_of(tl.minimum(step + 1, T - 1), program)
             origins = load_origins(layers, program, following)
             u = entering_state(layers, state, origins)[0]
-    store(carried.u + row * H, mask_b, cols, (u,), H)
+    store(row_ptrs(carried.u, d * B, program, H), mask_b, cols, (u,), H)
 
 
 @triton.jit(do_not_specialize=["step", "T", "B", "R"])
@@ -131,11 +133,10 @@ def _stepwise_bwd_kernel(
     P: tl.constexpr = len(CELL.phases)
     program = _program(layers, T, B, R, TILE)
     d, mask_b, cols = program.d, program.mask_b, program.cols
-    row = d * B + program.offs_b
 
     # The product of the later step's phase 0. After the last step there is none, and u is zero.
-    d_state = load_states(carried.h, carried.c, row * H, mask_b, cols, H)
-    du = load(carried.u + row * H, mask_b, cols, 1, H)[0]
+    d_state = load_state(carried.h, carried.c, program, mask_b, H)
+    du = load(row_ptrs(carried.u, d * B, program, H), mask_b, cols, 1, H)[0]
     origins = load_origins(layers, program, time_of(tl.minimum(step + 1, T - 1), program))
     if layers.origins is not None:
         origins = tl.where(step < T - 1, origins, SKIPPED)
@@ -154,17 +155,17 @@ def _stepwise_bwd_kernel(
         d_leaving, carry = d_state, ()
         for p in tl.static_range(P - 1, PHASE - 1, -1):
             if p < P - 1:
-                du = load(carried.u + ((p + 1) * TILE.D * B + row) * H, mask_b, cols, 1, H)[0]
+                du_rows = row_ptrs(carried.u, ((p + 1) * TILE.D + d) * B, program, H)
+                du = load(du_rows, mask_b, cols, 1, H)[0]
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
         # A skipped step leaves the gradient as it was.
         d_state = leaving_state(layers, d_state, d_leaving, origins)
-        step_row = d * R + rows_at(layers, program, t)
-        dgates_rows = grads.gates + step_row * (N * H) + CELL.grads[PHASE][0] * H
-        here = is_stored(layers, program, origins)
-        store(dgates_rows, here, cols, visible(layers, dgates, origins), H)
+        dgates_rows = row_ptrs(grads.gates, d * R + first_row(layers, program, t), program, N * H)
+        here, dgates = is_stored(layers, program, origins), visible(layers, dgates, origins)
+        store(dgates_rows + CELL.grads[PHASE][0] * H, here, cols, dgates, H)
 
     if PHASE <= 0:
-        store_states(carried.h, carried.c, row * H, mask_b, cols, d_state, H)
+        store_state(carried.h, carried.c, program, d_state, H)
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
