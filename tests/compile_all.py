@@ -37,9 +37,12 @@ def compile_job(job: Job) -> list[Row]:
     from fusedrnn.kernels.compile import compile_plan
     from fusedrnn.kernels.plan import CHIPS
 
-    directions = ("forward", "backward")[: 1 + job.problem.needs_grad]
+    directions, chip = ("forward", "backward")[: 1 + job.problem.needs_grad], CHIPS[job.chip]
+    kernels = compile_plan(job.problem, job.plan, chip, directions)
+    other = compile_plan(job.problem._replace(batch=1), job.plan, chip, directions)
+    assert [k.binary for k in kernels] == [k.binary for k in other], "a binary depends on B"
     rows = []
-    for kernel in compile_plan(job.problem, job.plan, CHIPS[job.chip], directions):
+    for kernel in kernels:
         usage = kernel.registers, kernel.spills, kernel.shared_bytes
         about = job.chip, job.plan.schedule, job.problem.cell, kernel.direction
         rows.append(Row(*about, *usage, list(faults(job, kernel)), str(job.problem)))

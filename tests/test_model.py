@@ -116,7 +116,7 @@ def test_kinds_of_products():
     wide, amd = LSTM._replace(dtype=torch.float32, precision="tf32"), CHIP._replace(warp_size=64)
     assert LSTM.kind(CHIP) == "16-bit"
     assert (wide.kind(CHIP), wide.kind(amd)) == ("tf32", "ieee")
-    assert wide._replace(dtype=torch.float64).kind(CHIP) == "ieee"
+    assert wide._replace(dtype=torch.float64).kind(CHIP) == "fp64"
 
 
 def test_floors_print_what_is_not_zero():

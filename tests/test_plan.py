@@ -86,11 +86,11 @@ def test_refusals_name_what_is_missing():
     for choose, p, chip, message in (
         (plan, problem(dtype=torch.int64), H100, r"no schedule computes in torch\.int64"),
         (plan, problem(cell="peephole"), H100, "no kernel knows the cell 'peephole'"),
-        (resident, problem(dtype=torch.float64), H100, r"not torch\.float64"),
+        (resident, problem(dtype=torch.float64), H100, r"no products of torch\.float64"),
         (resident, problem(hidden_size=129), H100, "ends at H=128; H is 129"),
         (resident, problem(), small, "toy has 20,000"),
         (cooperative, problem(hidden_size=512), small, "no slices of W_hh that toy holds"),
-        (cooperative, problem(dtype=FP32, precision="ieee"), H100, "no tiles for fp32 in ieee"),
+        (cooperative, problem(dtype=FP32, precision="ieee"), H100, "no products in ieee"),
         (cooperative, problem(), AMD, "which MI300 lacks"),
         (cooperative, problem(directions=2, layers=2), H100, "one direction"),
     ):
