@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -29,33 +30,22 @@ SHARED: dict[str, dict[str, Any]] = {
 MAIN = tuple(SHARED)
 
 
-class _Part:
-    """A part of the main job as a command."""
-
-    OPTIONS = MAIN
-    run = staticmethod(run.main_job)
-
-    def __init__(self, group: str, help: str):
-        self.group, self.HELP = group, help
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.set_defaults(group=self.group)
+def _of_main(group: str, help: str) -> SimpleNamespace:
+    """Returns the command for a part of the main job."""
+    add = lambda parser: parser.set_defaults(group=group)  # noqa: E731
+    return SimpleNamespace(HELP=help, OPTIONS=MAIN, run=run.main_job, add_arguments=add)
 
 
-class _Ragged:
-    HELP = "sequences of different lengths: padded, packed, and with lengths"
-    OPTIONS = ("device", "out", "seed", "quick")
-    run = staticmethod(run.run_ragged)
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        pass
-
-
+RAGGED = SimpleNamespace(
+    HELP="sequences of different lengths: padded, packed, lengths",
+    OPTIONS=("device", "out", "seed", "quick"),
+    run=run.ragged_job,
+    add_arguments=lambda parser: None,
+)
 COMMANDS: dict[str, Any] = {
-    "imdb": _Part("imdb", "the part of the main job on reviews"),
-    "sine": _Part("sine", "the part of the main job on a sine wave and a price"),
-    "cpu": cpu, "ragged": _Ragged, "gpu": gpu, "lesson": lesson, "compare": compare,
+    "imdb": _of_main("imdb", "the part of the main job on reviews"),
+    "sine": _of_main("sine", "the part of the main job on a sine and a price"),
+    "cpu": cpu, "ragged": RAGGED, "gpu": gpu, "lesson": lesson, "compare": compare,
     "plot": plot, "report": report, "references": references, "tune": tune,
     "distributed": distributed,
 }  # fmt: skip
@@ -109,7 +99,7 @@ def _without_command(options: argparse.Namespace) -> int:
         for w in every_case():
             print(f"{w.name:<28} {w.group:<12} {w.shape} {w.dtype} {', '.join(w.cells)}")
         return 0
-    return run.main_job(options) if options.cases is None else run.run_cases(options)
+    return run.main_job(options) if options.cases is None else run.cases_job(options)
 
 
 def _check(options: argparse.Namespace) -> None:

@@ -20,7 +20,7 @@ def options(tmp_path, name, **given):
 @pytest.mark.parametrize("name", command.LESSONS)
 def test_every_lesson_runs_and_says_what_to_look_at(tmp_path, monkeypatch, capsys, name):
     monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
-    monkeypatch.setattr(data, "load", lambda *_, **__: data.Corpus(data.generate(200, 200), "made"))
+    monkeypatch.setattr(data, "load", lambda *_, **__: data.generate(200, 200))
     threads = torch.get_num_threads()
     assert command.run(options(tmp_path, name)) == 0
     printed = capsys.readouterr().out
