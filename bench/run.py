@@ -1,366 +1,248 @@
-"""One workload and cell from the gate to the rows: equality, then speed, then training."""
+"""The loop over cases: gate, times, training, a line of the table, rows on disk."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import argparse
+import csv
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-import fusedrnn
-from fusedrnn.dispatch import precision
-
-from .cases import Workload
+from . import DEFAULT_FOLDER, UserError, report
+from .cases import CELLS, EVERY_CELL, RAGGED, TRAINED, Workload, cut_down, named
+from .data import load
 from .gate import Gate
-from .imdb import Corpus
-from .memory import kept
-from .models import MODELS, Examples, Input, examples_of
-from .peer import Peer
-from .progress import Progress
-from .providers import PROVIDERS, TORCH, build, names_for
-from .report import matmul_fp32
-from .results import Loss, Row
-from .timing import Call, Times, interleaved
-from .train import Training, metric_name, train
+from .measure import PASSES, BenchmarkCase, Call, Settings, graph_ms, in_fresh_process, interleaved
+from .models import MODELS
+from .providers import PROVIDERS, TORCH, absent, build, matmul_fp32
+from .report import Results
+from .train import Training, train
 
-#: The gate of the sweep looks at the first steps only: no kernel knows T, and 512 steps of fp64 at
-#: H=1024 would take longer than all timings together.
-_SWEEP_GATE_STEPS = 64
+Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
+Plan = Sequence[tuple[Workload, Sequence[str]]]  # workloads, each with its providers
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run measures. ``seconds`` is for one comparison of forward or forward+backward."""
-
-    device: torch.device
-    seed: int = 0
-    seconds: float = 0.7
-    least_rounds: int = 3
-
-
-class Measured(NamedTuple):
-    rows: list[Row]
-    losses: list[Loss]
-    complaints: list[str]  # of a red gate, one line a tensor
-
-
-def measure(
-    workload: Workload,
-    cell: str,
-    settings: Settings,
-    corpus: Corpus | None = None,
-    progress: Progress | None = None,
-) -> Measured:
-    """Gates, times and trains every provider on one workload.
+def run(
+    options: Any,
+    plan: Plan,
+    cells: Sequence[str] = EVERY_CELL,
+    *,
+    trains: bool = False,
+    processes: int = 0,
+) -> tuple[list[dict[str, Any]], int]:
+    """Measures every provider on its workloads, by every cell.
 
     Args:
-        workload: a lesson, or a point of the sweep.
-        cell: ``"lstm"`` or ``"gru"``.
-        settings: device, seed and time.
-        corpus: the reviews, for the workloads that read them.
-        progress: told what is being done.
+        options: of the command line.
+        plan: who is measured on what.
+        cells: only these of each workload.
+        trains: whether torch.nn and fusedrnn are trained too.
+        processes: how many new processes time each case; 0 times it in this process.
+
+    Returns:
+        The rows of all cases, and the exit code: 1 if a result was wrong or a provider failed.
     """
-    progress = progress or Progress(None)
-    subject = Subject(workload, cell, settings, corpus)
-    rows: dict[str, Row] = {}
+    started = time.monotonic()
+    if options.quick:
+        plan = [(cut_down(workload), providers) for workload, providers in plan]
+    times = (1e-3, 1) if options.quick else (0.3 if processes else 0.7, 3)
+    settings = Settings(torch.device(options.device), options.seed, *times)
+    corpus = None
+    if needed := max((max(w.train, w.test) for w, _ in plan), default=0):
+        reviews = min(2 * needed, 25_000)  # drawn from twice as many, as from the real file
+        corpus = load(options.imdb, download=options.download, seed=options.seed, reviews=reviews)
+    env = report.environment(settings.device, corpus.source if corpus else "random, series")
+    results = Results(options.out or DEFAULT_FOLDER, env, options.resume)
+    done = _begun(results) if options.resume else set()
+    print(f"{report.header(env, options.quick)}\n{report.head(trains)}", flush=True)
+    table = report.main_lines if trains else report.case_lines
+    every: list[dict[str, Any]] = []
     complaints: list[str] = []
-    progress.at(f"{workload.name} {cell}: gate")
-    gate = Gate(workload, cell, subject.weights, subject.gate_input())
-    for provider in names_for(workload, settings.device):
-        row, failures = judged(gate, subject, provider)
-        rows[provider] = row
-        complaints += [f"{workload.name} {cell} {provider}: {line}" for line in failures]
-    del gate
-    able = [provider for provider, row in rows.items() if row.has_numbers]
+    work = [(w, who, cell) for w, who in plan for cell in w.cells if cell in cells]
+    for workload, providers, cell in report.progress(work):
+        if time.monotonic() - started > 60 * (options.minutes or float("inf")):
+            report.say(f"--minutes ended before {workload.name} {cell}")
+            break
+        if (workload.name, cell) in done:
+            continue
+        results.begin(workload.name, cell)
+        case = BenchmarkCase.of(workload, cell, settings, corpus)
+        rows, trainings = gated(case, providers, complaints), {}
+        if not options.gate_only:
+            alone = case._replace(examples=None, start=None), rows, settings
+            if processes:
+                rows = middle([in_fresh_process(timed, *alone) for _ in range(processes)])
+            else:
+                rows = timed(*alone)
+            trainings = trained(case, able(rows, "training"), settings) if trains else {}
+        failed = [row["note"] for row in rows.values() if row["gate"] == "failed"]
+        complaints += [f"{workload.name} {cell}: {note}" for note in failed]
+        results.add(rows.values(), trainings)
+        every += rows.values()
+        for line in table(rows, trainings):
+            report.say(line)
+    print(f"\n{report.LEGENDS[trains]}")
+    print(f"{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
+    print("".join(f"{line}\n" for line in complaints), end="", file=sys.stderr)
+    return every, 1 if complaints else 0
 
-    progress.at(f"{workload.name} {cell}: speed")
-    for mode in ("fw", "fwbw"):
-        for provider, times in subject.times(able, mode).items():
-            enter_times(rows[provider], mode, times)
-    if settings.device.type == "cuda":
-        for provider in able:
-            rows[provider].peak_mb = subject.peak_mb(provider)
-    losses = trained(subject, able, rows, progress) if subject.steps else []
-    return Measured(list(rows.values()), losses, complaints)
 
-
-def judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]]:
-    """The provider's row with the gate's verdict, and what failed."""
-    workload, cell = subject.workload, subject.cell
-
-    def row(**values) -> Row:
-        row = Row.of(workload, cell, provider, backend="", **values)
-        told = subject.explain(provider)
-        row.precision = fp32_of(provider, told, subject)
-        if told is not None:
-            row.backend = told.backend or ""
-            row.plan = "; ".join(line.partition(": forward")[0] for line in told.layers)
-            if len(told.floors_us) == 2:  # of a step, forward and backward
-                forward, backward = (us * workload.T / 1000 for us in told.floors_us)
-                row.fw_floor_ms, row.fwbw_floor_ms = forward, forward + backward
-        return row
-
-    if provider == TORCH:
-        return row(gate="yardstick"), []
+@contextmanager
+def guarded(row: dict[str, Any]) -> Iterator[None]:
+    """Writes into a provider's row why it has no numbers, instead of raising."""
     try:
-        verdict = gate.judge(provider)
+        yield
     except NotImplementedError as error:
-        return Row.of(workload, cell, provider, backend="", gate="refused", note=str(error)), []
-    if verdict.ok:
-        return row(gate="ok", share=verdict.share, error=verdict.error), []
-    note = f"{len(verdict.failures)} tensors are over the error budget: no speed is shown"
-    return row(gate="red", share=verdict.share, note=note), verdict.failures
+        row |= {"gate": "refused", "note": str(error).partition("\n")[0]}
+    except Exception as error:  # other implementations may fail in any way
+        if "CUDA error" in str(error):  # no later call of this process would work
+            raise
+        note = f"{row['provider']}: {type(error).__name__}: {error}"
+        row |= {"gate": "failed", "note": note.partition("\n")[0]}
 
 
-def fp32_of(provider: str, told: fusedrnn.dispatch.Explanation | None, subject: Subject) -> str:
-    """How a provider multiplies fp32: "ieee", "tf32", ...; "" in other dtypes, or if not known.
+def gated(case: BenchmarkCase, providers: Sequence[str], complaints: list[str]) -> Rows:
+    """Returns a row for each provider and pass; adds a line for each tensor that is wrong."""
+    rows: Rows = {}
+    gate = Gate(case)
+    for provider in providers:
+        for mode in PASSES[: 1 if PROVIDERS[provider].step else 2]:
+            row = rows[provider, mode] = report.row_of(case, mode, provider)
+            with guarded(row):
+                told = case.explain(provider, mode)
+                loop = told and told.backend == "torch"
+                row["backend"] = told.backend if told else ""
+                row["plan"] = "; ".join(told.layers).replace("\n", " ") if told else ""
+                fp32 = case.x.device.type == "cuda" and case.x.dtype == torch.float32
+                precision = (matmul_fp32 if loop else PROVIDERS[provider].fp32)() if fp32 else ""
+                row["precision"] = precision
+                if provider.startswith(TORCH):
+                    row["gate"] = "reference"
+                    continue
+                # The gate differentiates more than training does, so the backend is named.
+                by_name = f"fusedrnn {row['backend']}" if mode == "training" else provider
+                judged = by_name if provider == "fusedrnn" and by_name in PROVIDERS else provider
+                verdict = gate.judge(judged, precision, backward=mode == "training")
+                row |= {"gate": "ok" if verdict.ok else "red", "share": verdict.share}
+                row["error"] = verdict.error
+                name = f"{case.workload.name} {case.cell} {provider} {mode}"
+                complaints += [f"{name}: {line}" for line in verdict.failures]
+    return rows
 
-    Args:
-        provider: whose word on it counts, where it has one.
-        told: of what is ours, what runs.
-        subject: the case.
-    """
-    if subject.dtype != torch.float32:
-        return ""
-    entry = PROVIDERS[provider]
-    own = entry.precision(subject.dtype, subject.settings.device, subject.cell)
-    if told is None or subject.settings.device.type == "cpu":
-        return own
-    # Of ours, what runs; the loop multiplies by torch.mm, and follows its switch.
-    loop = matmul_fp32() if told.backend == "torch" else precision()
-    return told.precision or loop
+
+def able(rows: Rows, mode: str) -> list[str]:
+    """Returns the providers whose pass may be timed."""
+    return [p for (p, m), row in rows.items() if m == mode and row["gate"] in ("reference", "ok")]
 
 
-def enter_times(row: Row, mode: str, times: Times, clock: str = "ms") -> None:
-    """Writes times into the fields of a mode; ``clock`` is ``"ms"`` or ``"device_ms"``."""
-    for field, value in (
-        (clock, times.p50),
-        (f"{clock}_p20", times.p20),
-        (f"{clock}_p80", times.p80),
-        (f"{clock.removesuffix('ms')}speedup", times.speedup),
-    ):
-        setattr(row, f"{mode}_{field}", value)
+def timed(case: BenchmarkCase, rows: Rows, settings: Settings) -> Rows:
+    """Adds times and memory to the rows of the providers that passed the gate."""
+    cuda = settings.device.type == "cuda"
+    for mode in PASSES:
+        calls: dict[str, Call] = {}
+        for provider in able(rows, mode):
+            with guarded(rows[provider, mode]):
+                calls[provider] = case.call(provider, mode)
+                calls[provider]()
+        calls = {provider: calls[provider] for provider in able(rows, mode)}
+        device, seconds, least = settings.device, settings.seconds, settings.least_rounds
+        times = interleaved(calls, device, seconds=seconds, least=least) if calls else {}
+        for provider, taken in times.items():
+            row = rows[provider, mode]
+            row |= {"ms": taken.p50, "p20": taken.p20, "p80": taken.p80, "rounds": taken.rounds}
+            row["x"] = taken.x if TORCH in calls else None
+            if mode == "training":
+                row["kept_mb"] = case.kept_mb(provider)
+                row["peak_mb"] = case.peak_mb(provider) if cuda else None
+            try:
+                row["device_ms"] = graph_ms(calls[provider]) if cuda else None
+            except RuntimeError as error:
+                row["note"] = f"not captured in a CUDA graph: {error}".partition("\n")[0]
+    return rows
+
+
+def middle(runs: Sequence[Rows]) -> Rows:
+    """Returns each row of the process with the median ratio, and the range of the ratios."""
+    rows = {}
+    for key in runs[0]:
+        ordered = sorted((run[key] for run in runs), key=lambda row: row.get("x") or 0.0)
+        ends = {"x_low": ordered[0].get("x"), "x_high": ordered[-1].get("x")}
+        rows[key] = ordered[len(ordered) // 2] | ends
+    return rows
 
 
 def trained(
-    subject: Subject, providers: list[str], rows: dict[str, Row], progress: Progress
-) -> list[Loss]:
-    """The losses of every step of each provider's short training; what it came to is in the row."""
-    workload, cell = subject.workload, subject.cell
-    losses: list[Loss] = []
-    yardstick: list[float] = []
+    case: BenchmarkCase, providers: Sequence[str], settings: Settings
+) -> dict[str, Training]:
+    """Trains the workload's model by each provider, from the same start."""
+    trainings = {}
     for provider in providers:
-        if not subject.trains(provider):
-            continue
-        progress.at(f"{workload.name} {cell}: training {provider}")
-        training = subject.train(provider, progress.tick)
-        yardstick = training.losses if provider == TORCH else yardstick
-        row = rows[provider]
-        row.steps, row.train_s = subject.steps, training.seconds
-        row.final_loss = training.final_loss
-        row.metric, row.test = metric_name(workload), training.metric
-        if provider != TORCH:
-            pairs = zip(training.losses, yardstick, strict=True)
-            row.loss_difference = max(abs(ours - theirs) for ours, theirs in pairs)
-        losses += [
-            Loss(workload.name, cell, provider, step, loss)
-            for step, loss in enumerate(training.losses)
-        ]
-    return losses
-
-
-class Subject:
-    """A workload and a cell with their weights and inputs, from which all providers start."""
-
-    def __init__(
-        self, workload: Workload, cell: str, settings: Settings, corpus: Corpus | None = None
-    ):
-        self.workload, self.cell, self.settings = workload, cell, settings
-        self.dtype = getattr(torch, workload.dtype)
-        self.steps = workload.steps_on(settings.device)
-        self.examples: Examples | None = None
-        torch.manual_seed(settings.seed)
-        if workload.task == "none":
-            rnn = build(TORCH, cell, workload)
-            self.input: Input = random_input(workload, settings.device)
-        else:
-            self.examples = examples_of(workload, corpus, settings.seed)
-            model = MODELS[workload.task](build(TORCH, cell, workload), workload)
-            self.start = model.state_dict()
-            rnn = model.rnn
-            rows = torch.arange(workload.B)
-            batch = self.examples.batch(rows, settings.device)
-            with torch.no_grad():
-                self.input = model.to(settings.device).features(batch)
-        # Rounded here, so that the fp64 truth of the gate starts from the very same weights.
-        self.weights = {name: weight.to(self.dtype) for name, weight in rnn.state_dict().items()}
-
-    def gate_input(self) -> Input:
-        """The input, of the sweep only its first steps."""
-        if self.workload.lesson != "sweep":
-            return self.input
-        if isinstance(self.input, Tensor):
-            return self.input[:, :_SWEEP_GATE_STEPS]
-        return first_steps(self.input, _SWEEP_GATE_STEPS)
-
-    def rnn(self, provider: str) -> nn.Module:
-        rnn = build(provider, self.cell, self.workload)
-        rnn.load_state_dict(self.weights)
-        return rnn.to(self.settings.device, self.dtype)
-
-    def explain(self, provider: str, mode: str = "fwbw") -> fusedrnn.dispatch.Explanation | None:
-        """What of fusedrnn runs the provider's ``call`` of a mode; None for others."""
-        if PROVIDERS[provider].classes is not fusedrnn:
-            return None
-        training = mode == "fwbw"
-        with PROVIDERS[provider].context(), torch.set_grad_enabled(training):
-            input = self.differentiable()[0] if training else self.input
-            return fusedrnn.explain(self.rnn(provider).train(training), input)
-
-    def differentiable(self) -> tuple[Input, list[Tensor]]:
-        """The input of the timed backward, and of it the leaf that is differentiated, if any."""
-        if not self.workload.needs_input_grad:
-            return self.input, []
-        leaf = self.input.data.detach().clone().requires_grad_()
-        if isinstance(self.input, PackedSequence):
-            return self.input._replace(data=leaf), [leaf]
-        return leaf, [leaf]
-
-    def call(self, provider: str, mode: str) -> Call:
-        """What is timed: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train().
-
-        Each call starts from the final state of the one before, so that none can be left out.
-        """
-        rnn, context, input = self.rnn(provider), PROVIDERS[provider].context, self.input
-        if isinstance(rnn, Peer):
-            own = rnn.timed(mode, input, self.workload.needs_input_grad)
-            if own is not None:
-                return own
-        wanted: list[Tensor] = rnn.fix() if isinstance(rnn, Peer) else list(rnn.parameters())
-        if mode == "fwbw":
-            input, leaves = self.differentiable()
-            wanted += leaves
-        return chained(rnn, input, wanted, mode, context)
-
-    def times(self, providers: list[str], mode: str) -> dict[str, Times]:
-        return interleaved(
-            {provider: self.call(provider, mode) for provider in providers},
-            self.settings.device,
-            seconds=self.settings.seconds,
-            least=self.settings.least_rounds,
-        )
-
-    def peak_mb(self, provider: str) -> float:
-        """CUDA memory of one forward+backward beyond what stood before, in MB."""
-        call = self.call(provider, "fwbw")
-        call()
-        torch.cuda.reset_peak_memory_stats(self.settings.device)
-        before = torch.cuda.memory_allocated(self.settings.device)
-        call()
-        return (torch.cuda.max_memory_allocated(self.settings.device) - before) / 1e6
-
-    def kept_mb(self, provider: str) -> float:
-        """What autograd keeps for backward, in MB."""
-        rnn = self.rnn(provider)
-        weights = rnn.fix() if isinstance(rnn, Peer) else []
+        workload, device = case.workload, settings.device
+        model = MODELS[workload.task](build(provider, case.cell, workload), workload)
+        model.load_state_dict(case.start or {})
+        steps = workload.gpu_steps if device.type == "cuda" else workload.steps
         with PROVIDERS[provider].context():
-            return kept(rnn, self.input, weights) / 1e6
-
-    def trains(self, provider: str) -> bool:
-        return self.workload.train_reference or provider != "fusedrnn torch"
-
-    def train(self, provider: str, tick: Callable[[], object]) -> Training:
-        """The short training, from the same start for every provider."""
-        if self.examples is None:
-            raise ValueError(f"{self.workload.name} is only timed: it has no examples")
-        model = MODELS[self.workload.task](build(provider, self.cell, self.workload), self.workload)
-        model.load_state_dict(self.start)
-        model.to(self.settings.device)
-        with PROVIDERS[provider].context():
-            return train(
-                model,
-                self.workload,
-                self.examples,
-                self.steps,
-                self.settings.device,
-                self.settings.seed,
-                tick,
+            trainings[provider] = train(
+                model.to(device), workload, case.examples, steps, device, settings.seed
             )
+    return trainings
 
 
-def chained(
-    rnn: nn.Module,
-    input: Any,
-    wanted: Sequence[Tensor],
-    mode: str,
-    context: Callable[[], AbstractContextManager] = nullcontext,
-    **options: Any,
-) -> Call:
-    """A call that starts from the final state of the one before.
+def _begun(results: Results) -> set[tuple[str, str]]:
+    """Returns the cases of a folder; those that ended a process get a row that says so."""
+    with open(results.folder / "results.csv", newline="") as file:
+        done = {(row["case"], row["cell"]) for row in csv.DictReader(file)}
+    path = results.folder / "begun.txt"
+    lines = path.read_text().splitlines() if path.exists() else []
+    begun = {(line.split()[0], line.split()[1]) for line in lines}
+    note = {"gate": "failed", "note": "its process ended"}
+    results.add({"case": case, "cell": cell} | note for case, cell in sorted(begun - done))
+    return done | begun
 
-    Args:
-        rnn: what is called, as ``rnn(input, state, **options)``.
-        input: whatever it takes.
-        wanted: of ``"fwbw"``, what is differentiated.
-        mode: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train().
-        context: is entered around every call.
-        **options: of every call.
+
+def main_job(options: argparse.Namespace) -> int:
+    """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
+    group = getattr(options, "group", None)
+    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if group in (None, w.group)]
+    return run(options, plan, CELLS, trains=True)[1]
+
+
+def cases_job(options: argparse.Namespace) -> int:
+    """Gates and times every provider on the named cases.
+
+    Raises:
+        UserError: there is no such case or provider.
     """
-    state = None
-    rnn.train(mode == "fwbw")
+    workloads, device = named(options.cases), torch.device(options.device)
+    wanted = (options.providers or "all").split(",")
+    wanted = list(PROVIDERS) if "all" in wanted else [TORCH, *wanted]
+    for name in wanted:
+        if name not in PROVIDERS:
+            raise UserError(f"there is no provider {name!r}; there are {', '.join(PROVIDERS)}")
+        if reason := absent(name, device):
+            print(f"absent   {name}: {reason}")
+    who = [name for name in dict.fromkeys(wanted) if not absent(name, device)]
+    plan = [(w, [name for name in who if _applies(name, w)]) for w in workloads]
+    _, code = run(options, plan, (options.cells or "lstm,gru,rnn").split(","))
+    if published := [w.name for w in workloads if w.group in ("kernelbench", "deepbench")]:
+        from . import references
 
-    def forward() -> object:
-        nonlocal state
-        with context(), torch.no_grad():
-            output, state = rnn(input, state, **options)
-        return output, state
-
-    cotangents: list[Tensor] = []
-
-    def forward_and_backward() -> object:
-        nonlocal state
-        with context():
-            result = rnn(input, state, **options)
-            outputs = _tensors(result)
-            if not cotangents:  # the first call only, which is never timed
-                cotangents.extend(torch.randn_like(output) for output in outputs)
-            gradients = torch.autograd.grad(outputs, wanted, cotangents)
-        final = result[1]
-        state = final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
-        return gradients
-
-    return forward if mode == "fw" else forward_and_backward
+        gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
+        print("\n".join(["", references.HEADER, *references.lines(published, gpu)]))
+    return code
 
 
-def random_input(workload: Workload, device: torch.device) -> Input:
-    """``[B, T, I]``, or packed with lengths from T/2 to T, the longest T; drawn on the CPU."""
-    input = torch.randn(workload.B, workload.T, workload.I)
-    input = input.to(device, getattr(torch, workload.dtype))
-    if not workload.ragged:
-        return input
-    lengths = random_lengths(workload.T, workload.B)
-    return pack_padded_sequence(input, lengths, batch_first=True, enforce_sorted=False)
+def _applies(provider: str, workload: Workload) -> bool:
+    """Returns False where a provider would only repeat another one."""
+    entry = PROVIDERS[provider]
+    return (not entry.layout or workload.ragged) and (not entry.step or workload.T == 1)
 
 
-def random_lengths(T: int, B: int) -> Tensor:
-    """``[B]``, uniform in T/2 to T, the first T."""
-    lengths = torch.randint((T + 1) // 2, T + 1, (B,))
-    lengths[0] = T
-    return lengths
-
-
-def first_steps(packed: PackedSequence, steps: int) -> PackedSequence:
-    """A packed sequence cut off: its data lie step by step."""
-    sizes = packed.batch_sizes[:steps]
-    return packed._replace(data=packed.data[: int(sizes.sum())], batch_sizes=sizes)
-
-
-def _tensors(result: tuple) -> list[Tensor]:
-    """Output and final states of an RNN, flat."""
-    output, final = result
-    output = output.data if isinstance(output, PackedSequence) else output  # a Tensor's detaches
-    return [output, *((final,) if isinstance(final, Tensor) else final)]
+def ragged_job(options: argparse.Namespace) -> int:
+    """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
+    plan = [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))]
+    return run(options, plan)[1]

@@ -1,6 +1,6 @@
-"""``pytest bench``: the lessons' workloads through pytest-benchmark.
+"""``pytest bench``: the cases of the main job through pytest-benchmark.
 
-Each provider passes the equality gate before it is timed. A GPU is used where there is one.
+A provider is timed only if it passes the gate. A GPU is used where there is one.
 """
 
 from __future__ import annotations
@@ -10,11 +10,11 @@ from functools import lru_cache
 import pytest
 import torch
 
-from . import imdb
+from . import data
 from .cases import CELLS, LESSONS, Workload
 from .gate import Gate
-from .providers import TORCH, names_for
-from .run import Settings, Subject
+from .measure import PASSES, BenchmarkCase, Settings
+from .providers import TORCH
 
 pytest.importorskip("pytest_benchmark", reason="pytest-benchmark is not installed")
 
@@ -22,37 +22,23 @@ DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 @lru_cache(maxsize=1)
-def _corpus() -> imdb.Corpus:
-    return imdb.load()
-
-
-@lru_cache(maxsize=1)
-def _subject(workload: Workload, cell: str) -> tuple[Subject, Gate]:
-    subject = Subject(workload, cell, Settings(DEVICE), _corpus() if workload.vocabulary else None)
-    return subject, Gate(workload, cell, subject.weights, subject.gate_input())
-
-
-@lru_cache
-def _failures(workload: Workload, cell: str, provider: str) -> list[str]:
-    return _subject(workload, cell)[1].judge(provider).failures
-
-
-CASES = [
-    pytest.param(workload, cell, provider, id=f"{workload.name}-{cell}-{provider}")
-    for workload in LESSONS
-    for cell in CELLS
-    for provider in names_for(workload, DEVICE)
-]
+def _case(workload: Workload, cell: str) -> tuple[BenchmarkCase, Gate]:
+    corpus = data.load() if workload.vocabulary else None
+    case = BenchmarkCase.of(workload, cell, Settings(DEVICE), corpus)
+    return case, Gate(case)
 
 
 @pytest.mark.benchmark(min_rounds=3, max_time=0.2, warmup=True, warmup_iterations=1)
-@pytest.mark.parametrize("mode", ["fw", "fwbw"])
-@pytest.mark.parametrize(("workload", "cell", "provider"), CASES)
+@pytest.mark.parametrize("mode", PASSES)
+@pytest.mark.parametrize("provider", [TORCH, "fusedrnn"])
+@pytest.mark.parametrize("cell", CELLS)
+@pytest.mark.parametrize("workload", LESSONS, ids=lambda workload: workload.name)
 def test_speed(benchmark, workload: Workload, cell: str, provider: str, mode: str):
+    case, gate = _case(workload, cell)
     if provider != TORCH:
-        failures = _failures(workload, cell, provider)
-        assert not failures, failures
-    call = _subject(workload, cell)[0].call(provider, mode)
+        verdict = gate.judge(provider)
+        assert verdict.ok, verdict.failures
+    call = case.call(provider, mode)
 
     def timed():
         call()

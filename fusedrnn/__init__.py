@@ -2,11 +2,10 @@
 
 from .dispatch import explain, use_backend, use_precision
 from .functional import gru, lstm, rnn
-from .inspection import States
 from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
 from .patching import patch, replace_modules, to_torch, unpatch
-from .streaming import Stream
-from .tokens import TokenGRU, TokenLSTM
+from .states import States
+from .stream import Stream
 
 __version__ = "0.1.0"
 
@@ -19,8 +18,6 @@ __all__ = [
     "RNNCell",
     "States",
     "Stream",
-    "TokenGRU",
-    "TokenLSTM",
     "__version__",
     "explain",
     "gru",
@@ -33,3 +30,7 @@ __all__ = [
     "use_backend",
     "use_precision",
 ]
+
+
+def __dir__() -> list[str]:
+    return __all__

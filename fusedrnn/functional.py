@@ -1,34 +1,23 @@
 """``lstm``, ``gru`` and ``rnn`` as functions of input, states and weights.
 
-Here every form of input (batch first, unbatched, packed) becomes time-major, bad input gets its
-sentence, and the call goes to the backend that ``dispatch`` names. Axes: T time, B batch, I input
-size, H hidden size, L layers, D directions. The modules are a thin layer over this file.
+``arguments.prepare`` checks a call, ``dispatch.choose`` names its backend, and ``run`` runs it. The
+modules are a thin layer over this file.
 """
 
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch, onednn
+from . import dispatch
 from .arguments import Call, Layers, as_hx, check_alike, prepare
-from .launches import Config
-from .ops import ATEN, by_one_thread
-from .requested import LOOPS
-from .threads import alone
-from .transforms import rnn_stack
-
-_ATEN_CELL: dict[str, Callable] = {
-    "lstm": _VF.lstm_cell,
-    "gru": _VF.gru_cell,
-    "rnn_tanh": _VF.rnn_tanh_cell,
-    "rnn_relu": _VF.rnn_relu_cell,
-}
+from .ops import ATEN, rnn_stack
+from .stack import StackConfig, StackInputs
 
 # cuDNN's advice to call flatten_parameters(), which does nothing here by design. Only warnings
 # raised by this package are silenced, so that nn.LSTM's remain.
@@ -67,8 +56,8 @@ def lstm(
         h'      = o * tanh(c')
 
     Equivalent torch code: ``nn.LSTM`` with these weights. Names, shapes, gate order and results
-    are torch's. Which backend runs is decided by ``use_backend``, ``FUSEDRNN_BACKEND`` and what
-    the backends take; ``explain`` tells.
+    are torch's. ``use_backend``, ``FUSEDRNN_BACKEND`` and the limits of the backends decide which
+    one runs; ``explain`` tells.
 
     Args:
         input: ``[T, B, I]``; ``[B, T, I]`` if ``batch_first``; ``[T, I]`` without a batch; or a
@@ -88,15 +77,14 @@ def lstm(
             come from torch's generator; on the CPU one seed gives the same ones in every backend.
         training: whether dropout is applied.
         bidirectional: D = 2 instead of 1.
-        recompute: whether backward makes the gates again instead of finding them saved: of the
-            6 numbers that an LSTM keeps for each unit and step 2 remain, of a GRU's 5 one, for
-            1.2 to 1.35 times the time of training on a CPU. The gradients are the same up to
-            rounding.
+        recompute: whether backward computes the gates again instead of reading saved ones: of the
+            6 numbers that an LSTM keeps for each unit and step 2 remain, of a GRU's 5 one. The
+            gradients are the same up to rounding.
         lengths: how many steps of each sequence count, integers ``[B]`` in any order on any device,
             0 to T. The others are as if they were not there: they may hold NaN, the output is 0
             there and has no gradient, h_n and c_n are of the last step that counts (hx, if none),
             and the reverse direction starts at each sequence's own end. On a GPU the values are
-            not looked at: more than T counts as T, less than 0 as 0.
+            not checked: more than T counts as T, less than 0 as 0.
         reset: bool ``[T, B]``, ``[B, T]`` if ``batch_first``: a new sequence begins at this step.
             The state is zero before it, hx too, and no gradient passes. The reverse direction is
             cut at the same place, hence zero before step t - 1. What ``lengths`` leaves out is
@@ -130,16 +118,8 @@ def gru(
     hx: Tensor | None,
     params: Sequence[Tensor],
     *,
-    num_layers: int = 1,
-    bias: bool = True,
-    batch_first: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    bidirectional: bool = False,
-    recompute: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
     reset_after: bool = True,
+    **options: Any,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     r"""A stack of GRU layers (Cho et al. 2014).
 
@@ -161,16 +141,8 @@ def gru(
         input: as of ``lstm``.
         hx: h_0 ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or None for zeros.
         params: as of ``lstm``, with ``3*H`` rows (r, z, n) and no projection.
-        num_layers: as of ``lstm``.
-        bias: as of ``lstm``.
-        batch_first: as of ``lstm``.
-        dropout: as of ``lstm``.
-        training: as of ``lstm``.
-        bidirectional: as of ``lstm``.
-        recompute: as of ``lstm``.
-        lengths: as of ``lstm``.
-        reset: as of ``lstm``.
         reset_after: whether r applies after the recurrent product (torch's) or before it.
+        **options: the keyword arguments of ``lstm``.
 
     Returns:
         output ``[T, B, D*H]`` in the form of the input, and h_n in the form of hx.
@@ -178,9 +150,8 @@ def gru(
     Raises:
         ValueError, RuntimeError, AttributeError, NotImplementedError: as ``lstm``.
     """
-    layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional, recompute)
     cell = "gru" if reset_after else "gru_reset_before"
-    return run(prepare(cell, input, hx, params, layers, lengths, reset))
+    return _run_stack(cell, input, hx, params, **options)
 
 
 def rnn(
@@ -188,16 +159,8 @@ def rnn(
     hx: Tensor | None,
     params: Sequence[Tensor],
     *,
-    num_layers: int = 1,
-    bias: bool = True,
-    batch_first: bool = False,
-    dropout: float = 0.0,
-    training: bool = False,
-    bidirectional: bool = False,
-    recompute: bool = False,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
     nonlinearity: str = "tanh",
+    **options: Any,
 ) -> tuple[Tensor | PackedSequence, Tensor]:
     r"""A stack of Elman layers (Elman 1990): ``h' = tanh(W_ih x + b_ih + W_hh h + b_hh)``.
 
@@ -207,16 +170,8 @@ def rnn(
         input: as of ``lstm``.
         hx: h_0 ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or None for zeros.
         params: as of ``lstm``, with ``H`` rows and no projection.
-        num_layers: as of ``lstm``.
-        bias: as of ``lstm``.
-        batch_first: as of ``lstm``.
-        dropout: as of ``lstm``.
-        training: as of ``lstm``.
-        bidirectional: as of ``lstm``.
-        recompute: as of ``lstm``.
-        lengths: as of ``lstm``.
-        reset: as of ``lstm``.
         nonlinearity: ``"tanh"`` or ``"relu"``.
+        **options: the keyword arguments of ``lstm``.
 
     Returns:
         output ``[T, B, D*H]`` in the form of the input, and h_n in the form of hx.
@@ -227,141 +182,111 @@ def rnn(
     """
     if nonlinearity not in ("tanh", "relu"):
         raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
-    layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional, recompute)
-    return run(prepare(f"rnn_{nonlinearity}", input, hx, params, layers, lengths, reset))
+    return _run_stack(f"rnn_{nonlinearity}", input, hx, params, **options)
+
+
+def _run_stack(
+    cell: str,
+    input: Any,
+    hx: Any,
+    params: Sequence[Tensor],
+    *,
+    lengths: Tensor | Sequence[int] | None = None,
+    reset: Tensor | None = None,
+    **layers: Any,
+) -> Any:
+    return run(prepare(cell, input, hx, params, Layers(**layers), lengths, reset))
 
 
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
-    backend = dispatch.choose(call.request)
-    unrolled = backend == "aten" and not (
-        call.request.compiled and dispatch.runs_as_one_node(call.request)
-    )
-    output, states = _run_aten(call) if unrolled else _run_stack(call, backend)
+    backend = dispatch.choose(call.facts)
+    as_one_node = call.facts.compiled and dispatch.runs_as_one_node(call.facts)
+    if backend == "aten" and not as_one_node:
+        output, *states = _run_aten(call)
+    else:
+        inputs, config = operands(call), config_of(call, backend)
+        output, states, _ = rnn_stack(inputs, call.sequences, config)
     return in_form(call, output), as_hx(states_in_form(call, states))
 
 
+def run_cell(call: Call) -> Any:
+    """Runs a prepared single step; returns the new states in the form of its input."""
+    _, hx = run(call)
+    return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(state.squeeze(0) for state in hx)
+
+
+def _run_aten(call: Call) -> tuple[Tensor, ...]:
+    """Runs torch's operator, on input that is time-major by now."""
+    layers, packing = call.facts.layers, call.packing
+    flags = layers.bias, layers.num_layers, layers.dropout, layers.training, layers.bidirectional
+    hx, op = as_hx(call.states), ATEN[call.facts.cell]
+    if packing is None:
+        return op(call.input, hx, call.params, *flags, False)
+    return op(call.input, packing.batch_sizes, hx, call.params, *flags)
+
+
 def in_form(call: Call, rows: Tensor) -> Any:
-    """``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the call's input."""
+    """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the call's input."""
     if call.jagged is not None:
-        values = rows.index_select(0, call.jagged.values)
-        return torch.nested.nested_tensor_from_jagged(values, call.jagged.offsets)
+        offsets, order = call.jagged
+        return torch.nested.nested_tensor_from_jagged(rows.index_select(0, order), offsets)
     if call.packing is not None:
         return PackedSequence(rows, *call.packing[1:])
     if not call.batched:
         return rows.squeeze(1)
-    return rows.transpose(0, 1) if call.layers.batch_first else rows
+    return rows.transpose(0, 1) if call.facts.layers.batch_first else rows
 
 
 def states_in_form(call: Call, states: Sequence[Tensor]) -> list[Tensor]:
-    """States ``[L*D, B, H]`` in the order of the call's sequences."""
+    """Returns states ``[L*D, B, H]`` in the order of the call's sequences."""
     if call.packing is not None and call.packing.unsorted_indices is not None:
         return [s.index_select(1, call.packing.unsorted_indices) for s in states]
     return list(states) if call.batched else [s.squeeze(1) for s in states]
 
 
-def run_cell(call: Call) -> Any:
-    """Runs a prepared single step; returns the new states in the form of its input."""
-    backend = dispatch.choose(call.request)
-    if backend == "aten":
-        cell = _ATEN_CELL[call.request.cell]
-        result = cell(call.input, as_hx(call.states), *call.params)
-        states: Sequence[Tensor] = result if len(call.states) == 2 else (result,)
-    else:
-        stacked = call._replace(
-            input=call.input.unsqueeze(0), states=tuple(s.unsqueeze(0) for s in call.states)
-        )
-        _, states = _run_stack(stacked, backend)
-        states = [s.squeeze(0) for s in states]
-    return as_hx(states if call.batched else [s.squeeze(0) for s in states])
-
-
-def _run_aten(call: Call) -> tuple[Tensor, Sequence[Tensor]]:
-    layers, packing = call.layers, call.packing
-    with alone(is_small(call)):
-        output, *states = ATEN[call.request.cell](
-            call.input,
-            *(() if packing is None else (packing.batch_sizes,)),
-            as_hx(call.states),
-            call.params,
-            # The input is time-major by now, and packed there is no batch_first.
-            *for_aten(layers._replace(batch_first=False))[: 6 if packing is None else 5],
-        )
-    return output, states
-
-
-def is_small(call: Call) -> bool:
-    """As ``by_one_thread``. Of packed sequences it was not measured; a compiler cannot trace it."""
-    asked = call.request
-    if asked.packed or asked.compiled:
-        return False
-    return by_one_thread(asked.cell, (asked.steps, asked.batch, asked.input_size), call.params[1])
-
-
-def for_aten(layers: Layers) -> tuple:
-    """The arguments of torch's operators that are no tensors."""
-    return (
-        layers.bias,
-        layers.num_layers,
-        layers.dropout,
-        layers.training,
-        layers.bidirectional,
-        layers.batch_first,
-    )
-
-
-def _run_stack(call: Call, backend: str) -> tuple[Tensor, Sequence[Tensor]]:
-    input, states, params, masks = operands(call)
-    output, final, _ = rnn_stack(
-        input, states, params, masks, call.ragged, config_of(call, backend)
-    )
-    return output, final
-
-
-def operands(call: Call) -> tuple[Tensor, list[Tensor], list[Tensor], list[Tensor]]:
-    """Input, states and params in the dtype of the computation, and the masks of dropout."""
-    request = call.request
+def operands(call: Call) -> StackInputs:
+    """Returns the tensors of a call in the dtype of the computation, with dropout's masks."""
+    facts = call.facts
     input, states, params = call.input, list(call.states), list(call.params)
-    if request.autocast:
+    if facts.autocast:
         # As cuDNN's path does: input, states and weights alike; fp64 is left alone.
-        input, *states = (_cast(t, request.autocast) for t in (input, *states))
-        params = [_cast(p, request.autocast) for p in params]
+        input, *states = (_cast(t, facts.autocast) for t in (input, *states))
+        params = [_cast(p, facts.autocast) for p in params]
         check_alike(input, states, params)
-    columns = request.proj_size or request.hidden_size
-    return input, states, params, dropout_masks(input, columns, call.layers)
+    masks = dropout_masks(input, facts.proj_size or facts.hidden_size, facts.layers)
+    return StackInputs(input, states[0], states[1] if len(states) == 2 else None, params, masks)
 
 
-def config_of(call: Call, backend: str) -> Config:
-    """How the operator runs a call."""
-    request, layers = call.request, call.layers
-    # Where the host may read lengths without waiting, the loop does nothing for missing steps.
-    compact = backend in LOOPS and request.device.type == "cpu" and request.lengths
-    return Config(
-        request.cell,
+def config_of(call: Call, backend: str) -> StackConfig:
+    """Returns how the operator runs a call."""
+    facts, layers = call.facts, call.facts.layers
+    # Where the host can read lengths without a transfer, the loop skips the missing steps.
+    compact = backend == "torch" and facts.device.type == "cpu" and "lengths" in facts.ragged
+    return StackConfig(
+        facts.cell,
         backend,
         layers.bias,
         layers.num_layers,
-        layers.bidirectional,
-        dispatch.precision(),
-        compact and not request.states,
-        recompute=request.recompute,
-        projected=request.projected,
-        onednn=backend == "torch" and onednn.takes(request),
+        bool(layers.bidirectional),
+        dispatch.precision() if backend == "triton" else "ieee",
+        compact and not facts.states and not facts.transformed,
+        facts.recompute,
     )
 
 
 def dropout_masks(input: Tensor, columns: int, layers: Layers) -> list[Tensor]:
-    """Masks scaled by 1/(1-p), drawn as ``at::dropout`` draws them on the CPU, bit for bit.
+    """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``.
 
-    columns: P, of one direction.
+    columns: of the output of one direction.
     """
     p = layers.dropout if layers.training else 0.0
     if p == 0:
         return []
-    shape = *input.shape[:-1], columns * (1 + layers.bidirectional)
+    shape = *input.shape[:-1], columns * layers.directions
     masks = [input.new_zeros(shape) for _ in range(layers.num_layers - 1)]
     if p == 1:
-        return masks  # at::dropout draws nothing here, and 1/(1-p) is infinite
+        return masks  # at::dropout draws nothing, and 1/(1-p) is infinite
     return [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
 
 

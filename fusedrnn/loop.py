@@ -1,328 +1,207 @@
-"""The recurrence of one layer as a lean loop over time in plain torch: the backend of the CPU.
+"""One layer as a loop over time in plain torch, in place: the backend of the CPU.
 
-Axes: T time, B batch, H hidden, P the columns of h (H, but for a projection), D directions, G
-gates, S saved tiles, N gradient tiles (``kernels/spec.py``), R rows (``kernels/rows.py``), n the
-sequences that a step has.
-
-At B = 32, H = 128 the GEMM of a step takes 20 us on two cores, so an element-wise call of 1 to 20
-us counts; with H = 16 only the *number* of calls counts, and that of views, 0.5 us each. Therefore:
-
-- A step's state is the row of the history that it writes anyway (``steps.py``), so no state is
-  copied: h lies in ``out``, c in ``cs``. Missing steps of packed sequences cost nothing.
-- The input part gx is written where the gates will be, and the product is added to it in place:
-  2.6 us at B = 64, H = 16, where ``addmm`` with another result takes 4.1.
-- Views of all steps' rows are made by one ``split``, 0.5 us each instead of 1.3 us.
-- Autograd's dispatch keys are left out while the loop runs: 0.12 us a call, a tenth of the small
-  ones.
-- Backward, all that does not depend on the gradients is computed before, for a chunk of steps at
-  a time, straight into ``dgates``: a step only multiplies it by dh (or dc) and by W_hh. A chunk is
-  large enough for two threads, which a step is not, and small enough for the cache.
-- The gradients of weights and input are made of ``dgates`` a segment at a time, while those are in
-  the cache; they are never there of all steps.
-
-The equations of the cells stand in ``loop_cells.py``.
+A step's state is the row of ``out`` (and of ``cs``) that it writes anyway, gx is overwritten by the
+gates, and backward computes all that does not depend on the gradients before its loop: so a step
+is a few in-place calls on views that one ``split`` made. Packed sequences are sorted by length, and
+step t works on the first ``sizes[t]`` of them. The equations are in ``loop_cells.py``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from functools import partial
-from typing import NamedTuple
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from . import compiled
-from .kernels.rows import Rows
-from .kernels.spec import SPECS, Weights
-from .loop_cells import CELLS, BackwardOn, ForwardOn, State
-from .steps import Part, Steps
-from .threads import alone, are_few
-
-#: Numbers in one tile of a chunk of backward, whose element-wise part is computed at once. With
-#: T = 500, B = 32, H = 128 on one thread backward takes 79, 70, 65, 63, 61, 62, 69, 73 ms at
-#: 2 ** (13, 14, 15, 16, 17, 18, 20, 24) in an LSTM.
-CHUNK = 1 << 16
-#: Numbers of dgates in a segment of backward, some chunks: 4 MiB.
-SEGMENT = 1 << 20
+from .kernels.rows import INITIAL, SKIPPED, ZERO, Rows
+from .kernels.spec import SPECS
+from .kernels.tensors import Grads, Layers
+from .layout import entering, final_states, previous_rows
+from .loop_cells import CELLS, Backward, Forward
 
 
-def room_of(cell: str, H: int) -> int:
-    """The columns of a buffer that holds gx and, in place of it, the gates: max(G, S)*H."""
-    return max(SPECS[cell].gates, SPECS[cell].saved) * H
+def workspace_tiles(cell: str) -> int:
+    """Returns the tiles of H of the buffer that holds gx, and the gates in its place."""
+    return max(SPECS[cell].gates, SPECS[cell].saved)
 
 
-def _by_row(x: Tensor, rows: Rows) -> Tensor:
-    """``[R, .]`` of what may be ``[T, B, .]``."""
-    return x.view(rows.total, x.shape[-1])
+def folded_bias(cell: str, b_ih: Tensor, b_hh: Tensor) -> Tensor:
+    """Returns b_ih plus b_hh, but for the part of b_hh that the cell adds by itself."""
+    if cell != "gru":
+        return b_ih + b_hh
+    bias, shared = b_ih.clone(), len(b_ih) // 3 * 2  # b_hn is multiplied by r
+    bias[:shared].add_(b_hh[:shared])
+    return bias
 
 
-def _columns(of_directions: Tensor, d: int, P: int) -> Tensor:
-    """Of ``[R, D*P]`` those of a direction."""
-    return of_directions if of_directions.shape[1] == P else of_directions[:, d * P : (d + 1) * P]
+class _Steps:
+    """The steps of one direction: how many sequences each has, and how its state enters."""
+
+    def __init__(self, rows: Rows, d: int) -> None:
+        self.rows, self.d = rows, d
+        self.sizes = [rows.B] * rows.T if rows.sizes is None else rows.sizes.tolist()
+        self.order = range(rows.T)[:: 1 if d == 0 else -1]
+        # Packed rows skip no step, and their order tells where a sequence begins.
+        kinds = (ZERO,) if rows.sizes is not None else (INITIAL, ZERO, SKIPPED)
+        self.masks: dict[int, Sequence[Any]] = {}
+        origins: Any = rows.origins
+        for kind in kinds if origins is not None else ():
+            mask = origins[d].unsqueeze(2) == kind
+            if bool(mask.any()):
+                some = mask.flatten(1).any(1).tolist()
+                parts = zip(mask.unbind(), self.sizes, some, strict=True)
+                self.masks[kind] = [m[:n] if any_ else None for m, n, any_ in parts]
+        self.is_dense = rows.sizes is None and not self.masks
+
+    def mask(self, kind: int, t: int) -> Tensor | None:
+        """Returns the sequences ``[n, 1]`` whose step t is of a kind, or None for none."""
+        return self.masks[kind][t] if kind in self.masks else None
+
+    def split(self, rows: Tensor) -> Sequence[Tensor]:
+        """Cuts rows ``[R, .]`` into those of each step."""
+        return rows.split_with_sizes(self.sizes)
+
+    def prefix(self, state: Tensor) -> Sequence[Tensor]:
+        """Returns for each step the sequences ``[n, .]`` that it has of a state ``[B, .]``."""
+        B = state.shape[0]
+        views = {n: state if n == B else state[:n] for n in set(self.sizes)}
+        return [views[n] for n in self.sizes]
+
+    def entering(self, t: int, initial: Any, left: Tensor) -> Tensor:
+        """Returns the state ``[n, H]`` that enters step t.
+
+        left: the state that left the step before, of its sequences.
+        """
+        n, known = self.sizes[t], left.shape[0]
+        state = left
+        if known != n:
+            state = left[:n] if known > n else torch.cat([left, initial[known:n]])
+        if (mask := self.mask(INITIAL, t)) is not None:
+            state = torch.where(mask, initial[:n], state)
+        if (mask := self.mask(ZERO, t)) is not None:
+            state = state.masked_fill(mask, 0)
+        return state
+
+    def all_entering(self, initial: Tensor, left: Tensor) -> Tensor:
+        """Returns the state ``[R, H]`` that enters each row, from those that leave the rows."""
+        if not self.is_dense:
+            return entering(previous_rows(self.rows, self.d, left.device), initial, left)
+        rest = left.shape[0] - self.rows.B
+        if rest < 0:
+            return left
+        parts = [initial, left[:rest]] if self.d == 0 else [left[self.rows.B :], initial]
+        return torch.cat(parts)
+
+    def final(self, initial: Tensor, left: Any) -> Tensor:
+        """Returns the state ``[B, H]`` that leaves the last step of each sequence."""
+        if not self.is_dense:
+            return final_states(self.rows, self.d, initial, left)
+        if not self.sizes:
+            return initial
+        return left[-self.rows.B :] if self.d == 0 else left[: self.rows.B]
 
 
-def _put_back(mask: Tensor, kept: Sequence[Tensor], states: Sequence[Tensor]) -> None:
-    """The masked rows of the states become again what they were, whatever a step made of them."""
-    for old, state in zip(kept, states, strict=True):
-        torch.where(mask, old, state, out=state)
+def forward(cell: str, layers: Layers, rows: Rows) -> None:
+    """Runs one layer: fills out, h_n, c_n and, if given, cs; turns gx into the gates.
 
-
-def _room(gx: Tensor, gates: Tensor | None, columns: int) -> Tensor:
-    """One direction's gx in a buffer with ``columns``, which is gates where those are kept."""
-    if gates is None or not gates.shape[1]:
-        if gx.shape[1] == columns:
-            return gx
-        gates = gx.new_empty(len(gx), columns)
-    if gates.data_ptr() != gx.data_ptr():
-        gates[:, : gx.shape[1]] = gx
-    return gates
-
-
-def with_one_bias(cell: str, w: Weights) -> Weights:
-    """b_hh as a part of b_ih, but for what the cell adds itself: a pass less over gx."""
-    if w.b_ih is None or w.b_hh is None:
-        return w
-    shared = _shared_bias(cell, w)
-    if shared == len(w.b_hh):
-        return w._replace(b_ih=w.b_ih + w.b_hh, b_hh=None)
-    b_ih = w.b_ih.clone()
-    b_ih[:shared].add_(w.b_hh[:shared])  # += would copy the slice to where it is
-    return w._replace(b_ih=b_ih, b_hh=w.b_hh[shared:])
-
-
-def _shared_bias(cell: str, w: Weights) -> int:
-    """How many numbers of b_hh, the first, are added where those of b_ih are."""
-    assert w.b_hh is not None
-    H = w.w_hh.shape[0] // SPECS[cell].gates
-    return len(w.b_hh) - CELLS[cell].own_biases * H
-
-
-def _add_b_hh(cell: str, w: Weights, gx: Tensor) -> None:
-    if w.b_hh is not None and (shared := _shared_bias(cell, w)):
-        gx[:, :shared].add_(w.b_hh[:shared])
-
-
-def loop_gates(cell: str, gates: Tensor, weights: Sequence[Weights], h: Sequence[Tensor]) -> None:
-    """Turns gx into gates where it lies, of r steps of which the h that entered is known.
-
-    gates: ``[D, r, S*H]``, of which the first G tiles are gx; h: of each direction ``[r, P]``.
+    ``layers.gx [D, R, max(G, S)*H]`` holds in its first columns ``x W_ih^T`` plus the bias of
+    ``folded_bias``; ``layers.gates`` is that buffer where gates are saved.
     """
-    H = weights[0].w_hh.shape[0] // SPECS[cell].gates
+    H = layers.w_hh[0].shape[1]
     with torch._C._AutoDispatchBelowAutograd():
-        for d, w in enumerate(weights):
-            _add_b_hh(cell, w, gates[d])
-            one = Steps(Rows(1, len(h[d])), d)
-            CELLS[cell].forward(ForwardOn(one.whole, w, gates[d], (), (), H, True))(0, h[d], None)
+        for d, w_hh in enumerate(layers.w_hh):
+            steps, h_0 = _Steps(rows, d), layers.h_0[d]
+            hs = layers.out[d][:, d * H : (d + 1) * H]
+            c_0, c, cs = None, None, None
+            if layers.c_0 is not None:
+                c_0 = layers.c_0[d]
+                cs = c_0.new_empty(rows.total, H) if layers.cs is None else layers.cs[d]
+                c = steps.split(cs)
+            b_hh = None if layers.b_hh is None else layers.b_hh[d]
+            operands = Forward(layers.gx[d], steps.split(hs), c, w_hh, b_hh, steps.split)
+            _run_steps(steps, CELLS[cell].forward(operands), operands, h_0, c_0)
+            layers.h_n[d] = steps.final(h_0, hs)
+            if c_0 is not None:
+                layers.c_n[d] = steps.final(c_0, cs)
 
 
-def loop_fwd(
-    cell: str,
-    gx: Tensor,
-    weights: Sequence[Weights],
-    h_0: Tensor,
-    c_0: State,
-    out: Tensor,
-    h_n: Tensor,
-    c_n: State,
-    gates: Tensor | None,
-    cs: Tensor | None,
-    rows: Rows,
-    compiles: bool = False,
-) -> None:
-    """One layer, all directions. What has an axis R may have axes T, B instead.
-
-    Args:
-        cell: the name of a cell.
-        gx: ``x W_ih^T + b_ih``, ``[D, R, G*H]``; overwritten. With ``room_of`` columns, of which it
-            is the first, nothing is copied; it may be gates itself.
-        weights: of each direction.
-        h_0: ``[D, B, P]``, and h_n; c_0 and c_n ``[D, B, H]``, or None in a cell without c.
-        out: ``[R, D*P]``.
-        gates: ``[D, R, S*H]``, or None if nothing is to be saved; likewise cs ``[D, R, H]``.
-        rows: which steps there are.
-        compiles: whether those that can be are run compiled (``compiled.py``).
-    """
-    P, spec = h_0.shape[2], SPECS[cell]
-    H = weights[0].w_hh.shape[0] // spec.gates
-    with torch._C._AutoDispatchBelowAutograd():
-        for d, w in enumerate(weights):
-            s, saved = Steps(rows, d), None if gates is None else _by_row(gates[d], rows)
-            room = saved
-            if room is None or gx is not gates:
-                room = _room(_by_row(gx[d], rows), saved, room_of(cell, H))
-            _add_b_hh(cell, w, room)
-            hs = _columns(_by_row(out, rows), d, P)
-            c_left = None if cs is None else _by_row(cs[d], rows)
-            if c_0 is not None and c_left is None and not s.is_dense:
-                c_left = c_0.new_empty(rows.total, H)  # nothing carries c of those that ended
-            of_c_0, of_c_n = (None, None) if c_0 is None else (c_0[d], c_n[d])
-            part, h, c = s.whole, h_0[d], of_c_0
-            with alone(are_few(s.T, s.B, w.w_hh)):
-                if compiles:
-                    kept = room, saved is not None
-                    part, h, c = compiled.forward_steps(cell, s, w, *kept, h, c, hs, c_left)
-                _forwards(cell, s, part, w, room, saved, h, c, hs, c_left, of_c_n)
-            s.finish(h_0[d], hs, h_n[d])
-            if c_left is not None:
-                s.finish(c_0[d], c_left, c_n[d])
-
-
-def _forwards(
-    cell: str,
-    s: Steps,
-    part: Part,
-    w: Weights,
-    room: Tensor,
-    saved: Tensor | None,
-    h_0: Tensor,
-    c_0: State,
-    hs: Tensor,
-    c_left: Tensor | None,
-    c_n: State,
-) -> None:
-    """Through the steps of a part of one direction: of all, or of dense ones the last.
-
-    room: ``[R, .]``, as of ``_room``; saved: it, if gates are kept; h_0 and c_0: what enters the
-    part; hs and c_left: h and c that leave each step, ``[R, P]`` and ``[R, H]``; without c_left c
-    is carried in c_n.
-    """
-    own, count, H = part.rows, len(part.sizes), w.w_hh.shape[0] // SPECS[cell].gates
-    h = part.split(hs[own])
-    c: Sequence[Tensor] = ()
-    entering_c: Iterable[State] = [None] * count
-    if c_left is not None:
-        c = part.split(c_left[own])
-        entering_c = s.entering(c_0, c)
-    elif c_0 is not None:
-        c = entering_c = [c_n.copy_(c_0)] * count
-    if not count:
+def _run_steps(steps: _Steps, step: Any, on: Forward, h_0: Tensor, c_0: Any) -> None:
+    """Runs the steps of one direction in their order."""
+    c_left: Any = c_0
+    h_left = h_0
+    if steps.is_dense:
+        for t in steps.order:
+            step(t, h_left, c_left)
+            h_left, c_left = on.h[t], None if on.c is None else on.c[t]
         return
-    written = [h, c, () if saved is None else part.split(saved)] if s.skips else []
-    step = CELLS[cell].forward(ForwardOn(part, w, room[own], h, c, H, saved is not None))
-    order = range(count) if s.d == 0 else range(count - 1, -1, -1)
-    for k, h_k, c_k in zip(order, s.entering(h_0, h), entering_c, strict=True):
-        step(k, h_k, c_k)
-        if (skipped := s.skipped[part.times[k]]) is not None:
-            for to in written:
-                if to:
-                    to[k].masked_fill_(skipped, 0)
+    gates = steps.split(on.gates) if SKIPPED in steps.masks else ()
+    n = steps.sizes[steps.order[0]] if steps.order else 0
+    h_left, c_left = h_0[:n], None if c_0 is None else c_0[:n]
+    for t in steps.order:
+        h = steps.entering(t, h_0, h_left)
+        step(t, h, None if c_0 is None else steps.entering(t, c_0, c_left))
+        h_left, c_left = on.h[t], None if on.c is None else on.c[t]
+        if (skipped := steps.mask(SKIPPED, t)) is not None:
+            for written in (h_left, c_left, gates[t]):
+                if written is not None:
+                    written.masked_fill_(skipped, 0)
 
 
-class Segment(NamedTuple):
-    """What backward has found of some steps of a direction. Its tensors are overwritten later."""
-
-    d: int
-    part: Part
-    dgates: Tensor  # [r, N*H]
-    entering: Callable[[], list[Tensor]]  # h that entered each row, in pieces by their order
-
-
-def loop_bwd(
-    cell: str,
-    d_out: Tensor | None,
-    d_cs: Tensor | None,
-    d_h_n: Tensor,
-    d_c_n: State,
-    weights: Sequence[Weights],
-    h_0: Tensor,
-    c_0: State,
-    out: Tensor,
-    gates: Tensor,
-    cs: State,
-    dgates: Tensor | None,
-    d_h_0: Tensor,
-    d_c_0: State,
-    rows: Rows,
-    compiles: bool = False,
-    take: Callable[[Segment], object] = lambda segment: None,
-) -> None:
-    """One layer backwards: fills dgates ``[D, R, N*H]``, d_h_0 and d_c_0.
-
-    Shapes as in ``loop_fwd``. d_out (``[R, D*P]``) and d_cs (``[D, R, H]``), the gradients that
-    reach h and c of each step from outside, may be None. dgates may be None, if all that is wanted
-    of them is what ``take`` makes of each segment as it is found: then only a segment's are there.
-    compiles: as of ``loop_fwd``.
-    """
-    P, tiles = h_0.shape[2], SPECS[cell].grad_tiles
-    H = weights[0].w_hh.shape[0] // SPECS[cell].gates
-    limit = max(CHUNK // max(H, 1), 1)  # of what is not much more, one chunk is made
+def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
+    """Runs one layer backwards: fills ``grads.gates``, ``grads.h_0`` and ``grads.c_0``."""
+    H = layers.w_hh[0].shape[1]
     with torch._C._AutoDispatchBelowAutograd():
-        for d, w in enumerate(weights):
-            s, dh = Steps(rows, d), d_h_0[d].copy_(d_h_n[d])
-            hs = _columns(_by_row(out, rows), d, P)
-            of_out = None if d_out is None else _columns(_by_row(d_out, rows), d, P)
-            dc = c = of_cs = None
-            if cs is not None:
-                dc, c = d_c_0[d].copy_(d_c_n[d]), _by_row(cs[d], rows)
-                of_cs = None if d_cs is None else _by_row(d_cs[d], rows)
-            h_entered = s.entered(h_0[d], hs)
-            entered = h_entered if c is None else s.entered(c_0[d], c)
-            saved, segments = _by_row(gates[d], rows), s.cut(s.whole, _rows_of_segment(cell, H))
-            if dgates is None:  # one buffer for all segments
-                most = max((part.total for part in segments), default=0)
-                room = saved.new_empty(most, tiles * H)
-            for part in segments:
-                to = _by_row(dgates[d], rows)[part.rows] if dgates is not None else room
-                to, rest = to[: part.total], part
-                if compiles and of_cs is None:
-                    states = (h_0[d], hs) if c is None else (c_0[d], c)
-                    given = *states, saved, of_out, to, dh, dc
-                    with alone(are_few(s.T, s.B, w.w_hh)):
-                        rest = compiled.backward_steps(cell, s, part, w, *given)
-                for chunk in s.cut(rest, limit if rest.total > 2 * limit else 2 * limit):
-                    own = chunk.rows
-                    on = BackwardOn(
-                        chunk, w, dh, dc, hs[own], saved[own], None if c is None else c[own],
-                        to[chunk.within(part)], partial(_in_one, entered, chunk),
-                    )  # fmt: skip
-                    arriving = [
-                        (chunk.prefix(state), chunk.split(grad[own]))
-                        for state, grad in ((dh, of_out), (dc, of_cs))
-                        if state is not None and grad is not None
-                    ]
-                    with alone(are_few(len(chunk.sizes), s.B, w.w_hh)):
-                        _backwards(s, cell, on, arriving)
-                take(Segment(d, part, to, partial(h_entered, part)))
+        for d, w_hh in enumerate(layers.w_hh):
+            steps, columns = _Steps(rows, d), slice(d * H, (d + 1) * H)
+            hs, dh = layers.out[d][:, columns], grads.h_0[d].copy_(grads.h_n[d])
+            arriving = [] if grads.out is None else [(dh, grads.out[:, columns])]
+            c = dc = None
+            if layers.c_0 is None:
+                before = steps.all_entering(layers.h_0[d], hs)
+            else:
+                c, dc = layers.cs[d], grads.c_0[d].copy_(grads.c_n[d])
+                before = steps.all_entering(layers.c_0[d], c)
+                arriving += [] if grads.cs is None else [(dc, grads.cs[d])]
+            operands = Backward(
+                layers.gates[d], grads.gates[d], hs, c, before, steps.prefix(dh),
+                None if dc is None else steps.prefix(dc), w_hh, steps.split,
+            )  # fmt: skip
+            states = [dh] if dc is None else [dh, dc]
+            _run_steps_back(steps, CELLS[cell].backward(operands), operands, arriving, states)
 
 
-def _in_one(entered: Callable[[Part], list[Tensor]], part: Part) -> Tensor:
-    pieces = entered(part)
-    return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-
-
-def _rows_of_segment(cell: str, H: int) -> int:
-    """Few enough for the cache, and enough for adding a segment's dW to the others' to be little
-    beside the product that it is of: 4 H rows."""
-    return max(SEGMENT // max(SPECS[cell].grad_tiles * H, 1), 4 * H)
-
-
-def _backwards(
-    s: Steps,
-    cell: str,
-    on: BackwardOn,
-    arriving: Sequence[tuple[Sequence[Tensor], Sequence[Tensor]]],
+def _run_steps_back(
+    steps: _Steps,
+    step: Any,
+    on: Backward,
+    arriving: Sequence[tuple[Tensor, Tensor]],
+    states: Sequence[Tensor],
 ) -> None:
-    """Backwards through the steps of a chunk.
+    """Runs the steps of one direction against their order.
 
-    arriving: prefixes of the gradients that are carried, and of each step what is added to them
-    from outside.
+    arriving: gradients that are carried ``[B, H]``, and what reaches them from outside ``[R, H]``;
+    states: the gradients that are carried.
     """
-    part = on.steps
-    states = [on.dh] if on.dc is None else [on.dh, on.dc]
-    written = part.split(on.dgates) if s.skips else ()
-    step = CELLS[cell].backward(on)
-    order = range(len(part.sizes))
-    for k in order[::-1] if s.d == 0 else order:
-        t = part.times[k]
-        if (skipped := s.skipped[t]) is not None:
-            kept = [state.clone() for state in states]
-        for state, grad in arriving:
-            state[k].add_(grad[k])
-        step(k)
+    added = [(steps.prefix(state), steps.split(grad)) for state, grad in arriving]
+    if steps.is_dense:
+        for t in reversed(steps.order):
+            for carried, grad in added:
+                carried[t].add_(grad[t])
+            step(t)
+        return
+    dgates = steps.split(on.dgates)
+    state: Tensor
+    for t in reversed(steps.order):
+        skipped, zero = steps.mask(SKIPPED, t), steps.mask(ZERO, t)
+        kept = [state.clone() for state in states] if skipped is not None else []
+        for carried, grad in added:
+            carried[t].add_(grad[t])
+        step(t)
         if skipped is not None:
-            _put_back(skipped, kept, states)
-            written[k].masked_fill_(skipped, 0)
-        if (new := s.zero[t]) is not None:
-            for carried in states:  # whatever they hold: 0 times inf is NaN
-                carried[: len(new)].masked_fill_(new, 0)
+            dgates[t].masked_fill_(skipped, 0)
+            for old, state in zip(kept, states, strict=True):
+                torch.where(skipped, old, state, out=state)
+        if zero is not None:  # 0 times inf would be NaN
+            for state in states:
+                state[: len(zero)].masked_fill_(zero, 0)

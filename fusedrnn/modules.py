@@ -3,7 +3,7 @@
 They derive from ``nn.RNNBase`` and not from ``nn.LSTM``: TorchDynamo breaks the graph at every
 instance of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, subclasses included. Weights are read by
 attribute at every call, so whatever replaces them (weight_norm, parametrize, pruning,
-functional_call) is seen, and there is no flat copy to keep in step.
+functional_call) takes effect without a flat copy.
 """
 
 from __future__ import annotations
@@ -15,17 +15,35 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import arguments, functional, inspection, known
-from .streaming import Stream
+from . import arguments, dispatch, functional, states
+from .ops import ATEN_CELL
+from .stream import Stream
+from .vmap import is_transformed
 
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
 
 
-class _Stack(torch.nn.RNNBase):
-    """What the three modules share."""
+class _FlatWeights(list):
+    """The weights of a module in torch's order; an assignment replaces one for its forward."""
 
-    #: For modules that began as torch's: see replace_modules, and pickles loaded under patch().
+    def __init__(self, module: _Stack) -> None:
+        assigned = module._assigned or {}
+        names = module._flat_weights_names
+        super().__init__(assigned.get(name, getattr(module, name, None)) for name in names)
+        self._module = module
+
+    def __setitem__(self, index: Any, weight: Any) -> None:
+        super().__setitem__(index, weight)
+        self._module._flat_weights = self
+
+
+class _Stack(torch.nn.RNNBase):
+    """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
+
+    # As class attributes for modules that began as torch's (replace_modules, pickles).
     recompute: bool = False
+    _flat_weight_refs: Any = ()
+    _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
 
     @property
     def _cell(self) -> str:
@@ -35,15 +53,22 @@ class _Stack(torch.nn.RNNBase):
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         """The weights as they are now. RNNBase would keep a list, stale once one is replaced."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return _FlatWeights(self)
+
+    @_flat_weights.setter
+    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+        pairs = zip(self._flat_weights_names, weights, strict=True)
+        assigned = {name: w for name, w in pairs if w is not getattr(self, name, None)}
+        self.__dict__["_assigned"] = assigned or None
 
     def _init_flat_weights(self) -> None:
-        """Nothing: there is no list of weights to build."""
+        """Forgets assignments to ``_flat_weights``, as torch rebuilds its list."""
+        self.__dict__.pop("_assigned", None)
 
     def flatten_parameters(self) -> None:
-        """Does nothing; here for code that calls it on ``nn.LSTM``. No backend needs one buffer."""
+        """Does nothing: no backend needs one buffer. Code written for ``nn.LSTM`` calls it."""
 
     def _prepare(
         self,
@@ -53,19 +78,7 @@ class _Stack(torch.nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
     ) -> arguments.Call:
-        params, layers = self._params(), self._layers()
-        return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
-
-    def _params(self) -> list[Tensor]:
-        """The weights as they are now, computed ones too, in torch's order."""
-        plain = self._parameters
-        names = self._flat_weights_names
-        # Module.__getattr__ takes 0.5 us for each.
-        found: Any = [plain[name] if name in plain else getattr(self, name) for name in names]
-        return found
-
-    def _layers(self) -> arguments.Layers:
-        return arguments.Layers(
+        layers = arguments.Layers(
             self.num_layers,
             self.bias,
             self.batch_first,
@@ -74,6 +87,15 @@ class _Stack(torch.nn.RNNBase):
             bool(self.bidirectional),
             self.recompute,
         )
+        return arguments.prepare(self._cell, input, hx, self._params(), layers, lengths, reset)
+
+    def _params(self) -> list[Tensor]:
+        """Returns the weights as they are now, computed ones too, in torch's order."""
+        if self._assigned:
+            return self._flat_weights  # type: ignore[return-value]
+        plain, names = self._parameters, self._flat_weights_names
+        # Module.__getattr__ is slow.
+        return [plain[name] if name in plain else getattr(self, name) for name in names]  # type: ignore[misc]
 
     def forward(
         self,
@@ -84,10 +106,7 @@ class _Stack(torch.nn.RNNBase):
         reset: Tensor | None = None,
     ):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
-        # Not _prepare, which would compute parametrized weights a second time.
-        return known.run_module(
-            self._cell, input, hx, self._params(), self._layers(), lengths, reset
-        )
+        return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
         self,
@@ -97,46 +116,49 @@ class _Stack(torch.nn.RNNBase):
         lengths: Tensor | Sequence[int] | None = None,
         reset: Tensor | None = None,
         gates: bool = False,
-    ) -> inspection.States:
+    ) -> states.States:
         """Runs the stack and returns every state of every step; see ``fusedrnn.States``.
 
         Args:
-            input: as of ``forward``, likewise hx, lengths and reset.
+            input: as of ``forward``, as are hx, lengths and reset.
             gates: whether the gates are wanted too, for two more products a layer and direction.
 
         Raises:
             NotImplementedError: backend ``"aten"`` was named, which keeps no state but the last.
         """
-        call = self._prepare(input, hx, lengths=lengths, reset=reset)
-        return inspection.run(call, gates)
+        return states.run(self._prepare(input, hx, lengths=lengths, reset=reset), gates)
 
     def stream(self, batch_size: int = 1, hx: Any = None) -> Stream:
-        """Decoding step by step, with the state carried from call to call; see ``Stream``."""
+        """Returns a ``Stream``, which decodes step by step and carries the state along."""
         return Stream(self, batch_size, hx)
 
-    # RNNBase overrides the following four to keep its list of weights; Module's own suffice.
+    # RNNBase overrides the following three to keep its list of weights.
 
     def __setattr__(self, name: str, value: Any) -> None:
-        torch.nn.Module.__setattr__(self, name, value)
+        super(torch.nn.RNNBase, self).__setattr__(name, value)
+        if self._assigned and name in self._assigned:
+            del self._assigned[name]
 
     def _replicate_for_data_parallel(self):
-        return torch.nn.Module._replicate_for_data_parallel(self)
+        return super(torch.nn.RNNBase, self)._replicate_for_data_parallel()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        torch.nn.Module.__setstate__(self, state)
-        # A module that was pickled as torch's and is loaded under patch() brings its list along.
-        self.__dict__.pop("_flat_weights", None)
+        super(torch.nn.RNNBase, self).__setstate__(state)
+        # A module that was pickled as torch's and is loaded under patch() brings its lists along.
+        for name in ("_flat_weights", "_flat_weight_refs"):
+            self.__dict__.pop(name, None)
 
     def __getstate__(self) -> dict[str, Any]:
-        """The state for pickle and deepcopy, which refuse tensors that have a history.
+        """Returns the state for pickle and deepcopy, which refuse tensors that have a history.
 
         weight_norm and pruning leave such a tensor in place of a weight; the next forward
         computes it anew.
         """
         state = self.__dict__.copy()
-        for name in self._flat_weights_names:
+        for name in (*self._flat_weights_names, "_flat_weight_refs"):
             if isinstance(state.get(name), Tensor):
                 state[name] = state[name].detach()
+        state.pop("_flat_weight_refs", None)
         return state
 
 
@@ -154,8 +176,8 @@ class LSTM(_Stack):
         proj_size: P > 0 projects h to P features (Sak et al. 2014, arXiv 1402.1128).
         device: where the weights are made.
         dtype: of the weights.
-        recompute: whether backward makes the gates again, for a third of the memory that training
-            keeps (see ``fusedrnn.lstm``). Keyword only.
+        recompute: whether backward computes the gates again, for a third of the memory that
+            training keeps (see ``fusedrnn.lstm``). Keyword only.
 
     Raises:
         TypeError, ValueError: as ``nn.LSTM``, for an argument of the wrong type or range.
@@ -170,6 +192,10 @@ class LSTM(_Stack):
         >>> assert output.shape == (2, 7, 4)
         >>> assert h_n.shape == (1, 2, 4)
     """
+
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
+    get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
     def __init__(
         self,
@@ -186,19 +212,8 @@ class LSTM(_Stack):
         *,
         recompute: bool = False,
     ) -> None:
-        super().__init__(
-            "LSTM",
-            input_size,
-            hidden_size,
-            num_layers,
-            bias,
-            batch_first,
-            dropout,
-            bidirectional,
-            proj_size,
-            device,
-            dtype,
-        )
+        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
+        super().__init__("LSTM", *sizes, proj_size, device, dtype)
         if recompute:  # else the class says so, also in modules that began as torch's
             self.recompute = True
 
@@ -218,7 +233,6 @@ class GRU(_Stack):
         TypeError: as ``LSTM``.
     """
 
-    #: For modules that began as torch's: see replace_modules, and pickles loaded under patch().
     reset_after: bool = True
 
     # torch's signature: by position proj_size keeps its place between bidirectional and device.
@@ -236,7 +250,7 @@ class GRU(_Stack):
         return "gru" if self.reset_after else "gru_reset_before"
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _reset_repr(self.reset_after)
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
 class RNN(_Stack):
@@ -261,7 +275,9 @@ class RNN(_Stack):
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
         _refuse_proj_size(args[7:8], kwargs)
         if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
+            raise ValueError(
+                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
+            )
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
         if recompute:
@@ -269,26 +285,32 @@ class RNN(_Stack):
 
 
 class _SingleStep(torch.nn.RNNCellBase):
-    """What the three cells share."""
+    """The common part of the cells, which derive from torch's."""
 
-    @property
-    def _cell(self) -> str:
-        """The name of the equations."""
-        raise NotImplementedError
+    _cell = "lstm"
 
-    def _prepare(
-        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
-    ) -> arguments.Call:
+    def _prepare(self, input: Tensor, hx: Any = None) -> arguments.Call:
         params = [self.weight_ih, self.weight_hh]
-        params += [self.bias_ih, self.bias_hh] if self.bias else []
+        params += [b for b in (self.bias_ih, self.bias_hh) if b is not None]
         return arguments.prepare_cell(self._cell, input, hx, params)
 
     def forward(self, input: Tensor, hx: Any = None):
         """Runs one step; see the class for shapes and errors."""
-        return functional.run_cell(self._prepare(input, hx))
+        op, p = ATEN_CELL.get(self._cell), self._parameters
+        if is_transformed() or not (dispatch.is_auto() and op):
+            if op is None or is_transformed() or dispatch.requested_backend()[0] != "aten":
+                return functional.run_cell(self._prepare(input, hx))
+        elif hx is not None:
+            try:
+                if input.dim() == 2:
+                    biases = p["bias_ih"], p["bias_hh"]
+                    return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+                pass  # torch's own forward raises its own error, or reads computed weights
+        return super().forward(input, hx)
 
 
-class LSTMCell(_SingleStep):
+class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
     Args:
@@ -304,25 +326,11 @@ class LSTMCell(_SingleStep):
     Raises:
         ValueError: input or a state is neither 1-D nor 2-D.
         RuntimeError: a size, dtype or device is wrong, or hx has not two tensors.
-        TypeError, AttributeError: input or hx is not what can hold tensors. All as ``nn.LSTMCell``.
+        TypeError, AttributeError: input or hx cannot hold tensors. All as ``nn.LSTMCell``.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
 
-    @property
-    def _cell(self) -> str:
-        return "lstm"
-
-
-class GRUCell(_SingleStep):
+class GRUCell(_SingleStep, torch.nn.GRUCell):
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
     The arguments are ``LSTMCell``'s, and keyword-only ``reset_after``, see ``GRU``. Inputs are
@@ -334,28 +342,19 @@ class GRUCell(_SingleStep):
 
     reset_after: bool = True  # as of GRU
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        reset_after: bool = True,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.reset_after = reset_after
 
     @property
-    def _cell(self) -> str:
+    def _cell(self) -> str:  # type: ignore[override]
         return "gru" if self.reset_after else "gru_reset_before"
 
     def extra_repr(self) -> str:
-        return super().extra_repr() + _reset_repr(self.reset_after)
+        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-class RNNCell(_SingleStep):
+class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 
     The arguments are ``LSTMCell``'s, and as the fourth ``nonlinearity``, ``"tanh"`` or ``"relu"``.
@@ -367,30 +366,14 @@ class RNNCell(_SingleStep):
         ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
-        self.nonlinearity = nonlinearity
-
     @property
-    def _cell(self) -> str:
+    def _cell(self) -> str:  # type: ignore[override]
         if self.nonlinearity not in ("tanh", "relu"):
-            raise RuntimeError(f"nonlinearity is {self.nonlinearity!r}; expected 'tanh' or 'relu'")
+            raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
 
 
 def _refuse_proj_size(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """As torch: not as a keyword at all; by position, where it must stand, only as 0."""
+    """Refuses proj_size as torch does: by keyword always, by position unless it is 0."""
     if "proj_size" in kwargs or (positional and isinstance(positional[0], int) and positional[0]):
-        raise ValueError("proj_size was given; only LSTM has a projection")
-
-
-def _reset_repr(reset_after: bool) -> str:
-    return "" if reset_after else ", reset_after=False"
+        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

@@ -1,71 +1,218 @@
 """``fusedrnn::rnn_forward`` and ``fusedrnn::rnn_backward``: a stack of layers as one operator.
 
-One name for CPU and CUDA, with fake kernels (so that compilers see one node with symbolic T and
-B) and autograd. The gradient of ``rnn_backward`` is that of the reference, so derivatives of every
-order are right. ``transforms.py`` takes them through ``torch.func``.
+The operators have fake kernels, so that compilers see one node with symbolic T and B, rules for
+``torch.func`` (``vmap.py``), and autograd. The gradient of ``rnn_backward`` is taken of the
+reference, hence derivatives of every order exist. A call that neither a compiler nor a mode must
+see skips the dispatcher.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from functools import partial
+from typing import Any
 
 import torch
-from torch import _VF
-from torch._C._functorch import is_legacy_batchedtensor
+from torch import _VF, Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
+from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils._pytree import tree_map
 
-from .launches import Config
-from .layout import Ragged
-from .second import second_gradients
-from .stack import (
-    Saved,
-    again_if_refused,
-    stack_backward,
-    stack_forward,
-)
-from .threads import alone, are_few
+from . import stack, vmap
+from .layer import group_weights
+from .layout import Sequences
+from .reference import differentiable_stack
+from .stack import StackConfig, StackGrads, StackInputs, StackOutputs
 
-#: torch's own operator of each cell it has one for.
-ATEN: dict[str, Callable] = {
-    "lstm": _VF.lstm,
-    "gru": _VF.gru,
-    "rnn_tanh": _VF.rnn_tanh,
-    "rnn_relu": _VF.rnn_relu,
-}
-_RAGGED = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
+_NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+#: torch's operator for each cell that it has one for: a stack, and a single step.
+ATEN: dict[str, Callable] = {name: getattr(_VF, name) for name in _NAMES}
+ATEN_CELL: dict[str, Callable] = {name: getattr(_VF, f"{name}_cell") for name in _NAMES}
+
+_SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
 _CONFIG = (
     "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision, "
-    "bool compact, int members, bool recompute, "
-    "bool projected, bool onednn"
+    "bool compact, bool recompute"
 )
 # dropout_masks are optional because a program packaged by AOTInductor has None for an empty list.
 torch.library.define(
     "fusedrnn::rnn_forward",
     "(Tensor input, Tensor h_0, Tensor? c_0, Tensor[] params, Tensor[]? dropout_masks, "
-    f"{_RAGGED}, {_CONFIG}, bool save)"
+    f"{_SEQUENCES}, {_CONFIG}, bool save)"
     " -> (Tensor output, Tensor h_n, Tensor c_n, Tensor gates, Tensor cs, Tensor hidden)",
 )
 torch.library.define(
     "fusedrnn::rnn_backward",
     "(Tensor? d_output, Tensor? d_h_n, Tensor? d_c_n, Tensor? d_cs, Tensor input, Tensor h_0, "
-    "Tensor? c_0, Tensor[] params, Tensor[] dropout_masks, Tensor output, Tensor? gates, "
-    f"Tensor? cs, Tensor? hidden, {_RAGGED}, {_CONFIG}, bool needs_input, int groups)"
+    "Tensor? c_0, Tensor[] params, Tensor[]? dropout_masks, Tensor? output, Tensor? gates, "
+    f"Tensor? cs, Tensor? hidden, {_SEQUENCES}, {_CONFIG}, bool needs_input, bool needs_params)"
     " -> (Tensor d_input, Tensor d_h_0, Tensor d_c_0, Tensor[] d_params)",
 )
 
 
-def forward_impl(input, h_0, c_0, params, dropout_masks, ragged: Ragged, config: Config, save):
-    """``rnn_forward`` on real tensors, without the dispatcher: None where it has empty tensors."""
-    if forward_ad._current_level >= 0:
-        _refuse_tangents()  # the reference takes such a call, but an exported program comes here
-    if config.backend == "aten":
-        return _forward_by_torch(input, h_0, c_0, params, config)
-    output, h_n, c_n, saved = again_if_refused(
-        stack_forward, input, h_0, c_0, params, dropout_masks or (), ragged, config, save
+def rnn_stack(
+    inputs: StackInputs, sequences: Sequences, config: StackConfig, *, keep_states: bool = False
+) -> tuple[Tensor, list[Tensor], Tensor | None]:
+    """Runs a stack of layers, differentiably.
+
+    Args:
+        inputs: the tensors; under a projection (reference only) h_0 is ``[L*D, B, P]`` and each
+            layer's parameters end with ``weight_hr [P, H]``.
+        sequences: lengths and resets, or the batch sizes of packed input.
+        config: all that is not a tensor.
+        keep_states: whether c of every step is wanted.
+
+    Returns:
+        output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
+        ``[L*D, B, H]`` each; and c of every step, ``[L*D, R, H]``, where it is kept.
+    """
+    if vmap.has_tangents() or _has_projection(inputs, config):
+        output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
+    elif _needs_dispatcher(inputs.input):
+        input, h_0, c_0, params, masks = inputs
+        output, h_n, c_n, _, cs, _ = torch.ops.fusedrnn.rnn_forward(
+            input, h_0, c_0, list(params), list(masks), *sequences, *config, keep_states
+        )
+    elif _needs_grad(*inputs[:3], *inputs.params):
+        run = partial(_run_forward, sequences=sequences, config=config, save=True)
+        output, h_n, c_n, _, cs, _ = _forward_node(inputs, sequences, config, run)
+    else:
+        output, h_n, c_n, _, cs, _ = _run_forward(inputs, sequences, config, keep_states)
+    return output, [h_n] if inputs.c_0 is None else [h_n, c_n], cs
+
+
+def _needs_grad(*tensors: Any) -> bool:
+    """Returns whether autograd records a call of these; no module's training flag matters."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
+def _needs_dispatcher(tensor: Tensor) -> bool:
+    """Returns whether a compiler, transform, mode, profiler or subclass must see operators."""
+    return (
+        type(tensor) is not Tensor
+        or torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or is_functorch_wrapped_tensor(tensor)
+        or torch._C._autograd._profiler_enabled()
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch._C._get_tracing_state() is not None
     )
-    return output, h_n, c_n, *saved[1:]
+
+
+def _has_projection(inputs: StackInputs, config: StackConfig) -> bool:
+    """Returns whether h has fewer columns than c; torch's operator alone takes that."""
+    c_0 = inputs.c_0
+    return config.backend != "aten" and c_0 is not None and c_0.shape[-1] != inputs.h_0.shape[-1]
+
+
+def _by_reference(inputs: StackInputs, sequences: Sequences, config: StackConfig) -> Any:
+    """Runs the reference: output, h_n, c_n and c of every step."""
+    input, h_0, c_0, params, masks = inputs
+    weights = group_weights(params, config)
+    return differentiable_stack(config.cell, input, h_0, c_0, weights, masks, sequences)
+
+
+def _run_forward(
+    inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
+) -> StackOutputs:
+    """Runs the stack without autograd; what is not kept is None."""
+    if config.backend != "aten":
+        return stack.forward(inputs, sequences, config, save)
+    input, h_0, c_0, params, _ = inputs
+    hx = h_0 if c_0 is None else (h_0, c_0)
+    flags = config.has_bias, config.num_layers, 0.0, False, config.bidirectional, False
+    output, h_n, *c_n = ATEN[config.cell](input, hx, params, *flags)
+    return StackOutputs(output, h_n, c_n[0] if c_n else None)
+
+
+def _run_backward(inputs, outputs, grads, sequences, config, *flags):
+    """Calls ``rnn_backward`` with the arguments of ``stack.backward``."""
+    input, h_0, c_0, params, masks = inputs
+    output, _, _, *saved = outputs
+    tensors = *grads, input, h_0, c_0, list(params), list(masks), output, *saved
+    return torch.ops.fusedrnn.rnn_backward(*tensors, *sequences, *config, *flags)
+
+
+class _Node(torch.autograd.Function):
+    """A node of autograd: ``run(*tensors)``, with gradients by ``pull_back``.
+
+    ``torch.library``'s own autograd walks all arguments as trees, which takes longer than a small
+    layer, and does not compose with ``torch.func``.
+    """
+
+    @staticmethod
+    def forward(ctx, run, pull_back, fixed, *tensors):
+        results, kept, constant = run(*tensors)
+        ctx.pull_back, ctx.counts = pull_back, (len(fixed), len(tensors))
+        ctx.set_materialize_grads(False)
+        ctx.mark_non_differentiable(*[tensor for tensor in constant if tensor is not None])
+        ctx.save_for_backward(*fixed, *tensors, *kept)
+        return results
+
+    @staticmethod
+    def backward(ctx, *grads):
+        n, m = ctx.counts
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
+        fixed, tensors, kept = saved[:n], saved[n : n + m], saved[n + m :]
+        return None, None, None, *ctx.pull_back(fixed, tensors, kept, grads, needs)
+
+
+#: ``_Node.apply`` without its checks for ``torch.func``, which the operators' keys take care of.
+_apply = super(torch.autograd.Function, _Node).apply
+
+
+def _below_autograd(op: Callable, *arguments: Any) -> Any:
+    """Calls an operator past the autograd of this level of ``torch.func``, if there is one."""
+    is_inner = torch._C._are_functorch_transforms_active()
+    # A node runs without gradients, but the levels further out may need theirs.
+    with torch._C._AutoDispatchBelowAutograd(), torch.enable_grad() if is_inner else nullcontext():
+        return op(*arguments)
+
+
+def _forward_node(
+    inputs: StackInputs, sequences: Sequences, config: StackConfig, run: Callable
+) -> Sequence[Any]:
+    """Runs ``run(inputs)``, a stack's forward, as a node of autograd."""
+    input, h_0, c_0, params, masks = inputs
+    # The values that backward multiplies by remain those of forward when p.data is replaced.
+    values = [p.detach() for p in params]
+    keeps_output = config.hidden_layers < config.num_layers  # else it may be modified in place
+
+    def run_flat(input, h_0, c_0, *params):
+        results = tuple(run(StackInputs(input, h_0, c_0, params, masks)))
+        output, _, _, gates, cs, hidden = results
+        return results, (output if keeps_output else None, gates, cs, hidden), (gates, hidden)
+
+    pull_back = partial(_pull_back, config, values)
+    return _apply(run_flat, pull_back, (*sequences, *masks), input, h_0, c_0, *params)
+
+
+def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any, ...]:
+    """Returns the gradients of input, h_0, c_0 and params from those of a stack's results."""
+    (lengths, reset, batch_sizes, *masks), (input, h_0, c_0, *params) = fixed, tensors
+    output, gates, cs, hidden = kept
+    d_output, d_h_n, d_c_n, _, d_cs, _ = grads
+    given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
+    present = [grad for grad in given if grad is not None]
+    if not present:
+        return (None,) * len(tensors)
+    if vmap.has_tangents() and any(forward_ad.unpack_dual(g).tangent is not None for g in present):
+        _refuse_tangents()  # they would be lost
+    through_op = torch.is_grad_enabled() or any(map(_needs_dispatcher, present))
+    run = _run_backward if through_op else stack.backward
+    d_input, d_h_0, d_c_0, d_params = run(
+        StackInputs(input, h_0, c_0, params if through_op else values, masks),
+        StackOutputs(output, None, None, gates, cs, hidden),  # type: ignore[arg-type]
+        given,
+        Sequences(lengths, reset, batch_sizes),
+        config,
+        needs[0],
+        any(needs[3:]),
+    )
+    d_input, d_c_0 = d_input if needs[0] else None, None if c_0 is None else d_c_0
+    return d_input, d_h_0, d_c_0, *(d_params or [None] * len(params))
 
 
 def _refuse_tangents():
@@ -75,265 +222,167 @@ def _refuse_tangents():
     )
 
 
-def _forward_flat(input, h_0, c_0, params, dropout_masks, *rest):
-    ragged, config, (save,) = sorted_out(rest)
-    return as_results(forward_impl(input, h_0, c_0, params, dropout_masks, ragged, config, save))
+def _split_arguments(flat: Sequence[Any]) -> tuple[Sequences, StackConfig, Sequence[Any]]:
+    """Splits the arguments behind the tensors into sequences, config and flags."""
+    n, m = len(Sequences._fields), len(Sequences._fields) + len(StackConfig._fields)
+    return Sequences(*flat[:n]), StackConfig(*flat[n:m]), flat[m:]
 
 
-def as_results(found) -> tuple[torch.Tensor, ...]:
-    """What ``forward_impl`` found as an operator's results: tensors, each one of its own."""
-    return tuple(found[0].new_empty(0) if tensor is None else tensor for tensor in found)
+def _none_to_empty(like: Tensor, tensors: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the results of an operator, which has an empty tensor for each missing one."""
+    return tuple(like.new_empty(0) if t is None else t for t in tensors)
 
 
-torch.library.impl("fusedrnn::rnn_forward", ("cpu", "cuda"), _forward_flat)
+def _empty_to_none(tensors: Sequence[Tensor | None]) -> tuple[Any, ...]:
+    """Reverses ``_none_to_empty``: no other saved tensor is 1-D."""
+    return tuple(None if t is None or t.dim() == 1 else t for t in tensors)
 
 
-def by_one_thread(cell: str, shape: Sequence[int], w_hh: torch.Tensor) -> bool:
-    """Whether torch's operator of an input ``[T, B, I]`` gains by one thread (``threads.py``): then
-    all that it multiplies in MKL is a step's small product, or no more than those together."""
-    T, B, I = shape
-    # What an LSTM multiplies, oneDNN mostly does.
-    return cell != "lstm" and w_hh.shape[-1] >= I and are_few(T, B, w_hh)
+def _forward_kernel(input, h_0, c_0, params, dropout_masks, *rest):
+    """The operator on real tensors."""
+    sequences, config, (save,) = _split_arguments(rest)
+    inputs = StackInputs(input, h_0, c_0, params, dropout_masks or ())
+    return _none_to_empty(input, _run_forward(inputs, sequences, config, save))
 
 
-def _forward_by_torch(input, h_0, c_0, params, config: Config):
-    """torch's own operator, for compilers one node; without autograd and whatever else it lacks."""
-    with alone(by_one_thread(config.cell, input.shape, params[1])):
-        output, h_n, *c_n = ATEN[config.cell](
-            input,
-            h_0 if c_0 is None else (h_0, c_0),
-            params,
-            config.has_bias,
-            config.num_layers,
-            0.0,  # dropout
-            False,  # training
-            config.bidirectional,
-            False,  # batch_first
-        )
-    return output, h_n, *(c_n or [None]), None, None, None
+def _forward_autograd(input, h_0, c_0, params, dropout_masks, *rest):
+    """The operator's autograd; a program that was traced without gradients may need them here."""
+    if vmap.has_tangents():
+        _refuse_tangents()
+    forward = torch.ops.fusedrnn.rnn_forward
+    sequences, config, (save,) = _split_arguments(rest)
+    inputs = StackInputs(input, h_0, c_0, params, dropout_masks or ())
+    if not _needs_grad(input, h_0, c_0, *params):
+        return _below_autograd(forward, *inputs, *sequences, *config, save)
+    config = config._replace(backend="torch") if config.backend == "aten" else config
+    if _has_projection(inputs, config):
+        output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
+        return _none_to_empty(input, (output, h_n, c_n, None, cs, None))
+
+    def run(inputs):
+        return _below_autograd(forward, *inputs, *sequences, *config, True)
+
+    with enable_single_level_autograd_function():
+        return _forward_node(inputs, sequences, config, run)
 
 
 @torch.library.register_fake("fusedrnn::rnn_forward")
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
-    _, config, (save,) = sorted_out(rest)
+    _, config, (save,) = _split_arguments(rest)
     *rows, _ = input.shape
-    room, P = math.prod(rows), h_0.shape[-1]
-    L, D, H = config.num_layers, config.directions, (h_0 if c_0 is None else c_0).shape[-1]
-    empty, keeps_c = input.new_empty, c_0 is not None and not config.onednn
+    room, (Z, _, P), D = math.prod(rows), h_0.shape, config.directions
+    H, saves = (h_0 if c_0 is None else c_0).shape[-1], save and config.backend != "aten"
+    saved, empty = config.spec.saved, input.new_empty
+    keeps_gates = saves and not (config.recompute and saved)
+    keeps_hidden = saves and config.hidden_layers > 0
     return (
         empty(*rows, D * P),
         empty(h_0.shape),
         empty(0) if c_0 is None else empty(c_0.shape),
-        empty(L * D, room, config.spec.saved * H) if save and not config.recompute else empty(0),
-        empty(L * D, room, H) if save and keeps_c else empty(0),
-        empty(L - 1, room, D * P) if save and L > 1 else empty(0),
+        empty(Z, room, saved * H) if keeps_gates else empty(0),
+        empty(Z, room, H) if saves and c_0 is not None else empty(0),
+        empty(config.hidden_layers, room, D * H) if keeps_hidden else empty(0),
     )
 
 
-def sorted_out(rest):
-    """The arguments after the tensors of a call: ragged, config, and what is left."""
-    n = len(Ragged._fields)
-    m = n + len(Config._fields)
-    return Ragged(*rest[:n]), Config(*rest[n:m]), rest[m:]
+def _split_backward(flat: Sequence[Any]) -> tuple[Any, ...]:
+    """Returns the arguments of ``rnn_backward`` as those of ``stack.backward``."""
+    grads, (input, h_0, c_0, params, masks) = StackGrads(*flat[:4]), flat[4:9]
+    output, gates, cs, hidden = _empty_to_none(flat[9:13])
+    sequences, config, flags = _split_arguments(flat[13:])
+    inputs = StackInputs(input, h_0, c_0, params, masks or ())
+    outputs = StackOutputs(output, None, None, gates, cs, hidden)  # type: ignore[arg-type]
+    return inputs, outputs, grads, sequences, config, *flags
 
 
-def backward_impl(given, call, saved, ragged: Ragged, config: Config, needs_input, groups):
-    """``rnn_backward`` on real tensors, without the dispatcher.
+def _backward_kernel(*flat):
+    """The operator on real tensors."""
+    inputs, *arguments = _split_backward(flat)
+    *results, d_params = stack.backward(inputs, *arguments)
+    return *_none_to_empty(inputs.input, results), d_params
 
-    given: d_output, d_h_n, d_c_n, d_cs; call: input, h_0, c_0, params, dropout_masks; saved:
-    output, gates, cs, hidden.
+
+def _backward_autograd(*flat):
+    """The operator's autograd."""
+    inputs, outputs, grads, *arguments = _split_backward(flat)
+    (input, h_0, c_0, params, masks), (sequences, config, needs_input, _) = inputs, arguments
+    tensors = *grads, input, h_0, c_0, *params
+    if not _needs_grad(*tensors):
+        return _below_autograd(torch.ops.fusedrnn.rnn_backward, *flat)
+
+    def run(*tensors):
+        own = StackInputs(*tensors[4:7], tensors[7:], masks)
+        results = _below_autograd(_run_backward, own, outputs, tensors[:4], *arguments)
+        return (*results[:3], *results[3]), (), ()
+
+    pull_back = partial(_pull_back_again, config, needs_input)
+    with enable_single_level_autograd_function():
+        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, (*sequences, *masks), *tensors)
+    return d_input, d_h_0, d_c_0, d_params
+
+
+def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, needs):
+    """Pulls ``directions`` back through the gradients of a stack, by the reference.
+
+    The gradients are a pullback of the stack's results, so theirs are a pullback of that one. What
+    forward saved has no gradient: it is a function of the other tensors.
+
+    Args:
+        directions: one for each of d_input, d_h_0, d_c_0 and d_params; None where it is zero.
+        tensors: d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params; None where there is none.
+
+    Returns:
+        A gradient for each of ``tensors``.
     """
-    if forward_ad._current_level >= 0:
-        grads = (grad for grad in given if grad is not None)
-        if any(forward_ad.unpack_dual(grad).tangent is not None for grad in grads):
-            _refuse_tangents()  # without a word they would be lost
-    (d_output, d_h_n, d_c_n, d_cs), (input, h_0, c_0, params, dropout_masks) = given, call
-    zeros = None
-    if d_h_n is None:
-        d_h_n = zeros = torch.zeros_like(h_0)
-    if c_0 is not None and d_c_n is None:
-        # Nobody writes to them.
-        is_same = zeros is not None and zeros.shape == c_0.shape
-        d_c_n = zeros if is_same else torch.zeros_like(c_0)
-    d_input, d_h_0, d_c_0, d_params = again_if_refused(
-        stack_backward,
-        input,
-        d_output,
-        d_h_n,
-        d_c_n,
-        d_cs,
-        h_0,
-        c_0,
-        params,
-        dropout_masks,
-        Saved(*saved),
-        ragged,
-        config,
-        needs_input,
-        groups,
-    )
-    return (
-        input.new_empty(0) if d_input is None else d_input,
-        d_h_0,
-        input.new_empty(0) if d_c_0 is None else d_c_0,
-        d_params,
-    )
+    lengths, reset, batch_sizes, *masks = fixed
+    sequences, primals = Sequences(lengths, reset, batch_sizes), tensors[4:]
+    found: list[Any] = [None] * len(tensors)
+    directions = [*directions, *[None] * (len(primals) - len(directions))]
+    directions[0] = directions[0] if needs_input else None
+    directions[2] = None if primals[2] is None else directions[2]
+    given = [i for i, t in enumerate(tensors[:4]) if t is not None]
+    present = [i for i, t in enumerate(primals) if t is not None]
+    wanted = [i for i in present if directions[i] is not None]
+    if not wanted:
+        return found
 
+    def results(*tensors):
+        named = dict(zip(present, tensors, strict=True))
+        params = [t for i, t in named.items() if i > 2]
+        own = StackInputs(named[0], named[1], named.get(2), params, masks)
+        every = _by_reference(own, sequences, config)
+        return tuple(every[i] for i in given)
 
-def _backward_flat(*flat):
-    ragged, config, (needs_input, groups) = sorted_out(flat[13:])
-    return backward_impl(flat[:4], flat[4:9], flat[9:13], ragged, config, needs_input, groups)
+    def gradients(primals, cotangents):
+        by_index = dict(zip(present, torch.func.vjp(results, *primals)[1](cotangents), strict=True))
+        return tuple(by_index[i] for i in wanted)
 
-
-torch.library.impl("fusedrnn::rnn_backward", ("cpu", "cuda"), _backward_flat)
-
-
-def flat_backward(op: Callable) -> Callable:
-    """``op``, which takes all as ``rnn_backward`` does, with the arguments of ``backward_impl``."""
-
-    def backward(given, call, saved, ragged, config, needs_input, groups):
-        return op(*given, *call, *saved, *ragged, *config, needs_input, groups)
-
-    return backward
+    cotangents = tuple(tensors[i] for i in given)
+    pull = torch.func.vjp(gradients, tuple(primals[i] for i in present), cotangents)[1]
+    of_primals, of_cotangents = pull(tuple(directions[i] for i in wanted))
+    for i, grad in zip(given, of_cotangents, strict=True):
+        found[i] = grad
+    for i, grad in zip(present, of_primals, strict=True):
+        found[4 + i] = grad
+    return found
 
 
 @torch.library.register_fake("fusedrnn::rnn_backward")
-def _backward_fake(
-    d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, dropout_masks, output, gates, cs, hidden,
-    *rest,
-):  # fmt: skip
-    _, config, (needs_input, groups) = sorted_out(rest)
-    of_groups = (groups,) if groups > config.members else ()
+def _backward_fake(*flat):
+    inputs, *_, needs_input, needs_params = _split_backward(flat)
+    input, h_0, c_0, params, _ = inputs
     return (
         input.new_empty(input.shape if needs_input else 0),
         h_0.new_empty(h_0.shape),
         h_0.new_empty(0 if c_0 is None else c_0.shape),
-        [p.new_empty(*of_groups, *p.shape) for p in params] if groups else [],
+        [p.new_empty(p.shape) for p in params] if needs_params else [],
     )
 
 
-def setup_context(ctx, inputs, output):
-    input, h_0, c_0, params, dropout_masks, *rest = inputs
-    ragged, config, _ = sorted_out(rest)
-    keep(ctx, (input, h_0, c_0, params, dropout_masks), ragged, config, output)
-
-
-def keep(ctx, call, ragged: Ragged, config: Config, output) -> None:
-    """Saves in ctx what ``pull_back`` needs."""
-    input, h_0, c_0, params, dropout_masks = call
-    out, _, _, gates, cs, hidden = output
-    ctx.config, ctx.counts = config, (len(params), len(dropout_masks))
-    ctx.mark_non_differentiable(*[tensor for tensor in (gates, hidden) if tensor is not None])
-    ctx.set_materialize_grads(False)
-    ctx.save_for_backward(input, h_0, c_0, *ragged, out, gates, cs, hidden, *params, *dropout_masks)
-
-
-def _each_of_batch(run: Callable, tensors):
-    """``run(*tensors)``; of gradients that are a batch (``is_grads_batched``) one after the other.
-
-    They are wrapped by an older vmap than torch.func's, for which a Function has no rule.
-    """
-    wrapped = [t is not None and is_legacy_batchedtensor(t) for t in tensors]
-    if not any(wrapped):
-        return run(*tensors)
-    level = torch._C._vmapmode_increment_nesting() - 1
-    torch._C._vmapmode_decrement_nesting()
-    every = list(zip(tensors, wrapped, strict=True))
-    batches = [torch._remove_batch_dim(t, level, 0, 0) if is_one else t for t, is_one in every]
-    count = len(batches[wrapped.index(True)])
-
-    def nth(n):
-        pairs = zip(batches, wrapped, strict=True)
-        return [batch[n] if is_one else batch for batch, is_one in pairs]
-
-    def together(*results):
-        return None if results[0] is None else torch._add_batch_dim(torch.stack(results), 0, level)
-
-    return tree_map(together, *[run(*nth(n)) for n in range(count)])
-
-
-#: The gradients of what of a call is neither input, nor state, weight or mask.
-_NO_TENSORS = (None,) * (len(Ragged._fields) + len(Config._fields) + 1)
-
-
-def pull_back(ctx, grads, needs_input: bool, needs_params: bool, backward: Callable):
-    """The gradients of ``rnn_forward`` in all its arguments, of those of its results.
-
-    backward: ``backward_impl``, or what stands for it with its arguments.
-    """
-    input, h_0, c_0, lengths, reset, batch_sizes, out, gates, cs, hidden, *rest = ctx.saved_tensors
-    ragged, saved = Ragged(lengths, reset, batch_sizes), (out, gates, cs, hidden)
-    n_params, n_masks = ctx.counts
-    params, masks = rest[:n_params], rest[n_params:]
-    d_output, d_h_n, d_c_n, _, d_cs, _ = grads
-    if c_0 is None:
-        d_c_n = d_cs = None
-    elif ctx.config.onednn:
-        d_cs = None
-    given = d_output, d_h_n, d_c_n, d_cs
-    others = [None] * n_masks, *_NO_TENSORS
-    if d_output is None and d_h_n is None and d_c_n is None and d_cs is None:
-        return None, None, None, [None] * n_params, *others
-    call = input, h_0, c_0, params, masks
-    groups = ctx.config.members * needs_params
-
-    def run(*given):
-        return backward(given, call, saved, ragged, ctx.config, needs_input, groups)
-
-    for grad in given:  # a loop, for its few calls
-        if grad is not None and is_legacy_batchedtensor(grad):
-            d_input, d_h_0, d_c_0, d_params = _each_of_batch(run, given)
-            break
-    else:
-        d_input, d_h_0, d_c_0, d_params = run(*given)
-    d_input = d_input if needs_input else None
-    d_c_0 = None if c_0 is None else d_c_0
-    return d_input, d_h_0, d_c_0, list(d_params) or [None] * n_params, *others
-
-
-def _autograd(ctx, *grads):
-    needs = ctx.needs_input_grad
-    backward = flat_backward(torch.ops.fusedrnn.rnn_backward)
-    return pull_back(ctx, grads, needs[0], any(needs[3]), backward)
-
-
-torch.library.register_autograd("fusedrnn::rnn_forward", _autograd, setup_context=setup_context)
-
-
-def setup_second_context(ctx, inputs, output):
-    grads, (input, h_0, c_0, params, masks), rest = inputs[:4], inputs[4:9], inputs[13:]
-    ragged, ctx.config, (ctx.needs_input, ctx.groups) = sorted_out(rest)
-    ctx.set_materialize_grads(False)
-    ctx.counts = len(params), len(masks)
-    ctx.save_for_backward(*grads, *ragged, input, h_0, c_0, *params, *masks)
-
-
-def second_autograd(ctx, v_input, v_h_0, v_c_0, v_params):
-    """The gradients of ``rnn_backward`` in all its arguments, of those of its results."""
-    n_params, n_masks = ctx.counts
-    grads, ragged, rest = ctx.saved_tensors[:4], ctx.saved_tensors[4:7], ctx.saved_tensors[7:]
-    primals, masks = rest[: 3 + n_params], rest[3 + n_params :]
-    none = [None] * n_params
-    directions = [
-        v_input if ctx.needs_input else None,
-        v_h_0,
-        None if primals[2] is None else v_c_0,
-        *(v_params or none),
-    ]
-    fixed = [None] * n_masks, *(None,) * (4 + len(Ragged._fields) + len(Config._fields) + 2)
-    if all(direction is None for direction in directions):
-        return *(None,) * 7, none, *fixed
-    config, groups = ctx.config, ctx.groups
-
-    def run(*directions):
-        call = grads, primals, masks, Ragged(*ragged), config, groups
-        return second_gradients(directions, *call)
-
-    of_grads, of_primals = _each_of_batch(run, directions)
-    # Of what the forward saved there is no gradient: it is a function of the others.
-    return *of_grads, *of_primals[:3], of_primals[3:], *fixed
-
-
-torch.library.register_autograd(
-    "fusedrnn::rnn_backward", second_autograd, setup_context=setup_second_context
-)
+for _name, _kernel, _autograd, _rule in (
+    ("fusedrnn::rnn_forward", _forward_kernel, _forward_autograd, vmap.map_forward),
+    ("fusedrnn::rnn_backward", _backward_kernel, _backward_autograd, vmap.map_backward),
+):
+    torch.library.impl(_name, ("cpu", "cuda"), _kernel)
+    torch.library.impl(_name, "Autograd", _autograd)
+    torch.library.register_vmap(_name, _rule)

@@ -1,316 +1,230 @@
-"""A stack of layers around a schedule: library GEMMs before and after, the recurrence between.
+"""A stack of layers on real tensors, forward and backward: layers, directions and dropout.
 
-The plan cuts the stack into launches of one layer, or of several as a wavefront. Forward, for each
-launch: ``gx = x W_ih^T + b_ih`` for all T in one GEMM (unless the kernel projects), then the
-recurrence. Backward: the recurrence, which writes ``dgates``, then for each layer one GEMM or sum
-each for ``dx, dW_ih, dW_hh, db``. No operation here adds
-atomically, so results are reproducible bit for bit.
-
-Nothing here is differentiable; ``ops.py`` registers it with autograd.
+The plan cuts the stack into launches of one layer each, or of several that run as a wavefront;
+``layer.py`` runs each. Nothing in this file is differentiable; ``ops.py`` registers it with
+autograd.
 """
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
 
-from .grads import layer_grads
-from .kernels.plan import LaunchRefused, Plan, refuse_cooperation
-from .launches import (
-    Config,
-    Launched,
-    gemm_precision,
-    group_weights,
-    hidden_size,
-    input_grad,
-    launches_of,
-    project,
-    run_backward,
-    run_forward,
-)
-from .layout import Layout, Links, Ragged, layout_of, links_of, with_slack, without_padding
-from .loop import room_of, with_one_bias
-from .recompute import backward_again
-from .segments import backward_by_segment, takes
+from . import layer
+from .kernels.plan import LaunchRefused, refuse_cooperation
+from .kernels.tensors import Grads, Layers
+from .layer import Launch, StackConfig, group_weights, launches_of
+from .layout import Layout, Sequences, layout_of, without_padding
+
+_Run = TypeVar("_Run", bound=Callable)
+
+__all__ = ["StackConfig", "StackGrads", "StackInputs", "StackOutputs", "backward", "forward"]
 
 
-def again_if_refused(run: Callable, input: Tensor, *arguments: Any) -> Any:
-    """``run(input, *arguments)``; where the device refuses a cooperative launch, without such ones.
+class StackInputs(NamedTuple):
+    """The tensors that a stack is called with."""
 
-    The plan allows for the whole device; under MPS or in a green context less of it is there.
-    """
-    try:
-        return run(input, *arguments)
-    except LaunchRefused as refusal:
-        refuse_cooperation(input.device)
-        warnings.warn(
-            f"{input.device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
-            "the schedules that need none",
-            RuntimeWarning,
-            stacklevel=2,
-        )
-        return run(input, *arguments)
+    input: Tensor  # [T, B, I] of any strides, packed [R, I]
+    h_0: Tensor  # [L*D, B, H]
+    c_0: Tensor | None  # [L*D, B, H], None for a cell without c
+    params: Sequence[Tensor]  # in torch's order
+    dropout_masks: Sequence[Tensor]  # empty, or of each layer but the last [T, B, D*H], scaled
 
 
-class Saved(NamedTuple):
-    """What backward needs besides the arguments. P is H, but for a projection.
+class StackOutputs(NamedTuple):
+    """The results of a stack, and what backward needs beside the inputs; None if it is not kept.
 
-    What is not kept is None, or of the operator's results an empty tensor.
+    The shapes depend on no value: buffers have a row for each step and sequence (R = T * B, or as
+    many as packed input has), of which lengths may leave the last unused.
     """
 
-    output: Tensor  # [R, D*P]
-    gates: Tensor | None = None  # [L*D, R, S*H]; gx under config.onednn
-    cs: Tensor | None = None  # [L*D, R, H]; not of a cell without c, nor under config.onednn
-    hidden: Tensor | None = None  # [L-1, R, D*P], before dropout; not of one layer
-
-    def layer_output(self, layer: int) -> Tensor:
-        below = self.hidden
-        return self.output if below is None or layer >= len(below) else below[layer]
+    output: Tensor  # [T, B, D*H], packed [R, D*H]
+    h_n: Tensor  # [L*D, B, H]
+    c_n: Tensor | None
+    gates: Tensor | None = None  # [L*D, R, S*H]
+    cs: Tensor | None = None  # [L*D, R, H], c of every step
+    hidden: Tensor | None = None  # [``config.hidden_layers``, R, D*H], before dropout
 
 
-def stack_forward(
-    input: Tensor,
+class StackGrads(NamedTuple):
+    """The gradients that reach the results of a stack; None where there are none."""
+
+    output: Tensor | None
+    h_n: Tensor | None
+    c_n: Tensor | None
+    cs: Tensor | None
+
+
+def _retried_without_cooperation(run: _Run) -> _Run:
+    """Makes ``run`` plan again, without cooperative launches, where the device refuses one.
+
+    The plan allows for the whole device; under MPS or in a green context there is less of it.
+    """
+
+    @wraps(run)
+    def call(inputs: StackInputs, *arguments: Any, **named: Any) -> Any:
+        try:
+            return run(inputs, *arguments, **named)
+        except LaunchRefused as refusal:
+            device = inputs.input.device
+            refuse_cooperation(device)
+            message = (
+                f"{device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
+                "the schedules that need none"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return run(inputs, *arguments, **named)
+
+    return cast(_Run, call)
+
+
+@_retried_without_cooperation
+def forward(
+    inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
+) -> StackOutputs:
+    """Runs all layers; with ``save`` keeps what backward needs."""
+    input, L, D, H = inputs.input, config.num_layers, config.directions, inputs.h_0.shape[-1]
+    layout = layout_of(input, inputs.h_0.shape[1], D, sequences, config.compact)
+    rows, grid, empty, tiles = layout.rows, input.shape[:-1], input.new_empty, config.spec.saved
+    h_0, c_0 = layout.sort_states(inputs.h_0), _each(layout.sort_states, inputs.c_0)
+    room, below = grid.numel(), config.hidden_layers if save else 0
+    saved = StackOutputs(
+        output=empty(*grid, D * H),
+        h_n=torch.empty_like(h_0),
+        c_n=_each(torch.empty_like, c_0),
+        gates=empty(L * D, room, tiles * H) if save and not (config.recompute and tiles) else None,
+        cs=empty(L * D, room, H) if save and c_0 is not None else None,
+        hidden=empty(below, room, D * H) if below else None,
+    )
+    masks = [layout.to_rows(mask).reshape(-1, D * H) for mask in inputs.dropout_masks]
+    whole = _layers(inputs.params, masks, h_0, c_0, saved, layout, config)
+    x, hidden = layout.to_rows(input), _each(layout.trim, saved.hidden)
+    last = saved.output.view(-1, D * H)  # the rows of the last layer
+    if below == L:
+        last = hidden[-1]
+    elif layout.row_index is not None:
+        last = layout.empty_rows(D * H, input)
+    last_rows = last[: rows.total]
+    for launch in launches_of(config, h_0, save, rows):
+        outs = [
+            hidden[n] if n < below else last_rows if n == L - 1 else torch.empty_like(last_rows)
+            for n in launch.layers
+        ]
+        layers = _part(whole, launch, config)
+        layers = layers._replace(out=tuple(out for out in outs for _ in range(D)))
+        layer.forward(config, launch.plan, x, layers, rows)
+        x = outs[-1]
+        if masks and launch.layers[-1] < L - 1:
+            x = x * masks[launch.layers[-1]]
+    if layout.row_index is not None:
+        layout.to_grid(last, out=saved.output)
+    elif below == L:
+        saved.output.copy_(last.view_as(saved.output))
+    return saved._replace(
+        h_n=layout.unsort_states(saved.h_n),
+        c_n=_each(layout.unsort_states, saved.c_n),
+    )
+
+
+@_retried_without_cooperation
+def backward(
+    inputs: StackInputs,
+    outputs: StackOutputs,
+    grads: StackGrads,
+    sequences: Sequences,
+    config: StackConfig,
+    needs_input: bool,
+    needs_params: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    """Runs all layers backwards.
+
+    Returns:
+        d_input or None unless it is needed, d_h_0, d_c_0 or None, and the gradients of the
+        parameters or an empty list.
+    """
+    input, L, D, H = inputs.input, config.num_layers, config.directions, inputs.h_0.shape[-1]
+    layout = layout_of(input, inputs.h_0.shape[1], D, sequences, config.compact)
+    rows = layout.rows
+    h_0, c_0 = layout.sort_states(inputs.h_0), _each(layout.sort_states, inputs.c_0)
+    masks = [layout.to_rows(mask).reshape(-1, D * H) for mask in inputs.dropout_masks]
+    hidden: list[Tensor] = [] if outputs.hidden is None else list(layout.trim(outputs.hidden))
+    if len(hidden) < L:
+        hidden.append(layout.to_rows(outputs.output).reshape(-1, D * H))
+    whole = _layers(inputs.params, masks, h_0, c_0, outputs, layout, config)
+    whole = whole._replace(out=tuple(out for out in hidden for _ in range(D)))
+    whole_grads = Grads(
+        cs=_each(layout.trim, grads.cs),
+        h_n=torch.zeros_like(h_0) if grads.h_n is None else layout.sort_states(grads.h_n),
+        c_n=_each(torch.zeros_like, c_0) if grads.c_n is None else layout.sort_states(grads.c_n),
+        h_0=torch.empty_like(h_0),
+        c_0=_each(torch.empty_like, c_0),
+    )  # fmt: skip
+    x = without_padding(layout.to_rows(input), rows)
+    d_out: Any = None
+    if grads.output is not None:
+        d_out = layout.to_rows(grads.output).reshape(-1, D * H).contiguous()
+    d_params: list[Tensor] = []
+    for launch in reversed(launches_of(config, h_0, True, rows)):
+        first = launch.layers[0]
+        below = [(hidden[n - 1], masks[n - 1] if masks else None) for n in launch.layers if n]
+        xs = [h if mask is None else h * mask for h, mask in below]
+        xs = xs if first else [x, *xs]
+        d_out, found = layer.backward(
+            config, launch.plan, xs, _part(whole, launch, config),
+            _part(whole_grads, launch, config)._replace(out=d_out), rows,
+            bool(first) or needs_input, needs_params,
+        )  # fmt: skip
+        d_params = found + d_params
+        if first and masks:
+            d_out = d_out * masks[first - 1]
+    d_input = layout.to_grid(d_out).view(input.shape) if needs_input else None
+    d_h_0 = layout.unsort_states(whole_grads.h_0)
+    return d_input, d_h_0, _each(layout.unsort_states, whole_grads.c_0), d_params
+
+
+def _each(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Any:
+    """Returns ``change(tensor)``, None for None."""
+    return None if tensor is None else change(tensor)
+
+
+def _layers(
+    params: Sequence[Tensor],
+    masks: Sequence[Tensor],
     h_0: Tensor,
     c_0: Tensor | None,
-    params: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    ragged: Ragged,
-    config: Config,
-    save: bool,
-) -> tuple[Tensor, Tensor, Tensor | None, Saved]:
-    """Runs all layers, shapes as in ``transforms.rnn_stack``: output, h_n, c_n and what is saved.
-
-    What is saved has room for a row for each step and sequence (R = T * B), or, of packed input,
-    for each row of the input, however the rows are laid out: its shapes depend on no value.
-    """
-    P, L, D, H = h_0.shape[-1], config.num_layers, config.directions, hidden_size(h_0, c_0)
-    layout = layout_of(input, h_0.shape[1], D, ragged, config.compact)
-    h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
-    h_n, c_n = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    tiles, grid, empty = config.spec.saved, input.shape[:-1], input.new_empty
-    room = grid.numel()
-    is_grid = layout.dense is None
-    output = empty(*grid, D * P) if is_grid else layout.room(D * P, input)
-    saved = Saved(
-        output if is_grid else output[: layout.rows.total],
-        gates=empty(L * D, room, tiles * H) if save and not config.recompute else None,
-        cs=empty(L * D, room, H) if save and c_0 is not None and not config.onednn else None,
-        hidden=empty(L - 1, room, D * P) if save and L > 1 else None,
+    outputs: StackOutputs,
+    layout: Layout,
+    config: StackConfig,
+) -> Layers:
+    """Returns the tensors of all layers as those of one launch, without outputs."""
+    # The weights that a parametrisation computes may have any strides.
+    groups = group_weights([p.contiguous() for p in params], config)
+    w_ih, w_hh, b_ih, b_hh, _ = zip(*(w for group in groups for w in group), strict=True)
+    each = [*masks[:1], *masks]
+    return Layers(
+        w_ih=w_ih,
+        b_ih=b_ih if config.has_bias else None,
+        w_hh=w_hh,
+        b_hh=b_hh if config.has_bias else None,
+        masks=tuple(mask for mask in each for _ in range(config.directions)) if masks else None,
+        h_0=h_0,
+        c_0=c_0,
+        h_n=outputs.h_n,
+        c_n=outputs.c_n,
+        gates=_each(layout.trim, outputs.gates),
+        cs=_each(layout.trim, outputs.cs),
     )
-    work = saved
-    if layout.dense is not None:
-        work = Saved(saved.output, *_each(layout.part, saved[1:]))
-    dropout_masks = [layout.take(mask) for mask in dropout_masks]
-    # A parametrisation may hand out weights of any strides; the kernels read rows.
-    grouped = group_weights([p.contiguous() for p in params], config)
-    x = layout.take(input)
-    every = h_0, c_0, h_n, c_n, work.gates, work.cs
-    for layers, plan in launches_of(config, input, h_0, c_0, save, layout.is_ragged):
-        of_h_0, of_c_0, of_h_n, of_c_n, gates, cs = _of_launch(every, layers, config)
-        outs = [
-            work.layer_output(layer) if save or layer == L - 1 else torch.empty_like(work.output)
-            for layer in layers
-        ]
-        weights = [w for layer in layers for w in grouped[layer]]
-        if plan is None:
-            weights = [with_one_bias(config.cell, w) for w in weights]
-            # The loop turns gx into gates where it lies: one buffer, and no copy.
-            gx = gates
-            if gx is None or not tiles:
-                gx = _room_for_gx(outs[0], room_of(config.cell, H), D, not tiles)
-            project(x, weights, config, gx[..., : config.spec.gates * H])
-            x = gx
-        elif not plan.i_blocks:
-            x = project(x, grouped[layers[0]], config)
-        elif x.stride(-1) != 1:  # the kernel takes any stride of T and B
-            x = x.contiguous()
-        run_forward(
-            config,
-            plan,
-            x,
-            weights,
-            dropout_masks[layers[0] : layers[-1]],
-            of_h_0,
-            of_c_0,
-            outs,
-            of_h_n,
-            of_c_n,
-            gates,
-            cs,
-            layout,
-        )
-        if layers[-1] < L - 1:
-            x = outs[-1].view_as(work.output)
-            x = x * dropout_masks[layers[-1]] if dropout_masks else x
-    if layout.dense is not None:
-        saved = saved._replace(output=layout.give(output))
-    c_n = None if c_n is None else layout.unsort(c_n)
-    return saved.output, layout.unsort(h_n), c_n, saved
 
 
-def _room_for_gx(out: Tensor, columns: int, D: int, turns_into_h: bool) -> Tensor:
-    """``[D, R, columns]`` for the loop; the output itself, if gx turns into h where it lies."""
-    rows = out.flatten(0, -2)
-    if turns_into_h and rows.shape[1] == columns:
-        return rows.unsqueeze(0)
-    return rows.new_empty(D, len(rows), columns)
-
-
-def _each(change: Callable[[Tensor], Tensor], tensors: Sequence[Tensor | None]) -> list[Any]:
-    """What becomes of each; None stays None."""
-    return [None if tensor is None else change(tensor) for tensor in tensors]
-
-
-def _of_launch(tensors: Sequence[Tensor | None], layers: range, config: Config) -> Any:
-    """Of tensors ``[L*D, ...]`` the parts ``[Z, ...]`` that a launch has."""
-    if len(layers) == config.num_layers:
+def _part(tensors: Any, launch: Launch, config: StackConfig) -> Any:
+    """Returns of the tensors of all layers, ``[L*D, ...]`` each, those of a launch."""
+    if len(launch.layers) == config.num_layers:
         return tensors
     D = config.directions
-    rows = slice(layers[0] * D, (layers[-1] + 1) * D)
-    return _each(lambda tensor: tensor[rows], tensors)
-
-
-def stack_backward(
-    input: Tensor,
-    d_output: Tensor | None,
-    d_h_n: Tensor,
-    d_c_n: Tensor | None,
-    d_cs: Tensor | None,
-    h_0: Tensor,
-    c_0: Tensor | None,
-    params: Sequence[Tensor],
-    dropout_masks: Sequence[Tensor],
-    saved: Saved,
-    ragged: Ragged,
-    config: Config,
-    needs_input: bool,
-    groups: int,
-) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
-    """Runs all layers backwards: d_input (None unless needed), d_h_0, d_c_0, and d_params or [].
-
-    groups: 0 where no gradient of params is needed, 1 for the usual ones; more for those of so many
-    equal groups of sequences, dense rows, each a tensor ``[groups, ...]``. With members it is 0 or
-    their number.
-    """
-    D, H = config.directions, hidden_size(h_0, c_0)
-    layout = layout_of(input, h_0.shape[1], D, ragged, config.compact)
-    # A transform may have made views of them.
-    saved = Saved(*_each(Tensor.contiguous, saved))
-    if layout.dense is not None:
-        saved = Saved(layout.take(saved.output), *_each(layout.part, saved[1:]))
-    h_0, c_0 = layout.sort(h_0), None if c_0 is None else layout.sort(c_0)
-    d_h_n, d_c_n = layout.sort(d_h_n), None if d_c_n is None else layout.sort(d_c_n)
-    d_h_0, d_c_0 = torch.empty_like(h_0), None if c_0 is None else torch.empty_like(c_0)
-    d_cs = None if d_cs is None else layout.part(d_cs.contiguous())
-    dropout_masks = [layout.take(mask) for mask in dropout_masks]
-    by_segment = not config.recompute and takes(config, groups, h_0.shape[-1] != H)
-    # The input is taken a segment at a time.
-    x = (
-        input
-        if by_segment and layout.dense is not None
-        else without_padding(layout.take(input), layout.rows)
-    )
-    d_params: list[Tensor] = []
-    d_out = None if d_output is None else layout.take(d_output).contiguous()
-    grouped = group_weights([p.contiguous() for p in params], config)
-    has_links = (layout.is_ragged or h_0.shape[-1] != H) and not by_segment
-    links = [links_of(layout.rows, d, input.device) for d in range(D * has_links)]
-    cs = None if c_0 is None or config.onednn else saved.cs
-    every = h_0, c_0, cs, d_cs, saved.gates, d_h_n, d_c_n, d_h_0, d_c_0
-    for layers, plan in reversed(launches_of(config, input, h_0, c_0, True, layout.is_ragged)):
-        own = _of_launch(every, layers, config)
-        of_h_0, of_c_0, of_cs, of_d_cs, gates = own[:5]
-        ends: tuple[Any, Any, Any, Any] = own[5:]
-        left = Launched(
-            [
-                _layer_input(layer, x, saved, dropout_masks)
-                if groups or config.recompute or by_segment
-                else x
-                for layer in layers
-            ],
-            [w for layer in layers for w in grouped[layer]],
-            of_h_0,
-            of_c_0,
-            [saved.layer_output(layer) for layer in layers],
-            of_cs,
-            d_out,
-            of_d_cs,
-        )
-        wanted = bool(layers[0]) or needs_input, groups
-        if by_segment:
-            d_out, found = backward_by_segment(
-                config, left, gates, *ends, layout, wanted[0], bool(groups)
-            )
-        elif config.recompute:
-            outs = [out.flatten(0, -2) for out in left.outs]
-            rows = None if d_out is None else d_out.flatten(0, -2)
-            left = left._replace(outs=outs, d_out=rows)
-            d_out, found = backward_again(config, plan, left, *ends, layout, links, *wanted)
-        else:
-            masks = dropout_masks[layers[0] : layers[-1]]
-            d_out, found = _backward(
-                config, plan, left, gates, masks, *ends, layout, links, *wanted
-            )
-        d_params = found + d_params
-        if dropout_masks and layers[0]:
-            assert d_out is not None
-            d_out = d_out * dropout_masks[layers[0] - 1].view_as(d_out)
-    d_input = None
-    if needs_input:
-        assert d_out is not None
-        d_input = layout.give(d_out).view(input.shape)
-    d_c_0 = None if d_c_0 is None else layout.unsort(d_c_0)
-    return d_input, layout.unsort(d_h_0), d_c_0, d_params
-
-
-def _backward(
-    config: Config,
-    plan: Plan | None,
-    left: Launched,
-    gates: Tensor,
-    masks: Sequence[Tensor],
-    d_h_n: Tensor,
-    d_c_n: Tensor | None,
-    d_h_0: Tensor,
-    d_c_0: Tensor | None,
-    layout: Layout,
-    links: Sequence[Links],
-    needs_input: bool,
-    groups: int,
-) -> tuple[Tensor | None, list[Tensor]]:
-    """Runs the layers of a launch backwards from their saved gates ``[Z, R, S*H]``.
-
-    Returns dx of the lowest, ``[R, I]``, and d_weights; the rest as of ``backward_again``.
-    """
-    D, L = config.directions, len(left.outs)
-    shape = gates.shape[0], layout.rows.total, config.spec.grad_tiles * hidden_size(d_h_n, d_c_n)
-    dgates = with_slack(gates, shape) if layout.rows.sizes is not None else gates.new_empty(*shape)
-    known = run_backward(
-        config, plan, left.d_out, left.d_cs, d_h_n, d_c_n, left.weights, masks, left.h_0, left.c_0,
-        left.outs, gates, left.cs, dgates, d_h_0, d_c_0, layout,
-    )  # fmt: skip
-    d_params: list[Tensor] = []
-    with gemm_precision(config.precision, gates):
-        for n in range(L) if groups else ():
-            own = slice(n * D, (n + 1) * D)
-            d_params += layer_grads(
-                config.spec, left.weights[own], [left.xs[n]] * D, left.h_0[own], left.outs[n],
-                None if left.cs is None else left.cs[own], left.d_out, d_h_n[own], gates[own],
-                dgates[own], links, layout.is_ragged, groups, None, known,
-            )  # fmt: skip
-        if not needs_input:
-            return None, d_params
-        d_x = input_grad(dgates[:D], left.weights[:D], config.members, d_h_n.shape[1])
-        return d_x, d_params
-
-
-def _layer_input(layer: int, x: Tensor, saved: Saved, dropout_masks: Sequence[Tensor]) -> Tensor:
-    """What a layer was given: the input, or the outputs below after dropout."""
-    if layer == 0:
-        return x
-    below = saved.layer_output(layer - 1)
-    return below * dropout_masks[layer - 1].view_as(below) if dropout_masks else below
+    zs = slice(launch.layers[0] * D, (launch.layers[-1] + 1) * D)
+    return tensors._make(None if t is None else t[zs] for t in tensors)

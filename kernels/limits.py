@@ -1,186 +1,87 @@
-"""How much of W_hh one program can hold: found by compiling, by Triton 3.6 and 3.9, what spills.
+"""How much of W_hh one program holds: the sizes beyond which the compiled kernels spill registers.
 
-``tests/compile_all.py`` compiles what stays within and fails if anything spills; its table is
-``docs/compiled.csv``. "Gates" are the number of gates of the cell; "kinds" the ways to multiply.
+``tests/compile_all.py`` compiles what stays within and fails if a binary spills more than 64 bytes
+a thread, or asks for more shared memory than estimated. "Gates" are the number of gates of the
+cell; a kind is a way to multiply: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 in fp32).
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from .spec import SPECS
-
-if TYPE_CHECKING:
-    from .plan import Problem
-
-#: The largest H one program can hold, by number of gates. With the next block size a kernel on
-#: sm_80, sm_90 or sm_100 spills registers or wants more shared memory than an SM has.
+#: The largest H of schedule resident, by number of gates. H is padded to a power of two.
 LARGEST_H = {
     "16-bit": {4: 128, 3: 128, 1: 256},
-    "tf32": {4: 64, 3: 96, 1: 192},
+    "tf32": {4: 64, 3: 64, 1: 128},
     "tf32x3": {4: 64, 3: 64, 1: 128},
     "ieee": {4: 64, 3: 64, 1: 128},
 }
-#: The largest slice of one program in schedule cooperative, by number of gates: units, and units
-#: times H with 16 rows and with 32. Beyond it a kernel spills by one Triton or the other.
+#: The largest slice of a program in schedule cooperative, by number of gates: units, and units
+#: times the columns of W_hh with 16 rows and with 32.
 LARGEST_SLICE = {
     "16-bit": {4: (32, 16384, 4096), 3: (32, 20480, 4096), 1: (64, 65536, 8192)},
     "tf32": {4: (16, 8192, 2048), 3: (32, 8192, 2048), 1: (64, 32768, 4096)},
-    "tf32x3": {4: (8, 2048, 0), 3: (8, 2048, 0), 1: (64, 16384, 0)},
 }
-#: The same for ragged rows, whose kernels hold h_0 beside the step before: units, forward and
-#: backward from and to, and their product with H. (A narrower slice can spill where a wider does
-#: not: its operands are loaded for all gates at once.)
-LARGEST_RAGGED_SLICE = {
-    "16-bit": {
-        4: {"forward": (8, 16, 12288), "backward": (8, 16, 10240)},
-        3: {"forward": (8, 32, 15360), "backward": (8, 32, 15360)},
-        1: {"forward": (8, 32, 32768), "backward": (8, 32, 32768)},
-    },
-    "tf32": {
-        4: {"forward": (8, 16, 6144), "backward": (16, 16, 8192)},
-        3: {"forward": (8, 32, 6144), "backward": (8, 32, 6144)},
-        1: {"forward": (8, 32, 16384), "backward": (8, 32, 16384)},
-    },
-    "tf32x3": {
-        4: {"forward": (8, 8, 1536), "backward": (8, 8, 0)},
-        3: {"forward": (8, 8, 1536), "backward": (8, 8, 1536)},
-        1: {"forward": (8, 32, 8192), "backward": (8, 32, 8192)},
-    },
-}
-#: gfx942 has 64 KiB of shared memory a program, and its waves spill above this.
-LARGEST_H_GFX = {"16-bit": 64, "ieee": 32}
+#: Columns of h or dgates that a program loads at a time.
+OPERAND_COLUMNS = {"16-bit": 512, "tf32": 256}
 
 
-def is_large_resident(kind: str, gates: int, units: int, direction: str, arch: str) -> bool:
-    """Likewise for schedule resident, where one kernel is: on sm_90 it multiplies by wgmma."""
-    return (kind, gates, units, direction, arch) == ("tf32x3", 4, 64, "backward", "sm_90")
+def padded_units(H: int) -> int:
+    """Returns the power of two to which a program of schedule resident pads H.
+
+    >>> padded_units(5), padded_units(65)
+    (16, 128)
+    """
+    return max(16, 1 << (H - 1).bit_length())
 
 
-def holds_in_registers(
-    kind: str,
-    gates: int,
-    layers: int,
-    ragged: bool,
-    direction: str,
-    units: int,
-    rows: int,
-    columns: int,
+def holds_slice(
+    kind: str, gates: int, layers: int, ragged: bool, units: int, rows: int, columns: int
 ) -> bool:
-    """Whether a cooperative program holds a slice of ``units`` by ``columns`` without spilling."""
+    """Whether a cooperative program holds ``units`` times ``columns`` of W_hh in its registers."""
     most, few_rows, many_rows = LARGEST_SLICE[kind][gates]
     room = few_rows if rows == 16 else many_rows
-    if layers > 1:  # a second matrix
+    if layers > 1:  # W_ih beside W_hh
         room //= 2 if kind == "16-bit" else 4
-    if ragged:
-        least, most, ragged_room = LARGEST_RAGGED_SLICE[kind][gates][direction]
-        if units < least or units * columns > ragged_room:
-            return False
-        spilled = rows == 32 if direction == "forward" else columns > 512  # 8 to 24 bytes
-        if (kind, gates, units) == ("16-bit", 4, 16) and spilled:
-            return False
-    return (
-        units <= most
-        and units * columns <= room
-        and not _spills(kind, gates, layers, direction, units, rows, columns)
-    )
+    if ragged:  # h_0 beside the step before
+        room = room * 5 // 8
+        most = min(most, 32)
+    return units <= most and units * columns <= room
 
 
-def _spills(
-    kind: str, gates: int, layers: int, direction: str, units: int, rows: int, columns: int
-) -> bool:
-    """Whether a slice within the limits spills all the same, mostly by Triton 3.6 alone."""
-    # No multiple of 128, that is cut into 4 pieces, which hold twice the columns each; of 64 few.
-    in_fours = columns % 128 != 0 and columns > 64
-    if kind == "16-bit" and gates > 1 and units == 32:
-        if rows == 32:  # 144 to 1000 bytes
-            return True
-        if gates == 4 and direction == "forward":  # 8 to 80 bytes
-            return in_fours or layers > 1
-        return gates == 4 and in_fours and columns > 192  # 8 bytes
-    if kind == "16-bit" and units == 64 and layers > 1:
-        return in_fours  # 8 bytes
-    # 8 to 56 bytes
-    return kind == "tf32x3" and gates == 1 and (units == 64 or units * columns > 12288)
+def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
+    """Cuts H columns into chunks of equally many pieces: (start, pieces, columns of a piece).
 
+    8 pieces, one for each warp, or 4 where that saves much padding. With fewer pieces several warps
+    would compute the same.
 
-def operand_columns(
-    kind: str, gates: int, layers: int, direction: str, H: int, ragged: bool
-) -> int:
-    """How many columns of an operand one chunk of schedule cooperative holds at most.
-
-    A piece is at most 8 mma instructions deep, in tf32x3 6, and 8 warps have one each. Smaller
-    chunks where kernels with these spill, 8 to 160 bytes by one Triton or the other: LSTM and GRU
-    backward in tf32 and 16 bit, and ragged rows.
+    >>> k_chunks(512, "16-bit")
+    ((0, 8, 64),)
+    >>> k_chunks(192, "16-bit")
+    ((0, 4, 32), (128, 4, 16))
     """
-    backward = direction == "backward"
-    if kind == "tf32" and gates > 1 and backward and 384 < H <= 512:
-        return 128
-    if kind == "tf32" and gates == 4 and backward and H > 512:
-        return 256
-    if kind == "16-bit" and gates == 4 and layers > 1 and backward and 512 < H <= 640:
-        return 128  # fp16 spills with more; by Triton 3.6 a step is 865 instructions, not 1090
-    if kind == "16-bit" and gates == 3 and backward and 384 < H <= 512:
-        return 128
-    if kind == "16-bit" and gates > 1 and backward and H > 1024:
-        return 512
-    if ragged and kind == "tf32" and gates == 1 and not backward and H > 384:
-        return 128
-    if ragged and kind == "tf32" and gates == 4 and backward and 256 < H <= 384:
-        return 256
-    if ragged and kind == "16-bit" and (H <= 512 or (gates == 1 and not backward and H > 1536)):
-        return 512
-    return {"16-bit": 1024, "tf32x3": 128}.get(kind, 512)
+    most = OPERAND_COLUMNS[kind]
+    saves = -H % 128 != -H % 64 and 4 * (-H % 128) > H
+    pieces = 4 if saves and 2 * H <= most else 8
+    most = most * pieces // 8
+    # Unequal chunks of fp32 spill beyond one chunk.
+    least = most if kind != "16-bit" and most < H else 16 * pieces
+    chunks, start, end = [], 0, -(-H // least) * least
+    while start < end:
+        width = min(most, 1 << ((end - start).bit_length() - 1))
+        chunks.append((start, pieces, width // pieces))
+        start += width
+    return tuple(chunks)
 
 
-def is_large(
-    kind: str,
-    gates: int,
-    units: int,
-    chunks: tuple[tuple[int, int, int], ...],
-    direction: str,
-    ragged: bool,
-) -> bool:
-    """Whether ptxas does better without being told that it may use 255 registers.
-
-    Left to itself it stops at 128 in most kernels and spills 8 to 32 bytes; but it spills in the
-    largest ones if told, by Triton 3.6.
-    """
-    widths = [pieces * width for _, pieces, width in chunks]
-    columns, backward = sum(widths), direction == "backward"
-    if gates == 1:
-        return False
-    if kind == "tf32x3":
-        return gates == 4 and backward and columns > 128
-    if kind == "tf32" and gates == 4 and backward and not ragged:
-        return columns > 512
-    if kind == "tf32":
-        return units * columns >= 8192 and (ragged or max(widths) > 256)
-    return columns >= 768 if gates == 4 else units * columns > 16384
+def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:
+    """An upper bound: W_hh, and the operands of every dot on their way through shared memory."""
+    itemsize = 2 if kind == "16-bit" else 4
+    operands = max(rows, 16) * (gates + 1) * units * 4
+    return (gates * units * units * itemsize + operands) * (2 if kind == "tf32x3" else 1)
 
 
-def projects_in_kernel(input_size: int, padded: int, kind: str) -> bool:
-    """Whether x W_ih^T is memory-bound as a GEMM and W_ih small enough to stay on chip."""
-    # Products on the FMA units keep their operands in registers: 40 bytes spill at H = 32.
-    return input_size <= (64 if kind == "16-bit" else 16) and padded <= (
-        16 if kind == "ieee" else 64
-    )
-
-
-def shared_bytes(
-    gates: int, padded: int, columns: int, block_b: int, wide: bool, precision: str
-) -> int:
-    """An upper bound: all weights, and the operands of every dot on their way through memory."""
-    bytes_each = 4 if wide else 2
-    weights = gates * padded * columns * bytes_each
-    operands = max(block_b, 16) * (gates * padded + columns) * 4
-    return (weights + operands) * (2 if precision == "tf32x3" else 1)
-
-
-def slice_bytes(problem: Problem, kind: str, units: int, rows: int, columns: int) -> int:
+def slice_bytes(kind: str, gates: int, layers: int, units: int, rows: int, columns: int) -> int:
     """An upper bound: the slice of W_hh (and W_ih above the first layer), and an operand."""
-    gates, itemsize = SPECS[problem.cell].gates, problem.dtype.itemsize
-    weights = gates * units * columns * itemsize * (2 if problem.layers > 1 else 1)
-    # Triton 3.6 sums the warps' pieces through shared memory: 8 of each gate's tile.
-    operand = max(rows * columns * itemsize, gates * 8 * rows * units * 4)
-    return (weights + operand) * (2 if kind == "tf32x3" else 1)
+    itemsize = 2 if kind == "16-bit" else 4
+    weights = gates * units * columns * itemsize * (2 if layers > 1 else 1)
+    # The warps' pieces are summed through shared memory: 8 of each gate's tile.
+    return weights + max(rows * columns * itemsize, gates * 8 * rows * units * 4)

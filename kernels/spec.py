@@ -1,8 +1,8 @@
-"""What a schedule, the planner and the reference must know of a cell, in plain Python.
+"""The number of gates, states and products of each cell, in plain Python.
 
-The equations stand in ``cells.py`` (Triton) and, written independently, in
-``fusedrnn/reference.py`` (torch). This table only counts their tiles. Axes: ``G`` gates, i.e.
-``weight_hh`` is ``[G*H, H]``, in torch's gate order.
+The equations are in ``cells.py`` (Triton), ``fusedrnn/loop_cells.py`` (the CPU's loop) and
+``fusedrnn/reference.py`` (torch, written independently). This table counts their tiles: a tile is
+``[B, H]`` values of one gate or state in one step.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
-from typing import NamedTuple
 
-import torch
+from .tensors import Weights  # noqa: F401, until nothing imports it from this file
 
 
 @dataclass(frozen=True)
@@ -21,20 +20,18 @@ class CellSpec:
     """The tile counts of one cell.
 
     Attributes:
-        gates: G, the rows of ``weight_ih`` and ``weight_hh`` in units of H.
-        states: 2 with a cell state c beside h, else 1.
-        saved: tiles kept for backward in each step, besides h and c.
-        phases: for each recurrent product of a step the gates it serves, in ascending order.
-            One phase multiplies h itself; a later phase multiplies an operand that the cell
-            builds from the gates before it (``r * h`` in the textbook's GRU).
-        grads: for each phase the gradient tiles the adjoint returns, as indices into the
-            stored ``dgates``. Tiles 0..G-1 are gradients of the input pre-activations.
+        gates: G; ``weight_hh`` is ``[G*H, H]``, in torch's order of the gates.
+        states: 2 if the cell has a state c beside h, else 1.
+        saved: tiles that forward keeps for backward in each step, besides h and c.
+        phases: for each recurrent product of a step the gates it serves, in ascending order. The
+            first product multiplies h; a later one multiplies an operand that the cell computes
+            from the gates before it (``r * h`` in the GRU of Cho et al.).
+        grads: for each phase the gradient tiles that the adjoint returns, as indices into the
+            stored ``dgates``. Tiles 0 to G-1 are gradients of the input's pre-activations.
         recurrent: for each gate the tile that is the gradient of its recurrent pre-activation.
-        operands: for each phase the name of the left operand of its product ("h" or "r*h").
-        specials: exponentials and reciprocals of one unit in one step, forward and backward: 2 for
-            each sigmoid or tanh. For the model only.
-        rowwise: whether the cell reduces over a row of H (a normalisation), so that one program
-            must hold all of it.
+        operands: for each phase the operand of its product, "h" or "r*h".
+        specials: exponentials and reciprocals of one unit in one step, forward and backward: two
+            for each sigmoid or tanh. Only the performance model reads it.
     """
 
     gates: int
@@ -45,17 +42,11 @@ class CellSpec:
     recurrent: tuple[int, ...]
     operands: tuple[str, ...] = ("h",)
     specials: tuple[int, int] = (0, 0)
-    rowwise: bool = False
 
     @cached_property
     def grad_tiles(self) -> int:
-        """Tiles of ``dgates`` per step: G, and one more for each gate whose two parts differ."""
-        return 1 + max(max(tiles) for tiles in self.grads)
-
-    @cached_property
-    def first_tiles(self) -> tuple[int, ...]:
-        """Of each phase, where its gradient tiles begin in ``dgates``."""
-        return tuple(tiles[0] for tiles in self.grads)
+        """N, the tiles of ``dgates``: G, and one more for each gate whose two parts differ."""
+        return 1 + max(map(max, self.grads))
 
     @cached_property
     def factors(self) -> tuple[tuple[int, ...], ...]:
@@ -67,32 +58,19 @@ class CellSpec:
 
 
 SPECS = {
-    # i, f, g, o are saved activated.
+    # i, f, g, o are saved after their activations.
     "lstm": CellSpec(4, 2, 4, ((0, 1, 2, 3),), ((0, 1, 2, 3),), (0, 1, 2, 3), specials=(10, 2)),
-    # r, z, n and W_hn h + b_hn; d of the latter is tile 3, since it is r times d of n's input part.
+    # r, z, n and W_hn h + b_hn are saved. The gradient of the latter is r times that of n's input
+    # part, hence tile 3.
     "gru": CellSpec(3, 1, 4, ((0, 1, 2),), ((0, 1, 2, 3),), (0, 1, 3), specials=(6, 0)),
-    # r, z, n; the product for n needs r * h, hence a second phase.
+    # r, z, n are saved. The product for n needs r * h, hence a second phase.
     "gru_reset_before": CellSpec(
         3, 1, 3, ((0, 1), (2,)), ((0, 1), (2,)), (0, 1, 2), ("h", "r*h"), specials=(6, 0)
     ),
-    # h alone tells the derivative of both non-linearities.
+    # The derivative of both non-linearities follows from h, so nothing else is saved.
     "rnn_tanh": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,), specials=(2, 0)),
     "rnn_relu": CellSpec(1, 1, 0, ((0,),), ((0,),), (0,)),
 }
-
-
-class Weights(NamedTuple):
-    """One layer's weights in one direction: ``[G*H, I]``, ``[G*H, P]``, and ``[G*H]`` or None.
-
-    P, the columns of h, is H; with a projection (LSTM only, Sak et al. 2014) it is the rows of
-    ``w_hr [P, H]``, and h = W_hr (o tanh(c)).
-    """
-
-    w_ih: torch.Tensor
-    w_hh: torch.Tensor
-    b_ih: torch.Tensor | None
-    b_hh: torch.Tensor | None
-    w_hr: torch.Tensor | None = None
 
 
 def runs_of(gates: Sequence[int], tiles: Sequence[int]) -> Iterator[tuple[int, int, int]]:

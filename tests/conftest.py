@@ -1,18 +1,22 @@
-"""Without a GPU the kernels run under Triton's interpreter, which must be chosen before import."""
+"""Fixtures of all tests; without a GPU the kernels run in Triton's interpreter."""
 
 import os
+import sys
 
 import pytest
 import torch
 
+# Triton reads the variable when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+#: The modules that allocate tensors which kernels or loops fill.
+ALLOCATING = ("grads", "layer", "layout", "loop", "loop_cells", "ops", "stack")
 
 
 def pytest_collection_modifyitems(items):
-    """`-m gpu` selects what has something to say on a device: the tests that take the fixture."""
+    """Marks tests that use the fixture ``device`` with ``gpu``."""
     for item in items:
         if "device" in getattr(item, "fixturenames", ()):
             item.add_marker(pytest.mark.gpu)
@@ -20,7 +24,7 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def device():
-    """The GPU if there is one, else the CPU, where triton interprets."""
+    """The GPU if there is one, else the CPU, where Triton interprets."""
     return torch.device(DEVICE)
 
 
@@ -29,41 +33,45 @@ def _seed():
     torch.manual_seed(0)
 
 
+class PoisonedTorch:
+    """The namespace ``torch``, in which every uninitialised float tensor holds NaN."""
+
+    def __getattr__(self, name):
+        return getattr(torch, name)
+
+    @staticmethod
+    def empty(*args, **kwargs):
+        return poisoned(torch.empty(*args, **kwargs))
+
+    @staticmethod
+    def empty_like(*args, **kwargs):
+        return poisoned(torch.empty_like(*args, **kwargs))
+
+
+def poisoned(tensor):
+    """Fills a float tensor on a device that has values with NaN."""
+    if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
+        return tensor.fill_(float("nan")) if tensor.device.type in ("cpu", "cuda") else tensor
+    return tensor
+
+
 @pytest.fixture(autouse=True)
 def _nan_poisoned_allocations(monkeypatch):
-    """Every uninitialised float tensor of ours starts as NaN, so a cell left unwritten shows."""
-    new_empty, empty_like = torch.Tensor.new_empty, torch.empty_like
+    """Makes every element that a kernel or loop forgets to write a NaN in the result."""
+    import fusedrnn  # noqa: F401
 
-    def poison(tensor):
-        if not isinstance(tensor, torch.Tensor) or not tensor.is_floating_point():
-            return tensor
-        return tensor.fill_(float("nan")) if tensor.device.type in ("cpu", "cuda") else tensor
-
-    from fusedrnn import launches, ops, recompute, stack
-
-    class Poisoned:
-        """The torch namespace of one module, with empty_like poisoned."""
-
-        def __getattr__(self, name):
-            return getattr(torch, name)
-
-        @staticmethod
-        def empty_like(*args, **kwargs):
-            return poison(empty_like(*args, **kwargs))
-
-    for module in (launches, ops, recompute, stack):
-        monkeypatch.setattr(module, "torch", Poisoned())
-    monkeypatch.setattr(
-        torch.Tensor,
-        "new_empty",
-        lambda self, *a, **k: poison(new_empty(self, *a, **k)),
-    )
+    new_empty = torch.Tensor.new_empty
+    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+    for name in ALLOCATING:
+        module = sys.modules.get(f"fusedrnn.{name}")
+        if hasattr(module, "torch"):
+            monkeypatch.setattr(module, "torch", PoisonedTorch())
 
 
-@pytest.fixture(params=["3.9", "3.6"])
+@pytest.fixture(params=[pytest.param(v, marks=pytest.mark.slow) for v in ("3.9", "3.6")])
 def triton_dir(request):
-    """The newest Triton and the oldest supported one (torch 2.11's), which `make test` installs."""
+    """The folder of another Triton, newest and oldest supported, which `make test-all` installs."""
     variable = "FUSEDRNN_TRITON_" + request.param.replace(".", "")
     if variable not in os.environ:
-        pytest.skip(f"{variable} names no folder with Triton {request.param}; `make test` does")
+        pytest.skip(f"{variable} names no folder with Triton {request.param}")
     return os.environ[variable]

@@ -7,10 +7,10 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from fusedrnn import transforms
+from fusedrnn import ops
 from fusedrnn.kernels.spec import SPECS
-from fusedrnn.launches import Config
-from fusedrnn.layout import Ragged
+from fusedrnn.layout import Sequences
+from fusedrnn.stack import StackConfig, StackInputs
 from fusedrnn.testing import assert_budget, run_module
 
 CELLS = tuple(SPECS)
@@ -68,9 +68,9 @@ class Op(nn.Module):
     def named_parameters(self, *args, **kwargs):
         return self.module.named_parameters(*args, **kwargs)
 
-    def forward(self, input: Tensor, hx, dropout_masks=(), ragged=Ragged()):  # noqa: B008
+    def forward(self, input: Tensor, hx, dropout_masks=(), sequences=Sequences()):  # noqa: B008
         module = self.module
-        config = Config(
+        config = StackConfig(
             self.cell,
             self.backend,
             module.bias,
@@ -78,10 +78,9 @@ class Op(nn.Module):
             module.bidirectional,
             self.precision,
         )
-        states = [hx] if isinstance(hx, Tensor) else hx
-        output, final, _ = transforms.rnn_stack(
-            input, states, list(module.parameters()), dropout_masks, ragged, config
-        )
+        h_0, c_0 = (hx, None) if isinstance(hx, Tensor) else hx
+        inputs = StackInputs(input, h_0, c_0, list(module.parameters()), dropout_masks)
+        output, final, _ = ops.rnn_stack(inputs, sequences, config)
         return output, final[0] if len(final) == 1 else tuple(final)
 
 

@@ -269,7 +269,7 @@ def test_autocast_of_an_lstm_runs_on_a_cpu_that_onednn_refuses(monkeypatch):
             pytest.raises(NotImplementedError, match="needs a CPU with bfloat16"),
         ):
             ours(torch.randn(7, 6, 3))
-    assert dispatch.choose(ours._prepare(torch.randn(7, 6, 3)).request) == "aten"
+    assert dispatch.choose(ours._prepare(torch.randn(7, 6, 3)).facts) == "aten"
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,94 +1,101 @@
-"""What a language model writes at three temperatures: the one of ``python -m bench text``.
+"""A character model that writes at three temperatures.
 
-The logits are divided by the temperature before the softmax: below 1 the likely characters become
-likelier, above 1 all become alike.
+The text comes from a small grammar, in which the verb agrees with the number of the animals.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
-from dataclasses import replace
-from typing import Any
+import random
+from argparse import Namespace
 
 import torch
+from torch import Tensor, nn
 
-from .. import text
-from .lesson import DEVICE, Lesson, Numbers, Setting, backend_of
+import fusedrnn
 
-SIZES = replace(text.Sizes(), steps=250)
-#: The next character after this is drawn in the picture: many words may follow.
-PROMPT = "\nthe "
-#: Characters of the text whose next ones' entropy is averaged.
-CONTEXT = 500
+from .lesson import Lesson, Result
+
+TEMPERATURES = (0.5, 1.0, 1.5)
+ANIMALS = {"cat": "cats", "fox": "foxes", "goose": "geese", "mouse": "mice", "wolf": "wolves"}
+COLOUR_WORDS = ("black", "brown", "grey", "old", "red", "small", "white", "young")
+VERBS = {"drink": "drinks", "eat": "eats", "play": "plays", "rest": "rests", "sleep": "sleeps"}
+PLACES = ("barn", "forest", "garden", "meadow", "river", "valley", "village")
+
+
+def sentence(draw: random.Random) -> str:
+    """Returns a random sentence, as "three red foxes sleep near the river."."""
+    one, many = draw.choice(list(ANIMALS.items()))
+    plain, third = draw.choice(list(VERBS.items()))
+    tail = f"{draw.choice(('in', 'near', 'behind'))} the {draw.choice(PLACES)}."
+    colour = draw.choice(COLOUR_WORDS)
+    if draw.random() < 0.5:
+        return f"the {colour} {one} {third} {tail}"
+    return f"{draw.choice(('two', 'three', 'four', 'five'))} {colour} {many} {plain} {tail}"
+
+
+class Characters(nn.Module):
+    """Gives the logits ``[T, B, alphabet]`` of the next character for ids ``[T, B]``."""
+
+    def __init__(self, alphabet: int, I: int = 32, H: int = 128):
+        super().__init__()
+        self.embedding = nn.Embedding(alphabet, I)
+        self.rnn = fusedrnn.LSTM(I, H)
+        self.fc = nn.Linear(H, alphabet)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.fc(self.rnn(self.embedding(ids))[0])
+
+
+def fit(model: Characters, ids: Tensor, steps: int, T: int = 64, B: int = 16) -> float:
+    """Trains on windows from anywhere in the text; returns the mean loss of the last ten steps."""
+    optimiser = torch.optim.Adam(model.parameters(), lr=5e-3)
+    losses = []
+    for _ in range(steps):
+        batch = ids[torch.randint(len(ids) - T, (B,)) + torch.arange(T + 1).unsqueeze(1)]
+        loss = nn.functional.cross_entropy(model(batch[:-1]).flatten(0, 1), batch[1:].flatten())
+        optimiser.zero_grad()
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.item())
+    return sum(losses[-10:]) / len(losses[-10:])
 
 
 @torch.no_grad()
-def probabilities(model: text.Characters, ids: torch.Tensor, temperature: float) -> torch.Tensor:
-    """Of each next character, in fp64: ``[T, alphabet]`` for ids ``[T]``."""
-    logits = model(ids.unsqueeze(1).to(DEVICE))[:, 0].double()
-    return (logits / temperature).softmax(-1)
+def write(model: Characters, alphabet: str, temperature: float, count: int, seed: int) -> str:
+    """Samples characters one by one with a ``Stream``, which keeps the state between calls."""
+    generator = torch.Generator().manual_seed(seed)
+    stream = model.rnn.stream(batch_size=1)
+    token, written = torch.tensor([alphabet.index("\n")]), []
+    for _ in range(count):
+        probabilities = (model.fc(stream(model.embedding(token))) / temperature).softmax(-1)
+        token = probabilities.multinomial(1, generator=generator).squeeze(1)
+        written.append(alphabet[token])
+    return "".join(written)
 
 
-def entropy(probability: torch.Tensor) -> float:
-    """Mean entropy of distributions ``[N, alphabet]``, in bits."""
-    return torch.special.entr(probability).sum(-1).mean().item() / math.log(2)
-
-
-def measure(setting: Setting) -> Numbers:
-    sizes = text.QUICK if setting.quick else SIZES
-    corpus = text.Text.of(text.generate(sizes.characters, setting.seed))
-    model = text.build(text.OURS, len(corpus.alphabet), sizes, setting.seed).to(DEVICE)
-    setting.progress.at("training")
-    training = text.fit(model, corpus.ids, sizes, setting.seed, DEVICE, setting.progress.tick)
+def run(options: Namespace) -> Result:
+    draw = random.Random(options.seed)
+    text = "\n".join(sentence(draw) for _ in range(500)) + "\n"
+    alphabet = "".join(sorted(set(text)))
+    ids = torch.tensor([alphabet.index(character) for character in text])
+    torch.manual_seed(options.seed)
+    model = Characters(len(alphabet))
+    loss = fit(model, ids, steps=3 if options.quick else 250)
     model.eval()
-    prompt = torch.tensor([corpus.alphabet.index(character) for character in PROMPT])
-    found = {}
-    for temperature in text.TEMPERATURES:
-        samples = text.write(model, corpus, temperature, sizes, setting.seed, DEVICE)
-        found[str(temperature)] = {
-            "samples": samples,
-            "known_words": text.known_words("".join(f"{s} " for s in samples), corpus.text),
-            "entropy_bits": entropy(probabilities(model, corpus.ids[:CONTEXT], temperature)),
-            "next": probabilities(model, prompt, temperature)[-1].tolist(),
-        }
-    example = torch.zeros(sizes.T, sizes.B, sizes.embedding, device=DEVICE)
-    return {
-        "backends": {"lstm": backend_of(model.rnn, example)},
-        "final_loss": training.final_loss,
-        "alphabet": list(corpus.alphabet),
-        "temperatures": found,
-    }
-
-
-def table(numbers: Numbers) -> Iterator[str]:
-    yield f"loss after training: {numbers['final_loss']:.3f} nats a character"
-    for temperature, found in numbers["temperatures"].items():
-        yield (
-            f"temperature {temperature}: {found['known_words']:.0%} of the words are known, "
-            f"{found['entropy_bits']:.2f} bits a character"
-        )
-        yield from (f"    {line}" for line in found["samples"][0].strip().splitlines())
-
-
-def draw(figure: Any, numbers: Numbers) -> None:
-    """The next character after the prompt, at each temperature."""
-    found = numbers["temperatures"]
-    panels = figure.subplots(len(found), sharex=True, sharey=True)
-    shown = [("line end" if c == "\n" else "blank" if c == " " else c) for c in numbers["alphabet"]]
-    for axis, (temperature, of) in zip(panels, found.items(), strict=True):
-        axis.bar(range(len(shown)), of["next"], color="#d1495b")
-        axis.set_title(f"temperature {temperature}", fontsize=9)
-    panels[-1].set_xticks(range(len(shown)), shown)
-    panels[-1].tick_params("x", labelrotation=90)
-    figure.supylabel("probability of the next character")
-    figure.suptitle(f"after {PROMPT.strip()!r} and a blank", fontsize=10)
+    lines = [f"loss after training: {loss:.2f} nats a character"]
+    known = set(text.replace(".", "").split())
+    for temperature in TEMPERATURES:
+        written = write(model, alphabet, temperature, 60 if options.quick else 600, options.seed)
+        words = written.replace(".", "").split()[:-1]
+        share = sum(word in known for word in words) / max(1, len(words))
+        lines.append(f"temperature {temperature}: {share:.0%} of the words are in the text")
+        lines += [f"    {line}" for line in written[:160].splitlines()[:-1]]
+    return lines, None
 
 
 LESSON = Lesson(
     "text of one model at temperatures 0.5, 1.0 and 1.5",
-    measure,
-    table,
-    draw,
-    steps=SIZES.steps,
+    "the division by the temperature before softmax in write, and the Stream that decodes.",
+    run,
 )

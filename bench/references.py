@@ -1,0 +1,70 @@
+"""Published times of other people's runs, beside which the report prints ours."""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+HELP = "published times of the named cases"
+PATH = Path(__file__).with_name("references.csv")
+HEADER = f"{'case':<20} {'GPU':<27} {'dtype':<8} {'forward ms':>15} {'backward ms':>12}  library"
+NOTE = """Published by others, not measured here; sources and commits are in bench/references.csv.
+KernelBench: torch.nn in eager mode, forward without gradients, the input product included.
+DeepBench: cuDNN or MIOpen, the recurrence alone, without the input product."""
+
+
+def read(path: Path = PATH) -> list[dict[str, str]]:
+    """Returns the rows of ``references.csv``."""
+    with open(path, newline="", encoding="utf-8") as file:
+        return list(csv.DictReader(file))
+
+
+def same_gpu(published: str, name: str) -> bool:
+    """Tells whether two names mean one GPU model, as ``V100`` and ``Tesla V100-SXM2-16GB``."""
+    return _model(published) == _model(name)
+
+
+def _model(name: str) -> set[str]:
+    """Returns the words of a GPU's name without its maker, socket and memory."""
+    words = re.findall(r"[a-z0-9]+", name.lower())
+    ignored = re.compile(r"nvidia|amd|tesla|geforce|instinct|sxm\d?|\d+gb|hbm\d\w?")
+    return {word for word in words if not ignored.fullmatch(word)}
+
+
+def lines(cases: Sequence[str] = (), gpu: str | None = None) -> Iterator[str]:
+    """Yields a line for each case, GPU and dtype: the range of the published times.
+
+    Args:
+        cases: names of cases; empty means all of them.
+        gpu: the GPU of a run, as torch names it: only the same model is listed; None lists all.
+    """
+    groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
+    for row in read():
+        if (not cases or row["case"] in cases) and (gpu is None or same_gpu(row["gpu"], gpu)):
+            groups.setdefault((row["case"], row["gpu"], row["dtype"]), []).append(row)
+    for (case, name, dtype), rows in groups.items():
+        times = f"{_range(rows, 'forward_ms'):>15} {_range(rows, 'backward_ms'):>12}"
+        libraries = "; ".join(dict.fromkeys(row["library"] for row in rows))
+        yield f"{case:<20} {name:<27} {dtype:<8} {times}  {libraries}"
+    if groups:
+        yield NOTE
+
+
+def _range(rows: Sequence[dict[str, str]], column: str) -> str:
+    times = sorted({float(row[column]) for row in rows if row[column]})
+    if not times:
+        return "-"
+    return f"{times[0]:g}" if len(times) == 1 else f"{times[0]:g} - {times[-1]:g}"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all of them")
+    parser.add_argument("--gpu", metavar="NAME", help="only this model, as torch names it")
+
+
+def run(options: argparse.Namespace) -> int:
+    print("\n".join((HEADER, *lines(options.cases, options.gpu))))
+    return 0

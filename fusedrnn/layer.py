@@ -1,0 +1,305 @@
+"""The layers of one launch: the input GEMM and the recurrence, forward and backward.
+
+Forward computes ``gx = x W_ih^T + b_ih`` for all steps in one product and runs a schedule of the
+kernels, or the loop on the CPU. Backward runs it in reverse, which leaves ``dgates``, and computes
+the gradients of weights and input from them. Where gates were not saved (``recompute``), backward
+first computes them again, of some steps at a time: the states that entered those are known, so they
+are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import cache
+from importlib import import_module
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from . import loop
+from .grads import input_grad, weight_grads
+from .kernels import plan as planning
+from .kernels.plan import Plan
+from .kernels.rows import Rows
+from .kernels.spec import SPECS, CellSpec
+from .kernels.tensors import Grads, Layers, Weights
+from .layout import empty_grads, entering, previous_rows, rows_by_sequence
+
+#: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
+#: launches cost more.
+_SEGMENT, _SEGMENT_ON_GPU = 1 << 21, 1 << 24
+
+
+class StackConfig(NamedTuple):
+    """The configuration of a stack: all that is not a tensor."""
+
+    cell: str
+    backend: str  # "triton" or "torch"
+    has_bias: bool
+    num_layers: int
+    bidirectional: bool
+    precision: str  # of fp32 on triton: "ieee", "tf32" or "tf32x3"
+    compact: bool = False  # lengths are packed, for which the host reads their values
+    recompute: bool = False  # backward computes the gates again
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+    @property
+    def spec(self) -> CellSpec:
+        return SPECS[self.cell]
+
+    @property
+    def hidden_layers(self) -> int:
+        """The layers whose h is kept beside the output.
+
+        The loop keeps that of the last one too, so that the output may be modified in place.
+        """
+        return self.num_layers if self.backend == "torch" else self.num_layers - 1
+
+
+class Launch(NamedTuple):
+    """Layers that run together, and their plan; None for the loop."""
+
+    layers: range
+    plan: Plan | None
+
+
+def group_weights(params: Sequence[Tensor], config: StackConfig) -> list[list[Weights]]:
+    """Returns the flat parameters, in torch's order, as ``weights[layer][direction]``."""
+    D = config.directions
+    each = len(params) // (config.num_layers * D)
+    no_bias = () if config.has_bias else (None, None)
+    groups = (params[first : first + each] for first in range(0, len(params), each))
+    weights = [Weights(*group[:2], *no_bias, *group[2:]) for group in groups]
+    return [weights[i : i + D] for i in range(0, len(weights), D)]
+
+
+def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> list[Launch]:
+    """Returns the launches of a stack, from the first layer up."""
+    if config.backend == "torch":
+        return [Launch(range(n, n + 1), None) for n in range(config.num_layers)]
+    _, B, H = h_0.shape
+    problem = planning.Problem(
+        config.cell, H, B, config.directions, h_0.dtype, config.precision, needs_grad,
+        config.num_layers, rows.origins is not None, config.recompute,
+    )  # fmt: skip
+    launches: list[Launch] = []
+    for plan in planning.plan_stack(problem, planning.chip_of(h_0.device)):
+        first = launches[-1].layers.stop if launches else 0
+        launches.append(Launch(range(first, first + plan.layers), plan))
+    return launches
+
+
+@cache
+def _schedule(name: str) -> Any:
+    """Imports the module of a schedule, which needs Triton, on first use."""
+    return import_module(f".kernels.{name}", __package__)
+
+
+def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, rows: Rows) -> None:
+    """Runs the layers of one launch: fills out, h_n, c_n and, where given, gates and cs.
+
+    Args:
+        config: the configuration of the stack.
+        plan: the plan of the launch, None for the loop.
+        x: the input of the first layer, ``[R, I]``, or dense ``[T, B, I]`` of any strides.
+        layers: the tensors of the launch, without gx.
+        rows: the steps of the call.
+    """
+    D, (columns, H) = config.directions, layers.w_hh[0].shape
+    biases: Sequence[Any] = layers.b_ih or (None,) * D
+    if plan is not None:
+        gx = x.new_empty(D, rows.total, columns)
+        with gemm_precision(config.precision, x):
+            _input_products(x, layers.w_ih[:D], biases[:D], gx)
+            schedule = _schedule(plan.schedule)
+            schedule.forward(
+                config.cell,
+                plan,
+                layers._replace(gx=gx, origins=rows.origins, starts=rows.starts),
+                rows,
+            )
+        return
+    room = layers.gates
+    if room is None or not room.shape[-1]:
+        room = x.new_empty(D, rows.total, loop.workspace_tiles(config.cell) * H)
+    if layers.b_ih is not None:
+        biases = [
+            loop.folded_bias(config.cell, *b) for b in zip(biases, layers.b_hh or (), strict=True)
+        ]
+    _input_products(x, layers.w_ih, biases, room[..., :columns])
+    loop.forward(config.cell, layers._replace(gx=room), rows)
+
+
+def _input_products(
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gx: Tensor
+) -> None:
+    """Fills gx ``[D, R, G*H]`` with ``x W_ih^T + b_ih``."""
+    by_sequence = rows_by_sequence(x, gx.shape[-1])
+    for d, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
+        if by_sequence is not None:
+            product = F.linear(by_sequence, weight, bias).unflatten(0, x.shape[:2][::-1])
+            gx[d].unflatten(0, x.shape[:2]).copy_(product.transpose(0, 1))
+            continue
+        rows = x.reshape(-1, x.shape[-1])
+        if bias is None:
+            torch.mm(rows, weight.t(), out=gx[d])
+        else:
+            torch.addmm(bias, rows, weight.t(), out=gx[d])
+
+
+def backward(
+    config: StackConfig,
+    plan: Plan | None,
+    xs: Sequence[Tensor],
+    layers: Layers,
+    grads: Grads,
+    rows: Rows,
+    needs_input: bool,
+    needs_params: bool,
+) -> tuple[Tensor | None, list[Tensor]]:
+    """Runs the layers of one launch backwards.
+
+    Args:
+        config: the configuration of the stack.
+        plan: the plan of the launch, None for the loop.
+        xs: the input of each layer, as of ``forward``.
+        layers: the tensors of the launch; gates are None if they are computed again.
+        grads: the gradients of out, cs, h_n and c_n; h_0 and c_0 are filled.
+        rows: the steps of the call.
+        needs_input: whether dx is needed.
+        needs_params: whether the gradients of the weights are needed.
+
+    Returns:
+        dx ``[R, I]`` of the first layer or None, and the gradients of the weights in torch's order
+        or an empty list.
+    """
+    D, (Z, _, H) = config.directions, layers.h_0.shape
+    parts: Iterable[_Segment] = [_Segment(slice(None), layers, grads, rows)]
+    if layers.gates is None:
+        xs = [xs[0].reshape(-1, xs[0].shape[-1])]
+        parts = _segments(config, xs[0], layers, grads, rows)
+    dx = layers.h_0.new_empty(rows.total, xs[0].shape[-1]) if needs_input else None
+    total: list[Tensor] = []
+    for own, part, part_grads, part_rows in parts:
+        shape = Z, part_rows.total, config.spec.grad_tiles * H
+        part_grads = part_grads._replace(gates=empty_grads(layers.h_0, shape, rows))
+        with gemm_precision(config.precision, layers.h_0):
+            if plan is None:
+                loop.backward(config.cell, part, part_grads, part_rows)
+            else:
+                part = part._replace(origins=rows.origins, starts=rows.starts)
+                schedule = _schedule(plan.schedule)
+                schedule.backward(config.cell, plan, part, part_grads, part_rows)
+            dgates = part_grads.gates
+            if dx is not None:
+                input_grad(dgates[:D], layers.w_ih[:D], dx[own])
+            found: list[Tensor] = []
+            for z in range(Z) if needs_params else ():
+                x = xs[z // D][own]
+                found += weight_grads(config.cell, z, x, part, dgates[z], part_rows)
+        total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else found
+    return dx, total
+
+
+class _Segment(NamedTuple):
+    """Some rows of a layer as a layer by themselves."""
+
+    own: slice
+    layers: Layers
+    grads: Grads
+    rows: Rows
+
+
+def _segments(
+    config: StackConfig, x: Tensor, layers: Layers, grads: Grads, rows: Rows
+) -> Iterator[_Segment]:
+    """Yields the segments of a layer with their gates, the last steps first.
+
+    Dense rows of one direction are cut in time. All others are one segment, because a slice of rows
+    does not hold the same steps of both directions or of all sequences.
+    """
+    D, B, H = layers.h_0.shape
+    left = layers.out[0].unflatten(1, (D, H)).transpose(0, 1)
+    pairs = [(layers.h_0, left)] + ([] if layers.cs is None else [(layers.c_0, layers.cs)])
+    if D == 2 or rows.origins is not None:
+        tables = [previous_rows(rows, d, x.device) for d in range(D)]
+        states = [
+            torch.stack([entering(table, *of) for table, *of in zip(tables, *pair, strict=True)])
+            for pair in pairs
+        ]
+        gates = _gates(config, x, layers, states)
+        yield _Segment(slice(None), layers._replace(gates=gates), grads, rows)
+        return
+    size = _SEGMENT_ON_GPU if x.is_cuda else _SEGMENT
+    most = max(size // max(config.spec.gates * H * B, 1), 1) * max(B, 1)
+    for stop in range(rows.total, 0, -most):
+        own = slice(max(stop - most, 0), stop)
+        if own.start:
+            states = [of[:, own.start - B : stop - B] for _, of in pairs]
+        else:
+            states = [torch.cat([first, of[:, : stop - B]], 1) for first, of in pairs]
+        part = layers._replace(
+            h_0=states[0][:, :B],
+            c_0=None if layers.cs is None else states[1][:, :B],
+            out=(layers.out[0][own],),
+            gates=_gates(config, x[own], layers, states),
+            cs=None if layers.cs is None else layers.cs[:, own],
+        )
+        cut = grads._replace(
+            out=None if grads.out is None else grads.out[own],
+            cs=None if grads.cs is None else grads.cs[:, own],
+        )
+        yield _Segment(own, part, cut, Rows((stop - own.start) // B, B))
+        # What leaves this segment reaches the one before it.
+        c_n = None if grads.c_0 is None else grads.c_0.clone()
+        grads = grads._replace(h_n=grads.h_0.clone(), c_n=c_n)
+
+
+def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tensor]) -> Tensor:
+    """Computes the gates ``[D, r, S*H]`` of r rows as those of one step of r sequences.
+
+    states: h, and c of a cell that has it, which entered the rows, ``[D, r, H]`` each.
+    """
+    D, r, H = states[0].shape
+    h_0, *c_0 = (state.contiguous() for state in states)
+    step = layers._replace(
+        h_0=h_0,
+        c_0=c_0[0] if c_0 else None,
+        h_n=torch.empty_like(h_0),
+        c_n=torch.empty_like(h_0) if c_0 else None,
+        out=(x.new_empty(r, D * H),) * D,
+        gates=x.new_empty(D, r, config.spec.saved * H),
+        cs=None,
+    )
+    plan = None
+    if config.backend != "torch":
+        problem = planning.Problem(config.cell, H, r, D, x.dtype, config.precision, True)
+        plan = planning.stepwise(problem, planning.chip_of(x.device))
+    forward(config, plan, x, step, Rows(1, r))
+    return step.gates
+
+
+def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]:
+    """Makes the library's fp32 products on CUDA as exact as those in the kernels.
+
+    torch has only a process-wide switch, which is set and put back. cuBLAS has no tf32x3; ieee is
+    at least as exact.
+    """
+    return _switched(precision) if like.is_cuda and like.dtype == torch.float32 else nullcontext()
+
+
+@contextmanager
+def _switched(precision: str) -> Iterator[None]:
+    matmul = torch.backends.cuda.matmul
+    before = matmul.fp32_precision
+    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    try:
+        yield
+    finally:
+        matmul.fp32_precision = before

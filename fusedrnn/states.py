@@ -1,0 +1,110 @@
+"""``module.states()``: every state and gate of every step, differentiable."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from . import dispatch
+from .arguments import Call
+from .functional import config_of, in_form, operands, states_in_form
+from .kernels.rows import Rows
+from .kernels.spec import SPECS
+from .kernels.tensors import Weights
+from .layer import group_weights
+from .layout import entering, layout_of, previous_rows, without_padding
+from .ops import rnn_stack
+from .reference import gates_of
+from .stack import StackInputs
+
+
+class States(NamedTuple):
+    """The result of ``module.states(...)``; all of it is differentiable.
+
+    ``h``, ``c`` and ``gates`` are indexed ``[layer][direction]``. Their tensors have the form of
+    the input: ``[T, B, ...]``, ``[B, T, ...]`` with ``batch_first``, without a batch, packed or
+    nested. They are 0 where ``lengths`` leaves a step out.
+
+    Attributes:
+        output: the output of ``forward``.
+        h_n: the last h, as from ``forward``.
+        c_n: the last c, as from ``forward``; None in a GRU or RNN.
+        h: h of every step, ``[T, B, H]``, before dropout.
+        c: c of every step, ``[T, B, H]``; None in a GRU or RNN.
+        gates: the activated gates of every step by name, ``[T, B, H]`` each: ``i, f, g, o`` in an
+            LSTM, ``r, z, n`` in a GRU, none in an RNN. None unless they were asked for.
+    """
+
+    output: Any
+    h_n: Tensor
+    c_n: Tensor | None
+    h: tuple[tuple[Any, ...], ...]
+    c: tuple[tuple[Any, ...], ...] | None
+    gates: tuple[tuple[dict[str, Any], ...], ...] | None
+
+
+def run(call: Call, wants_gates: bool) -> States:
+    """Runs a prepared stack layer by layer and keeps every state.
+
+    Gates are computed again, for all steps at once, from the h that entered each step. So their
+    gradients flow through h, and no backend has to know about them.
+    """
+    facts = call.facts._replace(states=True)
+    config = config_of(call, dispatch.choose(facts))._replace(num_layers=1, compact=False)
+    x, h_0, c_0, params, masks = operands(call)
+    D, L, H = config.directions, facts.layers.num_layers, facts.hidden_size
+    rows = layout_of(x, h_0.shape[1], D, call.sequences, False).rows
+    each, finals, h, c, gates = len(params) // L, [], [], [], []
+    for layer in range(L):
+        of_layer = slice(layer * D, (layer + 1) * D)
+        own = params[layer * each : (layer + 1) * each]
+        inputs = StackInputs(x, h_0[of_layer], None if c_0 is None else c_0[of_layer], own, [])
+        out, final, cs = rnn_stack(inputs, call.sequences, config, keep_states=True)
+        finals.append(final)
+        h.append(out.chunk(D, -1))
+        if cs is not None:
+            c.append([of_d.view(*out.shape[:-1], H) for of_d in cs.unbind()])
+        if wants_gates:
+            (weights,) = group_weights(own, config)
+            gates.append(
+                _gates(config.cell, without_padding(x, rows), h[-1], inputs.h_0, weights, rows)
+            )
+        x = out * masks[layer] if masks and layer < L - 1 else out
+    h_n, *c_n = states_in_form(call, [torch.cat(parts) for parts in zip(*finals, strict=True)])
+    return States(
+        output=in_form(call, out),
+        h_n=h_n,
+        c_n=c_n[0] if c_n else None,
+        h=_formed(call, h),
+        c=_formed(call, c) if c else None,
+        gates=_formed(call, gates) if wants_gates else None,
+    )
+
+
+def _formed(call: Call, tree: Any) -> Any:
+    """Returns nested tuples for nested lists, with every tensor in the form of the input."""
+    if isinstance(tree, Tensor):
+        return in_form(call, tree)
+    if isinstance(tree, dict):
+        return {name: in_form(call, tensor) for name, tensor in tree.items()}
+    return tuple(_formed(call, each) for each in tree)
+
+
+def _gates(
+    cell: str, x: Tensor, h: Sequence[Tensor], h_0: Tensor, weights: list[Weights], rows: Rows
+) -> list[dict[str, Tensor]]:
+    """Returns the gates of every step of one layer by direction and name, in the shape of h."""
+    found = []
+    for d, w in enumerate(weights):
+        gx = F.linear(x, w.w_ih, w.b_ih).flatten(0, -2)
+        entered = entering(previous_rows(rows, d, x.device), h_0[d], h[d].flatten(0, -2))
+        named = gates_of(cell, gx, entered, w)
+        shape = *h[d].shape[:-1], w.w_hh.shape[0] // SPECS[cell].gates
+        found.append(
+            {name: without_padding(gate.view(shape), rows) for name, gate in named.items()}
+        )
+    return found

@@ -1,0 +1,100 @@
+"""The timings of an SM of each architecture, with the source of every figure.
+
+Letters in the comments name the sources:
+
+A  Luo et al., "Benchmarking and Dissecting the Nvidia Hopper GPU Architecture via
+   Microbenchmarking", arXiv 2402.13499, and arXiv 2501.12084 (A100, RTX 4090, H800).
+B  Abdelkhalik et al., "Demystifying the Nvidia Ampere Architecture through Microbenchmarking and
+   Instruction-level Analysis", arXiv 2208.11174.
+C  Sun et al., "Dissecting Tensor Cores via Microbenchmarks", arXiv 2206.02874.
+D  Huerta et al., "Analyzing Modern NVIDIA GPU cores", arXiv 2503.20481 (RTX A6000).
+E  Jia et al., "Dissecting the NVIDIA Volta GPU Architecture via Microbenchmarking", 1804.06826.
+F  Zhang et al., "A Study of Single and Multi-device Synchronization Methods in Nvidia GPUs",
+   IPDPS 2020 (barrier of a block on a V100: 22 cycles, 0.475 warps a cycle).
+G  NVIDIA, "CUDA C++ Programming Guide", arithmetic throughput by compute capability, and the white
+   papers of each architecture (lanes, load/store units, peak of the tensor cores, clock).
+H  The stall counts in binaries that ``ptxas`` makes for the architecture.
+X  Assumed: no source was found. ``docs/predicted.md`` shows what depends on the doubtful ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+
+@dataclass(frozen=True)
+class Timings:
+    """Cycles, unless the comment names another unit. A sub-core is one of an SM's four schedulers.
+
+    *busy*: how long one instruction of a warp occupies a pipe of its sub-core.
+    *latency*: from issue to the first use of the result.
+    """
+
+    chip: str
+    mhz: float  # the default clock in MHz
+
+    fma_pipes: int = 2  # of 16 lanes, but one on sm_80 (G)
+    fma: float = 2.0  # busy; FADD, FMUL, FFMA and their 16-bit forms in one of the pipes (G)
+    imad: float = 2.0  # busy; integer multiply-add, in the first of the pipes (D, G)
+    alu: float = 2.0  # busy; integer, logic, compare, select, pack on 16 lanes (G)
+    fp64: float = 32.0  # busy; 2 lanes an SM, but 64 on sm_80, sm_90 and sm_100 (G)
+    fp64_latency: float = 40.0  # (X)
+    uniform: float = 2.0  # busy; the uniform datapath (X)
+    branch: float = 12.0  # from a taken branch to the first instruction at its target (X; E: ~10)
+
+    mufu: float = 8.0  # busy; 16 lanes an SM, conversions included (G)
+    mufu_latency: float = 22.0  # (B: 18 to 23 with a move)
+    convert_latency: float = 22.0  # I2F, F2I, F2F (X: as MUFU)
+
+    hmma: float = 8.0  # busy; HMMA.16816 of 16-bit operands (C; G)
+    hmma_latency: float = 24.6  # accumulator to accumulator (A, C)
+    wgmma: float = 4.0  # busy; 64 x 8 x 16 (G)
+    wgmma_latency: float = 32.0  # (X; A: 18 for 8 columns in a chain, 128 for 256)
+
+    address: float = 4.0  # busy; the address unit of a sub-core has 8 lanes (D, G, H)
+    queue: int = 6  # memory instructions between issue and address unit (D: 5)
+    shared_bytes: float = 128.0  # bytes a cycle and SM (G)
+    global_bytes: float = 64.0  # bytes a cycle and SM through L1 (G)
+    lds_latency: float = 26.0  # (D: 24; C: 23; A: 29 in a chain of pointers)
+    ldsm_latency: float = 29.0  # one matrix; each further one adds a beat (C: 23 to 29)
+    sts_read: float = 12.0  # until a shared store has read its registers (D: 12 to 18)
+    shuffle_latency: float = 24.0  # (B, E)
+    l1: float = 40.0  # latency of a global load (A: 38 to 41)
+    l2: float = 270.0  # (A: mean 263, 200 near to 414 far)
+    dram: float = 620.0  # (X: between A's 479 on an idle chip and that of a loaded one)
+    constant_latency: float = 29.0  # LDC (D)
+    special_latency: float = 25.0  # S2R (X)
+    r2ur_latency: float = 10.0  # (X)
+    atomic_latency: float = 330.0  # with a result, in L2 (X)
+    shared_atomic_latency: float = 64.0  # (X)
+
+    barrier: float = 20.0  # from the last arrival to the next instruction (F)
+    arrive: float = 2.0  # busy; the arrival of one warp (F)
+    hop_us: float = 0.65  # microseconds; from a releasing store to an acquiring load (X)
+
+
+#: By what the name of a matrix instruction contains: its time beside HMMA.16816 of 16 bits (G, C).
+MMA_RATIOS = {
+    "16816.F": 1.0,
+    "1688.F32.TF32": 1.0,  # half the products at half the rate
+    "1684.F32.TF32": 0.5,
+    "1688.F": 0.5,
+}
+
+#: Only sm_90 was compared with measurements. Peaks of GeForce chips with 32-bit accumulators: 64
+#: products a cycle and sub-core, a quarter of an A100's.
+TIMINGS = {
+    "sm_80": Timings("A100", 1410.0, fma_pipes=1, fp64=2.0, l2=262.0),
+    "sm_86": Timings("RTX 3090", 1695.0, hmma=32.0),
+    "sm_89": Timings("RTX 4090", 2520.0, hmma=32.0, l2=280.0),
+    # mma.sync reaches 63 % of the peak, 6.5 cycles for 4 (A); ptxas keeps 6 or 7 apart (H).
+    "sm_90": Timings("H100 SXM", 1755.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
+    # No figures were found: those of sm_90 at the clock of a B200 (X).
+    "sm_100": Timings("B200", 1965.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
+    "sm_120": Timings("RTX 5090", 2407.0, hmma=32.0, l2=300.0, dram=700.0),
+}
+
+
+def timings(arch: str, **changes: float) -> Timings:
+    """Returns the timings of an architecture such as ``"sm_90"``, with some of them replaced."""
+    return replace(TIMINGS[arch.removesuffix("a")], **changes)  # type: ignore[arg-type]

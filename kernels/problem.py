@@ -1,0 +1,125 @@
+"""The records that the planner works on: a problem, a chip, and the tiles of a program."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import NamedTuple
+
+import torch
+
+from .spec import SPECS, CellSpec
+
+
+class NoPlan(Exception):  # noqa: N818, a planner's answer rather than an error
+    """No schedule takes the problem; the message is the reason, in one sentence."""
+
+
+class LaunchRefused(RuntimeError):  # noqa: N818, as above
+    """The device does not hold all programs of a cooperative launch at once; nothing has run."""
+
+
+class Chip(NamedTuple):
+    """The limits of a GPU that a plan must respect."""
+
+    name: str
+    arch: str
+    sms: int
+    shared_bytes: int  # the most one program may have
+    warp_size: int = 32
+    concurrent: bool = True  # False in Triton's interpreter: one program after the other
+    cooperates: bool = True  # False once the device has refused a cooperative launch
+
+
+CHIPS = {
+    name: Chip(name, name, sms, shared)
+    for name, sms, shared in (
+        ("sm_80", 108, 166_912),  # A100
+        ("sm_86", 84, 101_376),  # A40, RTX 3090
+        ("sm_89", 142, 101_376),  # L40, RTX 4090
+        ("sm_90", 132, 232_448),  # H100
+        ("sm_100", 148, 232_448),  # B200
+        ("sm_120", 170, 101_376),  # RTX 5090
+    )
+}
+
+_REFUSING: set[torch.device] = set()
+
+
+def refuse_cooperation(device: torch.device) -> None:
+    """Excludes schedule cooperative from all later plans for this device.
+
+    Another process may own a share of the SMs (MPS, green contexts).
+    """
+    _REFUSING.add(device)
+
+
+def chip_of(device: torch.device) -> Chip:
+    """Returns the chip behind a device, as far as this process may use it."""
+    chip = _chip_of(device)
+    return chip._replace(cooperates=False) if device in _REFUSING else chip
+
+
+@lru_cache
+def _chip_of(device: torch.device) -> Chip:
+    if device.type != "cuda":  # the interpreter
+        return CHIPS["sm_90"]._replace(name="the interpreter", concurrent=False)
+    found = torch.cuda.get_device_properties(device)
+    shared = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
+    arch = f"sm_{found.major}{found.minor}"
+    if found.warp_size == 64:
+        arch = found.gcnArchName.partition(":")[0]
+    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size)
+
+
+class Problem(NamedTuple):
+    """What a plan depends on. T is left out: no binary and no choice depends on it."""
+
+    cell: str
+    hidden_size: int
+    batch: int
+    directions: int
+    dtype: torch.dtype
+    precision: str  # of products in fp32: "tf32", "tf32x3" or "ieee"
+    needs_grad: bool
+    layers: int = 1
+    ragged: bool = False  # lengths, resets or packed input
+    layer_by_layer: bool = False  # no wavefront: backward recomputes the gates of each layer
+
+    @property
+    def spec(self) -> CellSpec:
+        """The counts of the cell.
+
+        Raises:
+            NoPlan: no kernel has this cell.
+        """
+        if self.cell not in SPECS:
+            raise NoPlan(f"no kernel knows the cell {self.cell!r}; known are {', '.join(SPECS)}")
+        return SPECS[self.cell]
+
+    def kind(self, chip: Chip) -> str:
+        """How products are made: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 on the FMA units)."""
+        if self.dtype.itemsize == 2:
+            return "16-bit"
+        amd = chip.warp_size == 64  # whose matrix units have no tf32
+        return "ieee" if amd or self.dtype == torch.float64 else self.precision
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """The sizes of one program of a kernel, with its launch options."""
+
+    block_b: int  # sequences
+    block_h: int  # hidden units
+    num_warps: int
+    max_registers: int | None  # a thread's; None where the compiler has no such option
+    precision: str  # of products, as tl.dot's input_precision
+    shared_bytes: int  # an upper bound of the compiler's figure
+    # Of schedule cooperative: how the sum over H is cut (start, pieces, columns of each), how many
+    # batch tiles run at once, and how many dots share an accumulator (0: all).
+    k_chunks: tuple[tuple[int, int, int], ...] = ()
+    at_once: int = 1
+    folded: int = 0
+
+    def __str__(self) -> str:
+        return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"

@@ -1,0 +1,434 @@
+"""Predicts the time of one step of a compiled kernel from its SASS, without a GPU.
+
+All warps of one SM run one turn of the kernel's loop, again and again: four in-order schedulers
+issue one instruction a cycle each, by the stall counts and scoreboards that the compiler wrote;
+pipes are finite; a barrier joins the warps of a program. ``docs/predicted.md`` compares the
+predictions with published times, and lists what the model leaves out.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import NamedTuple
+
+from .latencies import MMA_RATIOS, Timings, timings
+from .sass import NO_BOARD, Instruction
+
+SCHEDULERS = 4  # of an SM
+
+
+def _sums() -> dict[str, float]:
+    return defaultdict(float)
+
+
+class Cost(NamedTuple):
+    """What one instruction of a warp takes from the SM."""
+
+    pipe: str
+    busy: float = 1.0  # cycles of the pipe of its sub-core
+    latency: float = 0.0  # until the result is there; 0 where the stall counts say it
+    kind: str = ""  # the name of the wait for it
+    unit: float = 0.0  # cycles of the SM's load/store unit
+    read: float = 6.0  # cycles until the operands are read
+
+
+_SIZE = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
+_BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
+_GLOBAL = ("LDG", "LD", "STG", "ST", "LDL", "STL", "ATOMG", "ATOM", "RED", "REDG")
+_FMA = re.compile(r"F(ADD|MUL|FMA|SWZADD|ADD2|MUL2|FMA2|ADD32I|MUL32I|FMA32I)\b|H(FMA|ADD|MUL)2")
+_CONVERSION = re.compile(r"(I2F|F2I|F2F|FRND|I2I|POPC|FLO|BREV)\b")
+_CONTROL = re.compile(
+    r"(BRA|BRX|BSSY|BSYNC|BREAK|WARPSYNC|NOP|EXIT|CALL|RET|YIELD|DEPBAR|NANOSLEEP|BMOV|PREEXIT|"
+    r"ACQBULK|ELECT|WARPGROUP|SETCTAID|KILL|RPCMOV|WARPGROUPSET|USETMAXREG)\b"
+)
+
+
+def cost(one: Instruction, sm: Timings, load_latency: float) -> Cost:
+    """Returns the cost of an instruction; a global load takes ``load_latency``."""
+    name, base = one.name, one.name.partition(".")[0]
+    if memory := _memory_cost(name, base, sm, load_latency):
+        return memory
+    if base == "MUFU":
+        return Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
+    if _CONVERSION.match(name):
+        return Cost("mufu", sm.mufu, sm.convert_latency, "conversion")
+    if base == "BAR":
+        return Cost("barrier")
+    if shape := re.match(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)", name):
+        m, n, k = map(int, shape.groups())
+        # One descriptor holds both operands in shared memory; otherwise the first is a register.
+        rows = m * (re.match(r"R\d+, gdesc", one.operands) is not None) + n
+        moved = rows * k * 2 / sm.shared_bytes / SCHEDULERS
+        return Cost("tensor", sm.wgmma * n / 8, sm.wgmma_latency, "wgmma", moved)
+    if re.match(r"[HIBQD]MMA\b", name):
+        ratio = next((r for shape, r in MMA_RATIOS.items() if f".{shape}" in name), 1.0)
+        return Cost("tensor", sm.hmma * ratio, sm.hmma_latency, "tensor")
+    if _FMA.match(name):
+        return Cost("fma", sm.fma)
+    if base.startswith("IMAD") or base == "IMUL":
+        return Cost("imad", sm.imad * (2 if ".WIDE" in name or ".HI" in name else 1))
+    if base in ("DADD", "DMUL", "DFMA", "DSETP"):
+        return Cost("fp64", sm.fp64, sm.fp64_latency, "fp64")
+    if _CONTROL.match(name):
+        return Cost("control")
+    if base == "R2UR":
+        return Cost("uniform", sm.uniform, sm.r2ur_latency, "R2UR")
+    if base.startswith("U"):
+        return Cost("uniform", sm.uniform, 12.0 if base in ("ULDC", "UR2UP") else 0.0, "uniform")
+    return Cost("alu", sm.alu)
+
+
+def _memory_cost(name: str, base: str, sm: Timings, load_latency: float) -> Cost | None:
+    """Returns the cost of an instruction that loads, stores, exchanges or fences, else None."""
+    size = _SIZE.search(name)
+    width = 32 * (_BYTES[size[1]] if size else 4)  # bytes of a warp
+    if base in ("LDSM", "STSM", "LDS", "STS", "ATOMS"):
+        beats = max(1.0, width / sm.shared_bytes)
+        if base in ("LDSM", "STSM"):
+            count = name.rpartition(".")[2]
+            beats = float(count) if count in ("2", "4") else 1.0
+        late = {"LDSM": sm.ldsm_latency, "ATOMS": sm.shared_atomic_latency}
+        read = sm.sts_read + 2 * (beats - 1) if base.startswith("ST") else 9.0
+        latency = late.get(base, sm.lds_latency) + beats - 1
+        return Cost("memory", sm.address, latency, "shared memory", beats, read)
+    if base in _GLOBAL:
+        beats = max(2.0, width / sm.global_bytes)
+        kind, late_of = "global memory", load_latency
+        if base in ("LDL", "STL"):
+            kind, late_of = "local memory", sm.l1
+        elif base.startswith("A"):
+            kind, late_of = "atomic", sm.atomic_latency
+        elif base.startswith("R"):
+            late_of = 0.0
+        return Cost("memory", sm.address, late_of + beats - 2, kind, beats, 11.0 + beats)
+    if base in ("SHFL", "REDUX", "MOVM", "MATCH"):
+        return Cost("memory", sm.address, sm.shuffle_latency, "shuffle", 1.0, 9.0)
+    if base in ("MEMBAR", "ERRBAR", "CCTL", "FENCE", "CGAERRBAR"):
+        return Cost("control", 1.0, 2.0, "fence")  # its time is part of the hop between programs
+    if base in ("LDC", "LDCU"):
+        return Cost("constant", 2.0, sm.constant_latency, "constant")
+    if base in ("S2R", "S2UR", "B2R"):
+        return Cost("control", 2.0, sm.special_latency, "special register")
+    return None
+
+
+@dataclass
+class Prediction:
+    """The predicted time of one step in steady state."""
+
+    cycles: float
+    mhz: float
+    warps: int  # on the SM
+    steps: int  # that one turn of the loop makes
+    instructions: float  # of one warp in a step
+    barriers: float  # in a step
+    spent: dict[str, float]  # cycles of a mean warp, by what it did or waited for
+    pipes: dict[str, float]  # the share of the time in which the busiest one of the SM is busy
+    stalls: list[tuple[float, str, Instruction]]  # mean cycles before it, the cause, which one
+
+    @property
+    def us(self) -> float:
+        """The time in microseconds."""
+        return self.cycles / self.mhz
+
+    def lines(self) -> list[tuple[float, str, str]]:
+        """Returns cycles of waiting, main cause and source line, the longest first."""
+        causes: dict[str, dict[str, float]] = defaultdict(_sums)
+        for cycles, cause, one in self.stalls:
+            causes[one.line or f"{one.address:#06x}"][cause] += cycles
+        totals = ((sum(c.values()), max(c, key=c.__getitem__), at) for at, c in causes.items())
+        return sorted(totals, key=lambda each: (-each[0], each[2]))
+
+    def report(self, top: int = 8) -> str:
+        """Returns the prediction as text: where the cycles go, and the lines that wait longest."""
+        text = [
+            f"predicted {self.cycles:.0f} cycles = {self.us:.3f} us a step at {self.mhz:.0f} MHz; "
+            f"{self.warps} warps, {self.instructions:.0f} instructions, {self.barriers:g} barriers",
+            "cycles of a mean warp:",
+        ]
+        for what, cycles in sorted(self.spent.items(), key=lambda item: (-item[1], item[0])):
+            if cycles >= 0.5:
+                text.append(f"  {cycles:7.0f} {100 * cycles / self.cycles:4.0f} %  {what}")
+        busy = (
+            f"{name} {100 * share:.0f} %" for name, share in self.pipes.items() if share > 0.005
+        )
+        text += [f"pipes busy: {', '.join(busy)}", "longest waits by source line, in cycles:"]
+        text += [f"  {cycles:7.1f}  {cause:24}  {at}" for cycles, cause, at in self.lines()[:top]]
+        text.append("longest waits by instruction, in cycles:")
+        for cycles, cause, one in self.stalls[:top]:
+            text.append(f"  {cycles:7.1f}  {cause:24}  {one.address:#06x} {one}")
+        return "\n".join(text)
+
+
+@dataclass
+class _Warp:
+    number: int
+    program: int
+    at: int = 0  # index into the trace
+    turns: int = 0
+    issued: float = 0.0  # when the last instruction was
+    ready: float = 0.0  # when the next one may, by the stall count
+    stay: bool = True
+    barrier: float = 0.0  # when its barrier opens; infinite before the last warp arrives
+    boards: list[list[tuple[float, str]]] = field(default_factory=lambda: [[] for _ in range(6)])
+    in_order: float = 0.0  # shared memory returns results in order
+    products: float = 0.0  # when its last wgmma is done
+    spent: dict[str, float] = field(default_factory=_sums)
+    ends: list[float] = field(default_factory=lambda: [0.0])  # of its turns
+
+
+class _Core:
+    """One scheduler with its pipes and its warps."""
+
+    def __init__(self, warps: list[_Warp]) -> None:
+        self.warps = warps
+        self.latest: _Warp | None = None
+        self.free = 0.0  # when the scheduler may issue again
+        self.pipes = _sums()  # when each is free
+        self.busy = _sums()
+        self.queue: list[float] = []  # when the latest memory instructions start
+
+    def pipe_free(self, cost: Cost, sm: Timings) -> float:
+        """Returns when an instruction may issue as far as its pipe is concerned."""
+        if cost.pipe in ("barrier", "control"):
+            return 0.0
+        if cost.pipe == "memory":
+            return self.queue[-sm.queue] if len(self.queue) >= sm.queue else 0.0
+        if cost.pipe == "mufu":
+            return self.pipes["mufu"] - sm.mufu  # one may wait in front of the pipe
+        if cost.pipe == "fma" and sm.fma_pipes == 2:
+            return min(self.pipes["imad"], self.pipes["fma"])
+        return self.pipes["imad" if cost.pipe == "fma" else cost.pipe]
+
+    def occupy(self, cost: Cost, now: float, sm: Timings) -> float:
+        """Takes the pipe for an instruction that issues now; returns when it starts there."""
+        pipe, start = cost.pipe, now
+        self.busy["fma" if pipe == "imad" else pipe] += cost.busy
+        if pipe == "fma":
+            second = sm.fma_pipes == 2 and self.pipes["fma"] <= self.pipes["imad"]
+            pipe = "fma" if second else "imad"
+        elif pipe == "memory":
+            start = max(now + 2, self.pipes[pipe])
+            self.queue = [*self.queue[-sm.queue :], start]
+        elif pipe in ("mufu", "tensor"):
+            start = max(now, self.pipes[pipe])
+        self.pipes[pipe] = start + cost.busy
+        return start
+
+
+class _Sm:
+    """The warps of the programs on one SM, at ``turns`` turns of a loop."""
+
+    def __init__(
+        self, path: Sequence[Instruction], sm: Timings, warps: int, programs: int, late: float
+    ) -> None:
+        self.path, self.sm, self.warps = path, sm, warps
+        self.costs = [cost(one, sm, late) for one in path]
+        self.waits = [[b for b in range(6) if one.wait >> b & 1] for one in path]
+        self.team = [_Warp(n, n // warps) for n in range(warps * programs)]
+        groups = [self.team[s::SCHEDULERS] for s in range(SCHEDULERS)]
+        self.cores = [_Core(group) for group in groups if group]
+        self.unit = self.gate = 0.0  # when the load/store and the barrier unit are free
+        self.unit_busy = 0.0
+        self.arrived: dict[tuple[int, str], list[_Warp]] = defaultdict(list)
+        self.stalls: dict[int, dict[str, float]] = defaultdict(_sums)
+
+    def run(self, turns: int, warm: int) -> None:
+        """Runs all warps; the turns before ``warm`` are not counted."""
+        self.turns, self.warm = turns, warm
+        best = [self.next_issue(core) for core in self.cores]
+        while (now := min(best)) < float("inf"):
+            index = best.index(now)
+            core = self.cores[index]
+            able = [warp for warp in core.warps if self.earliest(core, warp) <= now]
+            warp = core.latest if core.latest in able and core.latest.stay else able[-1]
+            released = self.issue(core, warp, now)
+            for other, each in enumerate(self.cores):
+                if released or other == index:
+                    best[other] = self.next_issue(each)
+        if any(warp.turns < turns for warp in self.team):
+            raise ValueError("deadlock: warps wait at a barrier that others never reach")
+
+    def shares(self, end: float, turns: int) -> dict[str, float]:
+        """Returns the share of the time in which the busiest pipe of each kind is busy."""
+        pipes = ("fma", "alu", "mufu", "tensor", "memory", "uniform", "fp64")
+        found = {name: max(core.busy[name] for core in self.cores) / end for name in pipes}
+        found["fma"] /= self.sm.fma_pipes
+        found["load/store unit"] = self.unit_busy / end
+        warps = max(len(core.warps) for core in self.cores)
+        return {**found, "issue": warps * len(self.path) * turns / end}
+
+    def next_issue(self, core: _Core) -> float:
+        return min(self.earliest(core, warp) for warp in core.warps)
+
+    def boards(self, warp: _Warp) -> tuple[float, str]:
+        """Returns when the scoreboards let the next instruction go, and what they wait for."""
+        one = self.path[warp.at]
+        until = (0.0, "")
+        for board in self.waits[warp.at]:
+            for each in warp.boards[board]:
+                until = max(until, each, key=lambda pair: pair[0])
+        if one.name.startswith("DEPBAR") and (match := re.search(r"SB(\d)", one.operands)):
+            count = re.search(r",\s*0x([0-9a-f]+)", one.operands)
+            left = int(count[1], 16) if count else 0
+            pending = sorted(warp.boards[int(match[1])])
+            if len(pending) > left:
+                until = max(until, pending[len(pending) - left - 1], key=lambda pair: pair[0])
+        if one.name.startswith("WARPGROUP.DEPBAR") and warp.products > until[0]:
+            until = (warp.products, "wgmma")
+        return until
+
+    def earliest(self, core: _Core, warp: _Warp) -> float:
+        """Returns when a warp can issue its next instruction."""
+        if warp.turns >= self.turns:
+            return float("inf")
+        pipe = core.pipe_free(self.costs[warp.at], self.sm)
+        return max(warp.ready, warp.barrier, self.boards(warp)[0], pipe, core.free)
+
+    def account(self, core: _Core, warp: _Warp, now: float) -> None:
+        """Adds the cycles since the warp's last instruction to what they were spent on."""
+        if not self.warm <= warp.turns < self.turns:
+            return
+        what = self.costs[warp.at]
+        clock = warp.ready
+        lost = {"fixed latency": max(0.0, clock - warp.issued - 1)}
+        until, kind = self.boards(warp)
+        for when, cause in (
+            (warp.barrier, "barrier"),
+            (until, f"wait: {kind}"),
+            (core.pipe_free(what, self.sm), f"pipe: {what.pipe}"),
+            (now, "another warp issued"),
+        ):
+            if when > clock:
+                lost[cause] = when - clock
+                clock = when
+        warp.spent["issuing"] += 1.0
+        for cause, cycles in lost.items():
+            warp.spent[cause] += cycles
+            self.stalls[warp.at][cause] += cycles
+
+    def issue(self, core: _Core, warp: _Warp, now: float) -> bool:
+        """Issues the next instruction of a warp; returns True if that opened a barrier."""
+        one, what = self.path[warp.at], self.costs[warp.at]
+        self.account(core, warp, now)
+        start = core.occupy(what, now, self.sm)
+        done, read = start + what.latency, now + what.read
+        if what.unit:
+            at_unit = max(start + 2 * (what.pipe == "memory"), self.unit)
+            self.unit = at_unit + what.unit
+            self.unit_busy += what.unit
+            if what.pipe == "memory":
+                done, read = at_unit - 4 + what.latency, start - 2 + what.read
+            else:
+                done = warp.products = max(warp.products, at_unit + what.busy + what.latency)
+        if what.kind in ("shared memory", "shuffle"):
+            done = warp.in_order = max(done, warp.in_order)
+        if one.write != NO_BOARD:
+            warp.boards[one.write].append((done, what.kind or what.pipe))
+        if one.read != NO_BOARD:
+            cause = f"operands read ({what.kind or what.pipe})"
+            warp.boards[one.read].append((read, cause))
+        for board in warp.boards:
+            if board:
+                board[:] = [each for each in board if each[0] > now]
+        warp.issued, warp.stay, warp.ready = now, one.stay, now + max(1, one.stall)
+        core.free, core.latest = now + 1, warp
+        opened = what.pipe == "barrier" and self.arrive(warp, one, now)
+        warp.at += 1
+        if warp.at == len(self.path):
+            warp.at = 0
+            warp.turns += 1
+            warp.ends.append(now)
+            warp.ready = max(warp.ready, now + self.sm.branch)
+        return opened
+
+    def arrive(self, warp: _Warp, one: Instruction, now: float) -> bool:
+        """Lets a warp arrive at a barrier; returns True if it was the last one."""
+        if one.name.startswith("BAR.ARV"):
+            return False
+        self.gate = max(now, self.gate) + self.sm.arrive
+        key = (warp.program, one.operands.partition(",")[0])
+        warp.barrier = float("inf")
+        self.arrived[key].append(warp)
+        if len(self.arrived[key]) < self.warps:
+            return False
+        for each in self.arrived.pop(key):
+            each.barrier = self.gate + self.sm.barrier
+        return True
+
+
+def predict(
+    path: Sequence[Instruction],
+    arch: str,
+    warps: int,
+    *,
+    programs: int = 1,
+    steps: int = 1,
+    hops: int = 0,
+    load_latency: float | None = None,
+    turns: int = 12,
+    **changes: float,
+) -> Prediction:
+    """Predicts the time of one step of a kernel from one turn of its loop.
+
+    Args:
+        path: the turn, see :func:`trace`.
+        arch: an architecture of ``latencies.TIMINGS``.
+        warps: warps of one program.
+        programs: programs that one SM runs at once.
+        steps: steps of the recurrence in one turn.
+        hops: exchanges between programs in a step, each with its ``hop_us``.
+        load_latency: cycles of a global load, those of L2 by default.
+        turns: turns to simulate, of which the second half is averaged.
+        **changes: timings to replace, by their names.
+
+    Raises:
+        KeyError: the architecture has no timings.
+        ValueError: the warps deadlock at a barrier.
+    """
+    sm = timings(arch, **changes)
+    chip = _Sm(path, sm, warps, programs, sm.l2 if load_latency is None else load_latency)
+    warm = turns // 2
+    chip.run(turns, warm)
+    warm_end, end = (max(warp.ends[turn] for warp in chip.team) for turn in (warm, turns))
+    hop, counted = hops * sm.hop_us * sm.mhz, (turns - warm) * steps
+    share = 1 / counted / len(chip.team)
+    spent = {"hop between programs": hop} if hop else {}
+    for warp in chip.team:
+        for what, cycles in warp.spent.items():
+            spent[what] = spent.get(what, 0.0) + cycles * share
+    stalls = [
+        (sum(causes.values()) * share, max(causes, key=causes.__getitem__), path[index])
+        for index, causes in chip.stalls.items()
+    ]
+    return Prediction(
+        cycles=(end - warm_end) / counted + hop,
+        mhz=sm.mhz,
+        warps=warps * programs,
+        steps=steps,
+        instructions=len(path) / steps,
+        barriers=sum(each.pipe == "barrier" for each in chip.costs) / steps,
+        spent=spent,
+        pipes=chip.shares(end, turns),
+        stalls=sorted(stalls, key=lambda each: (-each[0], each[2].address)),
+    )
+
+
+def write_json(path: Path, predictions: Mapping[str, Prediction]) -> None:
+    """Writes the predicted time of a step of each direction, ``"forward"`` and ``"backward"``."""
+    rows = {
+        direction: {
+            "warps": each.warps,
+            "steps": each.steps,
+            "cycles": round(each.cycles, 1),
+            "us": round(each.us, 4),
+            "source": "predicted",
+        }
+        for direction, each in predictions.items()
+    }
+    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

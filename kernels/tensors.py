@@ -1,0 +1,60 @@
+"""The tensors of a launch, as the named tuples that every schedule and the CPU's loop take.
+
+Sizes: T time, B batch, R rows (``rows.py``), I input, H hidden, G gates, D directions, L layers,
+Z = L*D, S saved tiles, N gradient tiles (``spec.py``). Layer l in direction d has number l*D + d.
+Every tensor is contiguous.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+MaybeTensor = Any  # a Tensor, or None where a cell or a call has none
+
+
+class Weights(NamedTuple):
+    """The weights of one layer in one direction."""
+
+    w_ih: Tensor  # [G*H, I]
+    w_hh: Tensor  # [G*H, H]
+    b_ih: Tensor | None  # [G*H]
+    b_hh: Tensor | None  # [G*H]
+    w_hr: Tensor | None = None  # [P, H], a projection of h; only ``reference.py`` reads it
+
+
+class Layers(NamedTuple):
+    """The tensors of the layers that run in one launch.
+
+    A tensor is None if the cell does not have it (an RNN has no c) or the call does not need it
+    (without gradients nothing is saved). A kernel is compiled without what is None.
+    """
+
+    gx: MaybeTensor = None  # [D, R, G*H] = x W_ih^T + b_ih of the first layer
+    w_ih: Any = None  # Z of [G*H, I], a tuple; kernels read those above the first layer
+    b_ih: tuple[Tensor, ...] | None = None  # Z of [G*H]
+    w_hh: tuple[Tensor, ...] = ()  # Z of [G*H, H]
+    b_hh: tuple[Tensor, ...] | None = None  # Z of [G*H]
+    masks: tuple[Tensor, ...] | None = None  # Z of [R, H]: dropout factors of a layer's input
+    h_0: MaybeTensor = None  # [Z, B, H]
+    c_0: MaybeTensor = None  # [Z, B, H]
+    h_n: MaybeTensor = None  # [Z, B, H], written by forward
+    c_n: MaybeTensor = None  # [Z, B, H], written by forward
+    out: tuple[Tensor, ...] = ()  # Z of [R, D*H], written by forward; directions share a tensor
+    gates: MaybeTensor = None  # [Z, R, S*H], saved by forward
+    cs: MaybeTensor = None  # [Z, R, H], saved by forward
+    origins: MaybeTensor = None  # [D, T, B] of the rows; None if every sequence has every step
+    starts: MaybeTensor = None  # [T] of the rows; None if they are not packed
+
+
+class Grads(NamedTuple):
+    """The gradients that reach the layers of a launch, and those that leave them."""
+
+    out: MaybeTensor = None  # [R, D*H] of the last layer
+    cs: MaybeTensor = None  # [Z, R, H] of every c
+    h_n: MaybeTensor = None  # [Z, B, H]
+    c_n: MaybeTensor = None  # [Z, B, H]
+    gates: MaybeTensor = None  # [Z, R, N*H] of the pre-activations, written by backward
+    h_0: MaybeTensor = None  # [Z, B, H], written by backward
+    c_0: MaybeTensor = None  # [Z, B, H], written by backward

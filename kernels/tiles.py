@@ -1,0 +1,383 @@
+"""Device functions on tiles, shared by every cell and schedule.
+
+A *tile* is a tensor ``[BLOCK_B, BLOCK_H]``: one value for each sequence and hidden unit that a
+program owns. Gates, states and gradients are tuples of tiles, ``gates[n]``, which the compiler
+unrolls. Tiles are fp32 (fp64 in fp64); operands of products and results in memory have the dtype
+of the tensors. Columns beyond H are never stored.
+
+``layers`` and ``grads`` are the named tuples of ``tensors.py``. A field that is None is known at
+compile time, so the code behind it is left out. The comments on rows refer to ``rows.py``.
+"""
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from . import rows
+
+SKIPPED, PREVIOUS = tl.constexpr(rows.SKIPPED), tl.constexpr(rows.PREVIOUS)
+ZERO, INITIAL = tl.constexpr(rows.ZERO), tl.constexpr(rows.INITIAL)
+
+
+class Tile(NamedTuple):
+    """The compile-time sizes of a launch: of its layers, and of what one program owns."""
+
+    L: int
+    D: int
+    H: int
+    block_b: int  # sequences
+    block_h: int  # hidden units, a power of two
+    precision: str  # of fp32 products: "ieee", "tf32" or "tf32x3"
+    # Of schedule cooperative alone, see there:
+    chunks: tuple = ()  # of the sum over H: (first column, pieces, columns of a piece)
+    folded: int = 0  # products that share an accumulator; 0: all
+
+
+class Program(NamedTuple):
+    """The share of a launch that one program computes."""
+
+    z: Any  # the layer and direction, in 0 .. L*D - 1
+    d: Any  # the direction
+    out: Any  # pointer to the layer's output
+    T: Any
+    B: Any
+    R: Any
+    offs_b: Any  # [BLOCK_B], the sequences
+    mask_b: Any  # [BLOCK_B], those of them that exist
+    cols: Any  # [BLOCK_H], the hidden units
+
+
+# Arithmetic.
+
+
+@triton.jit
+def tanh(x):
+    """tanh within 2 ulp, in fp32 and fp64.
+
+    Below 0.625 it is x + x^3 p(x^2). In fp32, p is the least-squares fit of degree 4 at Chebyshev
+    nodes; in fp64 it follows from Lambert's continued fraction x/(1 + z/(3 + z/(5 + ...))), cut
+    off at 15. Above, 1 - 2 sigmoid(-2|x|) cancels nothing, because the sigmoid is at most 0.22,
+    and its overflow to 1/inf gives the right limit.
+    """
+    z = x * x
+    if x.dtype == tl.float64:
+        n = ((z + 594.0) * z + 45045.0) * z + 675675.0
+        p = -n / ((((z + 630.0) * z + 51975.0) * z + 945945.0) * z + 2027025.0)
+    else:
+        p = -6.104945779e-3
+        p = p * z + 2.100363926e-2
+        p = p * z - 5.385249689e-2
+        p = p * z + 1.333278226e-1
+        p = p * z - 3.333332910e-1
+    large = 1.0 - 2.0 * tl.sigmoid(-2.0 * tl.abs(x))
+    return tl.where(z < 0.390625, x + x * z * p, tl.where(x < 0.0, -large, large))
+
+
+@triton.jit
+def widen(x):
+    """The dtype of all arithmetic outside the products: fp64 stays fp64, the rest is fp32."""
+    return x if x.dtype == tl.float64 else x.to(tl.float32)
+
+
+@triton.jit
+def where(condition, tiles, others):
+    """``tiles[n]`` in the sequences where the condition holds, else ``others[n]``."""
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        out = out + (tl.where(condition[:, None], tiles[n], others[n]),)
+    return out
+
+
+@triton.jit
+def zero_where(condition, tiles):
+    """Zero in the sequences where the condition holds, even in place of a NaN."""
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        out = out + (tl.where(condition[:, None], 0.0, tiles[n]),)
+    return out
+
+
+@triton.jit
+def add_to(tiles, N: tl.constexpr, term):
+    """Adds ``term`` to tile N."""
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        out = out + (tiles[n] + term if n == N else tiles[n],)
+    return out
+
+
+@triton.jit
+def products(u, w, b, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
+    """``u W[gate]^T + b[gate]`` in fp32 for the gates of a phase."""
+    out = ()
+    for i in tl.static_range(len(CELL.phases[PHASE])):
+        weight, bias = w[CELL.phases[PHASE][i]], b[CELL.phases[PHASE][i]]
+        acc = tl.broadcast_to(bias, [TILE.block_b, TILE.block_h])
+        out = out + (tl.dot(u.to(weight.dtype), weight, acc, input_precision=TILE.precision),)
+    return out
+
+
+@triton.jit
+def product_sum(dgates, w, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
+    """The gradient of the operand of ``products``: the sum over gates of ``dgates W[gate]``."""
+    for i in tl.static_range(len(CELL.phases[PHASE])):
+        dgate, weight = dgates[CELL.factors[PHASE][i]], w[CELL.phases[PHASE][i]]
+        term = tl.dot(dgate.to(weight.dtype), weight, input_precision=TILE.precision)
+        total = term if i == 0 else total + term  # noqa: F821
+    return total
+
+
+# Memory.
+
+
+@triton.jit
+def row_ptrs(ptr, first, program, WIDTH: tl.constexpr):
+    """Pointers ``[BLOCK_B]`` to rows of WIDTH values, the row of sequence 0 being ``first``.
+
+    Added in this order, what differs between steps is one scalar.
+    """
+    return ptr + first * WIDTH + program.offs_b * WIDTH
+
+
+@triton.jit
+def load(rows, mask, cols, N: tl.constexpr, H: tl.constexpr):
+    """N tiles from rows of N*H values; zero where masked and beyond H."""
+    ptrs = rows[:, None] + cols[None, :]
+    tiles = ()
+    for n in tl.static_range(N):
+        tile = tl.load(ptrs + n * H, mask=mask[:, None] & (cols < H)[None, :], other=0.0)
+        tiles = tiles + (widen(tile),)
+    return tiles
+
+
+@triton.jit
+def store(rows, mask, cols, tiles, H: tl.constexpr):
+    """Stores tiles side by side into rows, rounded to the dtype of the pointers."""
+    ptrs = rows[:, None] + cols[None, :]
+    for n in tl.static_range(len(tiles)):
+        tile = tiles[n].to(rows.dtype.element_ty)
+        tl.store(ptrs + n * H, tile, mask=mask[:, None] & (cols < H)[None, :])
+
+
+@triton.jit
+def load_state(h_ptr, c_ptr, program, mask, H: tl.constexpr):
+    """``(h,)`` or ``(h, c)`` from tensors ``[Z, B, H]``."""
+    first = program.z * program.B
+    state = load(row_ptrs(h_ptr, first, program, H), mask, program.cols, 1, H)
+    if c_ptr is not None:
+        state = state + load(row_ptrs(c_ptr, first, program, H), mask, program.cols, 1, H)
+    return state
+
+
+@triton.jit
+def store_state(h_ptr, c_ptr, program, state, H: tl.constexpr):
+    """Stores what ``load_state`` loads."""
+    first, mask, cols = program.z * program.B, program.mask_b, program.cols
+    store(row_ptrs(h_ptr, first, program, H), mask, cols, (state[0],), H)
+    if c_ptr is not None:
+        store(row_ptrs(c_ptr, first, program, H), mask, cols, (state[1],), H)
+
+
+@triton.jit
+def load_matrix(w_ptr, cols, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``w[gate]`` of a whole W_hh ``[G*H, H]``, or its transpose: tiles ``[BLOCK_H, BLOCK_H]``."""
+    H: tl.constexpr = TILE.H
+    inside = (cols < H)[:, None] & (cols < H)[None, :]
+    w = ()
+    for g in tl.static_range(len(CELL.gates)):
+        if TRANSPOSE:
+            ptrs = w_ptr + (g * H + cols)[None, :] * H + cols[:, None]
+        else:
+            ptrs = w_ptr + (g * H + cols)[:, None] * H + cols[None, :]
+        w = w + (tl.load(ptrs, mask=inside, other=0.0),)
+    return w
+
+
+@triton.jit
+def load_bias(b_ptr, cols, CELL: tl.constexpr, H: tl.constexpr):
+    """``b[gate]``, rows ``[1, BLOCK_H]``; zeros without a bias."""
+    b = ()
+    for g in tl.static_range(len(CELL.gates)):
+        if b_ptr is not None:
+            row = widen(tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0))
+        else:
+            row = tl.zeros_like(cols).to(tl.float32)
+        b = b + (row[None, :],)
+    return b
+
+
+@triton.jit
+def choose(pointers, index):
+    """``pointers[index]`` for an index known only at run time; None if there are no pointers."""
+    if pointers is None:
+        return None
+    else:
+        pointer = pointers[0]
+        for i in tl.static_range(1, len(pointers)):
+            pointer = tl.where(index == i, pointers[i], pointer)
+        return pointer
+
+
+# Time and rows.
+
+
+@triton.jit
+def time_of(step, program):
+    """The time of a step: direction 1 runs from T - 1 down to 0."""
+    return step + program.d * (program.T - 1 - 2 * step)
+
+
+@triton.jit
+def first_row(layers, program, t):
+    """The row of sequence 0 at time t: t * B if the rows are dense, starts[t] if packed."""
+    if layers.starts is not None:
+        return tl.load(layers.starts + t)
+    else:
+        return t * program.B
+
+
+@triton.jit
+def load_origins(layers, program, t):
+    """Where the state of each sequence comes from at time t; not read if the rows are dense."""
+    if layers.origins is not None:
+        ptrs = layers.origins + (program.d * program.T + t) * program.B + program.offs_b
+        return tl.load(ptrs, mask=program.mask_b, other=SKIPPED)
+    else:
+        return program.mask_b
+
+
+@triton.jit
+def is_present(layers, program, origins):
+    """The sequences that have the step. In memory, other steps may hold anything, even NaN."""
+    if layers.origins is not None:
+        return origins != SKIPPED
+    else:
+        return program.mask_b
+
+
+@triton.jit
+def is_stored(layers, program, origins):
+    """The sequences whose results are stored: a skipped step writes zeros, if it has a row."""
+    if layers.starts is not None:
+        return origins != SKIPPED
+    else:
+        return program.mask_b
+
+
+@triton.jit
+def entering_state(layers, state, origins):
+    """The state that enters a step: zero where a new sequence begins."""
+    if layers.origins is not None:
+        return zero_where(origins == ZERO, state)
+    else:
+        return state
+
+
+@triton.jit
+def leaving_state(layers, state, entering, origins):
+    """The state that leaves a step: a skipped step leaves it as it was."""
+    if layers.origins is not None:
+        return where(origins == SKIPPED, entering, state)
+    else:
+        return state
+
+
+@triton.jit
+def visible(layers, tiles, origins):
+    """The results of a step: zero where it is skipped."""
+    if layers.origins is not None:
+        return zero_where(origins == SKIPPED, tiles)
+    else:
+        return tiles
+
+
+@triton.jit
+def gradient_before(layers, d_entering, d_leaving, origins):
+    """The gradient of the state before a step: the adjoint of the three functions above."""
+    if layers.origins is not None:
+        return zero_where(origins == ZERO, where(origins == SKIPPED, d_leaving, d_entering))
+    else:
+        return d_entering
+
+
+# The state of a step, and all else that backward reads.
+
+
+@triton.jit
+def out_rows(program, first, TILE: tl.constexpr):
+    """Pointers to the rows of out, in which both directions are side by side."""
+    return row_ptrs(program.out + program.d * TILE.H, first, program, TILE.D * TILE.H)
+
+
+@triton.jit
+def h_rows_before(layers, program, step, TILE: tl.constexpr):
+    """Pointers to the h that entered a step of dense rows: in out, and before step 0 in h_0."""
+    H: tl.constexpr = TILE.H
+    t_before = time_of(tl.maximum(step - 1, 0), program)
+    # Chosen as scalars, because a choice between vectors loses their alignment.
+    in_out = program.out + program.d * H + t_before * program.B * (TILE.D * H)
+    in_h_0 = layers.h_0 + program.z * program.B * H
+    return tl.where(step > 0, in_out, in_h_0) + program.offs_b * tl.where(step > 0, TILE.D * H, H)
+
+
+@triton.jit
+def load_state_after(layers, program, t, TILE: tl.constexpr):
+    """The state that left the step of time t, from out and cs; zero where it was skipped."""
+    H: tl.constexpr = TILE.H
+    here = is_present(layers, program, load_origins(layers, program, t))
+    first = first_row(layers, program, t)
+    state = load(out_rows(program, first, TILE), here, program.cols, 1, H)
+    if layers.cs is not None:
+        c_rows = row_ptrs(layers.cs, program.z * program.R + first, program, H)
+        state = state + load(c_rows, here, program.cols, 1, H)
+    return state
+
+
+@triton.jit
+def load_state_before(layers, program, step, origins, TILE: tl.constexpr):
+    """The state that entered a step, and the one that left the step before it.
+
+    They are the same where the rows are dense. Elsewhere a sequence may begin between the two.
+    """
+    H: tl.constexpr = TILE.H
+    t_before = time_of(tl.maximum(step - 1, 0), program)
+    if layers.origins is not None:
+        left = load_state_after(layers, program, t_before, TILE)
+        initial = load_state(layers.h_0, layers.c_0, program, origins == INITIAL, H)
+        return where(origins == PREVIOUS, left, initial), left
+    else:
+        h_rows = h_rows_before(layers, program, step, TILE)
+        state = load(h_rows, program.mask_b, program.cols, 1, H)
+        if layers.cs is not None:
+            in_cs = layers.cs + (program.z * program.R + t_before * program.B) * H
+            in_c_0 = layers.c_0 + program.z * program.B * H
+            c_rows = tl.where(step > 0, in_cs, in_c_0) + program.offs_b * H
+            state = state + load(c_rows, program.mask_b, program.cols, 1, H)
+        return state, state
+
+
+@triton.jit
+def load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
+    """All that a step of backward reads and that no product computes.
+
+    Returns the saved tiles, the states that entered the step and that left the one before, the
+    gradients of out and of cs (a tile or none), and the origins.
+    """
+    H: tl.constexpr = TILE.H
+    S: tl.constexpr = len(CELL.saved)
+    t = time_of(step, program)
+    origins = load_origins(layers, program, t)
+    here, cols = is_present(layers, program, origins), program.cols
+    first = first_row(layers, program, t)
+    row = program.z * program.R + first
+    entered, left = load_state_before(layers, program, step, origins, TILE)
+    saved, d_out, d_cs = (), (), ()
+    if S > 0:
+        saved = load(row_ptrs(layers.gates, row, program, S * H), here, cols, S, H)
+    if grads.out is not None:
+        d_rows = row_ptrs(grads.out + program.d * H, first, program, TILE.D * H)
+        d_out = load(d_rows, here, cols, 1, H)
+    if grads.cs is not None:
+        d_cs = load(row_ptrs(grads.cs, row, program, H), here, cols, 1, H)
+    return saved, entered, left, d_out, d_cs, origins

@@ -1,0 +1,41 @@
+"""The pictures of a results folder."""
+
+import pytest
+
+from bench import UserError, plot
+
+pytest.importorskip("matplotlib", reason="matplotlib is not installed")
+pytest.importorskip("pandas", reason="pandas is not installed")
+
+HEADER = "case,cell,pass,provider,dtype,layout,T,B,I,H,layers,directions,ms,p20,p80\n"
+
+
+def rows():
+    for provider, factor in (("torch.nn", 2), ("fusedrnn", 1)):
+        for H in (16, 32, 64):
+            sizes = f"64,8,{H},{H},1,1,{factor * H},{factor * H - 1},{factor * H + 2}"
+            yield f"H{H},lstm,forward,{provider},float32,padded,{sizes}\n"
+    yield "red,lstm,forward,fusedrnn,float32,padded,64,8,16,16,1,1,,,\n"
+
+
+def test_every_picture_there_are_data_for_is_drawn(tmp_path):
+    (tmp_path / "results.csv").write_text(HEADER + "".join(rows()))
+    assert [path.name for path in plot.draw(tmp_path)] == ["speed.png", "axes.png"]
+    losses = "".join(
+        f"sine,lstm,{p},{n},{1 / n}\n" for p in ("torch.nn", "fusedrnn") for n in (1, 2)
+    )
+    (tmp_path / "losses.csv").write_text("case,cell,provider,step,loss\n" + losses)
+    drawn = plot.draw(tmp_path)
+    assert [path.name for path in drawn] == ["speed.png", "axes.png", "losses.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
+
+
+def test_a_folder_without_results_is_one_sentence(tmp_path):
+    class Options:
+        folder = tmp_path
+
+    with pytest.raises(UserError, match="no results that can be drawn"):
+        plot.run(Options())
+    (tmp_path / "results.csv").write_text("a,b\n1,2\n")
+    with pytest.raises(UserError, match="no results that can be drawn"):
+        plot.run(Options())

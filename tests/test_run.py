@@ -1,0 +1,106 @@
+"""Tests of ``python -m fusedrnn run``: programs run as under python, and modules are counted."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from fusedrnn import __main__ as command_line
+
+ROOT = Path(__file__).parent.parent
+FACTS = """
+import __main__, os, sys, torch, fusedrnn
+import beside  # only in the script's folder
+print(__name__, __package__, __file__ == sys.argv[0], sys.argv[1:], vars() is vars(__main__))
+assert torch.nn.LSTM is fusedrnn.LSTM
+torch.nn.GRU(3, 4)(torch.randn(1, 5, 3))
+if os.fork() == 0:
+    sys.exit(0)  # prints no line
+os.wait()
+sys.exit("enough")
+"""
+COMPILED = """
+import torch, fusedrnn
+from torch import nn
+
+x = torch.randn(6, 5, 4)
+models = [nn.Sequential(nn.GRU(4, 4)) for _ in range(3)]
+with fusedrnn.use_backend("aten"):
+    for model in models:
+        model.compile(fullgraph=True, backend="eager")  # one graph for all, and one module
+        model(x)
+eager, never, cell = nn.RNN(4, 4), nn.LSTM(4, 4), nn.LSTMCell(4, 4)
+for backend in ("aten", "torch"):
+    with fusedrnn.use_backend(backend):
+        eager(x)
+with fusedrnn.use_backend("torch"):
+    cell(x[0])
+    nn.RNNCell(4, 4)(x[0])  # does not live to the end
+replica = eager._replicate_for_data_parallel()
+for name, p in eager.named_parameters():
+    setattr(replica, name, p * 1)
+replica(x)
+"""
+
+
+def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
+    ours = ("FUSEDRNN_BACKEND", "TRITON_INTERPRET")
+    kept = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        [sys.executable, "-W", "ignore", "-m", "fusedrnn", "run", *arguments],
+        cwd=cwd,
+        env={**kept, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+    )
+
+
+def test_a_script_runs_as_by_python(tmp_path):
+    (tmp_path / "real").mkdir()
+    (tmp_path / "real" / "beside.py").touch()
+    (tmp_path / "real" / "facts.py").write_text(FACTS)
+    (tmp_path / "linked.py").symlink_to("real/facts.py")
+    done = run("linked.py", "-m", "--", "-h", "--flag=1", "", cwd=tmp_path)
+    assert done.stdout.splitlines()[0].startswith("__main__")
+    assert "True ['-m', '--', '-h', '--flag=1', ''] True" in done.stdout
+    assert done.stderr == "enough\nfusedrnn: 1 module ran: 1 on aten\n"
+    assert done.returncode == 1
+
+
+def test_a_module_runs_as_by_python(tmp_path):
+    (tmp_path / "package").mkdir()
+    (tmp_path / "beside.py").touch()
+    (tmp_path / "package" / "__main__.py").write_text(FACTS)
+    done = run("-m", "package", "-m", "x", cwd=tmp_path)
+    assert done.stdout == "__main__ package True ['-m', 'x'] True\n"
+    assert done.stderr == "enough\nfusedrnn: 1 module ran: 1 on aten\n"
+    assert done.returncode == 1
+
+
+def test_modules_are_counted_compiled_ones_too(tmp_path):
+    (tmp_path / "script.py").write_text(COMPILED)
+    done = run("script.py", cwd=tmp_path)
+    expected = "fusedrnn: 4 modules ran: 2 on torch, 1 on aten, 1 on torch and aten\n"
+    assert done.stderr == expected
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ((), "the following arguments are required: COMMAND"),
+        (("walk",), "invalid choice: 'walk'"),
+        (("run", "-m"), "the following arguments are required: script.py"),
+        (("run", "--fast", "x.py"), "unrecognized arguments: --fast"),
+        (("run", "nowhere.py", "-m"), "cannot read the file 'nowhere.py'"),
+        (("study", "--hidden", "0"), "0 is not positive"),
+    ],
+)
+def test_a_wrong_command_line_ends_with_a_sentence(arguments, sentence, capsys):
+    with pytest.raises(SystemExit) as ended:
+        command_line.main(arguments)
+    assert ended.value.code == 2
+    assert sentence in capsys.readouterr().err

@@ -1,0 +1,150 @@
+"""Predicted times: reading SASS, timing hand-made traces, ordering variants of one kernel."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from fusedrnn.kernels import sass
+from fusedrnn.kernels.latencies import TIMINGS, timings
+from fusedrnn.kernels.sass import NO_BOARD, Instruction, decode, read_listing, trace
+from fusedrnn.kernels.steptime import cost, predict, write_json
+
+SM = timings("sm_90")
+#: A polling loop and a slow path with a call inside the loop over T.
+LISTING = """
+        /*0000*/  MOV R1, R2 ;                /* 0x0000000000000000 */
+                                              /* 0x000fe20000000800 */
+.L_x_0:
+        //## File "/somewhere/cells.py", line 7
+        /*0010*/  FADD R1, R1, R1 ;           /* 0x0000000000000000 */
+                                              /* 0x000fe20000000800 */
+.L_x_1:
+        /*0020*/  LDG.E R3, [R2.64] ;         /* 0x0000000000000000 */
+                                              /* 0x000e220000000800 */
+        /*0030*/  @!P1 BRA `(.L_x_1) ;        /* 0x0000000000000000 */
+                                              /* 0x001fe20000000800 */
+        /*0040*/  @P2 BRA `(.L_x_2) ;         /* 0x0000000000000000 */
+                                              /* 0x000fe20000000800 */
+        /*0050*/  CALL.REL.NOINC 0x90 ;       /* 0x0000000000000000 */
+                                              /* 0x000fe20000000800 */
+.L_x_2:
+        /*0060*/  @P0 BRA `(.L_x_0) ;         /* 0x0000000000000000 */
+                                              /* 0x000fea0000000800 */
+"""
+PTX = """
+.version 8.0
+.target sm_90
+.address_size 64
+.visible .entry kernel(.param .u64 out, .param .u32 steps) {{
+  .reg .pred %p; .reg .b32 %r<4>; .reg .f32 %f<3>; .reg .b64 %d<3>; .shared .b32 buffer[1024];
+  ld.param.u64 %d1, [out]; ld.param.u32 %r1, [steps];
+  mov.u32 %r2, %tid.x; shl.b32 %r3, %r2, 2;
+  mov.u32 %r2, buffer; add.u32 %r3, %r3, %r2; mov.f32 %f1, 0f3F800000;
+again:
+  .pragma "nounroll";
+  {body}
+  sub.u32 %r1, %r1, 1; setp.ne.u32 %p, %r1, 0; @%p bra again;
+  st.global.f32 [%d1], %f1; ret;
+}}
+"""
+EXCHANGE = "st.shared.f32 [%r3], %f1; bar.sync 0; ld.shared.f32 %f1, [%r3+4]; bar.sync 0;"
+
+
+def loop_of(*parts):
+    """Instructions from (name, fields), then the branch that closes the loop."""
+    made = [Instruction(16 * n, name, **fields) for n, (name, fields) in enumerate(parts)]
+    return [*made, Instruction(16 * len(made), "BRA", "`(.L_x_0)", "@P0", target=0, stall=5)]
+
+
+def cycles(path, warps=1, **options):
+    return predict(path, "sm_90", warps, **options).cycles
+
+
+def compiled(body, folder):
+    text, binary = folder / "kernel.ptx", folder / "kernel.cubin"
+    text.write_text(PTX.format(body=body))
+    sass.run_tool("ptxas", "-arch=sm_90", "-o", str(binary), str(text))
+    return sass.read(binary.read_bytes())
+
+
+@pytest.mark.parametrize(
+    ("high", "stall", "stay", "write", "read_board", "wait"),
+    [
+        (0x008FE20000041814, 1, True, NO_BOARD, NO_BOARD, 8),  # HMMA that waits for scoreboard 3
+        (0x000E220000000800, 1, True, 0, NO_BOARD, 0),  # MUFU.EX2, releases scoreboard 0
+        (0x0001E2000C10190C, 1, True, NO_BOARD, 0, 0),  # STG, releases 0 when it has read
+        (0x001FC60000000883, 3, False, NO_BOARD, NO_BOARD, 1),  # MUFU, another warp may follow
+    ],
+)
+def test_decodes_the_control_word(high, stall, stay, write, read_board, wait):
+    expected = {"stall": stall, "stay": stay, "write": write, "read": read_board, "wait": wait}
+    assert decode(high) == expected
+
+
+def test_traces_the_loop_over_time():
+    instructions = read_listing(LISTING)
+    assert sass.loops(instructions) == [(1, 6), (2, 3)]
+    path = trace(instructions)
+    # The poll runs once, the branch around the call is taken.
+    assert [each.address for each in path] == [0x10, 0x20, 0x30, 0x40, 0x60]
+    assert (path[0].line, path[1].write, path[2].wait) == ("cells.py:7", 0, 1)
+    with pytest.raises(ValueError, match="no loop"):
+        trace(instructions[:1])
+
+
+@pytest.mark.parametrize("arch", TIMINGS)
+def test_every_kind_of_instruction_has_its_pipe(arch):
+    pipes = {
+        "HMMA.16816.F32": "tensor", "MUFU.EX2": "mufu", "FFMA": "fma", "IMAD.WIDE": "imad",
+        "LDSM.16.M88.4": "memory", "STG.E.128": "memory", "SHFL.BFLY": "memory", "LOP3": "alu",
+        "BAR.SYNC": "barrier", "UIADD3": "uniform", "BRA": "control",
+    }  # fmt: skip
+    costs = {name: cost(Instruction(0, name), timings(arch), 500.0) for name in pipes}
+    assert {name: each.pipe for name, each in costs.items()} == pipes
+    assert costs["LDSM.16.M88.4"].unit == 4  # 512 bytes at 128 a cycle
+
+
+def test_hand_made_traces():
+    chain = loop_of(*[("FADD", {"stall": 4})] * 10)
+    assert cycles(chain) == pytest.approx(40 + SM.branch, abs=1)
+    many = loop_of(*[("MUFU.EX2", {})] * 32)
+    assert cycles(many) == pytest.approx(32 * SM.mufu, abs=SM.mufu + SM.branch)
+    assert cycles(many, 4) == pytest.approx(cycles(many), abs=1)  # each scheduler has a pipe
+    assert cycles(many, 8) > 1.8 * cycles(many, 4) - 2 * SM.branch  # two warps share it
+    assert cycles(many, 4, programs=2) == cycles(many, 8)
+    load = loop_of(("LDG.E", {"write": 0}), ("FADD", {"wait": 1}))
+    slower = cycles(load, load_latency=600.0) - cycles(load, load_latency=300.0)
+    assert slower == pytest.approx(300, abs=1)
+    matrices = loop_of(*[("LDSM.16.M88.4", {"write": 0})] * 16, ("FADD", {"wait": 1}))
+    assert 512 <= cycles(matrices, 8) < 600  # 8 x 16 x 512 bytes at 128 a cycle
+
+
+def test_a_barrier_waits_for_the_last_warp():
+    path = loop_of(("BAR.SYNC", {"operands": "0x0"}))
+    assert cycles(path, 8) - cycles(path, 1) == pytest.approx(7 * SM.arrive, abs=2)
+    assert predict(path, "sm_90", 8, barrier=120.0).cycles - cycles(path, 8) == pytest.approx(100)
+    found = predict(path, "sm_90", 8)
+    assert sum(found.spent.values()) == pytest.approx(found.cycles)
+    assert found.stalls[0][1] == "barrier"
+
+
+def test_orders_two_variants_and_repeats_itself(tmp_path):
+    one, four = (trace(compiled(EXCHANGE * n, tmp_path)) for n in (1, 4))
+    fast, slow = (predict(path, "sm_90", 4) for path in (one, four))
+    assert (fast.barriers, slow.barriers) == (2, 8)
+    assert 3 < slow.cycles / fast.cycles < 4.5
+    assert predict(four, "sm_90", 4) == slow
+    step = predict(four, "sm_90", 4, steps=4, hops=1)
+    assert step.us == pytest.approx(slow.us / 4 + SM.hop_us)
+    assert "8 barriers" in slow.report()
+    write_json(tmp_path / "steptime.json", {"forward": fast, "backward": slow})
+    written = json.loads((tmp_path / "steptime.json").read_text())["backward"]
+    assert written.pop("us") == pytest.approx(slow.us, rel=1e-3)
+    assert written == {"warps": 4, "steps": 1, "cycles": slow.cycles, "source": "predicted"}
+
+
+def test_needs_no_triton():
+    code = "import sys; sys.modules['triton'] = None; import fusedrnn.kernels.steptime"
+    subprocess.run([sys.executable, "-c", code], check=True)
