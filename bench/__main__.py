@@ -71,11 +71,16 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, settings in SHARED.items():
         parser.add_argument(f"--{name}", **settings)
     add = parser.add_argument_group("other cases").add_argument
-    add("--cases", metavar="NAMES", help="time every provider on these cases or groups")
+    add(
+        "--cases",
+        metavar="NAMES",
+        dest="names",
+        help="time every provider on these cases or groups",
+    )
     add("--providers", metavar="NAMES", help="of --cases: these beside torch.nn, or all (default)")
     add("--cells", metavar="NAMES", help="of --cases: lstm,gru,rnn (default)")
     add("--gate-only", action="store_true", help="of --cases: compare results, measure no time")
-    add("--resume", action="store_true", help="of --cases: continue the folder of --out")
+    add("--resume", action="store_true", help="continue the folder of --out")
     add("--list", action="store_true", help="print the cases")
     parser.set_defaults(run=_without_command, prog=parser.prog, command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
@@ -97,17 +102,19 @@ def _without_command(options: argparse.Namespace) -> int:
         for w in every_case():
             print(f"{w.name:<28} {w.group:<12} {w.shape} {w.dtype} {', '.join(w.cells)}")
         return 0
-    return run.main_job(options) if options.cases is None else run.cases_job(options)
+    return run.main_job(options) if options.names is None else run.cases_job(options)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UserError for options that do not fit together, and settles the device."""
-    of_cases = ("cases", "providers", "cells", "gate_only", "resume", "list")
-    given = [name for name in of_cases if getattr(options, name)]
-    if options.command and given:
-        raise UserError(f"--{given[0].replace('_', '-')} cannot be used with {options.command}")
-    if given and not (options.cases is not None or options.list):
-        raise UserError(f"--{given[0].replace('_', '-')} needs --cases")
+    alone = {"--cases": options.names, "--list": options.list}
+    others = {"--providers": options.providers, "--cells": options.cells}
+    others["--gate-only"] = options.gate_only
+    for name, value in (alone | others).items():
+        if value and options.command:
+            raise UserError(f"{name} cannot be used with {options.command}")
+        if value and name in others and options.names is None:
+            raise UserError(f"{name} needs --cases")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise UserError(f"--minutes must be a number above 0, not {options.minutes:g}")
     if options.device == "cuda" and not torch.cuda.is_available():

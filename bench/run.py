@@ -216,7 +216,7 @@ def cases_job(options: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such case or provider.
     """
-    workloads, device = named(options.cases), torch.device(options.device)
+    workloads, device = named(options.names), torch.device(options.device)
     wanted = (options.providers or "all").split(",")
     wanted = list(PROVIDERS) if "all" in wanted else [TORCH, *wanted]
     for name in wanted:
