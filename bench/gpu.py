@@ -62,7 +62,7 @@ class Step(NamedTuple):
 
 
 def steps() -> list[Step]:
-    """Returns what a run does, the most telling first."""
+    """Returns the steps of a run, the most important first."""
     limited = ("--minutes", "{minutes}", "--resume")
     cases = (*BENCH, "--device", "cuda", "--out", "{out}", *limited)
     gate = (*BENCH, "--device", "cuda", "--out", "{out}/gate", *limited, "--gate-only")
@@ -138,7 +138,8 @@ def run(options: argparse.Namespace) -> int:
         run_steps(chosen, folder, 60 * options.minutes)
     finally:
         print(summary(folder))
-    return 1 if any(row["outcome"] != "ok" for row in outcomes(folder).values()) else 0
+    # nvidia-smi or compute-sanitizer may be missing.
+    return 0 if {row["outcome"] for row in outcomes(folder).values()} <= {"ok", "not found"} else 1
 
 
 def default_folder(gpu: str) -> Path:
