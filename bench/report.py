@@ -28,7 +28,6 @@ except ImportError:  # measuring needs torch and triton only
 from . import UserError
 from .providers import PEERS, TORCH, matmul_fp32, rnn_fp32
 
-HELP = "print a folder's table of speeds, or write it into a page"
 #: Of results.csv: one line for each case, cell, pass and provider.
 COLUMNS = (
     "case", "cell", "pass", "provider", "backend", "dtype", "precision", "layout",
