@@ -30,17 +30,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Writes speed.png, losses.png and axes.png where there are data for them.
-
-    Args:
-        folder: has results.csv, and losses.csv after a training.
-
-    Returns:
-        The files written.
+    """Writes speed.png, axes.png and losses.png where there are data for them; returns the files.
 
     Raises:
         ImportError: pandas or matplotlib is not installed.
-        KeyError, OSError, ValueError: a file is missing or has other columns.
+        KeyError, OSError, ValueError: results.csv is missing or has other columns.
     """
     import pandas
 
@@ -62,7 +56,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def colours(providers) -> dict[str, str]:
-    """Returns a colour for each provider, the same in every picture."""
+    """Returns a colour for each provider."""
     others = sorted(set(providers) - set(COLOURS))
     return COLOURS | {name: OTHERS[n % len(OTHERS)] for n, name in enumerate(others)}
 

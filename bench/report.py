@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ except ImportError:  # measuring needs torch and triton only
     tqdm = None
 
 from . import UserError
-from .providers import TORCH, matmul_fp32, peer_versions, rnn_fp32
+from .providers import PEERS, TORCH, matmul_fp32, rnn_fp32
 
-HELP = "print a folder's table of speeds, or write it into a page"
 #: Of results.csv: one line for each case, cell, pass and provider.
 COLUMNS = (
     "case", "cell", "pass", "provider", "backend", "dtype", "precision", "layout",
@@ -56,30 +55,24 @@ def environment(device: torch.device, data: str) -> dict[str, Any]:
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
     name = f"CPU, {model[1] if model else platform.processor()}"
+    installed = {d.metadata["Name"]: d.version for d in distributions()}
     return {
         "device": torch.cuda.get_device_name(device) if cuda else name,
         "data": data,
         "fusedrnn": fusedrnn.__version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed.get("triton"),
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "fp32": rnn_fp32() if cuda else "ieee",
         "matmul_fp32": matmul_fp32() if cuda else "ieee",
-        "peers": peer_versions(),
+        "peers": {n: installed[n] for n in PEERS if n in installed},
         "commit": _commit(),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
 
 
 def _commit() -> str | None:
