@@ -31,7 +31,6 @@ import fusedrnn
 
 from . import UserError
 
-HELP = "gate, speed, tests and tuning on a CUDA machine"
 ROOT = Path(__file__).resolve().parents[1]
 #: A command with {minutes} gets this much less than its limit, so that it can end by itself.
 MARGIN_SECONDS = 10
