@@ -7,7 +7,6 @@ from pathlib import Path
 
 from . import UserError
 
-HELP = "the pictures of a results folder"
 COLOURS = {"torch.nn": "#555555", "fusedrnn": "#d1495b", "fusedrnn torch": "#e8a33d"}
 OTHERS = ("#3b6ea5", "#5b8c5a", "#8e6c8a", "#2a9d8f", "#b5838d", "#6d6875", "#a98467")
 COLUMNS = 4
