@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any, NamedTuple
@@ -35,12 +36,6 @@ class Settings(NamedTuple):
     seed: int = 0
     seconds: float = 0.7
     least_rounds: int = 3
-
-    @classmethod
-    def of(cls, options: Any, seconds: float) -> Settings:
-        """The settings of a command line; ``--quick`` measures nothing."""
-        device = torch.device(options.device)
-        return cls(device, options.seed, *((1e-3, 1) if options.quick else (seconds, 3)))
 
 
 class Times(NamedTuple):
@@ -104,10 +99,8 @@ class BenchmarkCase(NamedTuple):
     def inputs(self, provider: str, x: Tensor) -> tuple[Any, dict[str, Any]]:
         """Returns the input and the options of a provider's call for a padded ``x``."""
         layout = PROVIDERS[provider].layout
-        if self.lengths is None or layout == "padded":
-            return x, {}
-        if layout == "lengths":
-            return x, {"lengths": self.lengths.to(x.device)}
+        if self.lengths is None or layout:
+            return x, {"lengths": self.lengths} if layout == "lengths" else {}
         return pack_padded_sequence(x, self.lengths, batch_first=True, enforce_sorted=False), {}
 
     def prepared(self, provider: str, mode: str) -> tuple[Any, dict[str, Any], list[Tensor]]:
@@ -258,31 +251,16 @@ def in_fresh_process(function: Callable, *args: Any) -> Any:
     Raises:
         RuntimeError: the process ended without a result.
     """
-    # A fork server starts as many new processes as spawn does, but imports torch only once.
+    # A fork server is as clean as spawn, and imports torch only once.
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
     if has_server:
         context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    # Pickled here, because multiprocessing would move tensors to shared memory.
-    process = context.Process(target=_answer, args=(sender, pickle.dumps((function, args))))
-    process.start()
-    sender.close()
-    try:
-        error, result = pickle.loads(receiver.recv_bytes())
-    except EOFError:
-        error, result = RuntimeError(f"the process of {function.__name__} ended early"), None
-    process.join()
-    if error is not None:
-        raise error
-    return result
+    with ProcessPoolExecutor(1, context) as pool:
+        # Pickled here, because multiprocessing would move tensors to shared memory.
+        return pool.submit(_call, pickle.dumps((function, args))).result()
 
 
-def _answer(sender: Any, pickled: bytes) -> None:
+def _call(pickled: bytes) -> Any:
     function, args = pickle.loads(pickled)
-    error = result = None
-    try:
-        result = function(*args)
-    except Exception as raised:  # by the parent, again
-        error = raised
-    sender.send_bytes(pickle.dumps((error, result)))
+    return function(*args)

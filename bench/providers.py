@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.metadata import version
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -256,18 +255,15 @@ PROVIDERS = {
 }
 
 
+PEERS = tuple(entry.install[0] for entry in PROVIDERS.values() if entry.install[0])
+
+
 def absent(provider: str, device: torch.device) -> str | None:
     """Returns why a provider cannot take part on a device, or None if it can."""
     entry = PROVIDERS[provider]
     if entry.install[0] and find_spec(entry.install[0]) is None:
         return f"not installed: {entry.install[1]}"
     return None if device.type in entry.devices else f"runs on {entry.devices[0]} only"
-
-
-def peer_versions() -> dict[str, str]:
-    """Returns the versions of the other implementations that are installed."""
-    packages = [entry.install[0] for entry in PROVIDERS.values() if entry.install[0]]
-    return {name: version(name) for name in packages if find_spec(name) is not None}
 
 
 def build(provider: str, cell: str, workload: Workload, **options: Any) -> Any:

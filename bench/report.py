@@ -12,7 +12,7 @@ import subprocess
 import sys
 from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,9 +26,8 @@ except ImportError:  # measuring needs torch and triton only
     tqdm = None
 
 from . import UserError
-from .providers import TORCH, matmul_fp32, peer_versions, rnn_fp32
+from .providers import PEERS, TORCH, matmul_fp32, rnn_fp32
 
-HELP = "print a folder's table of speeds, or write it into a page"
 #: Of results.csv: one line for each case, cell, pass and provider.
 COLUMNS = (
     "case", "cell", "pass", "provider", "backend", "dtype", "precision", "layout",
@@ -56,40 +55,34 @@ def environment(device: torch.device, data: str) -> dict[str, Any]:
     cpu = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
     name = f"CPU, {model[1] if model else platform.processor()}"
+    installed = {d.metadata["Name"]: d.version for d in distributions()}
     return {
         "device": torch.cuda.get_device_name(device) if cuda else name,
         "data": data,
         "fusedrnn": fusedrnn.__version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
+        "triton": installed.get("triton"),
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "fp32": rnn_fp32() if cuda else "ieee",
         "matmul_fp32": matmul_fp32() if cuda else "ieee",
-        "peers": peer_versions(),
+        "peers": {n: installed[n] for n in PEERS if n in installed},
         "commit": _commit(),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
 def _commit() -> str | None:
     """Returns the commit of the measured package, if it is a checkout and git is there."""
     folder, command = Path(fusedrnn.__file__).parent, ["git", "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        git = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def header(env: dict[str, Any], quick: bool = False) -> str:
@@ -191,7 +184,10 @@ def main_lines(rows: dict, trainings: dict) -> Iterator[str]:
 
     losses = [f"{trainings[p].final_loss:.3g}" for p in ("fusedrnn", TORCH) if p in trainings]
     share = f"{training['share']:.2f}" if "share" in training else "-"
-    cells = {"case": f"{forward['case']} {forward['cell']}", "backend": training["backend"]}
+    cells = {
+        "case": f"{forward['case']} {forward['cell']}",
+        "backend": training.get("backend", "-"),
+    }
     cells |= {"error": share, "forward": speed(forward), "training": speed(training)}
     yield _line(cells | {"loss": ", ".join(losses)}, MAIN)
 

@@ -6,9 +6,9 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -16,15 +16,7 @@ from . import DEFAULT_FOLDER, UserError, report
 from .cases import CELLS, EVERY_CELL, RAGGED, TRAINED, Workload, cut_down, named
 from .data import load
 from .gate import Gate
-from .measure import (
-    PASSES,
-    BenchmarkCase,
-    Call,
-    Settings,
-    graph_ms,
-    in_fresh_process,
-    interleaved,
-)
+from .measure import PASSES, BenchmarkCase, Call, Settings, graph_ms, in_fresh_process, interleaved
 from .models import MODELS
 from .providers import PROVIDERS, TORCH, absent, build, matmul_fp32
 from .report import Results
@@ -57,19 +49,17 @@ def run(
     started = time.monotonic()
     if options.quick:
         plan = [(cut_down(workload), providers) for workload, providers in plan]
-    settings = Settings.of(options, 0.3 if processes else 0.7)
-    # Reviews are drawn from twice as many, as from the real file.
-    needed = max((2 * max(w.train, w.test) for w, _ in plan if w.vocabulary), default=0)
+    times = (1e-3, 1) if options.quick else (0.3 if processes else 0.7, 3)
+    settings = Settings(torch.device(options.device), options.seed, *times)
     corpus = None
-    if needed:
-        reviews = min(needed, 25_000)
+    if needed := max((max(w.train, w.test) for w, _ in plan), default=0):
+        reviews = min(2 * needed, 25_000)  # drawn from twice as many, as from the real file
         corpus = load(options.imdb, download=options.download, seed=options.seed, reviews=reviews)
     env = report.environment(settings.device, corpus.source if corpus else "random, series")
     results = Results(options.out or DEFAULT_FOLDER, env, options.resume)
     done = _begun(results) if options.resume else set()
-    print(report.header(env, options.quick), flush=True)
+    print(f"{report.header(env, options.quick)}\n{report.head(trains)}", flush=True)
     table = report.main_lines if trains else report.case_lines
-    print(report.head(trains), flush=True)
     every: list[dict[str, Any]] = []
     complaints: list[str] = []
     work = [(w, who, cell) for w, who in plan for cell in w.cells if cell in cells]
@@ -95,11 +85,9 @@ def run(
         every += rows.values()
         for line in table(rows, trainings):
             report.say(line)
-    print(
-        f"\n{report.LEGENDS[trains]}\n{time.monotonic() - started:.0f} s; CSV in {results.folder}"
-    )
-    for complaint in complaints:
-        print(complaint, file=sys.stderr)
+    print(f"\n{report.LEGENDS[trains]}")
+    print(f"{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
+    print("".join(f"{line}\n" for line in complaints), end="", file=sys.stderr)
     return every, 1 if complaints else 0
 
 
@@ -129,9 +117,8 @@ def gated(case: BenchmarkCase, providers: Sequence[str], complaints: list[str]) 
                 loop = told and told.backend == "torch"
                 row["backend"] = told.backend if told else ""
                 row["plan"] = "; ".join(told.layers).replace("\n", " ") if told else ""
-                precision = ""
-                if case.x.device.type == "cuda" and case.x.dtype == torch.float32:
-                    precision = matmul_fp32() if loop else PROVIDERS[provider].fp32()
+                fp32 = case.x.device.type == "cuda" and case.x.dtype == torch.float32
+                precision = (matmul_fp32 if loop else PROVIDERS[provider].fp32)() if fp32 else ""
                 row["precision"] = precision
                 if provider.startswith(TORCH):
                     row["gate"] = "reference"
@@ -219,8 +206,7 @@ def _begun(results: Results) -> set[tuple[str, str]]:
 
 def main_job(options: argparse.Namespace) -> int:
     """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
-    group = getattr(options, "group", None)
-    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if group in (None, w.group)]
+    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if options.command in (None, w.group)]
     return run(options, plan, CELLS, trains=True)[1]
 
 
@@ -230,7 +216,7 @@ def cases_job(options: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such case or provider.
     """
-    workloads, device = named(options.cases), torch.device(options.device)
+    workloads, device = named(options.names), torch.device(options.device)
     wanted = (options.providers or "all").split(",")
     wanted = list(PROVIDERS) if "all" in wanted else [TORCH, *wanted]
     for name in wanted:
@@ -259,3 +245,18 @@ def ragged_job(options: argparse.Namespace) -> int:
     """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
     plan = [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))]
     return run(options, plan)[1]
+
+
+class Job(NamedTuple):
+    """A command of this file, as ``__main__`` wants it."""
+
+    run: Callable[[argparse.Namespace], int]
+    OPTIONS: tuple[str, ...]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """It has no options but the shared ones."""
+
+
+_MAIN = Job(main_job, ("device", "imdb", "download", "out", "seed", "quick", "minutes"))
+JOBS = {"imdb": _MAIN, "sine": _MAIN}
+JOBS["ragged"] = Job(ragged_job, ("device", "out", "seed", "quick"))

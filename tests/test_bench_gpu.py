@@ -68,7 +68,7 @@ def test_a_step_with_restarts_goes_on_after_a_crash(tmp_path):
     assert log.read_text() == "xxx"
 
 
-def test_a_step_is_told_the_folder_and_its_minutes(tmp_path):
+def test_a_step_gets_the_folder_and_its_minutes(tmp_path):
     command = (*PYTHON, "import sys; print(sys.argv[1:])", "{out}/a", "{minutes}")
     run_steps([Step("told", 1, command)], tmp_path, 130)
     folder, minutes = eval(outcomes(tmp_path)["told"]["last_line"])
@@ -124,5 +124,9 @@ def test_without_a_gpu_nothing_is_run(monkeypatch):
         gpu.run(options())
 
 
-def test_the_folder_is_named_after_the_gpu():
-    assert gpu.default_folder("NVIDIA H200 (MIG)").name.startswith("nvidia-h200-mig-20")
+@pytest.mark.parametrize(("name", "code"), [("true", 0), ("no-such-program", 0), ("false", 1)])
+def test_the_exit_code(monkeypatch, tmp_path, name, code):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(gpu, "steps", lambda: [Step("one", 1, (name,))])
+    assert gpu.run(options(out=tmp_path)) == code
