@@ -115,23 +115,17 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     biases: Sequence[Any] = layers.b_ih or (None,) * D
     if plan is not None:
         gx = x.new_empty(D, rows.total, columns)
+        layers = layers._replace(gx=gx, origins=rows.origins, starts=rows.starts)
         with gemm_precision(config.precision, x):
             _input_products(x, layers.w_ih[:D], biases[:D], gx)
-            schedule = _schedule(plan.schedule)
-            schedule.forward(
-                config.cell,
-                plan,
-                layers._replace(gx=gx, origins=rows.origins, starts=rows.starts),
-                rows,
-            )
+            _schedule(plan.schedule).forward(config.cell, plan, layers, rows)
         return
     room = layers.gates
     if room is None or not room.shape[-1]:
         room = x.new_empty(D, rows.total, loop.workspace_tiles(config.cell) * H)
-    if layers.b_ih is not None:
-        biases = [
-            loop.folded_bias(config.cell, *b) for b in zip(biases, layers.b_hh or (), strict=True)
-        ]
+    if layers.b_hh is not None:
+        pairs = zip(biases, layers.b_hh, strict=True)
+        biases = [loop.folded_bias(config.cell, *pair) for pair in pairs]
     _input_products(x, layers.w_ih, biases, room[..., :columns])
     loop.forward(config.cell, layers._replace(gx=room), rows)
 
@@ -194,8 +188,8 @@ def backward(
                 loop.backward(config.cell, part, part_grads, part_rows)
             else:
                 part = part._replace(origins=rows.origins, starts=rows.starts)
-                schedule = _schedule(plan.schedule)
-                schedule.backward(config.cell, plan, part, part_grads, part_rows)
+                run = _schedule(plan.schedule).backward
+                run(config.cell, plan, part, part_grads, part_rows)
             dgates = part_grads.gates
             if dx is not None:
                 input_grad(dgates[:D], layers.w_ih[:D], dx[own])
