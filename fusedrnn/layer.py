@@ -221,35 +221,32 @@ def _segments(
     D, B, H = layers.h_0.shape
     left = layers.out[0].unflatten(1, (D, H)).transpose(0, 1)
     pairs = [(layers.h_0, left)] + ([] if layers.cs is None else [(layers.c_0, layers.cs)])
-    if D == 2 or rows.origins is not None:
-        tables = [previous_rows(rows, d, x.device) for d in range(D)]
-        states = [
-            torch.stack([entering(table, *of) for table, *of in zip(tables, *pair, strict=True)])
-            for pair in pairs
-        ]
-        gates = _gates(config, x, layers, states)
-        yield _Segment(slice(None), layers._replace(gates=gates), grads, rows)
-        return
+    tables = [previous_rows(rows, d, x.device) for d in range(D)]
+    states = [
+        torch.stack([entering(table, *of) for table, *of in zip(tables, *pair, strict=True)])
+        for pair in pairs
+    ]
     size = _SEGMENT_ON_GPU if x.is_cuda else _SEGMENT
     most = max(size // max(config.spec.gates * H * B, 1), 1) * max(B, 1)
-    for stop in range(rows.total, 0, -most):
+    if is_whole := D == 2 or rows.origins is not None:
+        most = max(rows.total, 1)
+    for stop in range(max(rows.total, 1), 0, -most):
         own = slice(max(stop - most, 0), stop)
-        if own.start:
-            states = [of[:, own.start - B : stop - B] for _, of in pairs]
-        else:
-            states = [torch.cat([first, of[:, : stop - B]], 1) for first, of in pairs]
+        of_own = [state[:, own] for state in states]
+        first = [layers.h_0, layers.c_0] if is_whole else [*(s[:, :B] for s in of_own), None]
         part = layers._replace(
-            h_0=states[0][:, :B],
-            c_0=None if layers.cs is None else states[1][:, :B],
-            out=(layers.out[0][own],),
-            gates=_gates(config, x[own], layers, states),
+            h_0=first[0],
+            c_0=first[1],
+            out=(layers.out[0][own],) * D,
+            gates=_gates(config, x[own], layers, of_own),
             cs=None if layers.cs is None else layers.cs[:, own],
         )
-        cut = grads._replace(
+        part_grads = grads._replace(
             out=None if grads.out is None else grads.out[own],
             cs=None if grads.cs is None else grads.cs[:, own],
         )
-        yield _Segment(own, part, cut, Rows((stop - own.start) // B, B))
+        part_rows = rows if is_whole else Rows((stop - own.start) // B, B)
+        yield _Segment(own, part, part_grads, part_rows)
         # What leaves this segment reaches the one before it.
         c_n = None if grads.c_0 is None else grads.c_0.clone()
         grads = grads._replace(h_n=grads.h_0.clone(), c_n=c_n)
