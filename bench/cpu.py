@@ -20,7 +20,6 @@ from .cases import CHARACTER, LESSONS, LONG, ONE_HOT, RAGGED, Workload
 from .providers import TORCH
 from .run import run as run_plan
 
-HELP = "all workloads on the CPU, in new processes (8 minutes)"
 OPTIONS = ("imdb", "download", "out", "seed", "quick")
 PROCESSES = 3
 #: Who is measured beside torch.nn, where it is not fusedrnn alone.

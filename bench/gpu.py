@@ -31,7 +31,6 @@ import fusedrnn
 
 from . import UserError
 
-HELP = "gate, speed, tests and tuning on a CUDA machine"
 ROOT = Path(__file__).resolve().parents[1]
 #: A command with {minutes} gets this much less than its limit, so that it can end by itself.
 MARGIN_SECONDS = 10
@@ -62,7 +61,7 @@ class Step(NamedTuple):
 
 
 def steps() -> list[Step]:
-    """Returns what a run does, the most telling first."""
+    """Returns the steps of a run, the most important first."""
     limited = ("--minutes", "{minutes}", "--resume")
     cases = (*BENCH, "--device", "cuda", "--out", "{out}", *limited)
     gate = (*BENCH, "--device", "cuda", "--out", "{out}/gate", *limited, "--gate-only")
@@ -138,7 +137,8 @@ def run(options: argparse.Namespace) -> int:
         run_steps(chosen, folder, 60 * options.minutes)
     finally:
         print(summary(folder))
-    return 1 if any(row["outcome"] != "ok" for row in outcomes(folder).values()) else 0
+    # nvidia-smi or compute-sanitizer may be missing.
+    return 0 if {row["outcome"] for row in outcomes(folder).values()} <= {"ok", "not found"} else 1
 
 
 def default_folder(gpu: str) -> Path:

@@ -28,7 +28,6 @@ except ImportError:  # measuring needs torch and triton only
 from . import UserError
 from .providers import PEERS, TORCH, matmul_fp32, rnn_fp32
 
-HELP = "print a folder's table of speeds, or write it into a page"
 #: Of results.csv: one line for each case, cell, pass and provider.
 COLUMNS = (
     "case", "cell", "pass", "provider", "backend", "dtype", "precision", "layout",
@@ -80,10 +79,10 @@ def _commit() -> str | None:
     """Returns the commit of the measured package, if it is a checkout and git is there."""
     folder, command = Path(fusedrnn.__file__).parent, ["git", "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        git = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
 def header(env: dict[str, Any], quick: bool = False) -> str:
@@ -185,7 +184,10 @@ def main_lines(rows: dict, trainings: dict) -> Iterator[str]:
 
     losses = [f"{trainings[p].final_loss:.3g}" for p in ("fusedrnn", TORCH) if p in trainings]
     share = f"{training['share']:.2f}" if "share" in training else "-"
-    cells = {"case": f"{forward['case']} {forward['cell']}", "backend": training["backend"]}
+    cells = {
+        "case": f"{forward['case']} {forward['cell']}",
+        "backend": training.get("backend", "-"),
+    }
     cells |= {"error": share, "forward": speed(forward), "training": speed(training)}
     yield _line(cells | {"loss": ", ".join(losses)}, MAIN)
 

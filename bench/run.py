@@ -6,9 +6,9 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -206,8 +206,7 @@ def _begun(results: Results) -> set[tuple[str, str]]:
 
 def main_job(options: argparse.Namespace) -> int:
     """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
-    group = getattr(options, "group", None)
-    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if group in (None, w.group)]
+    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if options.command in (None, w.group)]
     return run(options, plan, CELLS, trains=True)[1]
 
 
@@ -217,7 +216,7 @@ def cases_job(options: argparse.Namespace) -> int:
     Raises:
         UserError: there is no such case or provider.
     """
-    workloads, device = named(options.cases), torch.device(options.device)
+    workloads, device = named(options.names), torch.device(options.device)
     wanted = (options.providers or "all").split(",")
     wanted = list(PROVIDERS) if "all" in wanted else [TORCH, *wanted]
     for name in wanted:
@@ -246,3 +245,18 @@ def ragged_job(options: argparse.Namespace) -> int:
     """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
     plan = [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))]
     return run(options, plan)[1]
+
+
+class Job(NamedTuple):
+    """A command of this file, as ``__main__`` wants it."""
+
+    run: Callable[[argparse.Namespace], int]
+    OPTIONS: tuple[str, ...]
+
+    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
+        """It has no options but the shared ones."""
+
+
+_MAIN = Job(main_job, ("device", "imdb", "download", "out", "seed", "quick", "minutes"))
+JOBS = {"imdb": _MAIN, "sine": _MAIN}
+JOBS["ragged"] = Job(ragged_job, ("device", "out", "seed", "quick"))

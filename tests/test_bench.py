@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from bench import UserError, cpu, report, run
-from bench.__main__ import COMMANDS, _parser, main
+from bench.__main__ import COMMANDS, _check, _parser, main
 from bench.cases import LESSONS, every_case, named
 from bench.measure import BenchmarkCase, Settings, in_fresh_process, interleaved
 from bench.providers import PROVIDERS, Adapter, absent
@@ -37,6 +37,7 @@ def rows_in(folder, name="results.csv"):
     ("argv", "sentence"),
     [
         (["--cases", "sin-20"], ": there is no case 'sin-20'; similar names are sine-20"),
+        (["--cases", ""], ": there is no case ''; --list prints all names"),
         (["--cases", "???"], ": there is no case '???'; --list prints all names"),
         (["--cases", "sine-20", "--providers", "cudnn"], ": there is no provider 'cudnn'"),
         (["--providers", "fusedrnn"], ": --providers needs --cases"),
@@ -68,8 +69,7 @@ def test_words_that_are_not_understood_exit_with_2(argv, capsys):
 
 
 def test_help_fits_a_screen(capsys):
-    parser = _parser()
-    assert parser.format_help().count("\n") <= 45
+    assert _parser([]).format_help().count("\n") <= 45
     for name in COMMANDS:
         with pytest.raises(SystemExit) as ended:
             main([name, "--help"])
@@ -78,8 +78,16 @@ def test_help_fits_a_screen(capsys):
 
 
 def test_an_option_before_the_command_holds():
-    options = _parser().parse_args(["--quick", "--seed", "5", "sine"])
+    argv = ["--quick", "--seed", "5", "sine"]
+    options = _parser(argv).parse_args(argv)
     assert (options.quick, options.seed, options.device) == (True, 5, "auto")
+
+
+def test_every_command_takes_its_own_options():
+    for argv in (["tune", "--cases", "sweep"], ["gpu", "--dry-run"], ["lesson"]):
+        options = _parser(argv).parse_args(argv)
+        _check(options)
+        assert options.command == argv[0]
 
 
 def test_names_are_unique_and_groups_are_found():

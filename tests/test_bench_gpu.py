@@ -124,5 +124,9 @@ def test_without_a_gpu_nothing_is_run(monkeypatch):
         gpu.run(options())
 
 
-def test_the_folder_is_named_after_the_gpu():
-    assert gpu.default_folder("NVIDIA H200 (MIG)").name.startswith("nvidia-h200-mig-20")
+@pytest.mark.parametrize(("name", "code"), [("true", 0), ("no-such-program", 0), ("false", 1)])
+def test_the_exit_code(monkeypatch, tmp_path, name, code):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(gpu, "steps", lambda: [Step("one", 1, (name,))])
+    assert gpu.run(options(out=tmp_path)) == code

@@ -8,7 +8,7 @@ import torch
 import fusedrnn
 from bench import UserError, data
 from bench.cases import TRAINED
-from bench.lessons import by_hand, command, gates, parameters, reviews, temperature, vanishing
+from bench.lessons import by_hand, command, parameters, reviews, temperature, vanishing
 from bench.providers import build
 
 
@@ -38,13 +38,6 @@ def test_lessons_are_listed_and_an_unknown_one_is_one_sentence(tmp_path, capsys)
         command.run(options(tmp_path, "nothing"))
 
 
-def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
-    pytest.importorskip("matplotlib", reason="matplotlib is not installed")
-    (tmp_path / "file").write_text("")
-    with pytest.raises(UserError, match="cannot be written"):
-        command.run(options(tmp_path, "vanishing", figure=tmp_path / "file" / "a.png"))
-
-
 @torch.no_grad()
 def test_the_lstm_by_hand_is_the_module():
     module = fusedrnn.LSTM(3, 5)
@@ -68,11 +61,6 @@ def test_an_open_gate_carries_the_gradient():
     vanishing.remember(closed)
     opened = vanishing.gradient_norms(closed, T, 0)
     assert norms[0] / norms[-1] < 1e-4 < 1e-2 < opened[0] / opened[-1]
-
-
-def test_training_the_lstm_of_the_gates_lowers_its_loss():
-    *_, losses = gates.fit(0, 60)
-    assert losses[-1] < losses[0] / 2
 
 
 def test_confusion_and_scores():
