@@ -38,7 +38,7 @@ class Settings(NamedTuple):
 
 
 class Call(NamedTuple):
-    """What is timed, and the context around it, which is entered before the clock starts."""
+    """A function that is timed, and the context that is entered before the clock starts."""
 
     run: Callable[[], object]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
