@@ -115,23 +115,17 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     biases: Sequence[Any] = layers.b_ih or (None,) * D
     if plan is not None:
         gx = x.new_empty(D, rows.total, columns)
+        layers = layers._replace(gx=gx, origins=rows.origins, starts=rows.starts)
         with gemm_precision(config.precision, x):
             _input_products(x, layers.w_ih[:D], biases[:D], gx)
-            schedule = _schedule(plan.schedule)
-            schedule.forward(
-                config.cell,
-                plan,
-                layers._replace(gx=gx, origins=rows.origins, starts=rows.starts),
-                rows,
-            )
+            _schedule(plan.schedule).forward(config.cell, plan, layers, rows)
         return
     room = layers.gates
     if room is None or not room.shape[-1]:
         room = x.new_empty(D, rows.total, loop.workspace_tiles(config.cell) * H)
-    if layers.b_ih is not None:
-        biases = [
-            loop.folded_bias(config.cell, *b) for b in zip(biases, layers.b_hh or (), strict=True)
-        ]
+    if layers.b_hh is not None:
+        pairs = zip(biases, layers.b_hh, strict=True)
+        biases = [loop.folded_bias(config.cell, *pair) for pair in pairs]
     _input_products(x, layers.w_ih, biases, room[..., :columns])
     loop.forward(config.cell, layers._replace(gx=room), rows)
 
@@ -194,8 +188,8 @@ def backward(
                 loop.backward(config.cell, part, part_grads, part_rows)
             else:
                 part = part._replace(origins=rows.origins, starts=rows.starts)
-                schedule = _schedule(plan.schedule)
-                schedule.backward(config.cell, plan, part, part_grads, part_rows)
+                run = _schedule(plan.schedule).backward
+                run(config.cell, plan, part, part_grads, part_rows)
             dgates = part_grads.gates
             if dx is not None:
                 input_grad(dgates[:D], layers.w_ih[:D], dx[own])
@@ -227,35 +221,32 @@ def _segments(
     D, B, H = layers.h_0.shape
     left = layers.out[0].unflatten(1, (D, H)).transpose(0, 1)
     pairs = [(layers.h_0, left)] + ([] if layers.cs is None else [(layers.c_0, layers.cs)])
-    if D == 2 or rows.origins is not None:
-        tables = [previous_rows(rows, d, x.device) for d in range(D)]
-        states = [
-            torch.stack([entering(table, *of) for table, *of in zip(tables, *pair, strict=True)])
-            for pair in pairs
-        ]
-        gates = _gates(config, x, layers, states)
-        yield _Segment(slice(None), layers._replace(gates=gates), grads, rows)
-        return
+    tables = [previous_rows(rows, d, x.device) for d in range(D)]
+    states = [
+        torch.stack([entering(table, *of) for table, *of in zip(tables, *pair, strict=True)])
+        for pair in pairs
+    ]
     size = _SEGMENT_ON_GPU if x.is_cuda else _SEGMENT
     most = max(size // max(config.spec.gates * H * B, 1), 1) * max(B, 1)
-    for stop in range(rows.total, 0, -most):
+    if is_whole := D == 2 or rows.origins is not None:
+        most = max(rows.total, 1)
+    for stop in range(max(rows.total, 1), 0, -most):
         own = slice(max(stop - most, 0), stop)
-        if own.start:
-            states = [of[:, own.start - B : stop - B] for _, of in pairs]
-        else:
-            states = [torch.cat([first, of[:, : stop - B]], 1) for first, of in pairs]
+        of_own = [state[:, own] for state in states]
+        first = [layers.h_0, layers.c_0] if is_whole else [*(s[:, :B] for s in of_own), None]
         part = layers._replace(
-            h_0=states[0][:, :B],
-            c_0=None if layers.cs is None else states[1][:, :B],
-            out=(layers.out[0][own],),
-            gates=_gates(config, x[own], layers, states),
+            h_0=first[0],
+            c_0=first[1],
+            out=(layers.out[0][own],) * D,
+            gates=_gates(config, x[own], layers, of_own),
             cs=None if layers.cs is None else layers.cs[:, own],
         )
-        cut = grads._replace(
+        part_grads = grads._replace(
             out=None if grads.out is None else grads.out[own],
             cs=None if grads.cs is None else grads.cs[:, own],
         )
-        yield _Segment(own, part, cut, Rows((stop - own.start) // B, B))
+        part_rows = rows if is_whole else Rows((stop - own.start) // B, B)
+        yield _Segment(own, part, part_grads, part_rows)
         # What leaves this segment reaches the one before it.
         c_n = None if grads.c_0 is None else grads.c_0.clone()
         grads = grads._replace(h_n=grads.h_0.clone(), c_n=c_n)

@@ -1,8 +1,8 @@
-"""What only a CUDA device shows: graphs, streams, waits, its generator, autocast, two runs alike.
+"""Behaviour of a CUDA device: graphs, streams, waits, its generator, autocast, two runs alike.
 
-`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. What of them the CPU can show is in
-`test_no_sync.py`, `test_graphs.py`, `test_dropout.py` and `test_autocast.py`. Equal means bit for
-bit: the same kernels run on the same numbers.
+`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. The CPU's part of them is in
+`test_no_sync.py`, `test_dropout.py` and `test_autocast.py`. Equal means bit for bit: the same
+kernels run on the same numbers.
 """
 
 from __future__ import annotations
@@ -12,17 +12,16 @@ from contextlib import contextmanager
 
 import pytest
 import torch
-from test_modules_inputs import leaves
-from test_ragged import as_hx, build, states_for
-from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from pairs import leaves
+from test_equivalence import build, states_for
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
+from fusedrnn.arguments import as_hx
 from fusedrnn.kernels.plan import Problem, chip_of, plan_stack
 from fusedrnn.testing import assert_budget
 
-T, B, I = 70, 6, 3  # two pieces that stepwise captures itself (GRAPH_STEPS), and some more
+T, B, I = 70, 6, 3
 #: Each schedule by a size and dtype that bring it about; the loop takes any.
 ROUTES = {
     "resident": (16, torch.float32, "triton"),
@@ -33,20 +32,22 @@ ROUTES = {
 OPTIONS = ("dense", "lengths", "reset", "both")
 
 routes = pytest.mark.parametrize("route", ROUTES)
+#: The loop reads lengths on the host.
+kernels = pytest.mark.parametrize("route", [r for r in ROUTES if r != "loop"])
 
 
 @pytest.fixture(autouse=True)
 def _on_cuda(device):
     if device.type != "cuda":
-        pytest.skip("says something on a CUDA device only")
+        pytest.skip("needs a CUDA device")
 
 
 def make(route, device, cell="lstm", layers=2, **kwargs):
     H, dtype, backend = ROUTES[route]
     if backend == "triton":
-        problem = Problem(cell, I, H, B, 1, dtype, "ieee", True, layers)
+        problem = Problem(cell, H, B, 1, dtype, "ieee", True, layers)
         assert {plan.schedule for plan in plan_stack(problem, chip_of(device))} == {route}
-    return build(cell, layers, 1, dtype, H=H, **kwargs).to(device)
+    return build(cell, layers, 1, dtype, I, H, **kwargs).to(device)
 
 
 def given(module, device, option="dense"):
@@ -87,7 +88,7 @@ def warmed_up(run):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels compile, cuBLAS makes its handles, stepwise its own graphs
+        for _ in range(3):  # kernels compile, cuBLAS makes its handles
             results = run()
     torch.cuda.current_stream().wait_stream(stream)
     return results
@@ -100,7 +101,7 @@ def captured(run):
     return graph, results
 
 
-@routes
+@kernels
 @pytest.mark.parametrize("option", OPTIONS)
 def test_a_users_graph_of_forward(route, option, device):
     """Captured once, replayed on other inputs: equal to eager calls."""
@@ -119,7 +120,7 @@ def test_a_users_graph_of_forward(route, option, device):
             assert_same(results, run())
 
 
-@routes
+@kernels
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_users_graph_of_a_training_step(route, option, recompute, device):
@@ -138,7 +139,7 @@ def test_a_users_graph_of_a_training_step(route, option, recompute, device):
             assert_same(results, run())
 
 
-@routes
+@kernels
 @pytest.mark.parametrize("option", [*OPTIONS, "packed"])
 def test_nothing_waits_for_the_device(route, option, device):
     module = make(route, device, dropout=0.3)
@@ -161,7 +162,7 @@ def test_nothing_waits_for_the_device(route, option, device):
 
 
 def test_waiting_would_be_noticed(device):
-    """What the test above stands on."""
+    """Else the test above could not fail."""
     torch.cuda.set_sync_debug_mode("error")
     try:
         with pytest.raises(RuntimeError, match="synchron"):
@@ -319,36 +320,3 @@ def test_a_device_that_is_not_the_current_one(route, device):
     )
     for i, (g, w, t) in enumerate(zip(got, want, truth, strict=True)):
         assert_budget(f"result {i}", g.cpu(), w.cpu(), t.cpu())
-
-
-@pytest.mark.parametrize("route", ["resident", "cooperative", "stepwise"])
-def test_an_ensemble_is_its_members(route, device):
-    """Weights of their own in one launch: values and gradients as of each member alone."""
-    module, (H, dtype, _) = make(route, device, layers=1), ROUTES[route]
-    xs = torch.randn(3, T, B, I, device=device).to(dtype)
-    params = {
-        name: torch.randn(3, *p.shape, device=device).to(dtype) / H**0.5
-        for name, p in module.named_parameters()
-    }
-    double = copy.deepcopy(module).double()
-
-    def total(model):
-        def of_member(p, x):
-            output, _ = functional_call(model, p, (x,))
-            return output.float().square().mean() if dtype.itemsize == 2 else output.square().mean()
-
-        return grad_and_value(of_member)
-
-    def one_by_one(model, cast):
-        each = [
-            total(model)({k: cast(p[n]) for k, p in params.items()}, cast(xs[n])) for n in range(3)
-        ]
-        return {k: torch.stack([grads[k] for grads, _ in each]) for k in params}
-
-    with on_route(route):
-        got, _ = vmap(total(module))(params, xs)
-        ref = one_by_one(module, lambda t: t)
-    with fusedrnn.use_backend("torch"):
-        truth = one_by_one(double, Tensor.double)
-    for name in params:
-        assert_budget(name, got[name], ref[name], truth[name])
