@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch.autograd import forward_ad
-from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, stack_module_state, vjp
+from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp
 from torch.func import vmap as map_over
 from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
@@ -148,14 +148,6 @@ def test_ensembles(pair):
     got = map_over(over_inputs, in_dims=(0, None))(params, xs[:2])
     want = [stacked([plain_grads(theirs, p, x) for x in xs[:2]]) for p in members]
     assert_alike(got, stacked(want))
-
-
-def test_stack_module_state():
-    models = [fusedrnn.GRU(I, H).double() for _ in range(N)]
-    params, buffers = stack_module_state(models)
-    x = inputs(T)
-    got = map_over(lambda p, b: functional_call(models[0], (p, b), (x,)))(params, buffers)
-    assert_alike(got, stacked([model(x) for model in models]))
 
 
 def test_jacobians(pair):
