@@ -235,7 +235,7 @@ def first_row(layers, program, t):
 
 @triton.jit
 def load_origins(layers, program, t):
-    """Where the state of each sequence comes from at time t; not read if the rows are dense."""
+    """Loads the origin of the state of each sequence at time t; dense rows have none."""
     if layers.origins is not None:
         ptrs = layers.origins + (program.d * program.T + t) * program.B + program.offs_b
         return tl.load(ptrs, mask=program.mask_b, other=SKIPPED)
