@@ -265,7 +265,7 @@ def config_of(call: Call, backend: str) -> StackConfig:
     compact = backend == "torch" and facts.device.type == "cpu" and "lengths" in facts.ragged
     return StackConfig(
         facts.cell,
-        backend,
+        "auto" if backend == "triton" and dispatch.is_auto() else backend,
         layers.bias,
         layers.num_layers,
         bool(layers.bidirectional),
