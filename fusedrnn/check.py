@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import platform
 from collections.abc import Iterator
+from importlib import import_module
 from typing import Any
 
 import torch
@@ -68,10 +69,9 @@ def _versions(device: torch.device | None) -> Iterator[str]:
 
 def _triton() -> str:
     try:
-        import triton
+        return import_module("triton").__version__
     except Exception as error:  # whatever a broken installation raises
         return f"not usable ({_first_line(error)})"
-    return triton.__version__
 
 
 def compiled(schedule: str, chip: Chip, problem: Problem) -> str:
