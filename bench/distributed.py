@@ -22,6 +22,7 @@ from torch.distributed.fsdp import fully_shard
 import fusedrnn
 
 from . import UserError
+from .models import final_hidden
 
 STRATEGIES = ("ddp", "fsdp")
 WORDS, T, B = 500, 30, 16
@@ -30,11 +31,7 @@ TOLERANCE = 1e-10
 
 
 class Sentiment(nn.Module):
-    """Classifies sequences of words of unequal lengths.
-
-    Lengths go to ``lengths=`` as a tensor on any device. ``fully_shard`` moves every input to the
-    GPU, where ``pack_padded_sequence`` would refuse them.
-    """
+    """Classifies sequences of words; ``fully_shard`` moves their lengths to the GPU too."""
 
     def __init__(self, cell: str, H: int = 32):
         super().__init__()
@@ -43,8 +40,7 @@ class Sentiment(nn.Module):
         self.fc = nn.Linear(2 * H, 1)
 
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
-        _, hx = self.rnn(self.embedding(words), lengths=lengths)
-        h_n = hx[0] if isinstance(hx, tuple) else hx
+        h_n = final_hidden(self.rnn(self.embedding(words), lengths=lengths))
         return self.fc(torch.cat((h_n[-2], h_n[-1]), -1)).squeeze(-1)
 
 
@@ -61,19 +57,19 @@ def run(options: argparse.Namespace) -> int:
     if world < 1 or B % world:
         raise UserError(f"--processes divides the batch of {B}, and {world} does not")
     alone = losses(options.cell, options.steps)
-    print(f"{'one process':<12} {' '.join(f'{loss:.12f}' for loss in alone)}")
-    code = 0
+    print("one process ", *(f"{loss:.12f}" for loss in alone))
+    wrong = 0
     for strategy in STRATEGIES:
         with tempfile.TemporaryDirectory() as folder:
             arguments = (world, folder, strategy, options.cell, options.steps)
             torch.multiprocessing.spawn(_process, arguments, nprocs=world)
             found = json.loads(Path(folder, "losses.json").read_text())
-        print(f"{strategy:<12} {' '.join(f'{loss:.12f}' for loss in found)}")
+        print(f"{strategy:<12}", *(f"{loss:.12f}" for loss in found))
         off = max(abs(a - b) for a, b in zip(found, alone, strict=True))
         if not off <= TOLERANCE:
             print(f"{strategy} differs from one process by {off:.1e}, allowed {TOLERANCE:.0e}")
-            code = 1
-    return code
+            wrong = 1
+    return wrong
 
 
 def _process(rank: int, world: int, folder: str, strategy: str, cell: str, steps: int) -> None:
@@ -111,8 +107,7 @@ def losses(cell: str, steps: int, strategy: str = "", device: torch.device | Non
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     found = []
     for step in range(steps):
-        rows = (data[step][..., rank::world].to(device) for data in (words, lengths, targets))
-        x, n, y = rows
+        x, n, y = (data[step][..., rank::world].to(device) for data in (words, lengths, targets))
         loss = nn.functional.binary_cross_entropy_with_logits(model(x, n), y)
         optimiser.zero_grad()
         loss.backward()

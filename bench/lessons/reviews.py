@@ -1,4 +1,4 @@
-"""A bidirectional classifier of film reviews and its confusion matrix."""
+"""Good film reviews told from bad ones: confusion matrix, precision and recall."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from torch import Tensor
 
 from .. import data
 from ..cases import EMBEDDING, cut_down
-from ..models import EmbeddedReviews, examples_of, remember
+from ..models import Model, examples_of, remember
 from ..providers import build
 from ..train import predict, train
-from .lesson import COLOURS, Lesson, Result
+from . import COLOURS, Result
 
+LOOK_AT = (
+    "precision and recall beside accuracy, and features in bench/models.py, which packs reviews."
+)
 #: The larger IMDB case in a size that one core trains in under a minute.
 WORKLOAD = replace(
     EMBEDDING, name="sentiment", T=100, B=64, I=32, H=32, layers=1, dropout=0.0, vocabulary=5_000,
@@ -41,7 +44,6 @@ def scores(matrix: list[list[int]]) -> dict[str, float]:
 
 def run(options: Namespace) -> Result:
     workload = cut_down(WORKLOAD) if options.quick else WORKLOAD
-    device = torch.device("cpu")
     # Reviews are drawn from twice as many as are used, as they are from the real file.
     count = 2 * max(workload.train, workload.test)
     corpus = data.load(
@@ -49,10 +51,10 @@ def run(options: Namespace) -> Result:
     )
     examples = examples_of(workload, corpus, options.seed)
     torch.manual_seed(options.seed)
-    model = EmbeddedReviews(build("fusedrnn", "lstm", workload), workload)
+    model = Model(build("fusedrnn", "lstm", workload), workload)
     remember(model.rnn)
-    training = train(model, workload, examples, workload.steps, device, options.seed)
-    matrix = confusion(*predict(model, examples, device))
+    training = train(model, workload, examples, workload.steps, options.seed)
+    matrix = confusion(*predict(model, examples))
     tested = len(examples.targets) - examples.known
     lines = [
         f"data: {corpus.source}",
@@ -77,10 +79,3 @@ def draw(figure: Any, losses: list[float], matrix: list[list[int]]) -> None:
             right.text(j, i, f"{count}", ha="center", va="center", fontsize=14)
     right.set_xticks((0, 1), ("predicted bad", "predicted good"))
     right.set_yticks((0, 1), ("bad", "good"))
-
-
-LESSON = Lesson(
-    "good film reviews told from bad ones: confusion matrix, precision and recall",
-    "precision and recall beside accuracy, and features in bench/models.py, which packs reviews.",
-    run,
-)
