@@ -42,10 +42,6 @@ START, RARE, FIRST = 1, 2, 3
 MAX_RANK = 88_584
 
 
-class DataError(UserError):
-    """The data is missing, damaged or not what it claims to be."""
-
-
 class Reviews(NamedTuple):
     """Reviews laid end to end, as word ranks; rank 1 is the most frequent word."""
 
@@ -60,14 +56,12 @@ class Corpus(NamedTuple):
     source: str = ""
 
 
-def load(
-    path: str | os.PathLike | None, download: bool = False, seed: int = 0, reviews: int = 25_000
-) -> Corpus:
+def load(path: Any, download: bool = False, seed: int = 0, needed: int = 25_000) -> Corpus:
     """Returns the reviews of a file, of the cache, of a download, or generated ones.
 
     The file is Keras' ``imdb.npz`` or Stanford's tar.gz, by default that of ``FUSEDRNN_IMDB``. A
-    download is Keras' file; it is kept in the cache, ``$XDG_CACHE_HOME/fusedrnn``. ``seed`` and
-    ``reviews`` are those of each split of generated reviews.
+    download is Keras' file; it is kept in the cache, ``$XDG_CACHE_HOME/fusedrnn``. Twice as many
+    reviews are generated as are ``needed``, because they are drawn at random, as from a file.
     """
     path = path or os.environ.get("FUSEDRNN_IMDB")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedrnn/imdb.npz"
@@ -75,17 +69,18 @@ def load(
         _download(cache)
     if not path and not cache.exists():
         source = "generated reviews with IMDB's statistics (real ones: --imdb PATH or --download)"
-        return generate(reviews, reviews, seed)._replace(source=source)
+        count = min(2 * needed, 25_000)
+        return generate(count, count, seed)._replace(source=source)
     file = Path(path or cache)
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{file} is larger than {MAX_FILE_BYTES:,} bytes")
+            raise UserError(f"{file} is larger than {MAX_FILE_BYTES:,} bytes")
         blob = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     digest = hashlib.sha256(blob).hexdigest()
     if not path and digest not in OFFICIAL:
-        raise DataError(f"{file} is damaged; remove it and pass --download again")
+        raise UserError(f"{file} is damaged; remove it and pass --download again")
     source = f"{file.name}, sha256 {digest[:12]}..., which is not an official one"
     return parse(blob, file.name)._replace(source=f"IMDB, {OFFICIAL.get(digest, source)}")
 
@@ -100,21 +95,21 @@ def _download(cache: Path) -> None:
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_bytes(blob)
     except (OSError, ValueError) as error:
-        raise DataError(f"the download of {KERAS_URL} failed: {error}") from error
+        raise UserError(f"the download of {KERAS_URL} failed: {error}") from error
 
 
 def parse(blob: bytes, name: str) -> Corpus:
     """Reads either form, which its first bytes tell apart."""
     read = {b"PK": _read_npz, b"\x1f\x8b": _read_tar}.get(blob[:2])
     if read is None:
-        raise DataError(f"{name} is neither Keras' imdb.npz nor Stanford's aclImdb tar.gz")
+        raise UserError(f"{name} is neither Keras' imdb.npz nor Stanford's aclImdb tar.gz")
     try:
         return read(io.BytesIO(blob))
-    except DataError as error:
-        raise DataError(f"{name} {error}") from error
+    except UserError as error:
+        raise UserError(f"{name} {error}") from error
     except Exception as error:  # damaged zips and pickles raise errors of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{name} is damaged ({reason})") from error
+        raise UserError(f"{name} is damaged ({reason})") from error
 
 
 def _read_npz(file: io.BytesIO) -> Corpus:
@@ -123,9 +118,9 @@ def _read_npz(file: io.BytesIO) -> Corpus:
 
     with zipfile.ZipFile(file) as archive:
         if sorted(archive.namelist()) != ["x_test.npy", "x_train.npy", "y_test.npy", "y_train.npy"]:
-            raise DataError("does not hold x_train, y_train, x_test and y_test")
+            raise UserError("does not hold x_train, y_train, x_test and y_test")
         if sum(info.file_size for info in archive.infolist()) > MAX_UNPACKED_BYTES:
-            raise DataError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+            raise UserError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
 
         def split(part: str) -> Reviews:
             labels = load(io.BytesIO(archive.read(f"y_{part}.npy")), allow_pickle=False).tolist()
@@ -145,7 +140,7 @@ class _Unpickler(pickle.Unpickler):
         if f"{module}.{name}".replace("._core.", ".core.") not in (
             "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
         ):  # fmt: skip
-            raise DataError(f"holds a pickle that asks for {module}.{name}")
+            raise UserError(f"holds a pickle that asks for {module}.{name}")
         return _Stored
 
 
@@ -165,7 +160,7 @@ def _read_tar(file: io.BytesIO) -> Corpus:
     """Ranks words by frequency in the training reviews, ties alphabetically, as Keras does."""
     unpacked = gzip.GzipFile(fileobj=file).read(MAX_UNPACKED_BYTES + 1)
     if len(unpacked) > MAX_UNPACKED_BYTES:
-        raise DataError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+        raise UserError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
     parts: dict[str, dict[tuple[str, int], list[str]]] = {"train": {}, "test": {}}
     with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
         for member in tar:
@@ -175,7 +170,7 @@ def _read_tar(file: io.BytesIO) -> Corpus:
                 words = text.read().decode().lower().translate(_SEPARATORS).split()
                 parts[match[1]][match[2], int(match[3])] = list(map(sys.intern, words))
         if unpacked[tar.offset :].strip(b"\0"):  # tarfile ends quietly at a broken header
-            raise DataError("is damaged (a header of the tar is broken)")
+            raise UserError("is damaged (a header of the tar is broken)")
     counts = Counter(chain.from_iterable(parts["train"].values()))
     ranked = sorted(counts, key=lambda word: (-counts[word], word))
     rank = {word: min(n, MAX_RANK) for n, word in enumerate(ranked, start=1)}
@@ -192,15 +187,15 @@ def _read_tar(file: io.BytesIO) -> Corpus:
 def _reviews(lists: Any, labels: list[int]) -> Reviews:
     """Lays lists end to end, and checks all that later code relies on."""
     if not isinstance(lists, list) or not all(type(r) is list and r for r in lists):
-        raise DataError("holds a review that is not a list of at least one word rank")
+        raise UserError("holds a review that is not a list of at least one word rank")
     if len(labels) != len(lists) or {str(label) for label in labels} != {"0", "1"}:
-        raise DataError(f"does not have one label, 0 or 1, for each of {len(lists)} reviews")
+        raise UserError(f"does not have one label, 0 or 1, for each of {len(lists)} reviews")
     lengths = [len(review) for review in lists]
     if sum(lengths) > MAX_WORDS:  # a short pickle can repeat one long list
-        raise DataError(f"holds more than {MAX_WORDS:,} words")
+        raise UserError(f"holds more than {MAX_WORDS:,} words")
     ids = torch.frombuffer(array("i", chain.from_iterable(lists)), dtype=torch.int32)
     if int(ids.min()) < 1 or int(ids.max()) > MAX_RANK:
-        raise DataError(f"holds word ranks outside 1 to {MAX_RANK}")
+        raise UserError(f"holds word ranks outside 1 to {MAX_RANK}")
     return Reviews(ids, torch.tensor([0, *lengths]).cumsum(0), torch.tensor(labels))
 
 

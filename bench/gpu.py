@@ -63,7 +63,7 @@ def steps() -> list[Step]:
     peers = f"{OURS},eager loop,flashrnn,haste,torchrl"
     # Compiling takes most of the time of a test.
     workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
-    first = cases("first", OURS, "--gate-only", out="{out}/first")
+    first = cases("first", "fusedrnn triton", "--gate-only", out="{out}/first")
     gate = cases("lessons,sweep", OURS, "--gate-only", out="{out}/gate")
     sweep = cases("sweep", "fusedrnn,fusedrnn triton")
     others = (*PYTEST, *workers, "tests", *(f"--ignore={path}" for path in KERNEL_TESTS))
@@ -82,7 +82,7 @@ def steps() -> list[Step]:
     # The allocator's large blocks would hide an access beyond a tensor's end.
     for tool in ("memcheck", "racecheck"):
         watched = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool)
-        checked = cases("first", OURS, "--gate-only", out=f"{{out}}/{tool}")
+        checked = cases("first", "fusedrnn triton", "--gate-only", out=f"{{out}}/{tool}")
         found.append(Step(tool, 0.4, (*watched, "--error-exitcode", "86", *checked)))
     return found
 
@@ -97,8 +97,6 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Runs the steps; returns 0, or 1 where a step failed."""
-    if not (options.minutes > 0 and math.isfinite(options.minutes)):
-        raise UserError(f"--minutes is a number above 0, and not {options.minutes:g}")
     chosen = steps()
     if options.only:
         names = options.only.split(",")
@@ -118,7 +116,7 @@ def run(options: argparse.Namespace) -> int:
     folder = folder.resolve()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        run_steps(chosen, folder, 60 * options.minutes)
+        run_steps(chosen, folder, 60 * min(options.minutes, 1440))
     finally:
         print(summary(folder))
     # nvidia-smi or compute-sanitizer may be missing.
@@ -140,11 +138,9 @@ def run_steps(chosen: Sequence[Step], folder: Path, seconds: float) -> None:
         started = time.monotonic()
         outcome = run_step(step, folder, limit)
         spent = time.monotonic() - started
-        lines = [""] + [
-            line for line in _text(folder / f"{step.name}.log").split("\n") if line.strip()
-        ]
+        last = _text(folder / f"{step.name}.log").rstrip().split("\n")[-1]
         row = {"step": step.name, "outcome": outcome, "seconds": f"{spent:.0f}"}
-        row |= {"command": shlex.join(step.command), "last_line": lines[-1][:200]}
+        row |= {"command": shlex.join(step.command), "last_line": last[:200]}
         report.append(folder / "steps.csv", row, [row])
         print(f"{step.name:<13} {outcome:<12} {spent:>4.0f} s  {row['last_line'][:90]}", flush=True)
 
@@ -155,18 +151,16 @@ def run_step(step: Step, folder: Path, limit: float) -> str:
     python_path = os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))
     path = os.pathsep.join((os.environ.get("PATH", ""), "/usr/local/cuda/bin"))
     environment = {**os.environ, "PYTHONPATH": python_path, "PATH": path}
-    log_path = folder / f"{step.name}.log"
+    log_path, out = folder / f"{step.name}.log", str(folder)
     log_path.unlink(missing_ok=True)
     for _ in range(MOST_STARTS if step.restarts else 1):
         left = end - time.monotonic()
         minutes = f"{max(1.0, left - MARGIN_SECONDS) / 60:.2f}"
-        words = (
-            w.replace("{out}", str(folder)).replace("{minutes}", minutes) for w in step.command
-        )
+        words = [w.replace("{out}", out).replace("{minutes}", minutes) for w in step.command]
         with open(log_path, "ab") as log:
             try:
                 process = subprocess.Popen(
-                    [*words], cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
+                    words, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT,
                     stdin=subprocess.DEVNULL, start_new_session=True,
                 )  # fmt: skip
             except OSError:

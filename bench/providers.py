@@ -27,9 +27,7 @@ class Adapter(nn.RNNBase):
 
     It has torch.nn's parameters. The gate differentiates through ``convert``, which lays them out
     as the implementation wants them; for timing ``fix`` does so once.
-
-    Raises:
-        NotImplementedError: the implementation does not support a cell, dtype or layout.
+    NotImplementedError says that the implementation does not support a cell, dtype or layout.
     """
 
     modes: tuple[str, ...] = ("LSTM", "GRU")
@@ -206,37 +204,29 @@ class Provider(NamedTuple):
     step: bool = False  # runs single steps forward only, by module.stream()
 
 
-def _ours(cell: str, *sizes: Any, **options: Any) -> Any:
-    return getattr(fusedrnn, cell)(*sizes, **options)
+def _of(namespace: Any, **fixed: Any) -> Callable[..., Any]:
+    return lambda cell, *sizes, **options: getattr(namespace, cell)(*sizes, **options, **fixed)
 
 
-def _torch(cell: str, *sizes: Any, **options: Any) -> Any:
-    return getattr(nn, cell)(*sizes, **options)
-
-
-def _by(backend: str, *devices: str) -> Provider:
-    return Provider(_ours, partial(fusedrnn.use_backend, backend), devices=devices)
-
-
-def _schedule(name: str) -> Provider:
-    return Provider(_ours, partial(scheduled, name), devices=("cuda",))
+def _by(name: str, *devices: str) -> Provider:
+    schedule = name in ("resident", "cooperative", "stepwise")
+    context = partial(scheduled if schedule else fusedrnn.use_backend, name)
+    return Provider(_of(fusedrnn), context, devices=devices or ("cuda",))
 
 
 PROVIDERS = {
-    TORCH: Provider(_torch),
-    "fusedrnn": Provider(_ours),
-    "torch.nn padded": Provider(_torch, layout="padded"),
-    "fusedrnn lengths": Provider(_ours, layout="lengths"),
-    "fusedrnn stream": Provider(_ours, step=True),
+    TORCH: Provider(_of(nn)),
+    "fusedrnn": Provider(_of(fusedrnn)),
+    "torch.nn padded": Provider(_of(nn), layout="padded"),
+    "fusedrnn lengths": Provider(_of(fusedrnn), layout="lengths"),
+    "fusedrnn stream": Provider(_of(fusedrnn), step=True),
     "fusedrnn torch": _by("torch", "cpu", "cuda"),
-    "fusedrnn recompute": _by("torch", "cpu", "cuda")._replace(
-        build=partial(_ours, recompute=True)
-    ),
+    "fusedrnn recompute": _by("torch", "cpu", "cuda")._replace(build=_of(fusedrnn, recompute=True)),
     "fusedrnn aten": _by("aten", "cpu", "cuda"),
-    "fusedrnn triton": _by("triton", "cuda"),
-    "fusedrnn resident": _schedule("resident"),
-    "fusedrnn cooperative": _schedule("cooperative"),
-    "fusedrnn stepwise": _schedule("stepwise"),
+    "fusedrnn triton": _by("triton"),
+    "fusedrnn resident": _by("resident"),
+    "fusedrnn cooperative": _by("cooperative"),
+    "fusedrnn stepwise": _by("stepwise"),
     "eager loop": Provider(EagerLoop, fp32=matmul_fp32),
     "compiled loop": Provider(CompiledLoop, fp32=matmul_fp32),
     # FlashRNN's LSTM has tf32 only; Haste's GRU lets cuBLAS round to fp16, which is as coarse.

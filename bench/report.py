@@ -20,11 +20,6 @@ import torch
 
 import fusedrnn
 
-try:
-    from tqdm import tqdm
-except ImportError:  # measuring needs torch and triton only
-    tqdm = None
-
 from . import UserError
 from .providers import PROVIDERS, TORCH, matmul_fp32, rnn_fp32
 
@@ -175,17 +170,6 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def progress(items: Any) -> Any:
-    """Iterates behind a progress bar, if tqdm is installed and stderr is a terminal."""
-    return tqdm(items, disable=None, leave=False) if tqdm else items
-
-
-def say(line: str) -> None:
-    """Prints a line above the progress bar."""
-    tqdm.write(line) if tqdm else print(line)
-    sys.stdout.flush()
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

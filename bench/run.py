@@ -44,24 +44,22 @@ def run(
     settings = Settings(torch.device(options.device), options.seed, *times)
     corpus = None
     if needed := max((max(w.train, w.test) for w, _ in plan), default=0):
-        reviews = min(2 * needed, 25_000)  # drawn from twice as many, as from the real file
-        corpus = load(options.imdb, download=options.download, seed=options.seed, reviews=reviews)
+        corpus = load(options.imdb, options.download, options.seed, needed)
     env = report.environment(settings.device, corpus.source if corpus else "random, series")
     results = report.Results(options.out or DEFAULT_FOLDER, env, options.resume)
     done = results.done()
     print(report.head(env, trains, options.quick), flush=True)
     every: list[dict[str, Any]] = []
-    complaints: list[str] = []
     work = [(w, who, cell) for w, who in plan for cell in w.cells if cell in cells]
-    for workload, providers, cell in report.progress(work):
+    for workload, providers, cell in work:
         if time.monotonic() - started > 60 * options.minutes:
-            report.say(f"--minutes ended before {workload.name} {cell}")
+            print(f"--minutes ended before {workload.name} {cell}")
             break
         if (workload.name, cell) in done:
             continue
         results.begin(workload.name, cell)
         case = BenchmarkCase.of(workload, cell, settings, corpus)
-        rows, trainings = gated(case, providers, complaints), {}
+        rows, trainings = gated(case, providers), {}
         if not gate_only:
             alone = case._replace(examples=None, start=None), rows, settings
             if processes:
@@ -69,16 +67,16 @@ def run(
             else:
                 rows = timed(*alone)
             trainings = trained(case, able(rows, "training"), settings) if trains else {}
-        failed = [row["note"] for row in rows.values() if row["gate"] == "failed"]
-        complaints += [f"{workload.name} {cell}: {note}" for note in failed]
         results.add(rows.values(), trainings)
         every += rows.values()
-        for line in report.lines(rows, trainings):
-            report.say(line)
+        print("\n".join(report.lines(rows, trainings)), flush=True)
     print(report.LEGEND)
     print(f"{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
-    print("".join(f"{line}\n" for line in complaints), end="", file=sys.stderr)
-    return every, 1 if complaints else 0
+    wrong = [row for row in every if row["gate"] in ("red", "failed")]
+    for row in wrong:
+        name = " ".join(row[key] for key in ("case", "cell", "provider", "pass"))
+        print(f"{name}: {row['gate']}, {row['note']}", file=sys.stderr)
+    return every, 1 if wrong else 0
 
 
 @contextmanager
@@ -91,12 +89,12 @@ def guarded(row: dict[str, Any]) -> Iterator[None]:
     except Exception as error:  # other implementations may fail in any way
         if "CUDA error" in str(error):  # no later call of this process would work
             raise
-        note = f"{row['provider']}: {type(error).__name__}: {error}"
-        row |= {"gate": "failed", "note": note.partition("\n")[0]}
+        note = f"{type(error).__name__}: {error}".partition("\n")[0]
+        row |= {"gate": "failed", "note": note}
 
 
-def gated(case: BenchmarkCase, providers: Sequence[str], complaints: list[str]) -> Rows:
-    """Returns a row for each provider and pass; adds a line for each tensor that is wrong."""
+def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
+    """Returns a row for each provider and pass; the note names the tensors that are wrong."""
     rows: Rows = {}
     gate, w = Gate(case), case.workload
     fp32 = case.x.device.type == "cuda" and case.x.dtype == torch.float32
@@ -123,9 +121,7 @@ def gated(case: BenchmarkCase, providers: Sequence[str], complaints: list[str]) 
                 judged = by_name if provider == "fusedrnn" and by_name in PROVIDERS else provider
                 verdict = gate.judge(judged, precision, backward=mode == "training")
                 row |= {"gate": "ok" if verdict.ok else "red", "share": verdict.share}
-                row["error"] = verdict.error
-                name = f"{w.name} {case.cell} {provider} {mode}"
-                complaints += [f"{name}: {line}" for line in verdict.failures]
+                row |= {"error": verdict.error, "note": "; ".join(verdict.failures)}
     return rows
 
 

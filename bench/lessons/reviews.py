@@ -16,9 +16,7 @@ from ..providers import build
 from ..train import predict, train
 from . import COLOURS, Result
 
-LOOK_AT = (
-    "precision and recall beside accuracy, and features in bench/models.py, which packs reviews."
-)
+LOOK_AT = "precision and recall beside accuracy; features in bench/models.py packs the reviews."
 #: The larger IMDB case in a size that one core trains in under a minute.
 WORKLOAD = replace(
     EMBEDDING, name="sentiment", T=100, B=64, I=32, H=32, layers=1, dropout=0.0, vocabulary=5_000,
@@ -44,11 +42,7 @@ def scores(matrix: list[list[int]]) -> dict[str, float]:
 
 def run(options: Namespace) -> Result:
     workload = cut_down(WORKLOAD) if options.quick else WORKLOAD
-    # Reviews are drawn from twice as many as are used, as they are from the real file.
-    count = 2 * max(workload.train, workload.test)
-    corpus = data.load(
-        options.imdb, download=options.download, seed=options.seed, reviews=min(count, 25_000)
-    )
+    corpus = data.load(options.imdb, options.download, options.seed, workload.train)
     examples = examples_of(workload, corpus, options.seed)
     torch.manual_seed(options.seed)
     model = Model(build("fusedrnn", "lstm", workload), workload)
@@ -58,8 +52,8 @@ def run(options: Namespace) -> Result:
     tested = len(examples.targets) - examples.known
     lines = [
         f"data: {corpus.source}",
-        f"LSTM {workload.shape}, {workload.steps} steps on {examples.known:,} reviews, tested on "
-        f"{tested:,}",
+        f"LSTM {workload.shape}, {workload.steps} steps on {examples.known:,} reviews, tested on"
+        f" {tested:,}",
         f"{'':<12}{'predicted bad':>15}{'predicted good':>16}",
         *(f"{('bad', 'good')[i]:<12}{row[0]:>15}{row[1]:>16}" for i, row in enumerate(matrix)),
         ", ".join(f"{name} {value:.3f}" for name, value in scores(matrix).items()),
