@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, dispatch, functional, states
@@ -72,23 +72,9 @@ class _Stack(torch.nn.RNNBase):
     def _update_flat_weights(self) -> None:
         """Does nothing: there is no list to update."""
 
-    def _prepare(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | tuple[Tensor, Tensor] | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
-    ) -> arguments.Call:
-        layers = arguments.Layers(
-            self.num_layers,
-            self.bias,
-            self.batch_first,
-            self.dropout,
-            self.training,
-            bool(self.bidirectional),
-            self.recompute,
-        )
+    def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
+        sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
+        layers = arguments.Layers(*sizes, bool(self.bidirectional), self.recompute)
         return arguments.prepare(self._cell, input, hx, self._params(), layers, lengths, reset)
 
     def _params(self) -> list[Tensor]:
@@ -197,23 +183,8 @@ class LSTM(_Stack):
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
-        super().__init__("LSTM", *sizes, proj_size, device, dtype)
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
         if recompute:  # else the class says so, also in modules that began as torch's
             self.recompute = True
 
@@ -236,9 +207,8 @@ class GRU(_Stack):
     reset_after: bool = True
 
     # torch's signature: by position proj_size keeps its place between bidirectional and device.
-    def __init__(
-        self, *args: Any, reset_after: bool = True, recompute: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        recompute = kwargs.pop("recompute", False)
         _refuse_proj_size(args[7:8], kwargs)
         super().__init__("GRU", *args, **kwargs)
         self.reset_after = reset_after
@@ -297,16 +267,18 @@ class _SingleStep(torch.nn.RNNCellBase):
     def forward(self, input: Tensor, hx: Any = None):
         """Runs one step; see the class for shapes and errors."""
         op, p = ATEN_CELL.get(self._cell), self._parameters
-        if is_transformed() or not (dispatch.is_auto() and op):
-            if op is None or is_transformed() or dispatch.requested_backend()[0] != "aten":
-                return functional.run_cell(self._prepare(input, hx))
-        elif hx is not None:
-            try:
-                if input.dim() == 2:
-                    biases = p["bias_ih"], p["bias_hh"]
-                    return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
-                pass  # torch's own forward raises its own error, or reads computed weights
+        backend = "auto" if dispatch.is_auto() else dispatch.requested_backend()[0]
+        if op is None or backend in ("triton", "torch") or is_transformed():
+            return functional.run_cell(self._prepare(input, hx))
+        try:
+            if input.dim() == 2:
+                if hx is None:
+                    h_0 = input.new_zeros(input.shape[0], self.hidden_size)
+                    hx = (h_0, h_0) if op is _VF.lstm_cell else h_0
+                biases = p["bias_ih"], p["bias_hh"]
+                return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+            pass  # torch's own forward raises its own error, or reads computed weights
         return super().forward(input, hx)
 
 

@@ -37,6 +37,7 @@ from .tiles import (
     INITIAL,
     PREVIOUS,
     Program,
+    add_gradients,
     add_to,
     choose,
     entering_state,
@@ -55,6 +56,8 @@ from .tiles import (
     out_rows,
     row_ptrs,
     store,
+    store_h,
+    store_saved,
     store_state,
     time_of,
     visible,
@@ -135,13 +138,13 @@ def _load_h(layers, program, step, origins, TILE: tl.constexpr):
     """``u[chunk]``, whole rows of the h that enters a step."""
     if layers.origins is not None:
         t_before = time_of(tl.maximum(step - 1, 0), program)
-        left_rows = out_rows(program, first_row(layers, program, t_before), TILE)
+        previous_rows = out_rows(program, first_row(layers, program, t_before), TILE)
         initial_rows = row_ptrs(layers.h_0, program.z * program.B, program, TILE.H)
         u = ()
         for n in tl.static_range(len(TILE.chunks)):
-            left = _load_chunk(left_rows, origins == PREVIOUS, n, TILE)
+            previous = _load_chunk(previous_rows, origins == PREVIOUS, n, TILE)
             initial = _load_chunk(initial_rows, origins == INITIAL, n, TILE)
-            u = u + (left + initial,)  # at most one of them is not zero
+            u = u + (previous + initial,)  # at most one of them is not zero
         return u
     else:
         rows = h_rows_before(layers, program, step, TILE)
@@ -219,13 +222,29 @@ def _product_sum(rows, mask_b, w, CELL: tl.constexpr, PART: tl.constexpr, TILE: 
     return tl.sum(total, 0)
 
 
+@triton.jit
+def _gradient_above(
+    layers, grads, program, first, origins, w_ih, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """The gradient of this layer's output, computed from the dgates of the layer above."""
+    P: tl.constexpr = len(CELL.phases)
+    N: tl.constexpr = len(CELL.tiles)
+    row = (program.z + 1) * program.R + first
+    rows = row_ptrs(grads.gates, row, program, N * TILE.H)
+    dy = _product_sum(rows, program.mask_b, w_ih, CELL, P, TILE)
+    if layers.masks is not None:
+        masks = row_ptrs(choose(layers.masks, program.z + 1), first, program, TILE.H)
+        here = is_stored(layers, program, origins)
+        dy *= load(masks, here, program.cols, 1, TILE.H)[0]
+    return visible(layers, (dy,), origins)[0]
+
+
 @triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
 def _cooperative_fwd_kernel(
     layers, shared, T, B, R, first_tile, patience, CELL: tl.constexpr, TILE: tl.constexpr
 ):
     H: tl.constexpr = TILE.H
     G: tl.constexpr = len(CELL.gates)
-    S: tl.constexpr = len(CELL.saved)
     P: tl.constexpr = len(CELL.phases)
     z = tl.program_id(2).to(tl.int64)
     program = _program(layers, z, T, B, R, first_tile, TILE)
@@ -245,7 +264,6 @@ def _cooperative_fwd_kernel(
         published = partners * P * step  # a step publishes h and each operand that is not h
         t = time_of(step, program)
         first = first_row(layers, program, t)
-        row = z * R + first
         origins = load_origins(layers, program, t)
         here = is_present(layers, program, origins)
         reads_gx = here & (program.offs_b < tl.where(z < TILE.D, B, 0))  # the first layer alone
@@ -273,16 +291,10 @@ def _cooperative_fwd_kernel(
         state, saved = CELL.forward(gx, gh, entering)
         state = leaving_state(layers, state, entering, origins)
 
-        result = visible(layers, state, origins)
-        here = is_stored(layers, program, origins)
-        store(out_rows(program, first, TILE), here, cols, (result[0],), H)
+        store_h(layers, program, first, origins, state, TILE)
         publish(counter)
-        # Stored after publishing, because no other program reads them.
-        if layers.gates is not None:
-            saved = visible(layers, saved, origins)
-            store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
-        if layers.cs is not None:
-            store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
+        # Stored after publishing, because no other program reads it.
+        store_saved(layers, program, first, origins, state, saved, CELL, TILE)
 
     store_state(layers.h_n, layers.c_n, program, state, H)
 
@@ -305,10 +317,9 @@ def _cooperative_bwd_kernel(
 
     w_hh = _load_slice(choose(layers.w_hh, z), cols, False, CELL, TILE)
     if TILE.L > 1:
-        above = tl.minimum(z + 1, LAST)
-        w_ih = _load_slice(choose(layers.w_ih, above), cols, False, CELL, TILE)
+        w_ih = _load_slice(choose(layers.w_ih, tl.minimum(z + 1, LAST)), cols, False, CELL, TILE)
     d_state = load_state(grads.h_n, grads.c_n, program, mask_b, H)
-    left = load_state_after(layers, program, time_of(T - 1, program), TILE)
+    after = load_state_after(layers, program, time_of(T - 1, program), TILE)
     loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
 
     for back in range(T):
@@ -316,29 +327,22 @@ def _cooperative_bwd_kernel(
         published = partners * P * back
         # Loaded while this step waits for its partners.
         loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
-        saved, entered, left_before, d_out, d_cs, origins = loaded
+        saved, before, after_previous, d_out, d_cs, origins = loaded
         first = first_row(layers, program, time_of(step, program))
         here = is_stored(layers, program, origins)
         rows = row_ptrs(grads.gates, z * R + first, program, N * H)
 
-        if grads.out is not None:  # of the last layer
-            d_state = add_to(d_state, 0, tl.where(z > LAST - TILE.D, d_out[0], 0.0))
-        if grads.cs is not None:
-            d_state = add_to(d_state, 1, d_cs[0])
+        d_state = add_gradients(d_state, d_out, d_cs)
         if TILE.L > 1:
             if z < LAST:
                 wait(counter_above, published + partners * P, patience)
-                rows_above = rows + R.to(tl.int64) * (N * H)
-                dy = _product_sum(rows_above, mask_b, w_ih, CELL, P, TILE)
-                if layers.masks is not None:
-                    masks = row_ptrs(choose(layers.masks, above), first, program, H)
-                    dy *= load(masks, here, cols, 1, H)[0]
-                d_state = add_to(d_state, 0, visible(layers, (dy,), origins)[0])
+                dy = _gradient_above(layers, grads, program, first, origins, w_ih, CELL, TILE)
+                d_state = add_to(d_state, 0, dy)
 
         d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])
         for p in tl.static_range(P - 1, -1, -1):
-            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
+            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
             dgates = visible(layers, dgates, origins)
             tiles = rows + CELL.grads[p][0] * H
             store(tiles, here, cols, dgates, H)
@@ -347,7 +351,7 @@ def _cooperative_bwd_kernel(
             du = _product_sum(tiles, mask_b, w_hh, CELL, p, TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
-        left, loaded = left_before, loaded_next
+        after, loaded = after_previous, loaded_next
 
     store_state(grads.h_0, grads.c_0, program, d_state, H)
 

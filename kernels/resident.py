@@ -24,6 +24,7 @@ from .rows import Rows
 from .tensors import Grads, Layers
 from .tiles import (
     Program,
+    add_gradients,
     add_to,
     choose,
     entering_state,
@@ -39,11 +40,12 @@ from .tiles import (
     load_state,
     load_state_after,
     load_step,
-    out_rows,
     product_sum,
     products,
     row_ptrs,
     store,
+    store_h,
+    store_saved,
     store_state,
     time_of,
     visible,
@@ -74,7 +76,6 @@ def _load_gx(layers, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "B", "R"])
 def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
     H: tl.constexpr = TILE.H
-    S: tl.constexpr = len(CELL.saved)
     program = _program(layers, T, B, R, TILE)
     d, cols = program.d, program.cols
 
@@ -94,16 +95,9 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
         state, saved = CELL.forward(gx, gh, entering)
         state = leaving_state(layers, state, entering, origins)
 
-        result = visible(layers, state, origins)
-        here = is_stored(layers, program, origins)
         first = first_row(layers, program, time_of(step, program))
-        row = d * R + first
-        store(out_rows(program, first, TILE), here, cols, (result[0],), H)
-        if layers.gates is not None:
-            saved = visible(layers, saved, origins)
-            store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
-        if layers.cs is not None:
-            store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
+        store_h(layers, program, first, origins, state, TILE)
+        store_saved(layers, program, first, origins, state, saved, CELL, TILE)
         gx, origins = gx_next, origins_next
 
     store_state(layers.h_n, layers.c_n, program, state, H)
@@ -118,31 +112,28 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
 
     w_hh = load_matrix(choose(layers.w_hh, d), cols, False, CELL, TILE)
     d_state = load_state(grads.h_n, grads.c_n, program, program.mask_b, H)
-    left = load_state_after(layers, program, time_of(T - 1, program), TILE)
+    after = load_state_after(layers, program, time_of(T - 1, program), TILE)
     loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
 
     for back in range(T):
         step = T - 1 - back
         loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
-        saved, entered, left_before, d_out, d_cs, origins = loaded
+        saved, before, after_previous, d_out, d_cs, origins = loaded
 
-        if grads.out is not None:
-            d_state = add_to(d_state, 0, d_out[0])
-        if grads.cs is not None:
-            d_state = add_to(d_state, 1, d_cs[0])
+        d_state = add_gradients(d_state, d_out, d_cs)
         d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])
         here = is_stored(layers, program, origins)
         first = d * R + first_row(layers, program, time_of(step, program))
         rows = row_ptrs(grads.gates, first, program, N * H)
         for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
-            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
+            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
             dgates = visible(layers, dgates, origins)
             store(rows + CELL.grads[p][0] * H, here, cols, dgates, H)
             du = product_sum(dgates, w_hh, CELL, p, TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
-        left, loaded = left_before, loaded_next
+        after, loaded = after_previous, loaded_next
 
     store_state(grads.h_0, grads.c_0, program, d_state, H)
 

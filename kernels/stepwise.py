@@ -33,6 +33,7 @@ from .tensors import Grads, Layers
 from .tiles import (
     SKIPPED,
     Program,
+    add_gradients,
     add_to,
     choose,
     entering_state,
@@ -47,9 +48,10 @@ from .tiles import (
     load_state,
     load_state_after,
     load_step,
-    out_rows,
     row_ptrs,
     store,
+    store_h,
+    store_saved,
     store_state,
     time_of,
     visible,
@@ -81,7 +83,6 @@ def _stepwise_fwd_kernel(
     """Makes the operand of PHASE; after the last one (PHASE == P) the new state and the next u."""
     H: tl.constexpr = TILE.H
     G: tl.constexpr = len(CELL.gates)
-    S: tl.constexpr = len(CELL.saved)
     P: tl.constexpr = len(CELL.phases)
     program = _program(layers, T, B, R, TILE)
     d, mask_b, cols = program.d, program.mask_b, program.cols
@@ -108,14 +109,8 @@ def _stepwise_fwd_kernel(
             state, saved = CELL.forward(gx, gh, entering)
             state = leaving_state(layers, state, entering, origins)
             store_state(carried.h, carried.c, program, state, H)
-            result = visible(layers, state, origins)
-            here = is_stored(layers, program, origins)
-            store(out_rows(program, first, TILE), here, cols, (result[0],), H)
-            if layers.gates is not None:
-                saved = visible(layers, saved, origins)
-                store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
-            if layers.cs is not None:
-                store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
+            store_h(layers, program, first, origins, state, TILE)
+            store_saved(layers, program, first, origins, state, saved, CELL, TILE)
             following = time_of(tl.minimum(step + 1, T - 1), program)
             origins = load_origins(layers, program, following)
             u = entering_state(layers, state, origins)[0]
@@ -144,20 +139,15 @@ def _stepwise_bwd_kernel(
 
     if PHASE >= 0:
         t = time_of(step, program)
-        saved, entered, _, d_out, d_cs, origins = load_step(
-            layers, grads, program, step, CELL, TILE
-        )
-        left = load_state_after(layers, program, t, TILE)
-        if grads.out is not None:
-            d_state = add_to(d_state, 0, d_out[0])
-        if grads.cs is not None:
-            d_state = add_to(d_state, 1, d_cs[0])
+        saved, before, _, d_out, d_cs, origins = load_step(layers, grads, program, step, CELL, TILE)
+        after = load_state_after(layers, program, t, TILE)
+        d_state = add_gradients(d_state, d_out, d_cs)
         d_leaving, carry = d_state, ()
         for p in tl.static_range(P - 1, PHASE - 1, -1):
             if p < P - 1:
                 du_rows = row_ptrs(carried.u, ((p + 1) * TILE.D + d) * B, program, H)
                 du = load(du_rows, mask_b, cols, 1, H)[0]
-            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
+            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
         # A skipped step leaves the gradient as it was.
         d_state = leaving_state(layers, d_state, d_leaving, origins)
         dgates_rows = row_ptrs(grads.gates, d * R + first_row(layers, program, t), program, N * H)

@@ -10,7 +10,7 @@ import copy
 
 import pytest
 import torch
-from pairs import CELLS, NAMES, B, H, I, T, assert_same, build, gradients, leaves, states_for
+from pairs import CELLS, B, H, I, T, build, gradients, leaves, states_for
 from torch import nn
 
 import fusedrnn
@@ -136,19 +136,6 @@ def steps_with(module, scaler, backend, x, cast=False, overflow=()):
     return seen
 
 
-@pytest.mark.parametrize(("backend", "overflow"), [("auto", ()), ("torch", (1, 2))])
-def test_training_with_a_grad_scaler_is_torchs(backend, overflow):
-    """A step with an infinite gradient is left out, and the scale halved."""
-    theirs, ours = build("LSTM")
-    x = torch.randn(2, B, I, dtype=torch.float64)
-    want, got = (
-        steps_with(module, torch.amp.GradScaler("cpu", init_scale=2.0**10), b, x, False, overflow)
-        for module, b in ((theirs, "auto"), (ours, backend))
-    )
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=1e-12, atol=1e-12, equal_nan=True)
-
-
 def test_whole_steps_under_autocast_with_a_scaler():
     _, ours = build("GRU", FULL)
     before = copy.deepcopy(list(ours.parameters()))
@@ -158,18 +145,6 @@ def test_whole_steps_under_autocast_with_a_scaler():
     assert all(p.isfinite().all() for p in ours.parameters())
     steps_with(ours, torch.amp.GradScaler("cpu"), "torch", torch.randn(T, B, I), cast=True)
     assert not any(map(torch.equal, ours.parameters(), before))
-
-
-@pytest.mark.parametrize("backend", ["aten", "torch"])
-@pytest.mark.parametrize("name", NAMES)
-def test_default_dtype_of_double(backend, name):
-    torch.set_default_dtype(torch.float64)
-    try:
-        theirs, ours = getattr(nn, name)(I, H), getattr(fusedrnn, name)(I, H)
-        ours.load_state_dict(theirs.state_dict())
-        assert_same(backend, theirs, ours, torch.randn(2, B, I))
-    finally:
-        torch.set_default_dtype(FULL)
 
 
 @pytest.mark.parametrize("backend", ["torch", "triton"])

@@ -65,20 +65,6 @@ def test_the_masks_are_those_of_torchs_dropout_bit_for_bit(monkeypatch):
         assert torch.equal(mask, nn.functional.dropout(torch.ones(T, B, 2 * H), 0.3))
 
 
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-@pytest.mark.parametrize(
-    ("p", "training", "layers"), [(0.0, True, 2), (1.0, True, 2), (0.5, False, 2), (0.5, True, 1)]
-)
-@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
-def test_nothing_is_drawn_where_nothing_is_random(backend, p, training, layers):
-    theirs, ours = build("GRU", num_layers=layers, dropout=p)
-    x, state = batch(), torch.get_rng_state()
-    with fusedrnn.use_backend(backend):
-        got = train(ours.train(training), x)
-    assert torch.equal(torch.get_rng_state(), state)
-    assert_close(got, train(theirs.train(training), x))
-
-
 FORMS = {
     "batch first": ({}, {"batch_first": True}),
     "lengths and reset": ({"lengths": LENGTHS, "reset": RESET}, {}),
@@ -99,17 +85,6 @@ def test_every_form_of_input_draws_alike_on_every_backend(form):
             found.append([*train(ours, x, **given), torch.rand(3)])
     assert_close(found[1], found[0])
     assert_close(found[2], found[0])
-
-
-def test_states_are_those_of_the_forward():
-    _, ours = build("GRU", num_layers=2, dropout=0.4)
-    x = batch()
-    with fusedrnn.use_backend("torch"):
-        torch.manual_seed(3)
-        want = ours(x)
-        torch.manual_seed(3)
-        states = ours.states(x)
-    assert_close((states.output, states.h_n), want)
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])

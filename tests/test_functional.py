@@ -23,7 +23,6 @@ from pairs import (
     run,
     states_for,
 )
-from torch import nn
 from torch.nn.utils.rnn import unpack_sequence
 
 import fusedrnn
@@ -218,14 +217,3 @@ def test_modules_on_the_kernels(name, is_packed, device):
     truth = run(theirs.double(), input.to("cpu", torch.float64))
     for i, tensors in enumerate(zip(got, ref, truth, strict=True)):
         assert_budget(f"tensor {i}", *tensors)
-
-
-@pytest.mark.parametrize("kind", [nn.LSTM, nn.GRU, nn.RNN])
-@pytest.mark.parametrize("backend", ["aten", "torch"])
-def test_one_state_for_all_sequences(kind, backend):
-    theirs, ours = build(kind.__name__, num_layers=2)
-    x, hx = batch(), states_for(ours, 1)
-    whole = tuple(h.expand(2, B, H) for h in hx) if isinstance(hx, tuple) else hx.expand(2, B, H)
-    with fusedrnn.use_backend(backend):
-        got = leaves(ours(x, hx))
-    assert_close(got, leaves(theirs(x, whole)))

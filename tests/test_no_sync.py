@@ -209,19 +209,12 @@ def test_other_ways_to_call(form):
 PLANTED = {
     "item": lambda t: t.sum().item(),
     "truth": lambda t: bool(t.any()),
-    "number": lambda t: int(t.sum()),
-    "fraction": lambda t: float(t.sum()),
     "list": lambda t: t.tolist(),
     "copy": lambda t: t.cpu(),
-    "move": lambda t: t.to("cpu"),
     "array": lambda t: t.numpy(),
-    "range": lambda t: range(t.sum().long()),
     "nonzero": lambda t: torch.nonzero(t),
     "where": lambda t: torch.where(t > 0),
     "mask": lambda t: t[t > 0],
-    "write by mask": lambda t: t.index_put((t > 0,), t.sum()),
-    "equal": lambda t: torch.equal(t, t),
-    "unique": lambda t: torch.unique(t),
     "repeat": lambda t: torch.repeat_interleave(t.flatten().long().abs()),
 }
 

@@ -7,7 +7,6 @@ kernels run on the same numbers.
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 
 import pytest
@@ -19,7 +18,6 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fusedrnn
 from fusedrnn.arguments import as_hx
 from fusedrnn.kernels.plan import Problem, chip_of, plan_stack
-from fusedrnn.testing import assert_budget
 
 T, B, I = 70, 6, 3
 #: Each schedule by a size and dtype that bring it about; the loop takes any.
@@ -103,25 +101,6 @@ def captured(run):
 
 @kernels
 @pytest.mark.parametrize("option", OPTIONS)
-def test_a_users_graph_of_forward(route, option, device):
-    """Captured once, replayed on other inputs: equal to eager calls."""
-    module = make(route, device, "gru")
-    x, hx, options = given(module, device, option)
-    with on_route(route), torch.no_grad():
-        run = lambda: leaves(module(x, hx, **options))  # noqa: E731
-        warmed_up(run)
-        graph, results = captured(run)
-        for _ in range(2):
-            for static in (x, *leaves(hx)):
-                static.copy_(torch.randn_like(static))
-            for static in options.values():
-                static.copy_(static.roll(1, -1))
-            graph.replay()
-            assert_same(results, run())
-
-
-@kernels
-@pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_users_graph_of_a_training_step(route, option, recompute, device):
     module = make(route, device, recompute=recompute)
@@ -161,16 +140,6 @@ def test_nothing_waits_for_the_device(route, option, device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def test_waiting_would_be_noticed(device):
-    """Else the test above could not fail."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchron"):
-            torch.ones(1, device=device).item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-
-
 def masked(module, x):
     with torch.no_grad():
         return module(x)[0].clone()
@@ -196,41 +165,6 @@ def test_a_restored_generator_gives_the_same_masks(route, device):
         assert torch.equal(masked(module, x), first)
 
 
-def test_the_masks_of_both_backends_are_those_of_torchs_dropout(device):
-    """Philox's seed and offset are advanced alike, so what is drawn afterwards is alike too."""
-    found = []
-    for route in ("resident", "loop"):
-        torch.manual_seed(0)
-        module = make(route, device, dropout=0.5)
-        x = torch.ones(T, B, I, device=device)
-        with on_route(route):
-            torch.manual_seed(11)
-            found.append((masked(module, x), torch.rand(3, device=device)))
-    (left, after), (right, after_too) = found
-    assert torch.equal(after, after_too)
-    torch.testing.assert_close(left, right)  # another mask would be another output altogether
-
-
-@pytest.mark.parametrize("route", ["resident", "loop"])
-def test_a_replay_draws_new_masks(route, device):
-    """In a graph the generator's offset advances with each replay, and a seed starts it again."""
-    module = make(route, device, dropout=0.5)
-    x, _, _ = given(module, device)
-    with on_route(route), torch.no_grad():
-        run = lambda: module(x)[0]  # noqa: E731
-        warmed_up(run)
-        graph, output = captured(run)
-        found = []
-        for _ in range(2):
-            torch.manual_seed(5)
-            for _ in range(2):
-                graph.replay()
-                found.append(output.clone())
-        assert not torch.equal(found[0], found[1])
-        assert torch.equal(found[0], found[2])
-        assert torch.equal(found[1], found[3])
-
-
 @routes
 @pytest.mark.parametrize("option", OPTIONS)
 def test_two_runs_have_the_same_bits(route, option, device):
@@ -243,46 +177,6 @@ def test_two_runs_have_the_same_bits(route, option, device):
         finally:
             torch.use_deterministic_algorithms(False)
     assert_same(first, second)
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
-def test_autocast(cell, backend, half, device):
-    """Bit for bit the module in that dtype; gradients arrive in fp32."""
-    module = make("resident", device, cell)
-    low = copy.deepcopy(module).to(half)
-    x, hx, _ = given(module, device)
-    low_hx = as_hx([h.to(half) for h in leaves(hx)])
-    with fusedrnn.use_backend(backend):
-        want = train(low, x.to(half), low_hx, {})
-        with torch.autocast("cuda", half):
-            got = train(module, x, hx, {})
-    count = 1 + len(leaves(hx))
-    assert all(t.dtype == half for t in got[:count])
-    assert all(t.dtype == torch.float32 for t in got[count:])
-    assert_same(got, [*want[:count], *(t.float() for t in want[count:])])
-
-
-def test_gradient_scaling(device):
-    """Steps under fp16 and a scaler: an overflow is skipped, the others take the scale out."""
-    module = make("resident", device)
-    x, hx, _ = given(module, device)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-    before = [p.detach().clone() for p in module.parameters()]
-    for step in range(40):
-        optimizer.zero_grad()
-        with fusedrnn.use_backend("triton"), torch.autocast("cuda", torch.float16):
-            loss = module(x, hx)[0].float().square().mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if step == 0:
-            assert_same([p.detach() for p in module.parameters()], before)
-    assert scaler.get_scale() < 2.0**40
-    assert all(p.isfinite().all() for p in module.parameters())
-    assert not any(map(torch.equal, before, module.parameters()))
 
 
 @routes
@@ -301,22 +195,3 @@ def test_a_side_stream(route, device):
             got = train(module, late, hx, options)
         torch.cuda.current_stream().wait_stream(stream)
         assert_same(got, want)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@routes
-def test_a_device_that_is_not_the_current_one(route, device):
-    module = make(route, torch.device("cuda:0"))
-    x, hx, options = given(module, torch.device("cuda:0"))
-    other = copy.deepcopy(module).to("cuda:1")
-    there = as_hx([h.to("cuda:1") for h in leaves(hx)])
-    with on_route(route), torch.cuda.device(0):
-        want = train(module, x, hx, options)
-        got = train(other, x.to("cuda:1"), there, options)
-        assert torch.cuda.current_device() == 0
-    assert all(t.device == torch.device("cuda:1") for t in got)
-    truth = train(
-        copy.deepcopy(module).double(), x.double(), as_hx([h.double() for h in leaves(hx)]), {}
-    )
-    for i, (g, w, t) in enumerate(zip(got, want, truth, strict=True)):
-        assert_budget(f"result {i}", g.cpu(), w.cpu(), t.cpu())

@@ -16,15 +16,13 @@ from pairs import (
     batch,
     build,
     leaves,
-    packed,
-    states_for,
 )
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import fusedrnn
-from fusedrnn import ops, reference, stack
+from fusedrnn import reference
 from fusedrnn.layout import Sequences
 from fusedrnn.stack import StackConfig
 
@@ -97,14 +95,6 @@ def test_fake_results_have_the_real_shapes(backend, recompute, save):
         ]
         shapes = [t.shape for t in torch.ops.fusedrnn.rnn_forward(*fake, save)]
     assert shapes == [t.shape for t in found]
-
-
-def test_on_meta_tensors():
-    module = fusedrnn.GRU(I, H, device="meta")
-    for backend in ("auto", "torch"):
-        with fusedrnn.use_backend(backend):
-            output, h_n = module(torch.zeros(T, B, I, device="meta"))
-        assert (output.shape, h_n.shape) == ((T, B, H), (1, B, H))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -208,24 +198,6 @@ def test_a_wrong_second_derivative_is_found(monkeypatch):
         test_derivatives_of_higher_order_are_torchs("GRU", 2)
 
 
-def test_backward_twice_and_without_gradients_of_some():
-    _, ours = build("LSTM", num_layers=2)
-    ours.weight_ih_l0.requires_grad_(False)
-    with fusedrnn.use_backend("torch"):
-        output, (h_n, c_n) = ours(batch())
-    sources = [p for p in ours.parameters() if p.requires_grad]
-    for result in (output, h_n, c_n):  # the gradients of the others are missing
-        first = torch.autograd.grad(result.sum(), sources, retain_graph=True)
-        assert all(
-            map(torch.equal, first, torch.autograd.grad(result.sum(), sources, retain_graph=True))
-        )
-    frozen = ours.requires_grad_(False)
-    x = batch().requires_grad_()
-    with fusedrnn.use_backend("torch"):
-        frozen(x)[0].sum().backward()
-    assert x.grad.abs().sum() > 0
-
-
 def test_parameters_whose_data_is_replaced_before_backward():
     _, ours = build("GRU")
     with fusedrnn.use_backend("torch"):
@@ -307,32 +279,3 @@ def test_eager_calls_skip_the_dispatcher(monkeypatch):
         assert "fusedrnn::rnn_forward" in {event.name for event in profile.events()}
         monkeypatch.setattr(torch.ops.fusedrnn, "rnn_forward", None)
         module(x)[0].sum().backward()
-
-
-def test_second_gradients_reach_no_kernel_state(monkeypatch):
-    """The gradient of the gradient runs the reference, the first one the stack's backward."""
-    calls = []
-    for home, name in ((stack, "backward"), (ops, "differentiable_stack")):
-        run = getattr(home, name)
-        watch = lambda *a, run=run, name=name: (calls.append(name), run(*a))[1]  # noqa: E731
-        monkeypatch.setattr(home, name, watch)
-    _, module = build("GRU")
-    x = batch().requires_grad_()
-    with fusedrnn.use_backend("torch"):
-        loss = loss_of(module(x))
-        (grad,) = torch.autograd.grad(loss, x, create_graph=True)
-        assert calls == ["backward"]
-        grad.sum().backward()
-    assert "differentiable_stack" in calls
-
-
-def test_packed_rows_and_states_have_second_derivatives():
-    _, ours = build("GRU", num_layers=2)
-    input, hx = packed(), states_for(ours, 3)
-    hx.requires_grad_()
-    found = []
-    for backend in ("aten", "torch"):
-        with fusedrnn.use_backend(backend):
-            loss = loss_of(ours(input, hx))
-        found.append(penalised(loss, [hx, *ours.parameters()], 2))
-    assert_close(found[1], found[0], 1e-10)

@@ -144,20 +144,6 @@ def test_autocast_and_states():
         check(Mixed(), lambda T, B: ((torch.randn(T, B, I),), {}))
 
 
-def test_dropout_and_its_generator():
-    """aot_eager calls torch's generator as eager does: the same masks from one seed."""
-    module = fusedrnn.LSTM(I, H, num_layers=3, dropout=0.5)
-    compiled = torch.compile(module, fullgraph=True, backend="aot_eager")
-    x, results = torch.randn(5, 3, I), []
-    with fusedrnn.use_backend("torch"):
-        for run in (module, compiled, compiled):
-            torch.manual_seed(7)
-            output, _ = run(x)
-            results.append((output, *torch.autograd.grad(output.sum(), list(module.parameters()))))
-    torch.testing.assert_close(results[1], results[0])
-    assert torch.equal(results[1][0], results[2][0])
-
-
 def test_the_choice_of_a_backend_is_followed():
     module, x = fusedrnn.LSTM(I, H), torch.randn(5, 3, I)
     nodes = Nodes("eager")
