@@ -60,11 +60,6 @@ def test_several_old_files_widen_the_spread(write):
     assert run(old, other, new) == 0
 
 
-def test_the_last_row_of_a_case_counts(write):
-    red = "a,lstm,forward,fusedrnn,failed,,,,,\n"
-    assert run(write("old", OLD), write("new", red + OLD)) == 0
-
-
 def test_cases_of_one_file_are_printed(write, capsys):
     assert run(write("old", OLD), write("new", OLD.replace("a,lstm", "b,lstm"))) == 0
     printed = capsys.readouterr().out

@@ -5,7 +5,7 @@ import argparse
 import pytest
 import torch
 
-from bench import UserError, distributed
+from bench import distributed
 
 
 @pytest.mark.slow
@@ -16,8 +16,3 @@ def test_ddp_and_fully_shard_have_the_losses_of_one_process(capsys):
     alone, ddp, fsdp = capsys.readouterr().out.splitlines()
     assert alone.split()[2:] == ddp.split()[1:] == fsdp.split()[1:]
     assert len(set(alone.split()[2:])) == 4
-
-
-def test_processes_must_divide_the_batch():
-    with pytest.raises(UserError, match="divides the batch"):
-        distributed.run(argparse.Namespace(processes=3, cell="lstm"))

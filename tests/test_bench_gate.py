@@ -9,6 +9,7 @@ from bench import providers
 from bench.cases import RAGGED, Workload, cut_down, named
 from bench.gate import Gate
 from bench.measure import PASSES, BenchmarkCase, Settings
+from bench.peers import applies
 from bench.providers import PROVIDERS, TORCH, Provider
 from bench.run import able, gated, timed
 
@@ -93,11 +94,8 @@ def test_a_provider_that_ignores_the_order_of_packed_sequences_is_red(monkeypatc
 def test_every_provider_is_equal_or_refuses(name, cell):
     (workload,) = map(cut_down, named(name))
     case = BenchmarkCase.of(workload, cell, SETTINGS)
-    names = [n for n, entry in PROVIDERS.items() if "cpu" in entry.devices]
-    names = [n for n in names if workload.ragged or not PROVIDERS[n].layout]
-    names = [
-        n for n in names if n != "compiled loop" and (workload.T == 1 or not PROVIDERS[n].step)
-    ]
+    names = [n for n, entry in PROVIDERS.items() if "cpu" in entry.devices and applies(n, workload)]
+    names.remove("compiled loop")  # compiling takes a minute
     rows = gated(case, names)
     assert {row["gate"] for row in rows.values()} <= {"ok", "reference", "refused"}
     refused = {name for (name, _), row in rows.items() if row["gate"] == "refused"}
