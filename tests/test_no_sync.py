@@ -21,6 +21,7 @@ import fusedrnn
 from fusedrnn import arguments, functional, stack
 
 T, B = 3, 4
+DEVICE = torch.device("cpu")  # it stands for the GPU
 FP32, FP64 = torch.float32, torch.float64  # lead to the schedules resident and stepwise
 LENGTHS = torch.tensor([2, 0, 3, 1])
 RESET = torch.zeros(T, B, dtype=torch.bool)
@@ -85,7 +86,12 @@ def blind(*host):
 
     def blinded(name):
         def look(self, *args, **kwargs):
-            if host.has(self) or (name == "to" and "cpu" not in (*args, *kwargs.values())):
+            if name == "to" and "cpu" not in (*args, *kwargs.values()):
+                if DEVICE in args and host.has(self) and not kwargs.get("non_blocking"):
+                    raise LookedError("the host waits for a copy of its tensor")
+                result = real[name](self, *args, **kwargs)
+                return result.clone() if DEVICE in args else result  # which the host does not have
+            if host.has(self):
                 return real[name](self, *args, **kwargs)
             raise LookedError(name)
 
@@ -164,6 +170,13 @@ def test_forward_and_backward(name):
         results = run()
     assert launches
     assert all(result.isfinite().all() for result in results if result is not None)
+
+
+def test_a_blocking_copy_is_found():
+    with blind(LENGTHS), pytest.raises(LookedError, match="waits"):
+        LENGTHS.to(DEVICE)
+    with blind(LENGTHS):
+        LENGTHS.to(DEVICE, non_blocking=True)
 
 
 PLANTED = {
