@@ -18,12 +18,11 @@ TRITON_PATHS := FUSEDRNN_TRITON_36=$(CURDIR)/.triton-3.6 FUSEDRNN_TRITON_39=$(CU
 # CPU. One kernel for all x86 CPUs makes a test's result the same on each.
 ONE_ORDER := $(if $(filter x86_64,$(shell uname -m)),OPENBLAS_CORETYPE=Haswell)
 # One thread for each of the two processes, so that they do not compete for the cores.
-PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(ONE_ORDER) $(PY) -m pytest -n 2 \
-	--dist loadgroup --benchmark-disable
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(ONE_ORDER) $(PY) -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format bench lesson study gpu clean
+.PHONY: help demo test test-all lint format lesson study gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -45,9 +44,6 @@ lint: $(READY)  ## check with ruff and mypy
 format: $(READY)  ## repair what ruff can repair
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
-
-bench: $(READY)  ## time the main cases with pytest-benchmark
-	$(PY) -m pytest bench $(ARGS)
 
 lesson: $(READY)  ## run an experiment of a course (NAME=gates; without NAME: list them)
 	$(PY) -m bench lesson $(NAME) $(ARGS)

@@ -6,6 +6,7 @@ import argparse
 import math
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
@@ -13,114 +14,93 @@ from typing import Any
 
 import torch
 
-from . import UserError, run
-from .cases import every_case
+from . import UserError
 
-#: Options of several commands; a command lists those that it has.
+#: Options of several commands, whose modules list those that they take.
 SHARED: dict[str, dict[str, Any]] = {
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "default: auto"},
     "imdb": {"metavar": "PATH", "help": "imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB"},
     "download": {"action": "store_true", "help": "fetch imdb.npz (17 MB) if there is none"},
-    "out": {"type": Path, "metavar": "DIR", "help": "folder of the results"},
+    "out": {"type": Path, "metavar": "DIR", "help": "of the results; default bench/results/local"},
     "seed": {"type": int, "default": 0, "help": "of weights, data and dropout"},
     "quick": {"action": "store_true", "help": "tiny sizes: tests the program, measures nothing"},
-    "minutes": {"type": float, "help": "begin no case after this time"},
+    "minutes": {"type": float, "default": math.inf, "help": "begin no case after this time"},
+    "resume": {"action": "store_true", "help": "continue the folder of --out"},
 }
 #: Of each command the module, which is imported when it is called, the function, and the help.
 COMMANDS = {
-    "imdb": ("run.main_job", "the part of the main job on reviews"),
-    "sine": ("run.main_job", "the part of the main job on a sine and a price"),
+    "demo": ("run.demo", "results, speed and training on reviews and series; the default"),
+    "imdb": ("run.demo", "the part of the demo on reviews"),
+    "sine": ("run.demo", "the part of the demo on a sine and a price"),
     "cpu": ("cpu.run", "all workloads on the CPU, in new processes (8 minutes)"),
-    "ragged": ("run.ragged_job", "different lengths: padded, packed, with lengths"),
+    "ragged": ("run.ragged", "different lengths: padded, packed, with lengths"),
+    "cases": ("peers.run", "all implementations on named cases; without names, their list"),
     "gpu": ("gpu.run", "on a CUDA machine: gate, times, tests, tuning"),
+    "tune": ("tune.run", "find the fastest plans, as entries for kernels/plan.py"),
     "lesson": ("lessons.command.run", "an experiment of a course; without a name, the list"),
     "compare": ("compare.run", "what became slower, wrong or larger between CSV files"),
     "plot": ("plot.run", "draw a results folder"),
-    "report": ("report.run", "a folder's table of speeds, printed or into a page"),
+    "report": ("report.run", "print a folder's table of speeds"),
     "references": ("references.run", "times of the named cases that others have published"),
-    "tune": ("tune.run", "find the fastest plans, as entries for kernels/plan.py"),
     "distributed": ("distributed.run", "DDP and fully_shard beside one process"),
 }
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit code: 0, 1 for a wrong result, 2 for an error of the user."""
+    """Returns the exit code: 0, 1 for a wrong result, 2 for an error of the user, 3 of CUDA."""
     argv = sys.argv[1:] if argv is None else argv
-    options = _parser(argv).parse_args(argv)
+    if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
+        argv = ["demo", *argv]
+    options = _parser(argv[0]).parse_args(argv)
     try:
         _check(options)
         code = options.run(options)
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"{options.prog}: {error}", file=sys.stderr)
+        print(f"python -m bench {options.command}: {error}", file=sys.stderr)
         return 2
-    except BrokenPipeError:  # as in `--list | head`; Python would report it once more at its end
+    except BrokenPipeError:  # as in `cases | head`; Python would report it once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
+    except RuntimeError as error:
+        if "CUDA error" not in str(error):
+            raise
+        traceback.print_exc()
+        return 3
 
 
-def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
-    """Returns the parser with the options of the commands in ``argv``."""
+def _parser(command: str) -> argparse.ArgumentParser:
+    """Returns the parser, with the options of one command."""
     parser = argparse.ArgumentParser(
-        prog="python -m bench", description=__doc__.partition(": ")[2],
-        epilog="Without a command: results, speed and training on IMDB and the series.",
+        prog="python -m bench", usage="python -m bench [COMMAND] [OPTIONS]",
+        description=__doc__.partition(": ")[2], epilog="COMMAND --help lists the options of each.",
     )  # fmt: skip
-    for name, settings in SHARED.items():
-        parser.add_argument(f"--{name}", **settings)
-    add = parser.add_argument_group("other cases").add_argument
-    add(
-        "--cases",
-        metavar="NAMES",
-        dest="names",
-        help="time every provider on these cases or groups",
+    commands = parser.add_subparsers(
+        title="commands", metavar="", dest="command", prog="python -m bench"
     )
-    add("--providers", metavar="NAMES", help="of --cases: these beside torch.nn, or all (default)")
-    add("--cells", metavar="NAMES", help="of --cases: lstm,gru,rnn (default)")
-    add("--gate-only", action="store_true", help="of --cases: compare results, measure no time")
-    add("--resume", action="store_true", help="continue the folder of --out")
-    add("--list", action="store_true", help="print the cases")
-    parser.set_defaults(run=_without_command, prog=parser.prog, command=None)
-    commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
     for name, (place, words) in COMMANDS.items():
         sub = commands.add_parser(name, help=words, description=words)
-        if name in argv:
+        if name == command:
             path, _, function = place.rpartition(".")
             module = import_module(f".{path}", __package__)
-            of_module = getattr(module, "OPTIONS", ())
-            for option in SHARED if function == "main_job" else of_module:
-                # An option before the command holds too, so there is no second default.
-                sub.add_argument(f"--{option}", **SHARED[option] | {"default": argparse.SUPPRESS})
-            if path != "run":
+            if hasattr(module, "add_arguments"):
                 module.add_arguments(sub)
-            sub.set_defaults(run=getattr(module, function), prog=sub.prog)
+            for option in getattr(module, "OPTIONS", ()):
+                sub.add_argument(f"--{option}", **SHARED[option])
+            sub.set_defaults(run=getattr(module, function))
     return parser
 
 
-def _without_command(options: argparse.Namespace) -> int:
-    if options.list:
-        for w in every_case():
-            print(f"{w.name:<28} {w.group:<12} {w.shape} {w.dtype} {', '.join(w.cells)}")
-        return 0
-    return run.main_job(options) if options.names is None else run.cases_job(options)
-
-
 def _check(options: argparse.Namespace) -> None:
-    """Raises UserError for options that do not fit together, and settles the device."""
-    alone = {"--cases": options.names, "--list": options.list}
-    others = {"--providers": options.providers, "--cells": options.cells}
-    others["--gate-only"] = options.gate_only
-    for name, value in (alone | others).items():
-        if value and options.command:
-            raise UserError(f"{name} cannot be used with {options.command}")
-        if value and name in others and options.names is None:
-            raise UserError(f"{name} needs --cases")
-    if options.minutes is not None and not 0 < options.minutes < math.inf:
+    """Settles the device."""
+    if not getattr(options, "minutes", 1) > 0:
         raise UserError(f"--minutes must be a number above 0, not {options.minutes:g}")
-    if options.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("--device cuda needs a GPU, and torch finds none")
-    if options.device == "auto":
-        options.device = "cuda" if torch.cuda.is_available() else "cpu"
+    if "device" in options:
+        if options.device == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda needs a GPU, and torch finds none")
+        if options.device == "auto":
+            options.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

@@ -15,34 +15,25 @@ EVERY_CELL = (*CELLS, "rnn")
 
 @dataclass(frozen=True)
 class Workload:
-    """The shape of an RNN, its task, and how long it is trained.
+    """The shape of an RNN, its task, and how long it is trained."""
 
-    Attributes:
-        name: unique; ``--cases`` takes it, or the name of the group.
-        task: ``"one-hot"`` or ``"embedding"`` reviews, a forecast of ``"sine"`` or ``"price"``, or
-            ``"none"``: it is timed on random input and not trained.
-        ragged: the input is a PackedSequence.
-        train, test: number of reviews; a series is split 4 to 1 in order of time.
-        steps, gpu_steps: optimiser steps on the CPU and on a GPU.
-    """
-
-    name: str
+    name: str  # unique
     group: str
-    task: str
+    task: str  # reviews: one-hot, embedding; series: sine, price; none: random input, not trained
     T: int
     B: int
     I: int
     H: int
     layers: int = 1
     bidirectional: bool = False
-    ragged: bool = False
+    ragged: bool = False  # the input is a PackedSequence
     dropout: float = 0.0
     dtype: str = "float32"
     cells: tuple[str, ...] = EVERY_CELL
     vocabulary: int = 0
-    train: int = 0
+    train: int = 0  # reviews; a series is split 4 to 1 in order of time
     test: int = 0
-    steps: int = 0
+    steps: int = 0  # of the optimiser, on the CPU
     gpu_steps: int = 0
     learning_rate: float = 1e-2
 
@@ -77,35 +68,38 @@ LESSONS = (
     *TRAINED,
     CHARACTER,
 )
+#: The least that must work on a GPU.
+FIRST = Workload("first", "toy", "none", T=20, B=16, I=64, H=128)
 LONG = Workload("long", "toy", "none", T=500, B=16, I=64, H=64)
 RAGGED = Workload("ragged", "ragged", "none", T=500, B=32, I=128, H=128, ragged=True)
 
 
-def _kernelbench(number: int, cell: str, both: bool) -> Workload:
-    sizes = 512, 10, 128, 256, 6, both
-    return Workload(f"kernelbench-{number}", "kernelbench", "none", *sizes, cells=(cell,))
-
-
-def _deepbench(cell: str, H: int, B: int, T: int) -> Workload:
-    return Workload(f"deepbench-{cell}-{H}", "deepbench", "none", T, B, H, H, cells=(cell,))
-
-
 #: Sizes that others have published times of (``bench/references.csv``).
 PUBLISHED = (
-    _kernelbench(35, "lstm", False), _kernelbench(38, "lstm", True),
-    _kernelbench(39, "gru", False), _kernelbench(41, "gru", True),
-    _deepbench("lstm", 256, 16, 150), _deepbench("lstm", 512, 16, 25),
-    _deepbench("lstm", 1024, 32, 25), _deepbench("lstm", 1536, 16, 50),
-    _deepbench("gru", 1024, 32, 1500), _deepbench("gru", 1536, 32, 375),
+    *(
+        Workload(f"kernelbench-{n}", "kernelbench", "none", 512, 10, 128, 256, 6, D, cells=(cell,))
+        for n, cell, D in (
+            (35, "lstm", False), (38, "lstm", True), (39, "gru", False), (41, "gru", True),
+        )
+    ),
+    *(
+        Workload(f"deepbench-{cell}-{H}", "deepbench", "none", T, B, H, H, cells=(cell,))
+        for cell, H, B, T in (
+            ("lstm", 256, 16, 150), ("lstm", 512, 16, 25), ("lstm", 1024, 32, 25),
+            ("lstm", 1536, 16, 50), ("gru", 1024, 32, 1500), ("gru", 1536, 32, 375),
+        )
+    ),
 )  # fmt: skip
 
 
 def sweep() -> Iterator[Workload]:
-    """Yields sizes, batches, dtypes, lengths and kinds; the usual ones first, for it may be cut."""
+    """Yields sizes, batches, dtypes, lengths and kinds; the usual ones first."""
     kinds: dict[str, dict] = {
-        "": {}, "-packed": {"ragged": True}, "-bidirectional": {"bidirectional": True},
-        "-stacked": {"layers": 2},
-    }  # fmt: skip
+        "": {},
+        "-packed": {"ragged": True},
+        "-bidirectional": {"bidirectional": True},
+    }
+    kinds["-stacked"] = {"layers": 2}
     sizes = (64, 256, 1024, 128, 512, 32, 16, 192, 384, 768, 2048)
     dtypes = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
     lengths, batches = (512, 64, 1024, 256, 4096), (16, 64, 1, 128, 256)
@@ -117,24 +111,20 @@ def sweep() -> Iterator[Workload]:
 
 
 def every_case() -> tuple[Workload, ...]:
-    return (*LESSONS, LONG, RAGGED, *PUBLISHED, *sweep())
+    return (*LESSONS, FIRST, LONG, RAGGED, *PUBLISHED, *sweep())
 
 
 def named(names: str) -> tuple[Workload, ...]:
-    """Returns the workloads of a list of names of cases, groups or ``lessons``, with commas.
-
-    Raises:
-        UserError: a name is unknown; the message suggests similar ones.
-    """
+    """Returns the workloads of a list of names of cases, groups or ``lessons``, with commas."""
     by_name = {"lessons": LESSONS}
     for workload in every_case():
-        by_name[workload.group] = (*by_name.get(workload.group, ()), workload)
-    by_name |= {w.name: (w,) for w in every_case()}
+        for name in (workload.group, workload.name):
+            by_name[name] = (*by_name.get(name, ()), workload)
     workloads: dict[Workload, None] = {}  # an ordered set
     for name in names.split(","):
         if name not in by_name:
             near = get_close_matches(name, by_name, n=4, cutoff=0.5)
-            hint = f"similar names are {', '.join(near)}" if near else "--list prints all names"
+            hint = f"similar names are {', '.join(near)}" if near else "`cases` alone lists all"
             raise UserError(f"there is no case {name!r}; {hint}")
         workloads |= dict.fromkeys(by_name[name])
     return tuple(workloads)

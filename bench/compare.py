@@ -1,15 +1,13 @@
 """``python -m bench compare OLD.csv ... NEW.csv``: cases that became slower, wrong or larger.
 
-Times of two runs cannot be compared, because machines and their load differ. Ratios to torch.nn
-within one run can. A case is slower where the spread of its new ratio lies below the spreads of all
-old ones by more than the tolerance. One old file does not show how far a ratio moves between runs
-of the same code, so give several.
+Ratios to torch.nn are compared, because the times of two runs depend on the load. A case is slower
+where the spread of its new ratio lies below the spreads of all old ones by more than the tolerance.
+One old file does not show how far a ratio moves between runs of the same code, so give several.
 """
 
 from __future__ import annotations
 
 import argparse
-import json
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -32,8 +30,6 @@ def run(options: argparse.Namespace) -> int:
         raise UserError("compare takes at least two files, the new one last")
     *old, new = options.files
     found = list(changes([read(path) for path in old], read(new), options.tolerance))
-    for line in differences(old[-1], new):
-        print(line)
     for kind, line in found:
         print(f"{kind:<8} {line}")
     bad = sum(kind in ("slower", "wrong", "larger") for kind, _ in found)
@@ -42,11 +38,7 @@ def run(options: argparse.Namespace) -> int:
 
 
 def read(path: Path):
-    """Returns a results.csv as a DataFrame; of several rows for one case the last counts.
-
-    Raises:
-        UserError: the file cannot be read or lacks a column.
-    """
+    """Returns a results.csv as a DataFrame; of several rows for one case the last counts."""
     import pandas
 
     try:
@@ -85,13 +77,3 @@ def changes(old: list, new, tolerance: float) -> Iterator[tuple[str, str]]:
         for column, limit in limits.items():
             if row[column] > limit[key]:
                 yield "larger", f"{name}: {column} {row[column]:g}, at most {limit[key]:g} before"
-
-
-def differences(old: Path, new: Path) -> Iterator[str]:
-    """Yields what differs between the environment.json files beside two results."""
-    files = [path.with_name("environment.json") for path in (old, new)]
-    if all(path.exists() for path in files):
-        before, after = (json.loads(path.read_text()) for path in files)
-        for key in sorted(before.keys() | after.keys()):
-            if before.get(key) != after.get(key):
-                yield f"{key}: {before.get(key)} -> {after.get(key)}"

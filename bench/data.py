@@ -14,6 +14,7 @@ import math
 import os
 import pickle
 import re
+import sys
 import tarfile
 import urllib.request
 import zipfile
@@ -24,7 +25,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import UserError
 
@@ -41,16 +42,12 @@ START, RARE, FIRST = 1, 2, 3
 MAX_RANK = 88_584
 
 
-class DataError(UserError):
-    """The data is missing, damaged or not what it claims to be."""
-
-
 class Reviews(NamedTuple):
     """Reviews laid end to end, as word ranks; rank 1 is the most frequent word."""
 
     ids: Tensor  # int32 [words]
     offsets: Tensor  # int64 [reviews + 1]
-    labels: Tensor  # uint8 [reviews], 1 for a good one
+    labels: Tensor  # int64 [reviews], 1 for a good one
 
 
 class Corpus(NamedTuple):
@@ -59,186 +56,154 @@ class Corpus(NamedTuple):
     source: str = ""
 
 
-def load(
-    path: str | os.PathLike | None = None,
-    *,
-    download: bool = False,
-    seed: int = 0,
-    reviews: int = 25_000,
-    url: str = KERAS_URL,
-) -> Corpus:
+def load(path: Any, download: bool = False, seed: int = 0, needed: int = 25_000) -> Corpus:
     """Returns the reviews of a file, of the cache, of a download, or generated ones.
 
-    Args:
-        path: Keras' ``imdb.npz`` or Stanford's tar.gz; default: ``FUSEDRNN_IMDB``.
-        download: fetch Keras' file if none is named or in the cache, ``$XDG_CACHE_HOME/fusedrnn``.
-        seed, reviews: of each split of generated reviews.
-        url: the address of the download, whose sha256 must be an official one.
-
-    Raises:
-        DataError: the file is missing, damaged or hostile. The cache is not changed.
+    The file is Keras' ``imdb.npz`` or Stanford's tar.gz, by default that of ``FUSEDRNN_IMDB``. A
+    download is Keras' file; it is kept in the cache, ``$XDG_CACHE_HOME/fusedrnn``. Twice as many
+    reviews are generated as are ``needed``, because they are drawn at random, as from a file.
     """
     path = path or os.environ.get("FUSEDRNN_IMDB")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedrnn/imdb.npz"
     if not path and download and not cache.exists():
-        _download(url, cache)
+        _download(cache)
     if not path and not cache.exists():
         source = "generated reviews with IMDB's statistics (real ones: --imdb PATH or --download)"
-        return generate(reviews, reviews, seed)._replace(source=source)
+        count = min(2 * needed, 25_000)
+        return generate(count, count, seed)._replace(source=source)
     file = Path(path or cache)
     try:
         if file.stat().st_size > MAX_FILE_BYTES:
-            raise DataError(f"{file} is larger than {MAX_FILE_BYTES:,} bytes")
+            raise UserError(f"{file} is larger than {MAX_FILE_BYTES:,} bytes")
         blob = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{file} cannot be read: {error.strerror}") from error
+        raise UserError(f"{file} cannot be read: {error.strerror}") from error
     digest = hashlib.sha256(blob).hexdigest()
     if not path and digest not in OFFICIAL:
-        raise DataError(f"{file} is damaged; remove it and pass --download again")
+        raise UserError(f"{file} is damaged; remove it and pass --download again")
     source = f"{file.name}, sha256 {digest[:12]}..., which is not an official one"
     return parse(blob, file.name)._replace(source=f"IMDB, {OFFICIAL.get(digest, source)}")
 
 
-def _download(url: str, path: Path) -> None:
-    """Writes a file that is complete and official, or none."""
-    part = path.with_suffix(f".{os.getpid()}")
+def _download(cache: Path) -> None:
+    """Writes Keras' file if it is complete, or none; ``load`` checks its sha256 once more."""
     try:
-        with urllib.request.urlopen(url, timeout=60) as response:
+        with urllib.request.urlopen(KERAS_URL, timeout=60) as response:
             blob = response.read(MAX_FILE_BYTES)
         if hashlib.sha256(blob).hexdigest() not in OFFICIAL:
-            raise DataError(f"the file at {url} has no official sha256 and was not read")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_bytes(blob)
-        part.replace(path)
-    except DataError:
-        raise
+            raise ValueError("it has no official sha256")
+        cache.parent.mkdir(parents=True, exist_ok=True)
+        cache.write_bytes(blob)
     except (OSError, ValueError) as error:
-        part.unlink(missing_ok=True)
-        raise DataError(f"the download of {url} to {path} failed: {error}") from error
+        raise UserError(f"the download of {KERAS_URL} failed: {error}") from error
 
 
 def parse(blob: bytes, name: str) -> Corpus:
-    """Reads either form, which its first bytes tell apart.
-
-    Raises:
-        DataError: it is neither, or it is damaged or hostile.
-    """
-    reader = {b"PK": _read_npz, b"\x1f\x8b": _read_tar}.get(blob[:2])
-    if reader is None:
-        raise DataError(f"{name} is neither Keras' imdb.npz nor Stanford's aclImdb tar.gz")
+    """Reads either form, which its first bytes tell apart."""
+    read = {b"PK": _read_npz, b"\x1f\x8b": _read_tar}.get(blob[:2])
+    if read is None:
+        raise UserError(f"{name} is neither Keras' imdb.npz nor Stanford's aclImdb tar.gz")
     try:
-        return reader(blob, name)
-    except DataError:
-        raise
+        return read(io.BytesIO(blob))
+    except UserError as error:
+        raise UserError(f"{name} {error}") from error
     except Exception as error:  # damaged zips and pickles raise errors of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
-        raise DataError(f"{name} is damaged ({reason})") from error
+        raise UserError(f"{name} is damaged ({reason})") from error
 
 
-def _read_npz(blob: bytes, name: str) -> Corpus:
+def _read_npz(file: io.BytesIO) -> Corpus:
     from numpy import load
     from numpy.lib import format as npy
 
-    with zipfile.ZipFile(io.BytesIO(blob)) as archive:
-        sizes = {info.filename: info.file_size for info in archive.infolist()}
-        if sorted(sizes) != ["x_test.npy", "x_train.npy", "y_test.npy", "y_train.npy"]:
-            raise DataError(f"{name} does not hold x_train, y_train, x_test and y_test")
-        if sum(sizes.values()) > MAX_UNPACKED_BYTES:
-            raise DataError(f"{name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
-        members = {member: io.BytesIO(archive.read(member)) for member in sizes}
+    with zipfile.ZipFile(file) as archive:
+        if sorted(archive.namelist()) != ["x_test.npy", "x_train.npy", "y_test.npy", "y_train.npy"]:
+            raise UserError("does not hold x_train, y_train, x_test and y_test")
+        if sum(info.file_size for info in archive.infolist()) > MAX_UNPACKED_BYTES:
+            raise UserError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
 
-    def split(part: str) -> Reviews:
-        labels = load(members[f"y_{part}.npy"], allow_pickle=False).tolist()
-        file = members[f"x_{part}.npy"]
-        npy.read_magic(file)
-        npy.read_array_header_1_0(file)
-        return _reviews(_unpickle(file, name), labels, f"{part} of {name}")
+        def split(part: str) -> Reviews:
+            labels = load(io.BytesIO(archive.read(f"y_{part}.npy")), allow_pickle=False).tolist()
+            lists = io.BytesIO(archive.read(f"x_{part}.npy"))
+            npy.read_magic(lists)
+            npy.read_array_header_1_0(lists)
+            # The state of a pickled array is its version, shape, dtype, order and elements.
+            return _reviews(_Unpickler(lists).load().state[4], labels)
 
-    return Corpus(split("train"), split("test"))
-
-
-def _unpickle(file: io.BytesIO, name: str) -> Any:
-    """Returns the elements of a pickled object array without running code from the pickle.
-
-    The names that a pickled array needs are replaced by a class that only stores its state, so
-    numpy is never given that state. All other names are refused.
-    """
-
-    class Stored:
-        def __init__(self, *args):
-            pass
-
-        def __setstate__(self, state):
-            self.state = state
-
-    class Unpickler(pickle.Unpickler):
-        def find_class(self, module, attribute):
-            if f"{module}.{attribute}".replace("._core.", ".core.") not in (
-                "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
-            ):  # fmt: skip
-                raise DataError(f"{name} holds a pickle that asks for {module}.{attribute}")
-            return Stored
-
-    # The state of an array is its version, shape, dtype, order and elements.
-    return Unpickler(file).load().state[4]
+        return Corpus(split("train"), split("test"))
 
 
-_REVIEW = re.compile(r"aclImdb/(train|test)/(neg|pos)/(\d{1,9})_\d{1,2}\.txt")
+class _Unpickler(pickle.Unpickler):
+    """Reads a pickled array of lists without running code: it builds ``_Stored`` objects only."""
+
+    def find_class(self, module: str, name: str) -> type:
+        if f"{module}.{name}".replace("._core.", ".core.") not in (
+            "numpy.ndarray", "numpy.dtype", "numpy.core.multiarray._reconstruct",
+        ):  # fmt: skip
+            raise UserError(f"holds a pickle that asks for {module}.{name}")
+        return _Stored
+
+
+class _Stored:
+    def __init__(self, *args: Any):
+        pass
+
+    def __setstate__(self, state: Any) -> None:
+        self.state = state
+
+
+_REVIEW = re.compile(r"(?:\./)?aclImdb/(train|test)/(neg|pos)/(\d{1,9})_\d{1,2}\.txt")
 _SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n\r', " "))
 
 
-def _read_tar(blob: bytes, name: str) -> Corpus:
+def _read_tar(file: io.BytesIO) -> Corpus:
     """Ranks words by frequency in the training reviews, ties alphabetically, as Keras does."""
-    unpacked = gzip.GzipFile(fileobj=io.BytesIO(blob)).read(MAX_UNPACKED_BYTES + 1)
+    unpacked = gzip.GzipFile(fileobj=file).read(MAX_UNPACKED_BYTES + 1)
     if len(unpacked) > MAX_UNPACKED_BYTES:
-        raise DataError(f"{name} unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
-    number: dict[str, int] = {}  # of each word, in order of appearance
-    parts: dict[str, dict[tuple[str, int], list[int]]] = {"train": {}, "test": {}}
+        raise UserError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+    parts: dict[str, dict[tuple[str, int], list[str]]] = {"train": {}, "test": {}}
     with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
         for member in tar:
             tarfile.data_filter(member, "/nowhere")  # raises for paths and links that lead outside
-            match = _REVIEW.fullmatch(member.name.removeprefix("./"))
-            if match and member.isreg() and (file := tar.extractfile(member)):
-                words = file.read().decode().lower().translate(_SEPARATORS).split()
-                review = [number.setdefault(word, len(number)) for word in words]
-                parts[match[1]][match[2], int(match[3])] = review
+            match = _REVIEW.fullmatch(member.name)
+            if match and (text := tar.extractfile(member)):
+                words = text.read().decode().lower().translate(_SEPARATORS).split()
+                parts[match[1]][match[2], int(match[3])] = list(map(sys.intern, words))
         if unpacked[tar.offset :].strip(b"\0"):  # tarfile ends quietly at a broken header
-            raise DataError(f"{name} is damaged (a header of the tar is broken)")
+            raise UserError("is damaged (a header of the tar is broken)")
     counts = Counter(chain.from_iterable(parts["train"].values()))
-    ranked = sorted((-counts[n], word, n) for word, n in number.items() if counts[n])
-    rank = {n: min(i, MAX_RANK) for i, (_, _, n) in enumerate(ranked, start=1)}
+    ranked = sorted(counts, key=lambda word: (-counts[word], word))
+    rank = {word: min(n, MAX_RANK) for n, word in enumerate(ranked, start=1)}
     last = min(len(rank) + 1, MAX_RANK)  # of words that only the test reviews have
 
     def split(part: str) -> Reviews:
         reviews = sorted(parts[part].items())  # the order of members means nothing
-        lists = [[rank.get(n, last) for n in review] for _, review in reviews]
-        return _reviews(lists, [int(kind == "pos") for (kind, _), _ in reviews], name)
+        lists = [[rank.get(word, last) for word in words] for _, words in reviews]
+        return _reviews(lists, [int(kind == "pos") for (kind, _), _ in reviews])
 
     return Corpus(split("train"), split("test"))
 
 
-def _reviews(lists: Any, labels: list[int], name: str) -> Reviews:
+def _reviews(lists: Any, labels: list[int]) -> Reviews:
     """Lays lists end to end, and checks all that later code relies on."""
     if not isinstance(lists, list) or not all(type(r) is list and r for r in lists):
-        raise DataError(f"{name} holds a review that is not a list of at least one word rank")
+        raise UserError("holds a review that is not a list of at least one word rank")
     if len(labels) != len(lists) or {str(label) for label in labels} != {"0", "1"}:
-        raise DataError(f"{name} does not have one label, 0 or 1, for each of {len(lists)} reviews")
+        raise UserError(f"does not have one label, 0 or 1, for each of {len(lists)} reviews")
     lengths = [len(review) for review in lists]
     if sum(lengths) > MAX_WORDS:  # a short pickle can repeat one long list
-        raise DataError(f"{name} holds more than {MAX_WORDS:,} words")
+        raise UserError(f"holds more than {MAX_WORDS:,} words")
     ids = torch.frombuffer(array("i", chain.from_iterable(lists)), dtype=torch.int32)
     if int(ids.min()) < 1 or int(ids.max()) > MAX_RANK:
-        raise DataError(f"{name} holds word ranks outside 1 to {MAX_RANK}")
-    offsets = torch.tensor([0, *lengths]).cumsum(0)
-    return Reviews(ids, offsets, torch.tensor(labels, dtype=torch.uint8))
+        raise UserError(f"holds word ranks outside 1 to {MAX_RANK}")
+    return Reviews(ids, torch.tensor([0, *lengths]).cumsum(0), torch.tensor(labels))
 
 
 def generate(train: int = 25_000, test: int = 25_000, seed: int = 0) -> Corpus:
-    """Generates reviews with IMDB's statistics; half of them are good.
+    """Generates reviews with IMDB's lengths and word frequencies; half of them are good.
 
-    Lengths are log-normal with a median of 177 and a mean of 238 words; word frequencies follow
-    Zipf's law with a bend. Every eighth word from the 21st on leans to good or bad reviews, by 0.7
-    in log odds, so that a bag of words classifies 0.88 of them, as on IMDB.
+    Every eighth word from the 21st on leans to good or bad reviews, by 0.7 in log odds, so that a
+    bag of words classifies 0.88 of them, as on IMDB.
     """
     generator = torch.Generator().manual_seed(seed)
     rank = torch.arange(1, MAX_RANK + 1, dtype=torch.float64)
@@ -257,8 +222,7 @@ def generate(train: int = 25_000, test: int = 25_000, seed: int = 0) -> Corpus:
         uniform = torch.rand(len(label), dtype=torch.float64, generator=generator)
         bad, good = (torch.searchsorted(curve / curve[-1], uniform) for curve in curves)
         ids = torch.where(label == 1, good, bad).to(torch.int32) + 1
-        offsets = torch.cat((torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)))
-        return Reviews(ids, offsets, labels.to(torch.uint8))
+        return Reviews(ids, nn.functional.pad(lengths.cumsum(0), (1, 0)), labels)
 
     return Corpus(split(train), split(test))
 
@@ -275,8 +239,7 @@ def padded(reviews: Reviews, vocabulary: int, length: int) -> tuple[Tensor, Tens
     ids = reviews.ids[index].long() + FIRST
     ids[ids >= vocabulary] = RARE
     ids[position >= words] = 0
-    start = torch.full((len(words), 1), START)
-    return torch.cat((start, ids), 1), (words[:, 0] + 1).clamp(max=length)
+    return nn.functional.pad(ids, (1, 0), value=START), (words[:, 0] + 1).clamp(max=length)
 
 
 def sine(points: int = 500) -> Tensor:
@@ -293,30 +256,11 @@ def prices(days: int = 500, seed: int = 0) -> Tensor:
 
 
 def windows(series: Tensor, length: int) -> tuple[Tensor, Tensor]:
-    """Returns all windows ``[N - length, length, 1]`` of a series ``[N]`` and their next values.
-
-    Raises:
-        ValueError: the series is not longer than one window.
-    """
-    if len(series) <= length:
-        raise ValueError(f"a series of {len(series)} values has no window of {length} and a target")
-    cut = series.float().unfold(0, length, 1)[:-1]
-    return cut.unsqueeze(-1).contiguous(), series[length:].float()
+    """Returns all windows ``[N - length, length, 1]`` of a series ``[N]`` and their next values."""
+    return series.float().unfold(0, length, 1)[:-1].unsqueeze(-1), series[length:].float()
 
 
-class Scale(NamedTuple):
-    """The range that is mapped to [0, 1], and back."""
-
-    low: Tensor
-    high: Tensor
-
-    @classmethod
-    def of(cls, series: Tensor, known: int) -> Scale:
-        """The range of the first ``known`` values, so that no later value is used."""
-        return cls(series[:known].min(), series[:known].max())
-
-    def apply(self, values: Tensor) -> Tensor:
-        return (values - self.low) / (self.high - self.low)
-
-    def invert(self, scaled: Tensor) -> Tensor:
-        return self.low + scaled * (self.high - self.low)
+def rescaled(series: Tensor, known: int) -> Tensor:
+    """Maps the range of the first ``known`` values to [0, 1], so that no later value is used."""
+    low, high = series[:known].aminmax()
+    return (series - low) / (high - low)

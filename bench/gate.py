@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pad_packed_sequence
 
-from fusedrnn.testing import Budget, error_budget, run_module
+from fusedrnn.testing import error_budget, run_module
 
 from .measure import BenchmarkCase
 from .providers import PROVIDERS, TORCH
@@ -30,16 +30,6 @@ class Verdict(NamedTuple):
     share: float  # the largest error divided by what is allowed
     error: float  # the largest absolute error of output and final states
     failures: list[str]
-
-    @classmethod
-    def of(cls, budgets: list[Budget]) -> Verdict:
-        pairs = [(b.max_err, b.allowed) for b in budgets] + [
-            (b.rms, b.rms_allowed) for b in budgets
-        ]
-        share = max(error / (allowed or 1e-300) for error, allowed in pairs)
-        error = max(b.max_err for b in budgets if b.name in ("output", "h_n", "c_n"))
-        failures = [str(budget) for budget in budgets if not budget.ok]
-        return cls(not failures, share, error, failures)
 
 
 @contextmanager
@@ -89,13 +79,8 @@ class Gate:
     def judge(self, provider: str, precision: str = "", backward: bool = True) -> Verdict:
         """Compares all that a provider returns.
 
-        Args:
-            provider: a name of ``PROVIDERS``.
-            precision: how it multiplies fp32 on CUDA; ``""`` for other dtypes and on the CPU.
-            backward: False compares outputs and final states in evaluation mode.
-
-        Raises:
-            NotImplementedError: the provider does not support the case.
+        ``precision`` says how it multiplies fp32 on CUDA. Without ``backward`` outputs and final
+        states are compared, in evaluation mode.
         """
         dtype = self.case.x.dtype
         got = self._run(provider, dtype, backward and not PROVIDERS[provider].step)
@@ -103,9 +88,14 @@ class Gate:
             with cudnn_in(precision):
                 self.references[precision] = self._run(TORCH, dtype)
         reference, eps = self.references[precision], EPS.get(precision)
-        return Verdict.of(
-            [error_budget(n, got[n], reference[n], self.truth[n], eps=eps) for n in got]
-        )
+        budgets = [error_budget(n, got[n], reference[n], self.truth[n], eps=eps) for n in got]
+        shares = [(b.max_err, b.allowed) for b in budgets] + [
+            (b.rms, b.rms_allowed) for b in budgets
+        ]
+        share = max(error / (allowed or 1e-300) for error, allowed in shares)
+        error = max(b.max_err for b in budgets if b.name in ("output", "h_n", "c_n"))
+        failures = [str(b) for b in budgets if not b.ok]
+        return Verdict(not failures, share, error, failures)
 
     def _run(self, provider: str, dtype: torch.dtype, backward: bool = True) -> dict[str, Tensor]:
         # Dropout draws other numbers in fp64 and on a GPU, so the gate has none.

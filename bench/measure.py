@@ -5,14 +5,13 @@ from __future__ import annotations
 import multiprocessing
 import pickle
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
-from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
 from torch.utils.benchmark import Timer
 
@@ -20,7 +19,7 @@ import fusedrnn
 
 from .cases import Workload
 from .data import Corpus
-from .models import MODELS, examples_of
+from .models import Model, examples_of
 from .providers import PROVIDERS, TORCH, Adapter, build
 
 PASSES = ("forward", "training")
@@ -37,21 +36,10 @@ class Settings(NamedTuple):
     least_rounds: int = 3
 
 
-class Call(NamedTuple):
-    """A function that is timed, and the context that is entered before the clock starts."""
-
-    run: Callable[[], object]
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-
-    def __call__(self) -> object:
-        with self.context():
-            return self.run()
-
-
 class Times(NamedTuple):
     """Milliseconds of a call over the rounds, and how many times as fast it is as the first."""
 
-    p50: float
+    ms: float
     p20: float
     p80: float
     x: float
@@ -83,7 +71,7 @@ class BenchmarkCase(NamedTuple):
                 lengths[0] = workload.T
         else:
             examples = examples_of(workload, corpus, settings.seed)
-            model = MODELS[workload.task](rnn, workload)
+            model = Model(rnn, workload)
             start = model.state_dict()
             with torch.no_grad():
                 x = model.features(examples.batch(torch.arange(workload.B), torch.device("cpu")))
@@ -113,39 +101,60 @@ class BenchmarkCase(NamedTuple):
             return x, {"lengths": self.lengths} if layout == "lengths" else {}
         return pack_padded_sequence(x, self.lengths, batch_first=True, enforce_sorted=False), {}
 
-    def prepared(self, provider: str, mode: str) -> tuple[Any, dict[str, Any], list[Tensor]]:
-        """Returns input, options, and what of the input is differentiated: data are not."""
+    def prepared(self, provider: str, mode: str) -> tuple[Any, Any, dict[str, Any], list[Tensor]]:
+        """Returns module, input, options, and what is differentiated; data are not."""
+        rnn = self.rnn(provider).train(mode == "training")
+        wanted = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
         input, options = self.inputs(provider, self.x)
-        if mode == "forward" or self.workload.task not in ("embedding", "none"):
-            return input, options, []
-        leaf = input.data.detach().clone().requires_grad_()
-        packed = isinstance(input, PackedSequence)
-        return input._replace(data=leaf) if packed else leaf, options, [leaf]
+        if mode == "training" and self.workload.task in ("embedding", "none"):
+            leaf = input.data.detach().clone().requires_grad_()
+            wanted.append(leaf)
+            input = input._replace(data=leaf) if isinstance(input, PackedSequence) else leaf
+        return rnn, input, options, wanted
 
-    def call(self, provider: str, mode: str) -> Call:
-        """Returns what is timed: ``"forward"`` in eval(), or ``"training"`` with gradients."""
-        rnn, context = self.rnn(provider), PROVIDERS[provider].context
+    def call(self, provider: str, mode: str) -> Callable[[], object]:
+        """Returns what is timed: ``"forward"`` in eval(), or ``"training"`` with gradients.
+
+        Each call starts from the final state of the one before, so none can be left out or overlap.
+        """
         if PROVIDERS[provider].step:
-            stream, step = rnn.stream(batch_size=len(self.x)), self.x[:, 0]
-            return Call(lambda: stream(step), context)
-        weights = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
-        input, options, leaves = self.prepared(provider, mode)
-        return Call(chained(rnn, input, [*weights, *leaves], mode, **options), context)
+            stream, step = self.rnn(provider).stream(batch_size=len(self.x)), self.x[:, 0]
+            return lambda: stream(step)
+        rnn, input, options, wanted = self.prepared(provider, mode)
+        state: Any = None
+        cotangents: list[Tensor] = []
+
+        def forward() -> object:
+            nonlocal state
+            with torch.no_grad():
+                output, state = rnn(input, state, **options)
+            return output
+
+        def training() -> object:
+            nonlocal state
+            output, final = rnn(input, state, **options)
+            finals = (final,) if isinstance(final, Tensor) else final
+            outputs = [output.data if isinstance(output, PackedSequence) else output, *finals]
+            if not cotangents:
+                cotangents.extend(map(torch.randn_like, outputs))
+            gradients = torch.autograd.grad(outputs, wanted, cotangents)
+            detached = tuple(s.detach() for s in finals)
+            state = detached if isinstance(final, tuple) else detached[0]
+            return gradients
+
+        return forward if mode == "forward" else training
 
     def explain(self, provider: str, mode: str) -> Any:
         """Returns ``fusedrnn.explain`` of the timed call, or None for other implementations."""
         if not provider.startswith("fusedrnn"):
             return None
-        training = mode == "training"
-        with PROVIDERS[provider].context(), torch.set_grad_enabled(training):
-            input, options, _ = self.prepared(provider, mode)
-            return fusedrnn.explain(self.rnn(provider).train(training), input, **options)
+        with PROVIDERS[provider].context(), torch.set_grad_enabled(mode == "training"):
+            rnn, input, options, _ = self.prepared(provider, mode)
+            return fusedrnn.explain(rnn, input, **options)
 
     def kept_mb(self, provider: str) -> float:
         """Returns the MB that autograd keeps for backward, without weights and input."""
-        rnn = self.rnn(provider).train()
-        weights = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
-        input, options, _ = self.prepared(provider, "training")
+        rnn, input, options, wanted = self.prepared(provider, "training")
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
@@ -155,83 +164,39 @@ class BenchmarkCase(NamedTuple):
         hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
         with PROVIDERS[provider].context(), hooks:
             result = rnn(input, **options)  # kept until the sizes are known
-        known = {tensor.untyped_storage().data_ptr() for tensor in (input.data, *weights)}
+        for tensor in (input.data, *wanted):
+            sizes.pop(tensor.untyped_storage().data_ptr(), None)
         del result
-        return sum(size for pointer, size in sizes.items() if pointer not in known) / 1e6
-
-    def peak_mb(self, provider: str) -> float:
-        """Returns the MB of CUDA memory that a training step adds."""
-        call = self.call(provider, "training")
-        call()
-        torch.cuda.reset_peak_memory_stats()
-        before = torch.cuda.memory_allocated()
-        call()
-        return (torch.cuda.max_memory_allocated() - before) / 1e6
+        return sum(sizes.values()) / 1e6
 
 
-def chained(
-    rnn: nn.Module,
-    input: Any,
-    wanted: Sequence[Tensor],
-    mode: str,
-    **options: Any,
-) -> Callable[[], object]:
-    """Returns a function that starts from the final state of the call before.
-
-    So no call can be left out, or overlap with the one before. ``wanted`` is differentiated.
-    """
-    state: Any = None
-    cotangents: list[Tensor] = []
-    rnn.train(mode == "training")
-
-    def forward() -> object:
-        nonlocal state
-        with torch.no_grad():
-            output, state = rnn(input, state, **options)
-        return output
-
-    def training() -> object:
-        nonlocal state
-        output, final = rnn(input, state, **options)
-        outputs = [output.data if isinstance(output, PackedSequence) else output]
-        outputs += [final] if isinstance(final, Tensor) else final
-        if not cotangents:
-            cotangents.extend(torch.randn_like(tensor) for tensor in outputs)
-        gradients = torch.autograd.grad(outputs, wanted, cotangents)
-        state = final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
-        return gradients
-
-    return forward if mode == "forward" else training
-
-
-def interleaved(
-    calls: dict[str, Call], device: torch.device, *, seconds: float, least: int = 3
-) -> dict[str, Times]:
+def interleaved(calls: dict[str, Callable], settings: Settings) -> dict[str, Times]:
     """Times all calls once a round, beginning with another one each round.
 
-    Args:
-        calls: by name, and called before; the others are compared with the first.
-        device: on the CPU torch's Timer measures, on CUDA Triton's ``do_bench`` with a cold L2.
-        seconds: when to stop, after ``least`` rounds.
+    The keys are names of providers. The others are compared with the first.
     """
     names, samples = list(calls), {name: list[float]() for name in calls}
-    slice = min(0.02, seconds / least)  # of a round for each call, filled with repetitions
-    deadline = time.perf_counter() + seconds
-    while len(samples[names[-1]]) < least or time.perf_counter() < deadline:
-        first = len(samples[names[-1]]) % len(names)
+    slice = min(0.02, settings.seconds / settings.least_rounds)  # of a call in a round
+    deadline, rounds = time.perf_counter() + settings.seconds, 0
+    while calls and (rounds < settings.least_rounds or time.perf_counter() < deadline):
+        first = rounds % len(names)
         for name in names[first:] + names[:first]:
-            with calls[name].context():
-                samples[name].append(_milliseconds(calls[name].run, device, slice))
+            with PROVIDERS[name].context():
+                samples[name].append(_milliseconds(calls[name], settings.device, slice))
+        rounds += 1
     times = {}
     for name, taken in samples.items():
         p20, p50, p80 = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         x = median(a / b for a, b in zip(samples[names[0]], taken, strict=True))
-        times[name] = Times(p50, p20, p80, x, len(taken))
+        times[name] = Times(p50, p20, p80, x, rounds)
     return times
 
 
 def _milliseconds(call: Callable, device: torch.device, seconds: float) -> float:
-    """Returns the median of calls that are repeated for some seconds."""
+    """Returns the median of calls that are repeated for some seconds.
+
+    On the CPU by torch's Timer, on CUDA by Triton's ``do_bench``, with a cold L2 cache.
+    """
     if device.type == "cpu":
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
         return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
@@ -240,24 +205,23 @@ def _milliseconds(call: Callable, device: torch.device, seconds: float) -> float
     return do_bench(call, warmup=5, rep=max(1, int(1e3 * seconds)), return_mode="median")
 
 
-def graph_ms(call: Call) -> float:
-    """Returns the time of a call in a CUDA graph, where no Python runs.
-
-    Raises:
-        RuntimeError: the call cannot be captured.
-    """
+def on_cuda(call: Callable[[], object]) -> dict[str, Any]:
+    """Returns the MB that a call adds, and its time in a CUDA graph, where no Python runs."""
     from triton.testing import do_bench_cudagraph
 
-    with call.context():
-        return do_bench_cudagraph(call.run, rep=20, return_mode="median")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    call()
+    found: dict[str, Any] = {"peak_mb": (torch.cuda.max_memory_allocated() - before) / 1e6}
+    try:
+        found["device_ms"] = do_bench_cudagraph(call, rep=20, return_mode="median")
+    except RuntimeError as error:
+        found["note"] = f"not captured in a CUDA graph: {error}".partition("\n")[0]
+    return found
 
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:
-    """Runs a function of a module in a new process, whose memory has no history.
-
-    Raises:
-        RuntimeError: the process ended without a result.
-    """
+    """Runs a function of a module in a new process, whose memory has no history."""
     # A fork server is as clean as spawn, and imports torch only once.
     has_server = "forkserver" in multiprocessing.get_all_start_methods()
     context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")

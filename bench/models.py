@@ -6,10 +6,11 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from .cases import Workload
-from .data import Corpus, Scale, padded, prices, sine, windows
+from .data import Corpus, padded, prices, rescaled, sine, windows
 
 
 class Batch(NamedTuple):
@@ -19,59 +20,33 @@ class Batch(NamedTuple):
 
 
 class Model(nn.Module):
-    """An RNN and a linear layer with one output; ``features`` returns the RNN's input."""
+    """An RNN, and a linear layer with one output behind the last layer's final hidden states.
 
-    def __init__(self, rnn: nn.RNNBase, workload: Workload, directions: int = 1):
+    Reviews are classified, as words that are one-hot, or embedded and packed; of a series the next
+    value is forecast. ``features`` returns the RNN's input.
+    """
+
+    def __init__(self, rnn: nn.RNNBase, workload: Workload):
         super().__init__()
-        self.rnn = rnn
-        self.fc = nn.Linear(directions * workload.H, 1)
+        self.rnn, self.task, self.vocabulary = rnn, workload.task, workload.vocabulary
+        self.directions = 1 + workload.bidirectional
+        self.fc = nn.Linear(self.directions * workload.H, 1)
+        if self.task == "embedding":
+            self.embedding = nn.Embedding(self.vocabulary, workload.I, padding_idx=0)
+        if self.task == "one-hot":
+            remember(rnn)
 
     def features(self, batch: Batch) -> Tensor | PackedSequence:
+        if self.task == "one-hot":
+            return F.one_hot(batch.inputs, self.vocabulary).to(self.fc.weight.dtype)
+        if self.task == "embedding":
+            x = self.embedding(batch.inputs)
+            return pack_padded_sequence(x, batch.lengths, batch_first=True, enforce_sorted=False)
         return batch.inputs
-
-
-class OneHotReviews(Model):
-    """Classifies reviews of one-hot words from the last hidden state."""
-
-    def __init__(self, rnn: nn.RNNBase, workload: Workload):
-        super().__init__(rnn, workload)
-        self.vocabulary = workload.vocabulary
-        remember(rnn)
-
-    def features(self, batch: Batch) -> Tensor:
-        return nn.functional.one_hot(batch.inputs, self.vocabulary).to(self.fc.weight.dtype)
-
-    def forward(self, batch: Batch) -> Tensor:
-        return self.fc(final_hidden(self.rnn(self.features(batch)))[-1]).squeeze(-1)
-
-
-class EmbeddedReviews(Model):
-    """Classifies packed reviews of embedded words from both directions of the last layer."""
-
-    def __init__(self, rnn: nn.RNNBase, workload: Workload):
-        super().__init__(rnn, workload, directions=2)
-        self.embedding = nn.Embedding(workload.vocabulary, workload.I, padding_idx=0)
-
-    def features(self, batch: Batch) -> PackedSequence:
-        x = self.embedding(batch.inputs)
-        return pack_padded_sequence(x, batch.lengths, batch_first=True, enforce_sorted=False)
 
     def forward(self, batch: Batch) -> Tensor:
         h_n = final_hidden(self.rnn(self.features(batch)))
-        return self.fc(torch.cat((h_n[-2], h_n[-1]), -1)).squeeze(-1)
-
-
-class Forecast(Model):
-    """Forecasts the next value of a series from the last output of a window."""
-
-    def forward(self, batch: Batch) -> Tensor:
-        output, _ = self.rnn(self.features(batch))
-        return self.fc(output[:, -1]).squeeze(-1)
-
-
-MODELS: dict[str, type[Model]] = {
-    "one-hot": OneHotReviews, "embedding": EmbeddedReviews, "sine": Forecast, "price": Forecast,
-}  # fmt: skip
+        return self.fc(torch.cat([*h_n[-self.directions :]], -1)).squeeze(-1)
 
 
 @torch.no_grad()
@@ -105,20 +80,15 @@ class Examples(NamedTuple):
 
 
 def examples_of(workload: Workload, corpus: Corpus | None, seed: int) -> Examples:
-    """Returns reviews in an order drawn from ``seed``, or the windows of a series in order of time.
-
-    Raises:
-        ValueError: the workload needs reviews, and ``corpus`` is None.
-    """
+    """Returns reviews in an order drawn from ``seed``, or windows of a series in order of time."""
     if workload.task in ("sine", "price"):
         series = sine() if workload.task == "sine" else prices(seed=seed)
         known = (len(series) - workload.T) * 4 // 5
         if workload.task == "price":
-            series = Scale.of(series, known + workload.T).apply(series)
+            series = rescaled(series, known + workload.T)
         inputs, targets = windows(series, workload.T)
         return Examples(inputs, torch.full((len(inputs),), workload.T), targets, known)
-    if corpus is None:
-        raise ValueError(f"{workload.name} needs reviews")
+    assert corpus is not None
     parts = []
     for reviews, count in zip(corpus[:2], (workload.train, workload.test), strict=True):
         ids, lengths = padded(reviews, workload.vocabulary, workload.T)

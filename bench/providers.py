@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from functools import partial
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -26,18 +27,16 @@ class Adapter(nn.RNNBase):
 
     It has torch.nn's parameters. The gate differentiates through ``convert``, which lays them out
     as the implementation wants them; for timing ``fix`` does so once.
-
-    Raises:
-        NotImplementedError: the implementation does not support a cell, dtype or layout.
+    NotImplementedError says that the implementation does not support a cell, dtype or layout.
     """
 
     modes: tuple[str, ...] = ("LSTM", "GRU")
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 
-    def __init__(self, mode: str, *sizes: Any, **options: Any):
-        super().__init__(mode, *sizes, **options)
+    def __init__(self, cell: str, *sizes: Any, **options: Any):
+        super().__init__("RNN_TANH" if cell == "RNN" else cell, *sizes, **options)
         self.fixed: Tensors = ()
-        if mode not in self.modes:
+        if self.mode not in self.modes:
             raise NotImplementedError(f"supports {' and '.join(self.modes)} only")
         if self.num_layers > 1 or self.bidirectional:
             raise NotImplementedError("is measured with one layer in one direction only")
@@ -58,14 +57,15 @@ class Adapter(nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         if not isinstance(input, Tensor) or input.dtype not in self.dtypes:
             raise NotImplementedError(f"does not support packed sequences or {input.data.dtype}")
+        count = 2 if self.mode == "LSTM" else 1
         if hx is None:
-            hx = (input.new_zeros(1, len(input), self.hidden_size),) * 2
-            hx = hx if self.mode == "LSTM" else hx[0]
-        states = tuple(s[0] for s in (hx if isinstance(hx, tuple) else (hx,)))
+            states: Any = (input.new_zeros(len(input), self.hidden_size),) * count
+        else:
+            states = tuple(s[0] for s in (hx if count == 2 else (hx,)))
         weights = self.fixed or self.convert(*self._flat_weights)  # type: ignore[arg-type]
         output, final = self.layer(weights, input, states)
-        states = tuple(state.unsqueeze(0) for state in final)
-        return output, states if self.mode == "LSTM" else states[0]
+        final = tuple(state.unsqueeze(0) for state in final)
+        return output, final if count == 2 else final[0]
 
 
 def _loop(mode: str, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
@@ -89,8 +89,8 @@ class EagerLoop(Adapter):
 class CompiledLoop(EagerLoop):
     """torch.compile of the loop, which Dynamo unrolls."""
 
-    def __init__(self, mode: str, *sizes: Any, **options: Any):
-        super().__init__(mode, *sizes, **options)
+    def __init__(self, *sizes: Any, **options: Any):
+        super().__init__(*sizes, **options)
         # Dynamo limits the compilations of a code object, so each module gets its own.
         own = FunctionType(_loop.__code__.replace(), _loop.__globals__)
         self.compiled = torch.compile(own, fullgraph=True, dynamic=False)
@@ -112,23 +112,20 @@ class FlashRNN(Adapter):
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
     def convert(self, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensors:
-        H, gates = self.hidden_size, 4
-        bias = (b_ih + b_hh).view(-1, H)
+        H, bias = self.hidden_size, (b_ih + b_hh).view(-1, self.hidden_size)
         if self.mode == "GRU":  # g is the recurrent half of n, with its own bias
-            gates, w_hh = 3, _reordered(w_hh, 2, 0, 1)
-            n, n_h = b_ih.chunk(3)[2], b_hh.chunk(3)[2]
-            bias = torch.stack((n_h, bias[0], bias[1], n))
-        return w_ih, w_hh.reshape(gates, 1, H, H), bias.unsqueeze(1)
+            w_hh = _reordered(w_hh, 2, 0, 1)
+            bias = torch.stack((b_hh[2 * H :], bias[0], bias[1], b_ih[2 * H :]))
+        return w_ih, w_hh.view(-1, 1, H, H), bias.unsqueeze(1)
 
     def layer(self, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
         from flashrnn import flashrnn
 
         projected = F.linear(x, weights[0]).unflatten(2, (-1, 1, self.hidden_size))
-        stacked = torch.stack(states)[:, :, None, None]
         kinds = {"function": self.mode.lower(), "dtype": str(x.dtype).removeprefix("torch.")}
-        hidden, final = flashrnn(
-            projected, *weights[1:], states=stacked, backend="cuda_fused", **kinds
-        )
+        kinds |= {"backend": "cuda_fused"}
+        stacked = torch.stack(states)[:, :, None, None]
+        hidden, final = flashrnn(projected, *weights[1:], states=stacked, **kinds)
         return hidden[0, :, :, 0], tuple(final[:, :, -1, 0])
 
 
@@ -144,11 +141,13 @@ class Haste(Adapter):
     def layer(self, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
         import haste_pytorch
 
-        if "made" not in vars(self):
-            made = getattr(haste_pytorch, self.mode)(x.shape[2], self.hidden_size, batch_first=True)
+        made = vars(self).get("made")  # not in __init__, for it would become a submodule
+        if made is None:
+            kind = getattr(haste_pytorch, self.mode)
+            made = kind(x.shape[2], self.hidden_size, batch_first=True).to(x.device)
             made._parameters.clear()  # replaced by plain attributes below
-            vars(self)["made"] = made.to(x.device)
-        made, names = vars(self)["made"], ("kernel", "recurrent_kernel", "bias", "recurrent_bias")
+            vars(self)["made"] = made
+        names = ("kernel", "recurrent_kernel", "bias", "recurrent_bias")
         vars(made.train(self.training)).update(zip(names, weights, strict=False))
         hx = tuple(state.unsqueeze(0) for state in states)
         output, final = made(x, hx if self.mode == "LSTM" else hx[0])
@@ -182,87 +181,66 @@ def matmul_fp32() -> str:
 @contextmanager
 def scheduled(name: str) -> Iterator[None]:
     """Runs every layer inside by one schedule of the triton backend, each in its own launch."""
-    from fusedrnn.kernels import plan as planning
-
-    plan: Any = planning
+    from fusedrnn.kernels import plan
 
     def planner(problem: Any, chip: Any) -> tuple:
-        return (getattr(plan, name)(problem._replace(layers=1), chip),) * problem.layers
+        return (plan.SCHEDULES[name](problem._replace(layers=1), chip),) * problem.layers
 
     with fusedrnn.use_backend("triton"), plan.forced(planner):
         yield
 
 
 class Provider(NamedTuple):
-    """An implementation that can be measured.
+    """An implementation that can be measured."""
 
-    Attributes:
-        build: takes ``"LSTM"``, ``"GRU"`` or ``"RNN"`` and the arguments of torch's constructor.
-        context: is entered around every call.
-        install: the package and the line that installs it, if it may be absent.
-        devices: where it computes.
-        fp32: returns how it multiplies fp32 on CUDA.
-        layout: ``"padded"`` or ``"lengths"``, if it is not given packed sequences.
-        step: it only runs single steps forward, by ``module.stream()``.
-    """
-
-    build: Callable[..., Any]
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    install: tuple[str, str] = ("", "")
+    build: Callable[
+        ..., Any
+    ]  # from "LSTM", "GRU" or "RNN" and the arguments of torch's constructor
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around every call
+    package: str = ""  # if it may be absent
     devices: tuple[str, ...] = ("cpu", "cuda")
-    fp32: Callable[[], str] = rnn_fp32
-    layout: str = ""
-    step: bool = False
+    fp32: Callable[[], str] = rnn_fp32  # how it multiplies on CUDA
+    layout: str = ""  # "padded" or "lengths", if it is not given packed sequences
+    step: bool = False  # runs single steps forward only, by module.stream()
 
 
-def _of(namespace: Any, **fixed: Any) -> Callable[..., nn.Module]:
+def _of(namespace: Any, **fixed: Any) -> Callable[..., Any]:
     return lambda cell, *sizes, **options: getattr(namespace, cell)(*sizes, **options, **fixed)
 
 
-def _adapted(adapter: type[Adapter], *install: str, fp32: Callable[[], str]) -> Provider:
-    def build(cell: str, *sizes: Any, **options: Any) -> Adapter:
-        return adapter("RNN_TANH" if cell == "RNN" else cell, *sizes, **options)
-
-    if not install:
-        return Provider(build, fp32=fp32)
-    package = install[0].partition(" ")[0]
-    return Provider(build, nullcontext, (package, f"pip install {install[0]}"), ("cuda",), fp32)
+def _by(name: str, *devices: str) -> Provider:
+    schedule = name in ("resident", "cooperative", "stepwise")
+    context = partial(scheduled if schedule else fusedrnn.use_backend, name)
+    return Provider(_of(fusedrnn), context, devices=devices or ("cuda",))
 
 
-_OURS = Provider(_of(fusedrnn))
-_CUDA = _OURS._replace(devices=("cuda",))
 PROVIDERS = {
     TORCH: Provider(_of(nn)),
-    "fusedrnn": _OURS,
+    "fusedrnn": Provider(_of(fusedrnn)),
     "torch.nn padded": Provider(_of(nn), layout="padded"),
-    "fusedrnn lengths": _OURS._replace(layout="lengths"),
-    "fusedrnn stream": _OURS._replace(step=True),
-    "fusedrnn torch": _OURS._replace(context=lambda: fusedrnn.use_backend("torch")),
-    "fusedrnn recompute": Provider(
-        _of(fusedrnn, recompute=True), lambda: fusedrnn.use_backend("torch")
-    ),
-    "fusedrnn aten": _OURS._replace(context=lambda: fusedrnn.use_backend("aten")),
-    "fusedrnn triton": _CUDA._replace(context=lambda: fusedrnn.use_backend("triton")),
-    "fusedrnn resident": _CUDA._replace(context=lambda: scheduled("resident")),
-    "fusedrnn cooperative": _CUDA._replace(context=lambda: scheduled("cooperative")),
-    "fusedrnn stepwise": _CUDA._replace(context=lambda: scheduled("stepwise")),
-    "eager loop": _adapted(EagerLoop, fp32=matmul_fp32),
-    "compiled loop": _adapted(CompiledLoop, fp32=matmul_fp32),
+    "fusedrnn lengths": Provider(_of(fusedrnn), layout="lengths"),
+    "fusedrnn stream": Provider(_of(fusedrnn), step=True),
+    "fusedrnn torch": _by("torch", "cpu", "cuda"),
+    "fusedrnn recompute": _by("torch", "cpu", "cuda")._replace(build=_of(fusedrnn, recompute=True)),
+    "fusedrnn aten": _by("aten", "cpu", "cuda"),
+    "fusedrnn triton": _by("triton"),
+    "fusedrnn resident": _by("resident"),
+    "fusedrnn cooperative": _by("cooperative"),
+    "fusedrnn stepwise": _by("stepwise"),
+    "eager loop": Provider(EagerLoop, fp32=matmul_fp32),
+    "compiled loop": Provider(CompiledLoop, fp32=matmul_fp32),
     # FlashRNN's LSTM has tf32 only; Haste's GRU lets cuBLAS round to fp16, which is as coarse.
-    "flashrnn": _adapted(FlashRNN, "flashrnn", fp32=lambda: "tf32"),
-    "haste": _adapted(Haste, "haste_pytorch", fp32=lambda: "tf32"),
-    "torchrl": _adapted(TorchRL, "torchrl tensordict", fp32=rnn_fp32),
+    "flashrnn": Provider(FlashRNN, package="flashrnn", devices=("cuda",), fp32=lambda: "tf32"),
+    "haste": Provider(Haste, package="haste_pytorch", devices=("cuda",), fp32=lambda: "tf32"),
+    "torchrl": Provider(TorchRL, package="torchrl", devices=("cuda",)),
 }
-
-
-PEERS = tuple(entry.install[0] for entry in PROVIDERS.values() if entry.install[0])
 
 
 def absent(provider: str, device: torch.device) -> str | None:
     """Returns why a provider cannot take part on a device, or None if it can."""
     entry = PROVIDERS[provider]
-    if entry.install[0] and find_spec(entry.install[0]) is None:
-        return f"not installed: {entry.install[1]}"
+    if entry.package and find_spec(entry.package) is None:
+        return f"not installed: pip install {entry.package}"
     return None if device.type in entry.devices else f"runs on {entry.devices[0]} only"
 
 

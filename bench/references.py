@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+
+from .report import read
 
 PATH = Path(__file__).with_name("references.csv")
 HEADER = f"{'case':<20} {'GPU':<27} {'dtype':<8} {'forward ms':>15} {'backward ms':>12}  library"
 NOTE = """Published by others, not measured here; sources and commits are in bench/references.csv.
 KernelBench: torch.nn in eager mode, forward without gradients, the input product included.
 DeepBench: cuDNN or MIOpen, the recurrence alone, without the input product."""
-
-
-def read(path: Path = PATH) -> list[dict[str, str]]:
-    """Returns the rows of ``references.csv``."""
-    with open(path, newline="", encoding="utf-8") as file:
-        return list(csv.DictReader(file))
 
 
 def same_gpu(published: str, name: str) -> bool:
@@ -36,12 +31,10 @@ def _model(name: str) -> set[str]:
 def lines(cases: Sequence[str] = (), gpu: str | None = None) -> Iterator[str]:
     """Yields a line for each case, GPU and dtype: the range of the published times.
 
-    Args:
-        cases: names of cases; empty means all of them.
-        gpu: the GPU of a run, as torch names it: only the same model is listed; None lists all.
+    Without names all cases are listed. ``gpu``, as torch names it, selects one model.
     """
     groups: dict[tuple[str, str, str], list[dict[str, str]]] = {}
-    for row in read():
+    for row in read(PATH):
         if (not cases or row["case"] in cases) and (gpu is None or same_gpu(row["gpu"], gpu)):
             groups.setdefault((row["case"], row["gpu"], row["dtype"]), []).append(row)
     for (case, name, dtype), rows in groups.items():
@@ -53,10 +46,8 @@ def lines(cases: Sequence[str] = (), gpu: str | None = None) -> Iterator[str]:
 
 
 def _range(rows: Sequence[dict[str, str]], column: str) -> str:
-    times = sorted({float(row[column]) for row in rows if row[column]})
-    if not times:
-        return "-"
-    return f"{times[0]:g}" if len(times) == 1 else f"{times[0]:g} - {times[-1]:g}"
+    times = [float(row[column]) for row in rows if row[column]]
+    return " - ".join(f"{n:g}" for n in sorted({min(times), max(times)})) if times else "-"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:

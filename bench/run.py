@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import csv
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -12,37 +11,28 @@ from typing import Any
 
 import torch
 
-from . import DEFAULT_FOLDER, UserError, report
-from .cases import CELLS, EVERY_CELL, RAGGED, TRAINED, Workload, cut_down, named
+from . import DEFAULT_FOLDER, report
+from .cases import CELLS, EVERY_CELL, RAGGED, TRAINED, Workload, cut_down
 from .data import load
 from .gate import Gate
-from .measure import PASSES, BenchmarkCase, Call, Settings, graph_ms, in_fresh_process, interleaved
-from .models import MODELS
-from .providers import PROVIDERS, TORCH, absent, build, matmul_fp32
-from .report import Results
+from .measure import PASSES, BenchmarkCase, Settings, in_fresh_process, interleaved, on_cuda
+from .models import Model
+from .providers import PROVIDERS, TORCH, build, matmul_fp32
 from .train import Training, train
 
-OPTIONS = ("device", "out", "seed", "quick")  # of ragged; the main job has all
+OPTIONS = ("device", "imdb", "download", "out", "seed", "quick", "minutes", "resume")
 Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
-Plan = Sequence[tuple[Workload, Sequence[str]]]  # workloads, each with its providers
 
 
 def run(
-    options: Any,
-    plan: Plan,
-    cells: Sequence[str] = EVERY_CELL,
-    *,
-    trains: bool = False,
-    processes: int = 0,
-) -> tuple[list[dict[str, Any]], int]:
-    """Measures every provider on its workloads, by every cell.
+    options: argparse.Namespace, plan: Sequence[tuple[Workload, Sequence[str]]],
+    cells: Sequence[str] = EVERY_CELL, trains: bool = False, processes: int = 0,
+    gate_only: bool = False,
+) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
+    """Measures the providers of each workload, by every cell of ``cells`` that it has.
 
-    Args:
-        options: of the command line.
-        plan: who is measured on what.
-        cells: only these of each workload.
-        trains: whether torch.nn and fusedrnn are trained too.
-        processes: how many new processes time each case; 0 times it in this process.
+    Torch.nn and fusedrnn are trained too if ``trains``. Each case is timed in some new
+    ``processes``, with 0 in this one; if ``gate_only`` it is not timed.
 
     Returns:
         The rows of all cases, and the exit code: 1 if a result was wrong or a provider failed.
@@ -54,42 +44,42 @@ def run(
     settings = Settings(torch.device(options.device), options.seed, *times)
     corpus = None
     if needed := max((max(w.train, w.test) for w, _ in plan), default=0):
-        reviews = min(2 * needed, 25_000)  # drawn from twice as many, as from the real file
-        corpus = load(options.imdb, download=options.download, seed=options.seed, reviews=reviews)
+        corpus = load(options.imdb, options.download, options.seed, needed)
     env = report.environment(settings.device, corpus.source if corpus else "random, series")
-    results = Results(options.out or DEFAULT_FOLDER, env, options.resume)
-    done = _begun(results) if options.resume else set()
-    print(f"{report.header(env, options.quick)}\n{report.head(trains)}", flush=True)
-    table = report.main_lines if trains else report.case_lines
+    results = report.Results(options.out or DEFAULT_FOLDER, env, options.resume)
+    done = results.done()
+    print(report.head(env, trains, options.quick), flush=True)
     every: list[dict[str, Any]] = []
-    complaints: list[str] = []
     work = [(w, who, cell) for w, who in plan for cell in w.cells if cell in cells]
-    for workload, providers, cell in report.progress(work):
-        if time.monotonic() - started > 60 * (options.minutes or float("inf")):
-            report.say(f"--minutes ended before {workload.name} {cell}")
+    for workload, providers, cell in work:
+        if time.monotonic() - started > 60 * options.minutes:
+            print(f"--minutes ended before {workload.name} {cell}")
             break
         if (workload.name, cell) in done:
             continue
         results.begin(workload.name, cell)
         case = BenchmarkCase.of(workload, cell, settings, corpus)
-        rows, trainings = gated(case, providers, complaints), {}
-        if not options.gate_only:
+        rows, trainings = gated(case, providers), {}
+        if not gate_only:
             alone = case._replace(examples=None, start=None), rows, settings
             if processes:
                 rows = middle([in_fresh_process(timed, *alone) for _ in range(processes)])
             else:
                 rows = timed(*alone)
             trainings = trained(case, able(rows, "training"), settings) if trains else {}
-        failed = [row["note"] for row in rows.values() if row["gate"] == "failed"]
-        complaints += [f"{workload.name} {cell}: {note}" for note in failed]
         results.add(rows.values(), trainings)
         every += rows.values()
-        for line in table(rows, trainings):
-            report.say(line)
-    print(f"\n{report.LEGENDS[trains]}")
+        print("\n".join(report.lines(rows, trainings)), flush=True)
+    print(report.LEGEND)
     print(f"{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
-    print("".join(f"{line}\n" for line in complaints), end="", file=sys.stderr)
-    return every, 1 if complaints else 0
+    planned = {(workload.name, cell) for workload, _, cell in work}
+    rows_on_disk = report.read(results.folder / "results.csv")
+    wrong = [row for row in rows_on_disk if (row["case"], row["cell"]) in planned]
+    wrong = [row for row in wrong if row["gate"] in ("red", "failed")]
+    for row in wrong:
+        name = " ".join(row[key] for key in ("case", "cell", "provider", "pass"))
+        print(f"{name}: {row['gate']}, {row['note']}", file=sys.stderr)
+    return every, 1 if wrong else 0
 
 
 @contextmanager
@@ -102,23 +92,28 @@ def guarded(row: dict[str, Any]) -> Iterator[None]:
     except Exception as error:  # other implementations may fail in any way
         if "CUDA error" in str(error):  # no later call of this process would work
             raise
-        note = f"{row['provider']}: {type(error).__name__}: {error}"
-        row |= {"gate": "failed", "note": note.partition("\n")[0]}
+        note = f"{type(error).__name__}: {error}".partition("\n")[0]
+        row |= {"gate": "failed", "note": note}
 
 
-def gated(case: BenchmarkCase, providers: Sequence[str], complaints: list[str]) -> Rows:
-    """Returns a row for each provider and pass; adds a line for each tensor that is wrong."""
+def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
+    """Returns a row for each provider and pass; the note names the tensors that are wrong."""
     rows: Rows = {}
-    gate = Gate(case)
+    gate, w = Gate(case), case.workload
+    fp32 = case.x.device.type == "cuda" and case.x.dtype == torch.float32
+    common = {
+        "case": w.name, "cell": case.cell, "dtype": w.dtype, "T": w.T, "B": w.B, "I": w.I, "H": w.H,
+        "layers": w.layers, "directions": 1 + w.bidirectional,
+        "layout": "packed" if w.ragged else "padded",
+    }  # fmt: skip
     for provider in providers:
         for mode in PASSES[: 1 if PROVIDERS[provider].step else 2]:
-            row = rows[provider, mode] = report.row_of(case, mode, provider)
+            row = rows[provider, mode] = common | {"pass": mode, "provider": provider}
             with guarded(row):
                 told = case.explain(provider, mode)
-                loop = told and told.backend == "torch"
                 row["backend"] = told.backend if told else ""
                 row["plan"] = "; ".join(told.layers).replace("\n", " ") if told else ""
-                fp32 = case.x.device.type == "cuda" and case.x.dtype == torch.float32
+                loop = row["backend"] == "torch"
                 precision = (matmul_fp32 if loop else PROVIDERS[provider].fp32)() if fp32 else ""
                 row["precision"] = precision
                 if provider.startswith(TORCH):
@@ -129,9 +124,7 @@ def gated(case: BenchmarkCase, providers: Sequence[str], complaints: list[str]) 
                 judged = by_name if provider == "fusedrnn" and by_name in PROVIDERS else provider
                 verdict = gate.judge(judged, precision, backward=mode == "training")
                 row |= {"gate": "ok" if verdict.ok else "red", "share": verdict.share}
-                row["error"] = verdict.error
-                name = f"{case.workload.name} {case.cell} {provider} {mode}"
-                complaints += [f"{name}: {line}" for line in verdict.failures]
+                row |= {"error": verdict.error, "note": "; ".join(verdict.failures)}
     return rows
 
 
@@ -142,27 +135,21 @@ def able(rows: Rows, mode: str) -> list[str]:
 
 def timed(case: BenchmarkCase, rows: Rows, settings: Settings) -> Rows:
     """Adds times and memory to the rows of the providers that passed the gate."""
-    cuda = settings.device.type == "cuda"
     for mode in PASSES:
-        calls: dict[str, Call] = {}
+        calls = {}
         for provider in able(rows, mode):
-            with guarded(rows[provider, mode]):
+            with guarded(rows[provider, mode]), PROVIDERS[provider].context():
                 calls[provider] = case.call(provider, mode)
                 calls[provider]()
         calls = {provider: calls[provider] for provider in able(rows, mode)}
-        device, seconds, least = settings.device, settings.seconds, settings.least_rounds
-        times = interleaved(calls, device, seconds=seconds, least=least) if calls else {}
-        for provider, taken in times.items():
+        for provider, taken in interleaved(calls, settings).items():
             row = rows[provider, mode]
-            row |= {"ms": taken.p50, "p20": taken.p20, "p80": taken.p80, "rounds": taken.rounds}
-            row["x"] = taken.x if TORCH in calls else None
+            row |= taken._asdict() | {"x": taken.x if TORCH in calls else None}
             if mode == "training":
                 row["kept_mb"] = case.kept_mb(provider)
-                row["peak_mb"] = case.peak_mb(provider) if cuda else None
-            try:
-                row["device_ms"] = graph_ms(calls[provider]) if cuda else None
-            except RuntimeError as error:
-                row["note"] = f"not captured in a CUDA graph: {error}".partition("\n")[0]
+            if settings.device.type == "cuda":
+                with PROVIDERS[provider].context():
+                    row |= on_cuda(calls[provider])
     return rows
 
 
@@ -180,69 +167,22 @@ def trained(
     case: BenchmarkCase, providers: Sequence[str], settings: Settings
 ) -> dict[str, Training]:
     """Trains the workload's model by each provider, from the same start."""
-    trainings = {}
+    trainings, workload, device = {}, case.workload, settings.device
+    steps = workload.gpu_steps if device.type == "cuda" else workload.steps
     for provider in providers:
-        workload, device = case.workload, settings.device
-        model = MODELS[workload.task](build(provider, case.cell, workload), workload)
+        model = Model(build(provider, case.cell, workload), workload).to(device)
         model.load_state_dict(case.start or {})
-        steps = workload.gpu_steps if device.type == "cuda" else workload.steps
         with PROVIDERS[provider].context():
-            trainings[provider] = train(
-                model.to(device), workload, case.examples, steps, device, settings.seed
-            )
+            trainings[provider] = train(model, workload, case.examples, steps, settings.seed)
     return trainings
 
 
-def _begun(results: Results) -> set[tuple[str, str]]:
-    """Returns the cases of a folder; those that ended a process get a row that says so."""
-    with open(results.folder / "results.csv", newline="") as file:
-        done = {(row["case"], row["cell"]) for row in csv.DictReader(file)}
-    path = results.folder / "begun.txt"
-    lines = path.read_text().splitlines() if path.exists() else []
-    begun = {(line.split()[0], line.split()[1]) for line in lines}
-    note = {"gate": "failed", "note": "its process ended"}
-    results.add({"case": case, "cell": cell} | note for case, cell in sorted(begun - done))
-    return done | begun
-
-
-def main_job(options: argparse.Namespace) -> int:
+def demo(options: argparse.Namespace) -> int:
     """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
-    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if options.command in (None, w.group)]
+    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if options.command in ("demo", w.group)]
     return run(options, plan, CELLS, trains=True)[1]
 
 
-def cases_job(options: argparse.Namespace) -> int:
-    """Gates and times every provider on the named cases.
-
-    Raises:
-        UserError: there is no such case or provider.
-    """
-    workloads, device = named(options.names), torch.device(options.device)
-    wanted = (options.providers or "all").split(",")
-    wanted = list(PROVIDERS) if "all" in wanted else [TORCH, *wanted]
-    for name in wanted:
-        if name not in PROVIDERS:
-            raise UserError(f"there is no provider {name!r}; there are {', '.join(PROVIDERS)}")
-        if reason := absent(name, device):
-            print(f"absent   {name}: {reason}")
-    who = [name for name in dict.fromkeys(wanted) if not absent(name, device)]
-    plan = [(w, [name for name in who if _applies(name, w)]) for w in workloads]
-    _, code = run(options, plan, (options.cells or "lstm,gru,rnn").split(","))
-    if published := [w.name for w in workloads if w.group in ("kernelbench", "deepbench")]:
-        from . import references
-
-        gpu = torch.cuda.get_device_name() if device.type == "cuda" else None
-        print("\n".join(["", references.HEADER, *references.lines(published, gpu)]))
-    return code
-
-
-def _applies(provider: str, workload: Workload) -> bool:
-    """Returns False where a provider would only repeat another one."""
-    entry = PROVIDERS[provider]
-    return (not entry.layout or workload.ragged) and (not entry.step or workload.T == 1)
-
-
-def ragged_job(options: argparse.Namespace) -> int:
+def ragged(options: argparse.Namespace) -> int:
     """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
-    plan = [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))]
-    return run(options, plan)[1]
+    return run(options, [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))])[1]

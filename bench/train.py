@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -25,25 +25,10 @@ class Training(NamedTuple):
         return sum(last) / len(last)
 
 
-class Predictions(NamedTuple):
-    """The predictions for the test part, in its order, and the targets."""
-
-    values: Tensor  # [N]: logits of reviews, forecasts of series
-    targets: Tensor  # [N]
-
-
-def train(
-    model: Model,
-    workload: Workload,
-    examples: Examples,
-    steps: int,
-    device: torch.device,
-    seed: int,
-    tick: Callable[[], object] = lambda: None,
-) -> Training:
-    """Trains with Adam, tests, and calls ``tick`` after every step."""
+def train(model: Model, workload: Workload, examples: Examples, steps: int, seed: int) -> Training:
+    """Trains with Adam on the model's device, and tests."""
     torch.manual_seed(seed)  # of dropout
-    classifies = workload.vocabulary > 0
+    classifies, device = workload.vocabulary > 0, model.fc.weight.device
     criterion = nn.BCEWithLogitsLoss() if classifies else nn.MSELoss()
     optimiser = torch.optim.Adam(model.parameters(), lr=workload.learning_rate)
     losses = []
@@ -56,14 +41,12 @@ def train(
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimiser.step()
         losses.append(loss.detach())  # .item() would synchronise with the GPU
-        tick()
-    curve = torch.stack(losses).tolist()
-    values, targets = predict(model, examples, device)
+    values, targets = predict(model, examples)
     if classifies:
         metric = ((values > 0) == (targets > 0.5)).double().mean()
     else:
         metric = (values - targets).square().mean().sqrt()
-    return Training(curve, metric.item())
+    return Training(torch.stack(losses).tolist(), metric.item())
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
@@ -75,10 +58,10 @@ def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
 
 
 @torch.no_grad()
-def predict(model: Model, examples: Examples, device: torch.device) -> Predictions:
-    """Runs the model in evaluation mode on the test part."""
+def predict(model: Model, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Returns the logits or forecasts ``[N]`` for the test part, in its order, and the targets."""
     model.eval()
-    rows = torch.arange(examples.known, len(examples.targets))
+    rows, device = torch.arange(examples.known, len(examples.targets)), model.fc.weight.device
     batches = [examples.batch(part, device) for part in rows.split(256)]
     values = torch.cat([model(batch) for batch in batches])
-    return Predictions(values, torch.cat([batch.targets for batch in batches]))
+    return values, torch.cat([batch.targets for batch in batches])

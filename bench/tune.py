@@ -9,9 +9,10 @@ from __future__ import annotations
 import argparse
 import os
 import time
-from collections.abc import Callable
 from datetime import datetime, timezone
+from functools import partial
 from itertools import islice
+from typing import Any
 
 import torch
 
@@ -22,25 +23,22 @@ from fusedrnn.kernels.plan import Chip, Measured, Plan, Problem, chip_of
 from . import DEFAULT_FOLDER, UserError
 from .cases import named
 from .gate import Gate
-from .gpu import append
 from .measure import PASSES, BenchmarkCase, Settings, Times, interleaved
 from .providers import TORCH
+from .report import append
 
-OPTIONS = ("out", "device", "seed")
+OPTIONS = ("out", "device", "seed", "minutes")
 #: Candidates of a problem; each takes seconds to compile, and the model's best come first.
 MOST = 8
 #: The model's choice is kept unless another candidate is faster by this factor.
 LEAD = 1.02
-COLUMNS = ("case", "cell", "pass", "plan", "gate", "ms", "torch_ms", "note")
+COLUMNS = ("case", "cell", "pass", "plan", "gate", "torch.nn ms", "fusedrnn triton ms", "note")
 TRITON = "fusedrnn triton"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add(
-        "--cases", default="sweep", metavar="NAMES", help="one layer without packing; default sweep"
-    )
-    add("--minutes", type=float, default=5.0, help="default 5")
+    add("--cases", default="sweep", metavar="NAMES", help="of one layer; default sweep")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -57,47 +55,48 @@ def run(options: argparse.Namespace) -> int:
         case = BenchmarkCase.of(workload, cell, settings)
         for mode in PASSES:
             rows, entry = tune(case, mode, settings)
-            for row in rows:
-                append(table, COLUMNS, (workload.name, cell, mode, *row))
-            bad += sum(row[1] in ("red", "failed") for row in rows)
+            key = {"case": workload.name, "cell": cell, "pass": mode}
+            append(table, COLUMNS, [key | row for row in rows])
+            bad += sum(row["gate"] in ("red", "failed") for row in rows)
             print(entry or f"# {workload.name} {cell}: no candidate passed", flush=True)
         if time.monotonic() > end:
             break
     return 1 if bad else 0
 
 
-def tune(case: BenchmarkCase, mode: str, settings: Settings) -> tuple[list[tuple], str]:
-    """Gates and times the candidates of one problem.
-
-    Args:
-        case: one layer, in one or two directions.
-        mode: ``"forward"`` or ``"training"``.
-        settings: the device, and the seconds for each candidate.
+def tune(case: BenchmarkCase, mode: str, settings: Settings) -> tuple[list[dict[str, Any]], str]:
+    """Gates and times the candidates for a case of one layer.
 
     Returns:
         The rows for tune.csv, and the fastest candidate as an entry of ``MEASURED``; "" if none
         passed.
     """
-    problem, chip = problem_of(case, mode == "training"), chip_of(settings.device)
-    gate, precision = Gate(case), problem.precision if case.x.dtype == torch.float32 else ""
+    cell, D = "rnn_tanh" if case.cell == "rnn" else case.cell, 1 + case.workload.bidirectional
+    sizes, precision = (case.workload.H, case.workload.B, D), dispatch.precision()
+    problem = Problem(cell, *sizes, case.x.dtype, precision, mode == "training")
+    chip = chip_of(settings.device)
+    gate, fp32 = Gate(case), precision if case.x.dtype == torch.float32 else ""
     calls = {name: case.call(name, mode) for name in (TORCH, TRITON)}
-    rows, passed = [], {}
+    rows: list[dict[str, Any]] = []
+    passed = {}
     for plan in islice(planning.candidates(problem, chip), MOST):
         times: dict[str, Times] = {}
         # The plan is forced around all calls, not in each, so that calls cost what they do.
-        with planning.forced(_always(plan)):
+        with planning.forced(partial(_always, plan)):
             try:
-                verdict = gate.judge(TRITON, precision, backward=mode == "training")
+                verdict = gate.judge(TRITON, fp32, backward=mode == "training")
             except (RuntimeError, ValueError) as error:
+                if "CUDA error" in str(error):  # no later call of this process would work
+                    raise RuntimeError(f"CUDA error by {plan.describe()}") from error
                 outcome, note = "failed", f"{type(error).__name__}: {error}"[:200]
             else:
                 outcome = "ok" if verdict.ok else "red"
                 note = f"{verdict.share:.2f} of the error budget"
                 if verdict.ok:
-                    times = interleaved(calls, settings.device, seconds=settings.seconds)
+                    times = interleaved(calls, settings)
                     passed[plan] = times
-        ms = [times[name].p50 if times else "" for name in (TRITON, TORCH)]
-        rows.append((plan.describe(), outcome, *ms, note))
+        row = {"plan": plan.describe(), "gate": outcome, "note": note}
+        rows.append(row | {f"{name} ms": times[name].ms if times else "" for name in calls})
     if not passed:
         return rows, ""
     best = max(passed, key=lambda plan: passed[plan][TRITON].x)
@@ -105,18 +104,10 @@ def tune(case: BenchmarkCase, mode: str, settings: Settings) -> tuple[list[tuple
     if usual in passed and passed[usual][TRITON].x * LEAD > passed[best][TRITON].x:
         best = usual
     where = f"{chip.name}, {datetime.now(timezone.utc):%Y-%m-%d}"
-    us = [round(1000 * passed[best][name].p50 / case.workload.T, 3) for name in (TRITON, TORCH)]
+    us = [round(1000 * passed[best][name].ms / case.workload.T, 3) for name in (TRITON, TORCH)]
     measured = Measured(best.schedule, best.forward, best.backward, us[0], us[1], where)
     return rows, f"    {(chip.arch, chip.sms, problem)!r}: {measured!r},"
 
 
-def problem_of(case: BenchmarkCase, needs_grad: bool) -> Problem:
-    """Returns the problem that the planner gets for one layer of a case."""
-    cell = "rnn_tanh" if case.cell == "rnn" else case.cell
-    D = 2 if case.workload.bidirectional else 1
-    sizes = case.workload.H, case.workload.B, D
-    return Problem(cell, *sizes, case.x.dtype, dispatch.precision(), needs_grad)
-
-
-def _always(plan: Plan) -> Callable[[Problem, Chip], tuple[Plan, ...]]:
-    return lambda problem, chip: (plan,)
+def _always(plan: Plan, problem: Problem, chip: Chip) -> tuple[Plan, ...]:
+    return (plan,)

@@ -140,6 +140,9 @@ def prepare(
             _checked_lengths(lengths, steps, batch if batched else None),
             _checked_reset(reset, steps, batch if batched else None, layers.batch_first),
         )
+        if data.device.type == "cuda":  # once, for backward too, and without a wait
+            of = (None if t is None else t.to(data.device, non_blocking=True) for t in sequences)
+            sequences = Sequences(*of)
     rows = layers.num_layers * layers.directions
     if hx is None:
         states = _zeros(data, (rows, batch), sizes.columns)

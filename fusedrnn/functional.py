@@ -25,7 +25,7 @@ warnings.filterwarnings(
     "ignore",
     "RNN module weights are not part of single contiguous",
     UserWarning,
-    rf"{__package__}\.(functional|ops)",
+    rf"{__package__}\.",
 )
 
 
@@ -223,8 +223,11 @@ def run_cell(call: Call) -> Any:
 def _run_aten(call: Call) -> tuple[Tensor, ...]:
     """Runs torch's operator, on input that is time-major by now."""
     layers, packing = call.facts.layers, call.packing
-    flags = layers.bias, layers.num_layers, layers.dropout, layers.training, layers.bidirectional
-    hx, op = as_hx(call.states), ATEN[call.facts.cell]
+    # cuDNN takes no strided states, and has no backward of a forward in eval().
+    hx, op = as_hx([state.contiguous() for state in call.states]), ATEN[call.facts.cell]
+    dropout = layers.dropout if layers.training else 0.0
+    is_training = layers.training or call.facts.needs_grad
+    flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
     if packing is None:
         return op(call.input, hx, call.params, *flags, False)
     return op(call.input, packing.batch_sizes, hx, call.params, *flags)

@@ -10,6 +10,7 @@ are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
 from __future__ import annotations
 
 import re
+import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -344,12 +345,23 @@ def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]
     return _switched(precision) if like.is_cuda and like.dtype == torch.float32 else nullcontext()
 
 
+_switch = threading.Lock()
+_users: list[str] = []  # what the switch was, once for each thread within ``_switched``
+
+
 @contextmanager
 def _switched(precision: str) -> Iterator[None]:
-    matmul = torch.backends.cuda.matmul
-    before = matmul.fp32_precision
-    matmul.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    """Sets the switch; the last of several threads puts back what the first has found."""
+    matmul, wanted = torch.backends.cuda.matmul, "tf32" if precision == "tf32" else "ieee"
+    with _switch:
+        found = matmul.fp32_precision
+        _users.append(_users[0] if _users else found)
+        if found != wanted:
+            matmul.fp32_precision = wanted
     try:
         yield
     finally:
-        matmul.fp32_precision = before
+        with _switch:
+            before = _users.pop()
+            if not _users and matmul.fp32_precision != before:
+                matmul.fp32_precision = before

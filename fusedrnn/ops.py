@@ -121,7 +121,7 @@ def _run_forward(
     if config.backend != "aten":
         return stack.forward(inputs, sequences, config, save)
     input, h_0, c_0, params, _ = inputs
-    hx = h_0 if c_0 is None else (h_0, c_0)
+    hx = h_0.contiguous() if c_0 is None else (h_0.contiguous(), c_0.contiguous())
     flags = config.has_bias, config.num_layers, 0.0, False, config.bidirectional, False
     output, h_n, *c_n = ATEN[config.cell](input, hx, params, *flags)
     return StackOutputs(output, h_n, c_n[0] if c_n else None)

@@ -7,6 +7,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
+from torch import distributed
 
 from .spec import SPECS, CellSpec
 
@@ -59,6 +60,9 @@ CHIPS = {
     )
 }
 
+#: The SMs that a running collective of NCCL may take, by its default for NCCL_MAX_CTAS. A
+#: cooperative launch that needs them would begin after its end.
+_SMS_OF_NCCL = 32
 _REFUSING: set[torch.device] = set()
 _FAILED: dict[torch.device, dict[tuple, str]] = {}
 
@@ -81,6 +85,9 @@ def chip_of(device: torch.device) -> Chip:
     chip = _chip_of(device)
     if device in _FAILED:
         chip = chip._replace(failed=tuple(_FAILED[device].items()))
+    if distributed.is_available() and distributed.is_initialized():
+        if "nccl" in distributed.get_backend():
+            chip = chip._replace(sms=max(chip.sms - _SMS_OF_NCCL, 1))
     return chip._replace(cooperates=False) if device in _REFUSING else chip
 
 

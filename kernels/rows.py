@@ -105,5 +105,7 @@ def packed_rows(
     T, B = len(batch_sizes), int(batch_sizes[0]) if B is None else B
     lengths = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
     starts = batch_sizes.cumsum(0) - batch_sizes
+    # One copy, for which the host does not wait.
+    starts, lengths = torch.cat([starts, lengths]).to(device, non_blocking=True).split([T, B])
     origins = origins_of(T, B, D, device, lengths, reset)
-    return Rows(T, B, origins, batch_sizes, starts.to(device))
+    return Rows(T, B, origins, batch_sizes, starts)

@@ -15,7 +15,7 @@ from fusedrnn.kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem, cooperativ
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread
-COMPILED_CHIPS = ("sm_80", "sm_90", "sm_100")
+COMPILED_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = ((BF16, "ieee"), (FP16, "ieee"), (FP32, "tf32"), (FP32, "tf32x3"), (FP32, "ieee"))
 MANY = 2000  # sequences, for which a program of schedule resident has 16 rows
@@ -74,6 +74,9 @@ def covering() -> list[Job]:
         job("gru_reset_before", 256),
         job("rnn_tanh", 1024, needs_grad=False),
         job("rnn_relu", 512, FP32, "tf32", "sm_100"),
+        job("lstm", 128, FP16, chip="sm_86"),
+        job("lstm", 512, chip="sm_89"),
+        job("gru", 256, FP32, "tf32", "sm_120"),
         # stepwise
         job("lstm", 48, FP64, D=2),
         job("gru_reset_before", 4096, ragged=True),

@@ -105,17 +105,9 @@ def test_dry_run_prints_every_step_and_needs_no_gpu(capsys):
     assert sum(step.minutes for step in gpu.steps()) == pytest.approx(9, abs=0.6)
 
 
-@pytest.mark.parametrize(
-    ("given", "sentence"),
-    [
-        ({"only": "sweep,nothing"}, "no step nothing"),
-        ({"minutes": 0.0}, "above 0"),
-        ({"minutes": float("nan")}, "above 0"),
-    ],
-)
-def test_bad_options_are_one_sentence(given, sentence):
-    with pytest.raises(UserError, match=sentence):
-        gpu.run(options(**given))
+def test_an_unknown_step_is_one_sentence():
+    with pytest.raises(UserError, match="no step nothing"):
+        gpu.run(options(only="sweep,nothing"))
 
 
 def test_without_a_gpu_nothing_is_run(monkeypatch):

@@ -8,7 +8,7 @@ import torch
 import fusedrnn
 from bench import UserError, data
 from bench.cases import TRAINED
-from bench.lessons import by_hand, command, parameters, reviews, temperature, vanishing
+from bench.lessons import by_hand, command, parameters, reviews
 from bench.providers import build
 
 
@@ -54,15 +54,6 @@ def test_the_formula_counts_the_parameters(cell, workload):
     assert parameters.by_formula(cell, workload) == counted
 
 
-def test_an_open_gate_carries_the_gradient():
-    T = 30
-    closed = fusedrnn.LSTM(vanishing.I, vanishing.H)
-    norms = vanishing.gradient_norms(closed, T, 0)
-    vanishing.remember(closed)
-    opened = vanishing.gradient_norms(closed, T, 0)
-    assert norms[0] / norms[-1] < 1e-4 < 1e-2 < opened[0] / opened[-1]
-
-
 def test_confusion_and_scores():
     logits = torch.tensor([-1.0, 2.0, 3.0, -4.0, 5.0])
     matrix = reviews.confusion(logits, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]))
@@ -70,14 +61,3 @@ def test_confusion_and_scores():
     assert reviews.scores(matrix) == pytest.approx(
         {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3}
     )
-
-
-def test_a_low_temperature_takes_the_likeliest_character():
-    torch.manual_seed(0)
-    alphabet = "\nabc"
-    model = temperature.Characters(len(alphabet)).eval()
-    written = temperature.write(model, alphabet, 1e-6, 5, seed=0)
-    with torch.no_grad():
-        ids = torch.tensor([alphabet.index(c) for c in "\n" + written])
-        want = model(ids.unsqueeze(1))[:-1, 0].argmax(-1)
-    assert written == "".join(alphabet[i] for i in want)

@@ -20,13 +20,13 @@ def rows():
 
 def test_every_picture_there_are_data_for_is_drawn(tmp_path):
     (tmp_path / "results.csv").write_text(HEADER + "".join(rows()))
-    assert [path.name for path in plot.draw(tmp_path)] == ["speed.png", "axes.png"]
+    assert [path.name for path in plot.draw(tmp_path)] == ["speed.png"]
     losses = "".join(
         f"sine,lstm,{p},{n},{1 / n}\n" for p in ("torch.nn", "fusedrnn") for n in (1, 2)
     )
     (tmp_path / "losses.csv").write_text("case,cell,provider,step,loss\n" + losses)
     drawn = plot.draw(tmp_path)
-    assert [path.name for path in drawn] == ["speed.png", "axes.png", "losses.png"]
+    assert [path.name for path in drawn] == ["speed.png", "losses.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 

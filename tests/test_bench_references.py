@@ -5,7 +5,7 @@ import pytest
 from bench import references
 from bench.cases import PUBLISHED
 
-ROWS = references.read()
+ROWS = references.read(references.PATH)
 
 
 def test_every_row_names_its_source_commit_and_libraries():

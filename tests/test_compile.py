@@ -16,6 +16,7 @@ from fusedrnn.kernels.spec import SPECS
 
 PARTS = [("sm_90", name) for name in ("resident", "cooperative", "stepwise")]
 PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident", "cooperative")]
+PARTS += [(chip, "cooperative") for chip in ("sm_86", "sm_89", "sm_120")]
 
 
 @pytest.mark.parametrize(("chip", "schedule"), PARTS)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 from models import LoopGRU
@@ -26,6 +28,7 @@ from pairs import (
 from torch.nn.utils.rnn import unpack_sequence
 
 import fusedrnn
+from fusedrnn import functional
 from fusedrnn.testing import assert_budget
 
 BACKENDS = ("aten", "torch")
@@ -217,3 +220,52 @@ def test_modules_on_the_kernels(name, is_packed, device):
     truth = run(theirs.double(), input.to("cpu", torch.float64))
     for i, tensors in enumerate(zip(got, ref, truth, strict=True)):
         assert_budget(f"tensor {i}", *tensors)
+
+
+def cudnn(op):
+    """torch's operator on the CPU with the checks and the warning of cuDNN's."""
+
+    def run(*args):
+        packed = args[1].dtype == torch.long if isinstance(args[1], torch.Tensor) else False
+        hx, is_training = args[1 + packed], args[6 + packed]
+        assert all(state.is_contiguous() for state in leaves(hx)), "rnn: hx is not contiguous"
+        warnings.warn("RNN module weights are not part of single contiguous chunk", stacklevel=2)
+        results = op(*args)
+        if results[0].requires_grad:
+            results[0].register_hook(lambda grad: check(is_training))
+        return results
+
+    def check(is_training):
+        assert is_training, "cudnn RNN backward can only be called in training mode"
+
+    return run
+
+
+@pytest.mark.parametrize("is_packed", [False, True])
+@pytest.mark.parametrize("name", NAMES)
+def test_promises_are_kept_on_cudnn(name, is_packed, monkeypatch):
+    """hx given once for all sequences, backward in eval(), and no advice about flat weights."""
+    theirs, ours = build(name, num_layers=2, dropout=0.5)
+    theirs.eval(), ours.eval()
+    input, hx = packed() if is_packed else batch(), states_for(ours, 1)
+    spread = tuple(state.expand(-1, B, -1).contiguous() for state in leaves(hx))
+    want = run(theirs, input, spread if len(spread) == 2 else spread[0])
+    ops = {key: cudnn(op) for key, op in functional.ATEN.items()}
+    monkeypatch.setattr(functional, "ATEN", ops)
+    with fusedrnn.use_backend("aten"):
+        got = run(ours, input, hx)
+    states = slice(len(leaves(hx)) + 2, 2 * len(leaves(hx)) + 2)  # their gradients are sums
+    assert_close(got[: states.start], want[: states.start], 0)
+    assert_close(got[states], [grad.sum(1, keepdim=True) for grad in want[states]])
+    assert_close(got[states.stop :], want[states.stop :], 0)
+
+
+@backends
+def test_a_default_device_is_not_that_of_the_call(backend):
+    module, dense = build("LSTM")[1], batch()
+    calls = [(packed(), {}), (dense, {"lengths": LENGTHS, "reset": RESET})]
+    for input, options in calls[: 1 if backend == "aten" else 2]:
+        with torch.device("meta"), fusedrnn.use_backend(backend):
+            output, states = module(input, **options)
+            sum(result.sum() for result in leaves((output, states))).backward()
+        assert {result.device.type for result in leaves((output, states))} == {"cpu"}

@@ -127,6 +127,32 @@ def fail_within(context, seen):
         raise KeyError
 
 
+def test_precision_of_gemms_with_threads(monkeypatch):
+    """The last thread puts back what the first has found; where it is right nothing is set."""
+
+    class Matmul:
+        def __init__(self, value):
+            self.value, self.sets = value, []
+
+        fp32_precision = property(
+            lambda self: self.value,
+            lambda self, value: (self.sets.append(value), setattr(self, "value", value)),
+        )
+
+    x = torch.zeros(1)
+    monkeypatch.setattr(torch.Tensor, "is_cuda", True)
+    for found, sets in (("none", ["tf32", "none"]), ("tf32", [])):
+        matmul = Matmul(found)
+        monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+        first, second = gemm_precision("tf32", x), gemm_precision("tf32", x)
+        first.__enter__()
+        second.__enter__()
+        first.__exit__(None, None, None)
+        assert matmul.value == "tf32"
+        second.__exit__(None, None, None)
+        assert (matmul.value, matmul.sets) == (found, sets)
+
+
 def test_precision_of_gemms_is_set_and_put_back(monkeypatch):
     """torch has one switch for the process; fp32 on CUDA alone needs it."""
     matmul = torch.backends.cuda.matmul

@@ -21,6 +21,7 @@ import fusedrnn
 from fusedrnn import arguments, functional, stack
 
 T, B = 3, 4
+DEVICE = torch.device("cpu")  # it stands for the GPU
 LENGTHS = torch.tensor([2, 0, 3, 1])
 RESET = torch.zeros(T, B, dtype=torch.bool)
 RESET[[0, 1, 2], [2, 0, 2]] = True
@@ -98,7 +99,12 @@ def blind(*host):
     look = blinded("to")
 
     def to(self, *args, **kwargs):
-        return look(self) if "cpu" in (*args, *kwargs.values()) else move(self, *args, **kwargs)
+        if "cpu" in (*args, *kwargs.values()):
+            return look(self)
+        if DEVICE in args and host.has(self) and not kwargs.get("non_blocking"):
+            raise LookedError("the host waits for a copy of its tensor")
+        result = move(self, *args, **kwargs)
+        return result.clone() if DEVICE in args else result  # which the host does not have
 
     def launch(*args, **kwargs):
         launches.append(args)
@@ -181,6 +187,13 @@ def test_packed_input(route, cell, recompute):
         return [*results, *torch.autograd.grad([r.sum() for r in results], sources)]
 
     run_blind(run, packed.batch_sizes)
+
+
+def test_a_blocking_copy_is_found():
+    with blind(LENGTHS), pytest.raises(LookedError, match="waits"):
+        LENGTHS.to(DEVICE)
+    with blind(LENGTHS):
+        LENGTHS.to(DEVICE, non_blocking=True)
 
 
 @pytest.mark.parametrize("form", ["states", "batch first", "no gradients", "autocast"])

@@ -15,6 +15,7 @@ from fusedrnn.kernels.plan import (
     candidates,
     chip_of,
     cooperative,
+    give_up,
     plan,
     plan_stack,
     refuse_cooperation,
@@ -135,6 +136,40 @@ def test_a_device_that_refused_is_not_asked_again(monkeypatch):
     with pytest.raises(NoPlan, match="sm_90 has refused a cooperative launch"):
         cooperative(problem(), refusing)
     assert plan(problem(hidden_size=256), refusing).schedule == "stepwise"
+
+
+def test_a_layer_whose_kernels_failed_is_planned_no_more(monkeypatch):
+    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
+    device, asked = torch.device("cpu"), problem()
+    give_up(device, asked.cell, asked.hidden_size, asked.dtype, "no compiler")
+    with pytest.raises(NoPlan, match=r"^no compiler$"):
+        plan_stack(asked, chip_of(device))
+    assert plan_stack(asked._replace(hidden_size=32), chip_of(device))
+    assert plan_stack(asked, chip_of(torch.device("meta")))
+
+
+@pytest.mark.parametrize(
+    ("arch", "warp_size", "reason"),
+    [("sm_75", 32, "below sm_80"), ("gfx1100", 32, "64 threads; R has 32")],
+)
+def test_chips_without_kernels(arch, warp_size, reason):
+    with pytest.raises(NoPlan, match=reason):
+        plan_stack(problem(), H100._replace(name="R", arch=arch, warp_size=warp_size))
+    for supported in (*CHIPS.values(), AMD):
+        assert supported.unsupported is None
+
+
+@pytest.mark.parametrize(("backend", "sms"), [("gloo", 132), ("cpu:gloo,cuda:nccl", 100)])
+def test_a_process_group_keeps_sms(backend, sms, monkeypatch):
+    """A collective that runs beside a cooperative launch has its SMs."""
+    for name, value in (("is_initialized", True), ("get_backend", backend)):
+        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
+    chip = chip_of(torch.device("cpu"))
+    assert chip.sms == sms
+    chip = chip._replace(concurrent=True)
+    for B in (16, 512):
+        tiles = cooperative(problem(hidden_size=1024, batch=B), chip).forward
+        assert 1024 // tiles.block_h * tiles.at_once <= sms
 
 
 def test_a_measurement_overrules_the_model(monkeypatch):

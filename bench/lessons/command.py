@@ -4,23 +4,17 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
 from .. import DEFAULT_FOLDER, UserError
 from . import by_hand, gates, lengths, parameters, reviews, sine, temperature, vanishing
-from .lesson import Lesson
 
 OPTIONS = ("imdb", "download", "out", "seed", "quick")
-LESSONS: dict[str, Lesson] = {
-    "by-hand": by_hand.LESSON,
-    "parameters": parameters.LESSON,
-    "gates": gates.LESSON,
-    "vanishing": vanishing.LESSON,
-    "sine": sine.LESSON,
-    "lengths": lengths.LESSON,
-    "reviews": reviews.LESSON,
-    "temperature": temperature.LESSON,
+_MODULES = by_hand, parameters, gates, vanishing, sine, lengths, reviews, temperature
+LESSONS: dict[str, ModuleType] = {
+    module.__name__.rpartition(".")[2].replace("_", "-"): module for module in _MODULES
 }
 
 
@@ -33,29 +27,25 @@ def run(options: argparse.Namespace) -> int:
     """Runs a lesson on one thread of the CPU; returns 0.
 
     The picture is ``lesson-NAME.png`` in the folder of ``--out`` unless ``--figure`` names a file.
-
-    Raises:
-        UserError: there is no such lesson, or the picture cannot be written.
     """
+    titles = {name: (module.__doc__ or "").splitlines()[0][:-1] for name, module in LESSONS.items()}
     if options.name is None:
-        for name, lesson in LESSONS.items():
-            print(f"{name:<12} {lesson.title}")
+        print("\n".join(f"{name:<12} {title}" for name, title in titles.items()))
         return 0
     if options.name not in LESSONS:
         raise UserError(f"there is no lesson {options.name!r}: they are {', '.join(LESSONS)}")
-    lesson = LESSONS[options.name]
-    file = options.figure or (options.out or DEFAULT_FOLDER) / f"lesson-{options.name}.png"
-    print(f"{options.name}: {lesson.title}\n")
+    print(f"{options.name}: {titles[options.name]}\n")
     before = torch.get_num_threads()
     # The steps are so small that a second thread costs more than it computes.
     torch.set_num_threads(1)
     try:
-        lines, draw = lesson.run(options)
+        lines, draw = LESSONS[options.name].run(options)
     finally:
         torch.set_num_threads(before)
     print("\n".join(lines))
-    print(f"\nLook at: {lesson.look_at}")
+    print(f"\nLook at: {LESSONS[options.name].LOOK_AT}")
     if draw:
+        file = options.figure or (options.out or DEFAULT_FOLDER) / f"lesson-{options.name}.png"
         print(_picture(draw, file))
     return 0
 

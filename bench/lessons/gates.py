@@ -1,4 +1,4 @@
-"""The gates of a small LSTM while it follows a sine."""
+"""The gates of an LSTM over time, while it follows a sine."""
 
 from __future__ import annotations
 
@@ -11,8 +11,11 @@ from torch import Tensor, nn
 import fusedrnn
 
 from ..data import sine, windows
-from .lesson import Lesson, Result
+from . import Result
 
+LOOK_AT = (
+    "module.states(x, gates=True), which returns them; a sine needs little memory: f stays low."
+)
 T, H = 20, 8
 GATES = {"i": "input gate", "f": "forget gate", "o": "output gate"}
 
@@ -67,10 +70,3 @@ def draw(figure: Any, values: Tensor, predicted: Tensor, gates: dict[str, Tensor
         axis.set_ylim(-0.03, 1.03)
         axis.set_title(f"{title}, {H} units", fontsize=9)
     panels[-1].set_xlabel("step")
-
-
-LESSON = Lesson(
-    "the gates of an LSTM over time, while it follows a sine",
-    "module.states(x, gates=True), which returns them; a sine needs little memory: f stays low.",
-    run,
-)

@@ -1,4 +1,4 @@
-"""Sequences of unequal length: padded, packed, and with ``lengths=``."""
+"""Sequences of unequal length: padding changes the result, packing and lengths= do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,11 @@ from torch.nn.utils.rnn import pack_padded_sequence
 import fusedrnn
 
 from ..models import final_hidden
-from .lesson import Lesson, Result
+from . import Result
+
+LOOK_AT = (
+    "h_n of the padded input: zeros are inputs like others, and the state goes on through them."
+)
 
 
 @torch.no_grad()
@@ -39,10 +43,3 @@ def run(options: Namespace) -> Result:
         forward, backward = (final_hidden(result) - truth).abs().amax((1, 2)).tolist()
         lines.append(f"{name:<16}{steps:>7}{forward:>14.1e}{backward:>14.1e}")
     return lines, None
-
-
-LESSON = Lesson(
-    "sequences of unequal length: padding changes the result, packing and lengths= do not",
-    "h_n of the padded input: zeros are inputs like others, and the state goes on through them.",
-    run,
-)

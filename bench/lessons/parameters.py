@@ -1,4 +1,4 @@
-"""The number of parameters of a recurrent network, by formula and counted."""
+"""The parameters of RNN, GRU and LSTM, by formula and counted."""
 
 from __future__ import annotations
 
@@ -6,8 +6,11 @@ from argparse import Namespace
 
 from ..cases import TRAINED, Workload
 from ..providers import build
-from .lesson import CELLS, Lesson, Result
+from . import CELLS, Result
 
+LOOK_AT = (
+    "T and B, which are not in the formula; LSTM and GRU have 4 and 3 times an RNN's parameters."
+)
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
 
@@ -31,10 +34,3 @@ def run(options: Namespace) -> Result:
             row = f"{workload.name:<16}{cell.upper():<6}{formula:>10,}{module:>10,}"
             lines.append(f"{row}   {workload.shape}")
     return lines, None
-
-
-LESSON = Lesson(
-    "the parameters of RNN, GRU and LSTM, by formula and counted",
-    "T and B, which are not in the formula; LSTM and GRU have 4 and 3 times an RNN's parameters.",
-    run,
-)

@@ -1,4 +1,4 @@
-"""A bidirectional classifier of film reviews and its confusion matrix."""
+"""Good film reviews told from bad ones: confusion matrix, precision and recall."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from torch import Tensor
 
 from .. import data
 from ..cases import EMBEDDING, cut_down
-from ..models import EmbeddedReviews, examples_of, remember
+from ..models import Model, examples_of, remember
 from ..providers import build
 from ..train import predict, train
-from .lesson import COLOURS, Lesson, Result
+from . import COLOURS, Result
 
+LOOK_AT = "precision and recall beside accuracy; features in bench/models.py packs the reviews."
 #: The larger IMDB case in a size that one core trains in under a minute.
 WORKLOAD = replace(
     EMBEDDING, name="sentiment", T=100, B=64, I=32, H=32, layers=1, dropout=0.0, vocabulary=5_000,
@@ -41,23 +42,18 @@ def scores(matrix: list[list[int]]) -> dict[str, float]:
 
 def run(options: Namespace) -> Result:
     workload = cut_down(WORKLOAD) if options.quick else WORKLOAD
-    device = torch.device("cpu")
-    # Reviews are drawn from twice as many as are used, as they are from the real file.
-    count = 2 * max(workload.train, workload.test)
-    corpus = data.load(
-        options.imdb, download=options.download, seed=options.seed, reviews=min(count, 25_000)
-    )
+    corpus = data.load(options.imdb, options.download, options.seed, workload.train)
     examples = examples_of(workload, corpus, options.seed)
     torch.manual_seed(options.seed)
-    model = EmbeddedReviews(build("fusedrnn", "lstm", workload), workload)
+    model = Model(build("fusedrnn", "lstm", workload), workload)
     remember(model.rnn)
-    training = train(model, workload, examples, workload.steps, device, options.seed)
-    matrix = confusion(*predict(model, examples, device))
+    training = train(model, workload, examples, workload.steps, options.seed)
+    matrix = confusion(*predict(model, examples))
     tested = len(examples.targets) - examples.known
     lines = [
         f"data: {corpus.source}",
-        f"LSTM {workload.shape}, {workload.steps} steps on {examples.known:,} reviews, tested on "
-        f"{tested:,}",
+        f"LSTM {workload.shape}, {workload.steps} steps on {examples.known:,} reviews, tested on"
+        f" {tested:,}",
         f"{'':<12}{'predicted bad':>15}{'predicted good':>16}",
         *(f"{('bad', 'good')[i]:<12}{row[0]:>15}{row[1]:>16}" for i, row in enumerate(matrix)),
         ", ".join(f"{name} {value:.3f}" for name, value in scores(matrix).items()),
@@ -77,10 +73,3 @@ def draw(figure: Any, losses: list[float], matrix: list[list[int]]) -> None:
             right.text(j, i, f"{count}", ha="center", va="center", fontsize=14)
     right.set_xticks((0, 1), ("predicted bad", "predicted good"))
     right.set_yticks((0, 1), ("bad", "good"))
-
-
-LESSON = Lesson(
-    "good film reviews told from bad ones: confusion matrix, precision and recall",
-    "precision and recall beside accuracy, and features in bench/models.py, which packs reviews.",
-    run,
-)

@@ -1,4 +1,4 @@
-"""Forecasts of a sine by three cells, from the same windows."""
+"""Training curves of RNN, LSTM and GRU on the same sine."""
 
 from __future__ import annotations
 
@@ -8,22 +8,24 @@ from typing import Any
 import torch
 
 from ..cases import SINE
-from ..models import Forecast, examples_of
+from ..models import Model, examples_of
 from ..providers import build
 from ..train import train
-from .lesson import CELLS, COLOURS, Lesson, Result
+from . import CELLS, COLOURS, Result
+
+LOOK_AT = "the order at the start and at the end: the fastest to start need not end best."
 
 
 def run(options: Namespace) -> Result:
     workload = next(workload for workload in SINE if workload.T == 50)
     lines = [f"{'T=50':<6}{'first loss':>12}{'final loss':>12}{'test RMSE':>12}{'below 0.01':>12}"]
-    examples, device = examples_of(workload, None, options.seed), torch.device("cpu")
+    examples = examples_of(workload, None, options.seed)
     curves = {}
     for cell in CELLS:
         torch.manual_seed(options.seed)
-        model = Forecast(build("fusedrnn", cell, workload), workload)
+        model = Model(build("fusedrnn", cell, workload), workload)
         steps = 5 if options.quick else 200
-        training = train(model, workload, examples, steps, device, options.seed)
+        training = train(model, workload, examples, steps, options.seed)
         losses = curves[cell] = training.losses
         below = next((f"step {n}" for n, loss in enumerate(losses, 1) if loss < 0.01), "never")
         row = f"{losses[0]:>12.4f}{training.final_loss:>12.1e}{training.metric:>12.4f}"
@@ -38,10 +40,3 @@ def run(options: Namespace) -> Result:
         axis.legend()
 
     return lines, draw
-
-
-LESSON = Lesson(
-    "training curves of RNN, LSTM and GRU on the same sine",
-    "the order at the start and at the end: the fastest to start need not end best.",
-    run,
-)

@@ -1,4 +1,4 @@
-"""A character model that writes at three temperatures.
+"""Text of one model at temperatures 0.5, 1.0 and 1.5.
 
 The text comes from a small grammar, in which the verb agrees with the number of the animals.
 """
@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 import fusedrnn
 
-from .lesson import Lesson, Result
+from . import Result
 
+LOOK_AT = "the division by the temperature before softmax in write, and the Stream that decodes."
 TEMPERATURES = (0.5, 1.0, 1.5)
 ANIMALS = {"cat": "cats", "fox": "foxes", "goose": "geese", "mouse": "mice", "wolf": "wolves"}
 COLOUR_WORDS = ("black", "brown", "grey", "old", "red", "small", "white", "young")
@@ -92,10 +93,3 @@ def run(options: Namespace) -> Result:
         lines.append(f"temperature {temperature}: {share:.0%} of the words are in the text")
         lines += [f"    {line}" for line in written[:160].splitlines()[:-1]]
     return lines, None
-
-
-LESSON = Lesson(
-    "text of one model at temperatures 0.5, 1.0 and 1.5",
-    "the division by the temperature before softmax in write, and the Stream that decodes.",
-    run,
-)

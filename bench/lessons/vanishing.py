@@ -1,4 +1,4 @@
-"""The part of the gradient at the last step that arrives at the first.
+"""The gradient that reaches back over 10 to 100 steps, in RNN, LSTM and GRU.
 
 One step back multiplies the gradient by dh_t/dh_{t-1}: in an RNN by W_hh and the slope of tanh, in
 an LSTM along c by the forget gate, in a GRU mainly by the update gate. Bengio et al., "Learning
@@ -17,17 +17,12 @@ from torch import nn
 import fusedrnn
 
 from ..models import final_hidden, remember
-from .lesson import COLOURS, Lesson, Result
+from . import COLOURS, Result
 
+LOOK_AT = "the two open gates: as torch initialises them, LSTM and GRU forget too, only later."
 I, H, B = 8, 32, 16
-#: The name of a curve, its cell, and whether its gate is open at the start.
-STARTS = (
-    ("RNN", "rnn", False),
-    ("LSTM", "lstm", False),
-    ("GRU", "gru", False),
-    ("LSTM, f open", "lstm", True),
-    ("GRU, z open", "gru", True),
-)
+#: The curves; of those that are ``open`` the gate is so at the start.
+STARTS = "RNN", "LSTM", "GRU", "LSTM, f open", "GRU, z open"
 
 
 def gradient_norms(rnn: nn.RNNBase, T: int, seed: int) -> list[float]:
@@ -45,15 +40,16 @@ def run(options: Namespace) -> Result:
     lines = ["|d loss_T / d x_1| divided by |d loss_T / d x_T|"]
     lines.append(f"{'':<14}" + "".join(f"{f'T={T}':>10}" for T in lengths))
     curves = {}
-    for name, cell, is_open in STARTS:
+    for name in STARTS:
         torch.manual_seed(options.seed)
-        rnn = getattr(fusedrnn, cell.upper())(I, H)
+        cell, is_open = name.partition(",")[0], name.endswith("open")
+        rnn = getattr(fusedrnn, cell)(I, H)
         if is_open:
             remember(rnn)
         norms = {T: gradient_norms(rnn, T, options.seed) for T in lengths}
         ratios = "".join(f"{norms[T][0] / norms[T][-1]:>10.1e}" for T in lengths)
         lines.append(f"{name:<14}{ratios}")
-        curves[name] = norms[lengths[-1]], COLOURS[cell], "-" if is_open else "--"
+        curves[name] = norms[lengths[-1]], COLOURS[cell.lower()], "-" if is_open else "--"
     return lines, lambda figure: draw(figure, curves)
 
 
@@ -66,10 +62,3 @@ def draw(figure: Any, curves: dict[str, tuple[list[float], str, str]]) -> None:
     axis.set_xlabel("t")
     axis.set_ylabel("|d loss_T / d x_t|, relative to t = T")
     axis.legend(fontsize=8)
-
-
-LESSON = Lesson(
-    "the gradient that reaches back over 10 to 100 steps, in RNN, LSTM and GRU",
-    "the two open gates: as torch initialises them, LSTM and GRU forget too, only later.",
-    run,
-)
