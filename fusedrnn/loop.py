@@ -106,7 +106,7 @@ class _Steps:
 
 @cache
 def _survive_forks() -> None:
-    """Gives child processes one thread, as a DataLoader's: OpenMP's threads do not survive a fork."""
+    """Gives forked processes one thread, as DataLoader does, for OpenMP's do not survive a fork."""
     os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
 
 

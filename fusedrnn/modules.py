@@ -21,7 +21,7 @@ from .ops import ATEN, ATEN_CELL
 from .stream import Stream
 from .vmap import is_transformed
 
-#: torch's classes, whose forward ``torch.jit.trace`` records; while patched their names lead to ours.
+#: torch's classes by mode, also while patched: ``torch.jit.trace`` records their forward.
 _TORCHS: dict[str, Any] = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
 _TORCHS |= dict.fromkeys(("RNN_TANH", "RNN_RELU"), torch.nn.RNN)
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
@@ -93,6 +93,10 @@ class _Stack(torch.nn.RNNBase):
     def _update_flat_weights(self) -> None:
         """Does nothing: there is no list to update."""
 
+    def _is_torchs(self) -> bool:
+        """Returns whether torch's forward is as good; tracers know it at all sizes."""
+        return self._cell in ATEN and dispatch.is_auto()
+
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
         sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
         layers = arguments.Layers(*sizes, bool(self.bidirectional), self.recompute)
@@ -117,9 +121,8 @@ class _Stack(torch.nn.RNNBase):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
-        if torch.jit.is_tracing() and lengths is reset is None and self._cell in ATEN:
-            if dispatch.is_auto():  # torch's forward holds for other sizes than the example's
-                return _TORCHS[self.mode].forward(self, input, hx)
+        if torch.jit.is_tracing() and lengths is reset is None and self._is_torchs():
+            return _TORCHS[self.mode].forward(self, input, hx)
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
