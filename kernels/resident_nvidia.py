@@ -181,7 +181,7 @@ def _start(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr, LAYOU
 
 @gluon.jit
 def _forward_step(
-    layers, program, w, b, state, now, ahead, read, write, inner,
+    layers, program, step, w, b, state, now, ahead, read, write, inner,
     CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """One step: its h comes from the buffer ``read``, the next one goes to ``write``."""
@@ -191,6 +191,7 @@ def _forward_step(
     gx, origins, row = now
     _, origins_next, _ = ahead
     gx = _widen(gx)
+    later = _load_gx(layers, program, step + 2, CELL, TILE)
     entering = entering_state(layers, state, origins)
     gh = ()
     for p in tl.static_range(len(CELL.phases)):
@@ -213,7 +214,7 @@ def _forward_step(
         _store(layers.gates + d_row * (S * H), program, here, saved, S * H, TILE)
     if layers.cs is not None:
         _store(layers.cs + d_row * H, program, here, (result[1],), H, TILE)
-    return state
+    return state, later
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
@@ -233,22 +234,23 @@ def _resident_fwd_kernel(
 
     state = _widen(_load_ends(layers.h_0, layers.c_0, program, None, TILE))
     now = _load_gx(layers, program, 0, CELL, TILE)
+    ahead = _load_gx(layers, program, 1, CELL, TILE)
     share(even, entering_state(layers, state, now[1])[0], ROUND)
     for pair in range(T // 2):
         step = 2 * pair
-        ahead = _load_gx(layers, program, step + 1, CELL, TILE)
-        state = _forward_step(
-            layers, program, w, b, state, now, ahead, even, odd, inner, CELL, TILE, LAYOUT, ROUND
-        )
-        now = _load_gx(layers, program, step + 2, CELL, TILE)
-        state = _forward_step(
-            layers, program, w, b, state, ahead, now, odd, even, inner, CELL, TILE, LAYOUT, ROUND
-        )
+        state, now = _forward_step(
+            layers, program, step, w, b, state, now, ahead, even, odd, inner,
+            CELL, TILE, LAYOUT, ROUND,
+        )  # fmt: skip
+        state, ahead = _forward_step(
+            layers, program, step + 1, w, b, state, ahead, now, odd, even, inner,
+            CELL, TILE, LAYOUT, ROUND,
+        )  # fmt: skip
     if T % 2 == 1:
-        ahead = _load_gx(layers, program, T, CELL, TILE)
-        state = _forward_step(
-            layers, program, w, b, state, now, ahead, even, odd, inner, CELL, TILE, LAYOUT, ROUND
-        )
+        state, now = _forward_step(
+            layers, program, T - 1, w, b, state, now, ahead, even, odd, inner,
+            CELL, TILE, LAYOUT, ROUND,
+        )  # fmt: skip
     _store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
 
@@ -329,7 +331,7 @@ def _sum(terms):
 
 @gluon.jit
 def _backward_step(
-    layers, grads, program, w, d_state, left, now, buffers,
+    layers, grads, program, step, w, d_state, left, now, buffers,
     CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr, ROUND: tl.constexpr,
 ):  # fmt: skip
     """One step: dgates go through the buffers, one for each gate."""
@@ -337,6 +339,7 @@ def _backward_step(
     N: tl.constexpr = len(CELL.tiles)
     saved, entered, left_before, d_out, d_cs, origins, d_row = now
     saved, entered = _widen(saved), _widen(entered)
+    later = _load_step(layers, grads, program, step - 2, CELL, TILE)
     if grads.out is not None:
         d_state = add_to(d_state, 0, widen(d_out[0]))
     if grads.cs is not None:
@@ -358,7 +361,7 @@ def _backward_step(
             terms = terms + (term,)
         du = to_tile(_sum(terms), LAYOUT)
     d_state = add_to(d_state, 0, du)
-    return gradient_before(layers, d_state, d_leaving, origins), _widen(left_before)
+    return gradient_before(layers, d_state, d_leaving, origins), _widen(left_before), later
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
@@ -376,19 +379,19 @@ def _resident_bwd_kernel(
     d_state = _widen(_load_ends(grads.h_n, grads.c_n, program, None, TILE))
     left = _widen(_load_left(layers, program, time_of(T - 1, program), TILE))
     now = _load_step(layers, grads, program, T - 1, CELL, TILE)
+    ahead = _load_step(layers, grads, program, T - 2, CELL, TILE)
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
-        ahead = _load_step(layers, grads, program, step - 1, CELL, TILE)
-        d_state, left = _backward_step(
-            layers, grads, program, w, d_state, left, now, even, CELL, TILE, LAYOUT, ROUND
+        d_state, left, now = _backward_step(
+            layers, grads, program, step, w, d_state, left, now, even, CELL, TILE, LAYOUT, ROUND
         )
-        now = _load_step(layers, grads, program, step - 2, CELL, TILE)
-        d_state, left = _backward_step(
-            layers, grads, program, w, d_state, left, ahead, odd, CELL, TILE, LAYOUT, ROUND
-        )
+        d_state, left, ahead = _backward_step(
+            layers, grads, program, step - 1, w, d_state, left, ahead, odd,
+            CELL, TILE, LAYOUT, ROUND,
+        )  # fmt: skip
     if T % 2 == 1:
-        d_state, left = _backward_step(
-            layers, grads, program, w, d_state, left, now, even, CELL, TILE, LAYOUT, ROUND
+        d_state, left, now = _backward_step(
+            layers, grads, program, 0, w, d_state, left, now, even, CELL, TILE, LAYOUT, ROUND
         )
     _store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
