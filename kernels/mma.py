@@ -93,6 +93,26 @@ def to_tile(acc, LAYOUT: tl.constexpr):
 
 
 @gluon.jit
+def widened(tiles):
+    """Tiles in fp32. For bf16 that is one instruction a number, where the compiler takes two."""
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        if tiles[n].dtype == tl.bfloat16:
+            x = gl.inline_asm_elementwise(
+                "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
+                "=r,=r,r",
+                [tiles[n]],
+                tl.float32,
+                True,
+                2,
+            )
+        else:
+            x = tiles[n].to(tl.float32)
+        out = out + (x,)
+    return out
+
+
+@gluon.jit
 def round_operand(x, ROUND: tl.constexpr):
     """fp32 rounded to the nearest TF32; without it the tensor cores cut off the low bits."""
     if ROUND == 2:  # one instruction, since sm_90

@@ -32,6 +32,7 @@ from .mma import (
     to_acc,
     to_tile,
     units,
+    widened,
     zero_acc,
 )
 from .plan import Plan, Tiles
@@ -91,14 +92,6 @@ def _store(base, program, mask, tiles, W: tl.constexpr, TILE: tl.constexpr):
     inside = mask[:, None] & (program.cols < TILE.H)[None, :]
     for n in tl.static_range(len(tiles)):
         tl.store(ptrs + n * TILE.H, tiles[n].to(base.dtype.element_ty), mask=inside)
-
-
-@triton.jit
-def _widen(tiles):
-    out = ()
-    for n in tl.static_range(len(tiles)):
-        out = out + (widen(tiles[n]),)
-    return out
 
 
 @triton.jit
@@ -170,11 +163,9 @@ def _load_bias(b_ptr, program, CELL: tl.constexpr, TILE: tl.constexpr):
 def _start(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr):
     """What the product of a gate is added to."""
     if CELL.merged[g]:
-        x = widen(gx[g])
-        return to_acc(x + b[g] if len(b) > 0 else x, LAYOUT)
+        return to_acc(gx[g] + b[g] if len(b) > 0 else gx[g], LAYOUT)
     elif len(b) > 0:
-        x = widen(gx[g])
-        return to_acc(tl.where(x == x, b[g], b[g]), LAYOUT)
+        return to_acc(tl.where(gx[g] == gx[g], b[g], b[g]), LAYOUT)
     else:
         return zero_acc(TILE, LAYOUT)
 
@@ -190,7 +181,7 @@ def _forward_step(
     S: tl.constexpr = len(CELL.saved)
     gx, origins, row = now
     _, origins_next, _ = ahead
-    gx = _widen(gx)
+    gx = widened(gx)
     later = _load_gx(layers, program, step + 2, CELL, TILE)
     entering = entering_state(layers, state, origins)
     gh = ()
@@ -232,7 +223,7 @@ def _resident_fwd_kernel(
     if len(CELL.phases) > 1:
         inner = shared_tiles(1, dtype, TILE, LAYOUT)[0]
 
-    state = _widen(_load_ends(layers.h_0, layers.c_0, program, None, TILE))
+    state = widened(_load_ends(layers.h_0, layers.c_0, program, None, TILE))
     now = _load_gx(layers, program, 0, CELL, TILE)
     ahead = _load_gx(layers, program, 1, CELL, TILE)
     share(even, entering_state(layers, state, now[1])[0], ROUND)
@@ -338,12 +329,12 @@ def _backward_step(
     H: tl.constexpr = TILE.H
     N: tl.constexpr = len(CELL.tiles)
     saved, entered, left_before, d_out, d_cs, origins, d_row = now
-    saved, entered = _widen(saved), _widen(entered)
+    saved, entered = widened(saved), widened(entered)
     later = _load_step(layers, grads, program, step - 2, CELL, TILE)
     if grads.out is not None:
-        d_state = add_to(d_state, 0, widen(d_out[0]))
+        d_state = add_to(d_state, 0, widened(d_out)[0])
     if grads.cs is not None:
-        d_state = add_to(d_state, 1, widen(d_cs[0]))
+        d_state = add_to(d_state, 1, widened(d_cs)[0])
     d_leaving, carry = d_state, ()
     du = d_state[0]  # not read by the last phase
     here = is_stored(layers, program, origins)
@@ -361,7 +352,7 @@ def _backward_step(
             terms = terms + (term,)
         du = to_tile(_sum(terms), LAYOUT)
     d_state = add_to(d_state, 0, du)
-    return gradient_before(layers, d_state, d_leaving, origins), _widen(left_before), later
+    return gradient_before(layers, d_state, d_leaving, origins), widened(left_before), later
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
@@ -376,8 +367,8 @@ def _resident_bwd_kernel(
     even = shared_tiles(G, dtype, TILE, LAYOUT)
     odd = shared_tiles(G, dtype, TILE, LAYOUT)
 
-    d_state = _widen(_load_ends(grads.h_n, grads.c_n, program, None, TILE))
-    left = _widen(_load_left(layers, program, time_of(T - 1, program), TILE))
+    d_state = widened(_load_ends(grads.h_n, grads.c_n, program, None, TILE))
+    left = widened(_load_left(layers, program, time_of(T - 1, program), TILE))
     now = _load_step(layers, grads, program, T - 1, CELL, TILE)
     ahead = _load_step(layers, grads, program, T - 2, CELL, TILE)
     for pair in range(T // 2):
