@@ -15,7 +15,7 @@ from pathlib import Path
 
 from . import UserError
 
-HELP = "cases that became slower, wrong or larger between results files"
+HELP = "what became slower, wrong or larger between results"
 KEYS = ["case", "cell", "pass", "provider"]
 NEEDED = [*KEYS, "gate", "x", "x_low", "x_high"]
 #: Bytes are counted and not timed, so little more is already a change.
@@ -66,7 +66,7 @@ def changes(old: list, new, tolerance: float) -> Iterator[tuple[str, str]]:
     before = pandas.concat(old)
     first = before.groupby(level=KEYS, sort=False)
     lowest, highest = first["x_low"].min(), first["x_high"].max()
-    passed = before["gate"].isin(["ok", "yardstick"]).groupby(level=KEYS).any()
+    passed = before["gate"].isin(["ok", "reference"]).groupby(level=KEYS).any()
     sizes = [c for c in ("kept_mb", "peak_mb") if c in new and c in before]
     limits = {column: LARGER * first[column].max() for column in sizes}
     for key in before.index.unique().union(new.index, sort=False):

@@ -23,7 +23,7 @@ import fusedrnn
 
 from . import UserError
 
-HELP = "DistributedDataParallel and fully_shard beside one process, loss by loss"
+HELP = "DDP and fully_shard beside one process"
 STRATEGIES = ("ddp", "fsdp")
 WORDS, T, B = 500, 30, 16
 #: Of losses near 0.7 in fp64, whose gradients are summed in another order.

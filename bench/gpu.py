@@ -30,7 +30,7 @@ import fusedrnn
 
 from . import UserError
 
-HELP = "on a CUDA machine: gate, benchmark, tests, tuning and compute-sanitizer in one command"
+HELP = "gate, speed, tests and tuning on a CUDA machine"
 ROOT = Path(__file__).resolve().parents[1]
 #: A process that is told its limit gets this much less, so that it can end by itself.
 MARGIN_SECONDS = 10
@@ -67,9 +67,9 @@ def steps() -> list[Step]:
         Step("first", 0.4, first),
         Step("gate", 1.0, (*gate, "--cases", "lessons,sweep"), restarts=True),
         Step("kernelbench", 0.8, (*cases, "--cases", "kernelbench,deepbench"), restarts=True),
-        Step("lessons", 1.5, (*BENCH, "--device", "cuda", "--out", "{out}")),
+        Step("lessons", 1.5, (*BENCH, "--device", "cuda", "--out", "{out}", *limited[:2])),
         Step("sweep", 1.6, (*cases, "--cases", "sweep"), restarts=True),
-        Step("kernel tests", 1.0, (*PYTEST, *KERNEL_TESTS)),
+        Step("kernel-tests", 1.0, (*PYTEST, *KERNEL_TESTS)),
         Step("tune", 1.0, (*BENCH, "tune", "--out", "{out}", "--minutes", "{minutes}")),
         Step("tests", 1.0, (*PYTEST, "tests", *(f"--ignore={path}" for path in KERNEL_TESTS))),
         Step("ragged", 0.3, (*BENCH, "ragged", "--device", "cuda", "--out", "{out}")),
@@ -213,7 +213,7 @@ def outcomes(folder: Path) -> dict[str, dict[str, str]]:
 
 
 def _log(step: Step, folder: Path) -> Path:
-    return folder / f"{step.name.replace(' ', '-')}.log"
+    return folder / f"{step.name}.log"
 
 
 def _last_line(log: Path) -> str:

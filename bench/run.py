@@ -1,366 +1,313 @@
-"""One workload and cell from the gate to the rows: equality, then speed, then training."""
+"""The commands that gate and time cases in one process: the main job, ``--cases``, ``ragged``."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
-from typing import Any, NamedTuple
+import argparse
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
-import fusedrnn
-from fusedrnn.dispatch import precision
-
-from .cases import Workload
+from . import DEFAULT_FOLDER, UserError, report
+from .cases import CELLS, RAGGED, TRAINED, Workload, cut_down, named
+from .data import Corpus, load
 from .gate import Gate
-from .imdb import Corpus
-from .memory import kept
-from .models import MODELS, Examples, Input, examples_of
-from .peer import Peer
-from .progress import Progress
-from .providers import PROVIDERS, TORCH, build, names_for
-from .report import matmul_fp32
-from .results import Loss, Row
-from .timing import Call, Times, interleaved
-from .train import Training, metric_name, train
+from .measure import PASSES, BenchmarkCase, Call, Settings, interleaved
+from .models import MODELS
+from .providers import PROVIDERS, TORCH, absent, build, matmul_fp32
+from .report import Results, environment, header, row_of
+from .train import metric_name, train
 
-#: The gate of the sweep looks at the first steps only: no kernel knows T, and 512 steps of fp64 at
-#: H=1024 would take longer than all timings together.
-_SWEEP_GATE_STEPS = 64
+Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
+WIDTHS = {"case": 22, "cell": 4, "provider": 20, "gate": 10, "forward": 24, "training": 24}
 
 
-@dataclass(frozen=True)
-class Settings:
-    """How a run measures. ``seconds`` is for one comparison of forward or forward+backward."""
-
-    device: torch.device
-    seed: int = 0
-    seconds: float = 0.7
-    least_rounds: int = 3
-
-
-class Measured(NamedTuple):
-    rows: list[Row]
-    losses: list[Loss]
-    complaints: list[str]  # of a red gate, one line a tensor
+def corpus_for(workloads: Sequence[Workload], options: Any) -> Corpus | None:
+    """Returns reviews if a workload needs them; twice as many generated ones as it draws."""
+    needed = max((2 * max(w.train, w.test) for w in workloads if w.vocabulary), default=0)
+    if not needed:
+        return None
+    reviews = min(needed, 25_000)
+    return load(options.imdb, download=options.download, seed=options.seed, reviews=reviews)
 
 
-def measure(
-    workload: Workload,
-    cell: str,
-    settings: Settings,
-    corpus: Corpus | None = None,
-    progress: Progress | None = None,
-) -> Measured:
-    """Gates, times and trains every provider on one workload.
-
-    Args:
-        workload: a lesson, or a point of the sweep.
-        cell: ``"lstm"`` or ``"gru"``.
-        settings: device, seed and time.
-        corpus: the reviews, for the workloads that read them.
-        progress: told what is being done.
-    """
-    progress = progress or Progress(None)
-    subject = Subject(workload, cell, settings, corpus)
-    rows: dict[str, Row] = {}
+def gated(case: BenchmarkCase, providers: Sequence[str]) -> tuple[Rows, list[str]]:
+    """Returns a row for each provider and pass, and a line for each tensor that is wrong."""
+    rows: Rows = {}
     complaints: list[str] = []
-    progress.at(f"{workload.name} {cell}: gate")
-    gate = Gate(workload, cell, subject.weights, subject.gate_input())
-    for provider in names_for(workload, settings.device):
-        row, failures = judged(gate, subject, provider)
-        rows[provider] = row
-        complaints += [f"{workload.name} {cell} {provider}: {line}" for line in failures]
-    del gate
-    able = [provider for provider, row in rows.items() if row.has_numbers]
-
-    progress.at(f"{workload.name} {cell}: speed")
-    for mode in ("fw", "fwbw"):
-        for provider, times in subject.times(able, mode).items():
-            enter_times(rows[provider], mode, times)
-    if settings.device.type == "cuda":
-        for provider in able:
-            rows[provider].peak_mb = subject.peak_mb(provider)
-    losses = trained(subject, able, rows, progress) if subject.steps else []
-    return Measured(list(rows.values()), losses, complaints)
-
-
-def judged(gate: Gate, subject: Subject, provider: str) -> tuple[Row, list[str]]:
-    """The provider's row with the gate's verdict, and what failed."""
-    workload, cell = subject.workload, subject.cell
-
-    def row(**values) -> Row:
-        row = Row.of(workload, cell, provider, backend="", **values)
-        told = subject.explain(provider)
-        row.precision = fp32_of(provider, told, subject)
-        if told is not None:
-            row.backend = told.backend or ""
-            row.plan = "; ".join(line.partition(": forward")[0] for line in told.layers)
-            if len(told.floors_us) == 2:  # of a step, forward and backward
-                forward, backward = (us * workload.T / 1000 for us in told.floors_us)
-                row.fw_floor_ms, row.fwbw_floor_ms = forward, forward + backward
-        return row
-
-    if provider == TORCH:
-        return row(gate="yardstick"), []
-    try:
-        verdict = gate.judge(provider)
-    except NotImplementedError as error:
-        return Row.of(workload, cell, provider, backend="", gate="refused", note=str(error)), []
-    if verdict.ok:
-        return row(gate="ok", share=verdict.share, error=verdict.error), []
-    note = f"{len(verdict.failures)} tensors are over the error budget: no speed is shown"
-    return row(gate="red", share=verdict.share, note=note), verdict.failures
-
-
-def fp32_of(provider: str, told: fusedrnn.dispatch.Explanation | None, subject: Subject) -> str:
-    """How a provider multiplies fp32: "ieee", "tf32", ...; "" in other dtypes, or if not known.
-
-    Args:
-        provider: whose word on it counts, where it has one.
-        told: of what is ours, what runs.
-        subject: the case.
-    """
-    if subject.dtype != torch.float32:
-        return ""
-    entry = PROVIDERS[provider]
-    own = entry.precision(subject.dtype, subject.settings.device, subject.cell)
-    if told is None or subject.settings.device.type == "cpu":
-        return own
-    # Of ours, what runs; the loop multiplies by torch.mm, and follows its switch.
-    loop = matmul_fp32() if told.backend == "torch" else precision()
-    return told.precision or loop
-
-
-def enter_times(row: Row, mode: str, times: Times, clock: str = "ms") -> None:
-    """Writes times into the fields of a mode; ``clock`` is ``"ms"`` or ``"device_ms"``."""
-    for field, value in (
-        (clock, times.p50),
-        (f"{clock}_p20", times.p20),
-        (f"{clock}_p80", times.p80),
-        (f"{clock.removesuffix('ms')}speedup", times.speedup),
-    ):
-        setattr(row, f"{mode}_{field}", value)
-
-
-def trained(
-    subject: Subject, providers: list[str], rows: dict[str, Row], progress: Progress
-) -> list[Loss]:
-    """The losses of every step of each provider's short training; what it came to is in the row."""
-    workload, cell = subject.workload, subject.cell
-    losses: list[Loss] = []
-    yardstick: list[float] = []
+    gate = Gate(case)
     for provider in providers:
-        if not subject.trains(provider):
-            continue
-        progress.at(f"{workload.name} {cell}: training {provider}")
-        training = subject.train(provider, progress.tick)
-        yardstick = training.losses if provider == TORCH else yardstick
-        row = rows[provider]
-        row.steps, row.train_s = subject.steps, training.seconds
-        row.final_loss = training.final_loss
-        row.metric, row.test = metric_name(workload), training.metric
-        if provider != TORCH:
-            pairs = zip(training.losses, yardstick, strict=True)
-            row.loss_difference = max(abs(ours - theirs) for ours, theirs in pairs)
-        losses += [
-            Loss(workload.name, cell, provider, step, loss)
-            for step, loss in enumerate(training.losses)
-        ]
-    return losses
+        for mode in ("forward",) if PROVIDERS[provider].step else PASSES:
+            row = rows[provider, mode] = row_of(case.workload, case.cell, mode, provider)
+
+            def judge(provider: str = provider, mode: str = mode, row: dict = row) -> None:
+                told = case.explain(provider, mode)
+                row["backend"] = told.backend if told else ""
+                row["plan"] = "; ".join(told.layers).replace("\n", " ") if told else ""
+                row["precision"] = _precision(case, provider, told)
+                if provider.startswith(TORCH):
+                    row["gate"] = "reference"
+                    return
+                # The gate differentiates more than training does, so the backend is named.
+                by_name = f"fusedrnn {row['backend']}"
+                auto = provider == "fusedrnn" and mode == "training" and by_name in PROVIDERS
+                judged = by_name if auto else provider
+                found = gate.judge(judged, row["precision"], backward=mode == "training")
+                row |= {"gate": "ok" if found.ok else "red", "share": found.share}
+                row["error"] = found.error
+                name = f"{case.workload.name} {case.cell} {provider} {mode}"
+                complaints.extend(f"{name}: {line}" for line in found.failures)
+
+            _guarded(judge, row, complaints)
+    return rows, complaints
 
 
-class Subject:
-    """A workload and a cell with their weights and inputs, from which all providers start."""
+def _guarded(work: Callable[[], None], row: dict, complaints: list[str]) -> bool:
+    """Runs a provider's code; writes why it has no numbers into its row."""
+    try:
+        work()
+        return True
+    except NotImplementedError as error:
+        row |= {"gate": "refused", "note": str(error).partition("\n")[0]}
+    except Exception as error:  # other implementations may fail in any way
+        if "CUDA error" in str(error):  # no later call of this process would work
+            raise
+        row |= {"gate": "failed", "note": f"{type(error).__name__}: {error}".partition("\n")[0]}
+        complaints.append(f"{row['case']} {row['cell']} {row['provider']}: {row['note']}")
+    return False
 
-    def __init__(
-        self, workload: Workload, cell: str, settings: Settings, corpus: Corpus | None = None
-    ):
-        self.workload, self.cell, self.settings = workload, cell, settings
-        self.dtype = getattr(torch, workload.dtype)
-        self.steps = workload.steps_on(settings.device)
-        self.examples: Examples | None = None
-        torch.manual_seed(settings.seed)
-        if workload.task == "none":
-            rnn = build(TORCH, cell, workload)
-            self.input: Input = random_input(workload, settings.device)
-        else:
-            self.examples = examples_of(workload, corpus, settings.seed)
-            model = MODELS[workload.task](build(TORCH, cell, workload), workload)
-            self.start = model.state_dict()
-            rnn = model.rnn
-            rows = torch.arange(workload.B)
-            batch = self.examples.batch(rows, settings.device)
-            with torch.no_grad():
-                self.input = model.to(settings.device).features(batch)
-        # Rounded here, so that the fp64 truth of the gate starts from the very same weights.
-        self.weights = {name: weight.to(self.dtype) for name, weight in rnn.state_dict().items()}
 
-    def gate_input(self) -> Input:
-        """The input, of the sweep only its first steps."""
-        if self.workload.lesson != "sweep":
-            return self.input
-        if isinstance(self.input, Tensor):
-            return self.input[:, :_SWEEP_GATE_STEPS]
-        return first_steps(self.input, _SWEEP_GATE_STEPS)
+def _precision(case: BenchmarkCase, provider: str, told: Any) -> str:
+    """Returns how a provider multiplies fp32 on CUDA, else ``""``."""
+    if case.x.device.type == "cpu" or case.x.dtype != torch.float32:
+        return ""
+    loop = told is not None and told.backend == "torch"
+    return matmul_fp32() if loop else getattr(told, "precision", None) or PROVIDERS[provider].fp32()
 
-    def rnn(self, provider: str) -> nn.Module:
-        rnn = build(provider, self.cell, self.workload)
-        rnn.load_state_dict(self.weights)
-        return rnn.to(self.settings.device, self.dtype)
 
-    def explain(self, provider: str, mode: str = "fwbw") -> fusedrnn.dispatch.Explanation | None:
-        """What of fusedrnn runs the provider's ``call`` of a mode; None for others."""
-        if PROVIDERS[provider].classes is not fusedrnn:
-            return None
-        training = mode == "fwbw"
-        with PROVIDERS[provider].context(), torch.set_grad_enabled(training):
-            input = self.differentiable()[0] if training else self.input
-            return fusedrnn.explain(self.rnn(provider).train(training), input)
+def able(rows: Rows, mode: str) -> list[str]:
+    """Returns the providers whose pass may be timed."""
+    return [p for (p, m), row in rows.items() if m == mode and row["gate"] in ("reference", "ok")]
 
-    def differentiable(self) -> tuple[Input, list[Tensor]]:
-        """The input of the timed backward, and of it the leaf that is differentiated, if any."""
-        if not self.workload.needs_input_grad:
-            return self.input, []
-        leaf = self.input.data.detach().clone().requires_grad_()
-        if isinstance(self.input, PackedSequence):
-            return self.input._replace(data=leaf), [leaf]
-        return leaf, [leaf]
 
-    def call(self, provider: str, mode: str) -> Call:
-        """What is timed: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train().
+def timed(case: BenchmarkCase, rows: Rows, settings: Settings, complaints: list[str]) -> None:
+    """Adds times and memory to the rows of the providers that passed the gate."""
+    for mode in PASSES:
+        calls: dict[str, Call] = {}
+        for provider in able(rows, mode):
 
-        Each call starts from the final state of the one before, so that none can be left out.
-        """
-        rnn, context, input = self.rnn(provider), PROVIDERS[provider].context, self.input
-        if isinstance(rnn, Peer):
-            own = rnn.timed(mode, input, self.workload.needs_input_grad)
-            if own is not None:
-                return own
-        wanted: list[Tensor] = rnn.fix() if isinstance(rnn, Peer) else list(rnn.parameters())
-        if mode == "fwbw":
-            input, leaves = self.differentiable()
-            wanted += leaves
-        return chained(rnn, input, wanted, mode, context)
+            def prepare(provider: str = provider, mode: str = mode) -> None:
+                call = case.call(provider, mode)
+                call()
+                calls[provider] = call
 
-    def times(self, providers: list[str], mode: str) -> dict[str, Times]:
-        return interleaved(
-            {provider: self.call(provider, mode) for provider in providers},
-            self.settings.device,
-            seconds=self.settings.seconds,
-            least=self.settings.least_rounds,
-        )
+            _guarded(prepare, rows[provider, mode], complaints)
+        add_times(rows, mode, calls, settings)
+        for provider in calls if mode == "training" else ():
+            row = rows[provider, mode]
+            row["kept_mb"] = case.kept_mb(provider)
+            if settings.device.type == "cuda":
+                row["peak_mb"] = case.peak_mb(provider)
 
-    def peak_mb(self, provider: str) -> float:
-        """CUDA memory of one forward+backward beyond what stood before, in MB."""
-        call = self.call(provider, "fwbw")
-        call()
-        torch.cuda.reset_peak_memory_stats(self.settings.device)
-        before = torch.cuda.memory_allocated(self.settings.device)
-        call()
-        return (torch.cuda.max_memory_allocated(self.settings.device) - before) / 1e6
 
-    def kept_mb(self, provider: str) -> float:
-        """What autograd keeps for backward, in MB."""
-        rnn = self.rnn(provider)
-        weights = rnn.fix() if isinstance(rnn, Peer) else []
+def add_times(rows: Rows, mode: str, calls: dict[str, Call], settings: Settings) -> None:
+    device, limits = settings.device, {"seconds": settings.seconds, "least": settings.least_rounds}
+    times = interleaved(calls, device, **limits) if calls else {}  # type: ignore[arg-type]
+    for provider, found in times.items():
+        row = rows[provider, mode]
+        row |= {"ms": found.p50, "p20": found.p20, "p80": found.p80, "rounds": found.rounds}
+        row["x"] = found.x if TORCH in calls else None
+        if device.type == "cuda":
+            try:
+                alone = {provider: calls[provider]}
+                graphs = interleaved(alone, device, seconds=0.02, least=1, graph=True)
+                row["device_ms"] = graphs[provider].p50
+            except RuntimeError as error:
+                row["note"] = f"not captured in a CUDA graph: {str(error).partition(chr(10))[0]}"
+
+
+def trained(case: BenchmarkCase, providers: Sequence[str], settings: Settings) -> list[dict]:
+    """Trains the model of a workload by each provider; returns lines of training.csv and losses."""
+    workload, examples = case.workload, case.examples
+    found: list[dict] = []
+    for provider in providers:
+        rnn = build(provider, case.cell, workload)
+        model = MODELS[workload.task](rnn, workload)
+        model.load_state_dict(case.start)
+        steps = workload.steps_on(settings.device)
         with PROVIDERS[provider].context():
-            return kept(rnn, self.input, weights) / 1e6
-
-    def trains(self, provider: str) -> bool:
-        return self.workload.train_reference or provider != "fusedrnn torch"
-
-    def train(self, provider: str, tick: Callable[[], object]) -> Training:
-        """The short training, from the same start for every provider."""
-        if self.examples is None:
-            raise ValueError(f"{self.workload.name} is only timed: it has no examples")
-        model = MODELS[self.workload.task](build(provider, self.cell, self.workload), self.workload)
-        model.load_state_dict(self.start)
-        model.to(self.settings.device)
-        with PROVIDERS[provider].context():
-            return train(
-                model,
-                self.workload,
-                self.examples,
-                self.steps,
-                self.settings.device,
-                self.settings.seed,
-                tick,
+            result = train(
+                model.to(settings.device), workload, examples, steps, settings.device, settings.seed
             )
+        first = found[0]["losses"] if found else result.losses
+        apart = max(abs(a - b) for a, b in zip(result.losses, first, strict=True))
+        found.append({
+            "case": workload.name, "cell": case.cell, "provider": provider, "steps": steps,
+            "final_loss": result.final_loss, "difference": apart, "metric": metric_name(workload),
+            "test": result.metric, "losses": result.losses,
+        })  # fmt: skip
+    return found
 
 
-def chained(
-    rnn: nn.Module,
-    input: Any,
-    wanted: Sequence[Tensor],
-    mode: str,
-    context: Callable[[], AbstractContextManager] = nullcontext,
-    **options: Any,
-) -> Call:
-    """A call that starts from the final state of the one before.
+def begin(options: Any, workloads: Sequence[Workload]) -> tuple[Settings, Corpus | None, Results]:
+    """Loads the data, begins the folder, and prints the header."""
+    settings, corpus = Settings.of(options), corpus_for(workloads, options)
+    env = environment(settings.device, corpus.source if corpus else "random numbers, series")
+    resume = getattr(options, "resume", False)
+    results = Results(options.out or DEFAULT_FOLDER, env, resume)
+    print(header(env) + ("\nquick    tiny sizes: the times mean nothing" if options.quick else ""))
+    return settings, corpus, results
 
-    Args:
-        rnn: what is called, as ``rnn(input, state, **options)``.
-        input: whatever it takes.
-        wanted: of ``"fwbw"``, what is differentiated.
-        mode: ``"fw"`` in eval() and without gradients, ``"fwbw"`` in train().
-        context: is entered around every call.
-        **options: of every call.
+
+def pairs(
+    workloads: Sequence[Workload], cells: Sequence[str], minutes: float | None
+) -> Iterator[tuple[Workload, str]]:
+    """Yields workloads and cells behind a progress bar, none after ``minutes``."""
+    end = time.monotonic() + 60 * (minutes or float("inf"))
+    every = [(w, cell) for w in workloads for cell in w.cells if cell in cells]
+    bar = report.progress(every)
+    for workload, cell in bar:
+        if time.monotonic() > end:
+            report.say(f"{len(every)} cases were asked for; --minutes ended before {workload.name}")
+            return
+        if hasattr(bar, "set_description"):
+            bar.set_description(f"{workload.name} {cell}")
+        yield workload, cell
+
+
+def ended(complaints: Sequence[str], results: Results, started: float) -> int:
+    """Prints the end of a run; returns 1 if there are complaints."""
+    print(f"\n{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
+    for line in complaints:
+        print(line, file=sys.stderr)
+    return 1 if complaints else 0
+
+
+def main_job(options: argparse.Namespace) -> int:
+    """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
+    started = time.monotonic()
+    group = getattr(options, "group", None)
+    workloads = [w for w in TRAINED if group in (None, w.group)]
+    workloads = [cut_down(w) for w in workloads] if options.quick else workloads
+    settings, corpus, results = begin(options, workloads)
+    complaints: list[str] = []
+    print(f"\n{report.table_head()}", flush=True)
+    for workload, cell in pairs(workloads, CELLS, options.minutes):
+        case = BenchmarkCase.of(workload, cell, settings, corpus)
+        rows, wrong = gated(case, (TORCH, "fusedrnn"))
+        timed(case, rows, settings, wrong)
+        trainings = trained(case, able(rows, "training"), settings)
+        results.add(rows.values())
+        for line in trainings:
+            losses = enumerate(line.pop("losses"))
+            keys = {name: line[name] for name in ("case", "cell", "provider")}
+            results.add(({**keys, "step": s, "loss": x} for s, x in losses), "losses.csv")
+        results.add(trainings, "training.csv")
+        report.say(report.table_line(report.main_line(list(rows.values()), trainings)))
+        complaints += wrong
+    print(f"\n{report.LEGEND}")
+    return ended(complaints, results, started)
+
+
+def chosen(names: str | None, device: torch.device) -> tuple[str, ...]:
+    """Returns the providers of ``--providers``, torch.nn first; prints those that are absent.
+
+    Raises:
+        UserError: a name is unknown.
     """
-    state = None
-    rnn.train(mode == "fwbw")
-
-    def forward() -> object:
-        nonlocal state
-        with context(), torch.no_grad():
-            output, state = rnn(input, state, **options)
-        return output, state
-
-    cotangents: list[Tensor] = []
-
-    def forward_and_backward() -> object:
-        nonlocal state
-        with context():
-            result = rnn(input, state, **options)
-            outputs = _tensors(result)
-            if not cotangents:  # the first call only, which is never timed
-                cotangents.extend(torch.randn_like(output) for output in outputs)
-            gradients = torch.autograd.grad(outputs, wanted, cotangents)
-        final = result[1]
-        state = final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
-        return gradients
-
-    return forward if mode == "fw" else forward_and_backward
+    wanted = list(PROVIDERS) if names in (None, "all") else [TORCH, *names.split(",")]
+    for name in wanted:
+        if name not in PROVIDERS:
+            raise UserError(f"there is no provider {name!r}; there are {', '.join(PROVIDERS)}")
+    reasons = {name: absent(name, device) for name in dict.fromkeys(wanted)}
+    for name, reason in reasons.items():
+        if reason:
+            print(f"absent   {name}: {reason}")
+    return tuple(name for name, reason in reasons.items() if not reason)
 
 
-def random_input(workload: Workload, device: torch.device) -> Input:
-    """``[B, T, I]``, or packed with lengths from T/2 to T, the longest T; drawn on the CPU."""
-    input = torch.randn(workload.B, workload.T, workload.I)
-    input = input.to(device, getattr(torch, workload.dtype))
-    if not workload.ragged:
-        return input
-    lengths = random_lengths(workload.T, workload.B)
-    return pack_padded_sequence(input, lengths, batch_first=True, enforce_sorted=False)
+def run_cases(options: argparse.Namespace) -> int:
+    """Gates and times every provider on the named cases."""
+    started = time.monotonic()
+    workloads = named(options.cases)
+    names = [w.name for w in workloads if w.group in ("kernelbench", "deepbench")]
+    workloads = tuple(map(cut_down, workloads)) if options.quick else workloads
+    providers = chosen(options.providers, torch.device(options.device))
+    settings, corpus, results = begin(options, workloads)
+    done = _begun(results) if options.resume else set()
+    complaints: list[str] = []
+    print(f"\n{report.table_head(WIDTHS)}", flush=True)
+    for workload, cell in pairs(workloads, workload_cells(options), options.minutes):
+        if (workload.name, cell) in done:
+            continue
+        with open(results.folder / "begun.txt", "a") as file:
+            file.write(f"{workload.name} {cell}\n")
+        case = BenchmarkCase.of(workload, cell, settings, corpus)
+        rows, wrong = gated(case, [p for p in providers if _applies(p, workload)])
+        if not options.gate_only:
+            timed(case, rows, settings, wrong)
+        results.add(rows.values())
+        for line in case_lines(rows):
+            report.say(report.table_line(line, WIDTHS))
+        complaints += wrong
+    print(
+        "\ngate: the largest error as a part of what is allowed; forward, training: milliseconds, and"
+    )
+    print("how many times as fast as torch.nn, which is given a PackedSequence if lengths differ.")
+    if names:
+        from . import references
+
+        gpu = torch.cuda.get_device_name() if settings.device.type == "cuda" else None
+        print("\n".join(["", references.HEADER, *references.lines(names, gpu)]))
+    return ended(complaints, results, started)
 
 
-def random_lengths(T: int, B: int) -> Tensor:
-    """``[B]``, uniform in T/2 to T, the first T."""
-    lengths = torch.randint((T + 1) // 2, T + 1, (B,))
-    lengths[0] = T
-    return lengths
+def workload_cells(options: argparse.Namespace) -> tuple[str, ...]:
+    return tuple(options.cells.split(",")) if getattr(options, "cells", None) else (*CELLS, "rnn")
 
 
-def first_steps(packed: PackedSequence, steps: int) -> PackedSequence:
-    """A packed sequence cut off: its data lie step by step."""
-    sizes = packed.batch_sizes[:steps]
-    return packed._replace(data=packed.data[: int(sizes.sum())], batch_sizes=sizes)
+def _applies(provider: str, workload: Workload) -> bool:
+    """Returns False where a provider would only repeat another one."""
+    entry = PROVIDERS[provider]
+    return (not entry.layout or workload.ragged) and (not entry.step or workload.T == 1)
 
 
-def _tensors(result: tuple) -> list[Tensor]:
-    """Output and final states of an RNN, flat."""
-    output, final = result
-    output = output.data if isinstance(output, PackedSequence) else output  # a Tensor's detaches
-    return [output, *((final,) if isinstance(final, Tensor) else final)]
+def _begun(results: Results) -> set[tuple[str, str]]:
+    """Returns the cases of a folder; those that ended a process get a row that says so."""
+    import csv
+
+    with open(results.folder / "results.csv", newline="") as file:
+        done = {(row["case"], row["cell"]) for row in csv.DictReader(file)}
+    path = results.folder / "begun.txt"
+    lines = path.read_text().split("\n")[:-1] if path.exists() else []
+    begun = {(line.split()[0], line.split()[1]) for line in lines}
+    results.add(
+        {"case": case, "cell": cell, "gate": "failed", "note": "its process ended"}
+        for case, cell in sorted(begun - done)
+    )
+    return done | begun
+
+
+def case_lines(rows: Rows) -> Iterator[dict[str, str]]:
+    """Yields a line of the table for each provider."""
+    for provider in dict.fromkeys(p for p, _ in rows):
+        passes = [rows[provider, mode] for mode in PASSES if (provider, mode) in rows]
+        first, shares = passes[0], [r["share"] for r in passes if "share" in r]
+        gate = next((r["gate"] for r in passes if r["gate"] != "ok"), "ok")
+        cells = {"case": first["case"], "cell": first["cell"], "provider": provider}
+        cells["gate"] = f"{gate} {max(shares):.2f}" if shares else gate
+        for mode in PASSES:
+            row = rows.get((provider, mode), {})
+            speed = (
+                f"{report.ms_text(row['ms'])} ms" if row.get("ms") else row.get("note", "-")[:24]
+            )
+            cells[mode] = f"{speed}, {row['x']:.2f}x" if row.get("x") else speed
+        yield cells
+
+
+def run_ragged(options: argparse.Namespace) -> int:
+    """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
+    options.cases, options.providers = RAGGED.name, "torch.nn padded,fusedrnn,fusedrnn lengths"
+    return run_cases(options)

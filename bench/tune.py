@@ -25,7 +25,7 @@ from .gpu import append
 from .measure import PASSES, BenchmarkCase, Settings, Times, interleaved
 from .providers import TORCH
 
-HELP = "which plan is the fastest here, as entries for kernels/plan.py"
+HELP = "the fastest plans here, as entries for kernels/plan.py"
 OPTIONS = ("out", "device", "seed")
 #: Candidates of a problem; each takes seconds to compile, and the model's best come first.
 MOST = 8

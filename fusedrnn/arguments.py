@@ -20,7 +20,7 @@ from .vmap import is_transformed
 
 
 class Layers(NamedTuple):
-    """How layers are stacked, in the words of ``nn.LSTM``'s constructor."""
+    """The arrangement of layers, in the words of ``nn.LSTM``'s constructor."""
 
     num_layers: int = 1
     bias: bool = True
@@ -58,33 +58,20 @@ class Facts(NamedTuple):
 
     @property
     def recompute(self) -> bool:
-        """Whether backward computes the gates again; a transform may hide that there is one."""
+        """True if backward computes the gates again; a transform may hide that there is one."""
         has_backward = self.needs_grad or self.transformed
         return self.layers.recompute and has_backward and SPECS[self.cell].saved > 0
-
-    @property
-    def dropout(self) -> bool:
-        """Whether masks are drawn between layers."""
-        return self.layers.training and self.layers.dropout > 0 and self.layers.num_layers > 1
 
     def __str__(self) -> str:
         parts = [
             f"{self.cell}{' cell' if self.single_step else ''} on {self.device}",
             str(self.dtype).removeprefix("torch."),
             f"T={self.steps} B={self.batch} I={self.input_size} H={self.hidden_size}",
-            f"layers={self.layers.num_layers}",
-            f"directions={self.layers.directions}",
+            f"layers={self.layers.num_layers}, directions={self.layers.directions}",
         ]
         parts += [f"proj_size={self.proj_size}"] if self.proj_size else []
         parts += [*self.ragged, *(name for name in ("states", "recompute") if getattr(self, name))]
         return ", ".join([*parts, "with gradients" if self.needs_grad else "no gradients"])
-
-
-class Jagged(NamedTuple):
-    """A nested tensor of layout ``torch.jagged`` that was packed, and the way back."""
-
-    offsets: Tensor  # [B + 1]
-    values: Tensor  # [R], the packed row of each row of the nested values
 
 
 class Call(NamedTuple):
@@ -97,7 +84,17 @@ class Call(NamedTuple):
     batched: bool = True  # False: the results lose the batch dimension again
     sequences: Sequences = Sequences()
     packing: PackedSequence | None = None  # the packed input
-    jagged: Jagged | None = None  # or the nested one
+    #: Or of a nested one its offsets [B + 1], and the packed row of each of its rows [R].
+    jagged: tuple[Tensor, Tensor] | None = None
+
+
+class _Sizes(NamedTuple):
+    """The sizes that the weights of the first layer have."""
+
+    input_size: int
+    hidden_size: int
+    proj_size: int  # 0 without a projection
+    columns: tuple[int, ...]  # of each state
 
 
 def prepare(
@@ -112,8 +109,8 @@ def prepare(
     """Checks the arguments of a stack and brings them into the one form that backends take."""
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
-    sizes = _sizes(cell, params, layers)
-    jagged = packing = None
+    sizes, sequences = _sizes(cell, params, layers), _DENSE
+    packing = jagged = None
     if isinstance(input, Tensor) and input.is_nested:
         input, jagged = _pack_jagged(input)
     if isinstance(input, PackedSequence):
@@ -122,8 +119,9 @@ def prepare(
             name = "reset" if lengths is None else "lengths"
             raise ValueError(f"{name} was given with an input that has lengths of its own")
         steps, batch = _check_packed(packing)
+        sequences = Sequences(batch_sizes=packing.batch_sizes)
     else:
-        batched = _ndim(input, (2, 3), "a PackedSequence") == 3
+        batched = _ndim(input, (2, 3), " or a PackedSequence") == 3
         data = input if batched else input.unsqueeze(1)
         data = data.transpose(0, 1) if batched and layers.batch_first else data
         steps, batch = data.shape[:2]
@@ -137,172 +135,110 @@ def prepare(
         raise RuntimeError(
             "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
         )
-    ragged: tuple[str, ...] = () if packing is None else ("packed",)
-    sequences = _DENSE if packing is None else Sequences(batch_sizes=packing.batch_sizes)
     if lengths is not None or reset is not None:
         sequences = Sequences(
-            _checked_lengths(lengths, steps, batch, batched, data.device),
-            _checked_reset(reset, steps, batch, batched, layers.batch_first),
+            _checked_lengths(lengths, steps, batch if batched else None),
+            _checked_reset(reset, steps, batch if batched else None, layers.batch_first),
         )
-        ragged = tuple(n for n in ("lengths", "reset") if getattr(sequences, n) is not None)
-
     rows = layers.num_layers * layers.directions
     if hx is None:
-        states = _zeros(data, (rows, batch), sizes)
+        states = _zeros(data, (rows, batch), sizes.columns)
     else:
-        states = _as_tensors(hx, sizes.count, indexed=packing is None)
-        middle = (batch,) if batched else ()
-        shapes = [(rows, *middle, size) for size in sizes.columns]
-        if batched:
-            states = tuple(map(_spread, states, shapes))
-        _check_shapes(states, shapes)
-        if not batched:
-            states = tuple(s.unsqueeze(1) for s in states)
-        if packing is not None and packing.sorted_indices is not None:
-            check_alike(data, states, (), check_dtype=False)
-            states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
+        states = _as_tensors(hx, len(sizes.columns), indexed=packing is None)
+        states = _fitted(states, (rows, batch) if batched else (rows,), sizes.columns)
+        states = states if batched else tuple(s.unsqueeze(1) for s in states)
     check_alike(data, states, params, check_dtype=autocast is None)
-    facts = _facts(cell, data, states, params, (steps, batch), sizes, layers, ragged, autocast)
+    if hx is not None and packing is not None and packing.sorted_indices is not None:
+        states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
+    tensors = data, *states, *params
+    facts = _facts(cell, tensors, (steps, batch, sizes), layers, sequences, autocast)
     return Call(facts, data, states, params, batched, sequences, packing, jagged)
 
 
-def prepare_cell(
-    cell: str,
-    input: Tensor,
-    hx: Tensor | Sequence[Tensor] | None,
-    params: Sequence[Tensor],
-) -> Call:
-    """Checks the arguments of a single step, ``input [B, I]`` or ``[I]``."""
-    layers = Layers(bias=len(params) == 4)
-    sizes = _sizes(cell, params, layers)
-    batched = _ndim(input, (1, 2)) == 2
-    data = input if batched else input.unsqueeze(0)
-    _check_features(data, sizes.input_size)
-    if hx is None:
-        states = _zeros(data, (len(data),), sizes)
-    else:
-        states = _as_tensors(hx, sizes.count, indexed=False)
-        for name, state in zip(_hx_names(len(states)), states, strict=True):
-            if state.dim() not in (1, 2):
-                raise ValueError(f"{name} is {state.dim()}-D; expected 1-D or 2-D")
-        middle = (len(data),) if batched else ()
-        _check_shapes(states, [(*middle, size) for size in sizes.columns])
-        if not batched:
-            states = tuple(s.unsqueeze(0) for s in states)
-    autocast = _autocast_dtype(data)
-    check_alike(data, states, params, check_dtype=autocast is None)
-    facts = _facts(cell, data, states, params, (1, len(data)), sizes, layers, (), autocast)
-    return Call(facts._replace(single_step=True), data, states, params, batched)
-
-
-class _Sizes(NamedTuple):
-    """The sizes that the weights of the first layer tell."""
-
-    input_size: int
-    hidden_size: int
-    proj_size: int  # 0 without a projection
-    count: int  # of states
-
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """The columns of each state."""
-        return (self.proj_size or self.hidden_size, self.hidden_size)[: self.count]
+def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
+    """Prepares a single step, ``input [B, I]`` or ``[I]``, as a stack with T = 1."""
+    _ndim(input, (1, 2))
+    if hx is not None:
+        states = _as_tensors(hx, SPECS[cell].states, indexed=False)
+        hx = as_hx([state.unsqueeze(0) for state in states])
+    call = prepare(cell, input.unsqueeze(0), hx, params, Layers(bias=len(params) == 4))
+    return call._replace(facts=call.facts._replace(single_step=True))
 
 
 _DENSE = Sequences()
+_KINDS = ("lengths", "reset", "packed")
 
 
 def _facts(
     cell: str,
-    data: Tensor,
-    states: Sequence[Tensor],
-    params: Sequence[Tensor],
-    grid: tuple[int, int],
-    sizes: _Sizes,
+    tensors: Sequence[Tensor],
+    dims: tuple[int, int, _Sizes],
     layers: Layers,
-    ragged: tuple[str, ...],
+    sequences: Sequences,
     autocast: torch.dtype | None,
 ) -> Facts:
+    """Returns the facts about a call with these tensors, the input first."""
+    data, (steps, batch, sizes) = tensors[0], dims
+    pairs = () if sequences is _DENSE else zip(_KINDS, sequences, strict=True)
+    ragged = tuple([kind for kind, given in pairs if given is not None])
+    needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
+    grads = needs_grad, needs_grad and data.requires_grad
     # Autocast leaves fp64 alone, as everywhere in torch.
     dtype = data.dtype if autocast is None or data.dtype == torch.float64 else autocast
-    needs_grad = torch.is_grad_enabled() and any(
-        [t.requires_grad for t in (*params, data, *states)]
-    )
-    return Facts(
-        cell,
-        data.device,
-        dtype,
-        *grid,
-        sizes.input_size,
-        sizes.hidden_size,
-        sizes.proj_size,
-        layers,
-        ragged,
-        needs_grad,
-        needs_grad and data.requires_grad,
-        autocast,
-        torch.compiler.is_compiling(),
-        is_transformed(),
-    )
+    modes = torch.compiler.is_compiling(), is_transformed()
+    grid = steps, batch, *sizes[:3]
+    return Facts(cell, data.device, dtype, *grid, layers, ragged, *grads, autocast, *modes)
 
 
 def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> _Sizes:
     """Reads the sizes off the first layer's weights and checks the shapes of all."""
-    spec, entries = SPECS[cell], layers.num_layers * layers.directions
-    base = 4 if layers.bias else 2
-    each, rest = divmod(len(params), entries)
+    spec, entries, base = SPECS[cell], layers.num_layers * layers.directions, 2 + 2 * layers.bias
+    each = len(params) // entries
     projects = cell == "lstm" and each == base + 1
-    if rest or each != base + projects:
-        raise ValueError(
-            f"params has {len(params)} tensors; expected {base * entries}, {base} for each layer "
-            f"and direction{' (or one more with a projection)' if cell == 'lstm' else ''}"
-        )
+    if len(params) != (base + projects) * entries:
+        hint = f"{base} for each layer and direction"
+        hint += " (one more with a projection)" if cell == "lstm" else ""
+        raise ValueError(f"params has {len(params)} tensors; expected {base * entries}, {hint}")
     shapes = [getattr(p, "shape", None) for p in params]
     first, last = shapes[0], shapes[each - 1]
-    if first is None or len(first) != 2 or first[0] % spec.gates or first[0] == 0:
-        _refuse_weight(params[0], 0, each, layers, f"({spec.gates}*hidden_size, input_size)")
-    H, P = first[0] // spec.gates, 0
+    if not first or len(first) != 2 or first[0] % spec.gates or not first[0]:
+        _refuse_weight(params, 0, each, layers, f"({spec.gates} * hidden_size, input_size)")
+    H, P = first[0] // spec.gates, 0  # type: ignore[index]
     if projects:
-        if last is None or len(last) != 2:
-            _refuse_weight(params[each - 1], each - 1, each, layers, f"(proj_size, {H})")
-        P = last[0]
-    layout = _weight_shapes.__wrapped__ if torch.compiler.is_compiling() else _weight_shapes
-    expected = layout(spec.gates, layers.num_layers, layers.directions, base, first[1], H, P)
+        if not last or len(last) != 2:
+            _refuse_weight(params, each - 1, each, layers, f"(proj_size, {H})")
+        P = last[0]  # type: ignore[index]
+    shapes_of = _weight_shapes.__wrapped__ if torch.compiler.is_compiling() else _weight_shapes
+    expected, sizes = shapes_of(cell, layers.num_layers, layers.directions, base, first[1], H, P)  # type: ignore[index]
     if shapes != expected:
-        for i, (shape, wanted) in enumerate(zip(shapes, expected, strict=True)):
-            if shape != wanted:
-                _refuse_weight(params[i], i, each, layers, str(wanted))
-    return _Sizes(first[1], H, P, spec.states)
+        wrong = next(i for i, shape in enumerate(shapes) if shape != expected[i])
+        _refuse_weight(params, wrong, each, layers, str(expected[wrong]))
+    return sizes
 
 
 @lru_cache(maxsize=1024)
 def _weight_shapes(
-    gates: int, num_layers: int, directions: int, base: int, I: int, H: int, P: int
-) -> list[tuple[int, ...]]:
-    """Returns the shape of each weight, in torch's order."""
+    cell: str, num_layers: int, directions: int, base: int, I: int, H: int, P: int
+) -> tuple[list[tuple[int, ...]], _Sizes]:
+    """Returns the shape of each weight, in torch's order, and the sizes."""
+    spec = SPECS[cell]
     shapes: list[tuple[int, ...]] = []
     for layer in range(num_layers):
         columns = I if layer == 0 else (P or H) * directions
-        one = [(gates * H, columns), (gates * H, P or H), *[(gates * H,)] * (base - 2)]
-        shapes += (one + [(P, H)] * bool(P)) * directions
-    return shapes
+        weights = (spec.gates * H, columns), (spec.gates * H, P or H)
+        biases = [(spec.gates * H,)] * (base - 2)
+        shapes += [*weights, *biases, *([(P, H)] if P else [])] * directions
+    return shapes, _Sizes(I, H, P, (P or H, H)[: spec.states])
 
 
-def _refuse_weight(weight: Any, i: int, each: int, layers: Layers, expected: str) -> None:
+def _refuse_weight(params: Sequence[Any], i: int, each: int, layers: Layers, expected: str) -> None:
     """Raises the sentence for weight number i of a stack."""
-    names = ["weight_ih", "weight_hh", "bias_ih", "bias_hh"][: 4 if layers.bias else 2]
+    names = [*("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 2 + 2 * layers.bias], "weight_hr"]
     layer, d = divmod(i // each, layers.directions)
-    name = f"{[*names, 'weight_hr'][i % each]}_l{layer}{'_reverse' * d}"
-    got = f"shape {tuple(weight.shape)}" if isinstance(weight, Tensor) else type(weight).__name__
-    kind = RuntimeError if isinstance(weight, Tensor) else TypeError
-    raise kind(f"{name} has {got}; expected a tensor of shape {expected}")
-
-
-def _zeros(data: Tensor, shape: tuple[int, ...], sizes: _Sizes) -> tuple[Tensor, ...]:
-    """Returns initial states of zeros; they are only read, so equal ones are one tensor."""
-    first, *more = sizes.columns
-    h_0 = data.new_zeros(*shape, first)
-    return h_0, *(h_0 if columns == first else data.new_zeros(*shape, columns) for columns in more)
+    name, weight = f"{names[i % each]}_l{layer}{'_reverse' * d}", params[i]
+    if not isinstance(weight, Tensor):
+        raise TypeError(f"{name} is a {type(weight).__name__}; expected a tensor {expected}")
+    raise RuntimeError(f"{name} has shape {tuple(weight.shape)}; expected {expected}")
 
 
 def _check_packed(packing: PackedSequence) -> tuple[int, int]:
@@ -310,21 +246,18 @@ def _check_packed(packing: PackedSequence) -> tuple[int, int]:
     data, batch_sizes = packing.data, packing.batch_sizes
     if data.dim() != 2:
         raise RuntimeError(f"the packed input's data is {data.dim()}-D; expected 2-D")
-    if not torch.compiler.is_compiling() and int(batch_sizes.sum()) != len(data):
+    if not torch.compiler.is_compiling() and int(batch_sizes.sum()) != data.shape[0]:
         raise RuntimeError(
-            f"the packed input has {len(data)} rows; expected {int(batch_sizes.sum())}, the sum "
-            "of its batch_sizes"
+            f"the packed input has {data.shape[0]} rows; expected {int(batch_sizes.sum())}, the "
+            "sum of its batch_sizes"
         )
     return len(batch_sizes), int(batch_sizes[0])
 
 
-def _pack_jagged(input: Tensor) -> tuple[PackedSequence, Jagged]:
+def _pack_jagged(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
     """Packs a nested tensor; reads its lengths, hence waits for a GPU."""
-    if input.layout != torch.jagged:
-        raise ValueError(
-            f"input is a nested tensor of layout {input.layout}; expected torch.jagged"
-        )
-    nested: Any = input
+    if nested.layout != torch.jagged:
+        raise ValueError(f"input is a nested tensor of {nested.layout}; expected torch.jagged")
     values, offsets = nested.values(), nested.offsets()
     if values.dim() != 2 or nested.lengths() is not None or nested._ragged_idx != 1:
         raise ValueError("input is a nested tensor with holes or of other than [B, jagged, I]")
@@ -338,13 +271,11 @@ def _pack_jagged(input: Tensor) -> tuple[PackedSequence, Jagged]:
     back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
     order = order.to(values.device)
     packed = PackedSequence(values.index_select(0, rows), there.sum(1), order, order.argsort())
-    return packed, Jagged(offsets, back)
+    return packed, (offsets, back)
 
 
-def _checked_lengths(
-    lengths: Any, steps: int, batch: int, batched: bool, device: torch.device
-) -> Tensor | None:
-    """Returns lengths as a tensor ``[B]``; its values are checked only where no device waits."""
+def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor | None:
+    """Returns lengths as a tensor ``[B]``; checks values only where no device waits for it."""
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
@@ -358,7 +289,7 @@ def _checked_lengths(
     kind = lengths.dtype
     if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise ValueError(f"lengths is {kind}; expected integers")
-    if not batched:
+    if batch is None:
         raise ValueError("lengths was given with an input without a batch; cut the input instead")
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
@@ -373,38 +304,31 @@ def _checked_lengths(
     return lengths
 
 
-def _checked_reset(
-    reset: Tensor | None, steps: int, batch: int, batched: bool, batch_first: bool
-) -> Tensor | None:
+def _checked_reset(reset: Any, steps: int, batch: int | None, batch_first: bool) -> Tensor | None:
     """Returns resets as bool ``[T, B]``."""
     if reset is None:
         return None
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         kind = reset.dtype if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
         raise ValueError(f"reset is {kind}; expected a tensor of torch.bool")
-    shape = (batch, steps) if batch_first else (steps, batch)
-    expected: tuple[int, ...] = shape if batched else (steps,)
+    if batch is None:
+        expected: tuple[int, ...] = (steps,)
+    else:
+        expected = (batch, steps) if batch_first else (steps, batch)
     if reset.shape != expected:
         raise ValueError(f"reset has shape {tuple(reset.shape)}; expected {expected}")
-    if not batched:
+    if batch is None:
         return reset.unsqueeze(1)
     return reset.t() if batch_first else reset
 
 
-def _spread(state: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Expands a state ``[L*D, 1, H]`` to all sequences; others stay as they are."""
-    fits = state.dim() == 3 and state.shape[1] == 1 != shape[1]
-    return state.expand(shape) if fits and state.shape == (shape[0], 1, shape[2]) else state
-
-
 def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
     """Returns the number of dimensions of the input, one of those allowed."""
-    hint = f" or {otherwise}" if otherwise else ""
     if not isinstance(input, Tensor):
-        raise AttributeError(f"input is a {type(input).__name__}; expected a tensor{hint}")
+        raise AttributeError(f"input is a {type(input).__name__}; expected a tensor{otherwise}")
     if input.dim() not in allowed:
         low, high = allowed
-        raise ValueError(f"input is {input.dim()}-D; expected {low}-D or {high}-D{hint}")
+        raise ValueError(f"input is {input.dim()}-D; expected {low}-D or {high}-D{otherwise}")
     return input.dim()
 
 
@@ -416,16 +340,14 @@ def _check_features(data: Tensor, input_size: int) -> None:
         )
 
 
-def _as_tensors(hx: object, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
-    """Returns the states in hx as a tuple.
-
-    ``indexed``: torch indexes hx before its operator gets it, hence its different exceptions.
-    """
+def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
+    """Returns the states in hx; torch's exception depends on whether it indexed hx first."""
+    kind = type(hx).__name__
     if count == 1:
         if not isinstance(hx, Tensor):
-            raise AttributeError(f"hx is a {type(hx).__name__}; expected a tensor, h_0")
+            raise AttributeError(f"hx is a {kind}; expected a tensor, h_0")
         return (hx,)
-    kind, expected = type(hx).__name__, "expected a tuple of two tensors, (h_0, c_0)"
+    expected = "expected a tuple of two tensors, (h_0, c_0)"
     if isinstance(hx, Tensor):
         raise (RuntimeError if indexed else TypeError)(f"hx is a tensor; {expected}")
     if not isinstance(hx, (tuple, list)):
@@ -443,10 +365,27 @@ def _hx_names(count: int) -> tuple[str, ...]:
     return ("hx",) if count == 1 else ("hx[0]", "hx[1]")
 
 
-def _check_shapes(states: Sequence[Tensor], shapes: Sequence[tuple[int, ...]]) -> None:
-    for name, state, shape in zip(_hx_names(len(states)), states, shapes, strict=True):
+def _zeros(data: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Tensor, ...]:
+    """Returns initial states of zeros; they are only read, so equal ones are one tensor."""
+    h_0 = data.new_zeros(*rows, columns[0])
+    return h_0, *(h_0 if n == columns[0] else data.new_zeros(*rows, n) for n in columns[1:])
+
+
+def _fitted(
+    states: tuple[Tensor, ...], rows: tuple[int, ...], columns: tuple[int, ...]
+) -> tuple[Tensor, ...]:
+    """Returns states of shape ``(*rows, columns)``; ``[L*D, 1, H]`` is one for all sequences."""
+    shapes = [(*rows, n) for n in columns]
+    if [state.shape for state in states] == shapes:
+        return states
+    names, fitted = _hx_names(len(states)), []
+    for name, state, shape in zip(names, states, shapes, strict=True):
+        if len(rows) == 2 and state.shape == (shape[0], 1, shape[2]):
+            state = state.expand(shape)
         if state.shape != shape:
             raise RuntimeError(f"{name} has shape {tuple(state.shape)}; expected {shape}")
+        fitted.append(state)
+    return tuple(fitted)
 
 
 def check_alike(

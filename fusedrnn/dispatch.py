@@ -23,8 +23,9 @@ from typing import Any, NamedTuple
 import torch
 
 from .arguments import Facts
+from .kernels import plan as planning
 from .kernels.model import cudnn_step
-from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of, plan_stack
+from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -97,7 +98,9 @@ def requested_backend() -> tuple[str, str]:
 
 
 def is_auto() -> bool:
-    """Returns whether no backend is named; a fast path."""
+    """Returns whether no backend is named; a fast path of ``requested_backend``."""
+    if torch.compiler.is_compiling():
+        return requested_backend()[0] == "auto"
     return getattr(_local, "backend", None) is None and _KEY not in _environ
 
 
@@ -129,32 +132,46 @@ def _check_name(what: str, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{what} is {name!r}; expected one of {', '.join(allowed)}")
 
 
+class _Kernels(NamedTuple):
+    """The settings that decide whether the kernels take a call."""
+
+    chip: Chip | None  # part of the cache's key: it changes when a launch is refused
+    precision: str
+    interpreted: bool
+
+
+#: The backend, None if the named one refuses, and the refusals before it.
+_Choice = tuple[str | None, tuple[tuple[str, str], ...]]
+
+
+def choose(facts: Facts) -> str:
+    """Returns the backend that runs a call: ``"triton"``, ``"aten"`` or ``"torch"``.
+
+    Raises:
+        NotImplementedError: the named backend refuses; the message is the reason.
+        ValueError: ``FUSEDRNN_BACKEND`` names no backend.
+    """
+    requested = "auto" if is_auto() else requested_backend()[0]
+    # A compiler has symbols for sizes, which have no hash.
+    decide = _decide if facts.compiled else _decided
+    backend, refused = decide(facts, requested, _kernels(facts, requested))
+    if backend is None:
+        raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
+    return backend
+
+
 @dataclass(frozen=True, repr=False)
 class Explanation:
-    """The choice for one call, in words; prints itself.
+    """The choice for one call; prints itself in words."""
 
-    Attributes:
-        facts: the call.
-        requested: ``"auto"`` or the named backend.
-        source: ``"default"``, ``"use_backend"`` or ``"FUSEDRNN_BACKEND"``.
-        backend: the backend that will run, or None if the named one refuses.
-        precision: of fp32 dots on triton, else None.
-        layers: for triton the schedule and tiles of each launch, by its layers.
-        refused: the backends that were tried before, each with its reason.
-        compiled: the backend inside the one node of a compiler, or None if a named one refuses.
-        floors_us: for triton the least microseconds of one step of the whole stack, forward and,
-            with gradients, backward; modelled (``kernels/model.py``), not measured.
-    """
-
-    facts: Facts
-    requested: str
-    source: str
-    backend: str | None
-    precision: str | None
-    layers: tuple[str, ...]
-    refused: tuple[tuple[str, str], ...]
-    compiled: str | None = None
-    floors_us: tuple[float, ...] = ()
+    facts: Facts  # the call
+    requested: str  # "auto" or the named backend
+    source: str  # "default", "use_backend" or "FUSEDRNN_BACKEND"
+    backend: str | None  # the backend that will run, or None if the named one refuses
+    precision: str | None  # of fp32 dots on triton, else None
+    layers: tuple[str, ...]  # for triton the schedule and tiles of each launch, by its layers
+    refused: tuple[tuple[str, str], ...]  # the backends tried before, each with its reason
+    compiled: str | None = None  # the backend inside the one node of a compiler, or None
 
     def __str__(self) -> str:
         chosen = self.backend or "none, the call would raise"
@@ -171,36 +188,6 @@ class Explanation:
 
     # A prompt or a notebook shows the text, not a dataclass.
     __repr__ = __str__
-
-
-class _Kernels(NamedTuple):
-    """The settings that decide whether the kernels take a call."""
-
-    chip: Chip
-    precision: str
-    interpreted: bool
-
-
-class _Choice(NamedTuple):
-    backend: str | None  # None: the named one refuses
-    refused: tuple[tuple[str, str], ...]
-
-
-def choose(facts: Facts) -> str:
-    """Returns the backend that runs a call: ``"triton"``, ``"aten"`` or ``"torch"``.
-
-    Raises:
-        NotImplementedError: the named backend refuses; the message is the reason.
-        ValueError: ``FUSEDRNN_BACKEND`` names no backend.
-    """
-    # A compiler has symbols for sizes, which have no hash.
-    decide = _decide if facts.compiled else _decided
-    requested = "auto" if not facts.compiled and is_auto() else requested_backend()[0]
-    choice = decide(facts, requested, _kernels(facts, requested))
-    if choice.backend is None:
-        reasons = "; ".join(f"backend {name!r}: {why}" for name, why in choice.refused)
-        raise NotImplementedError(reasons)
-    return choice.backend
 
 
 def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
@@ -228,21 +215,16 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     requested, source = requested_backend()
     kernels = _kernels(facts, requested)
     backend, refused = _decide(facts, requested, kernels)
-    plans = ()
+    compiled, _ = _decide(facts._replace(compiled=True), requested, kernels)
+    lines, first, used = [], 0, None
     if backend == "triton" and kernels:
-        plans = plan_stack(_problem(facts, kernels.precision), kernels.chip)
-    is_fp32 = facts.dtype == torch.float32
-    return Explanation(
-        facts=facts,
-        requested=requested,
-        source=source,
-        backend=backend,
-        precision=kernels.precision if plans and kernels and is_fp32 else None,
-        layers=_described(plans),
-        refused=refused,
-        compiled=_decide(facts._replace(compiled=True), requested, kernels).backend,
-        floors_us=tuple(map(sum, zip(*([f.step for f in p.floors] for p in plans), strict=True))),
-    )
+        used = kernels.precision if facts.dtype == torch.float32 else None
+        for plan in planning.plan_stack(_problem(facts, kernels.precision), chip_of(facts.device)):
+            last = first + plan.layers - 1
+            name = f"layer {first}" if last == first else f"layers {first}-{last}"
+            lines.append(f"{name}: {plan.describe()}")
+            first = last + 1
+    return Explanation(facts, requested, source, backend, used, tuple(lines), refused, compiled)
 
 
 def runs_as_one_node(facts: Facts) -> bool:
@@ -250,18 +232,22 @@ def runs_as_one_node(facts: Facts) -> bool:
 
     There it has no autograd, for which ours would have to return what it saves.
     """
-    return not (facts.needs_grad or facts.dropout or "packed" in facts.ragged)
+    layers = facts.layers
+    drops_out = layers.training and layers.dropout > 0 and layers.num_layers > 1
+    return not (facts.needs_grad or drops_out or "packed" in facts.ragged)
 
 
 def _kernels(facts: Facts, requested: str) -> _Kernels | None:
     """Returns the settings of the kernels, None where no kernel can run."""
     if not _HAS_TRITON or (facts.device.type != "cuda" and requested != "triton"):
         return None
-    return _Kernels(chip_of(facts.device), precision(), _interpreting())
+    # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
+    chip = None if facts.compiled else chip_of(facts.device)
+    return _Kernels(chip, precision(), _interpreting())
 
 
 def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
-    """Returns the first backend that does not refuse, and the refusals before it."""
+    """Returns the first backend that does not refuse."""
     refused: list[tuple[str, str]] = []
     for backend in _PREFERENCE if requested == "auto" else (requested,):
         if backend == "triton":
@@ -271,12 +257,13 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
         else:
             reason = _torch_refusal(facts)
         if reason is None:
-            return _Choice(backend, tuple(refused))
+            return backend, tuple(refused)
         refused.append((backend, reason))
-    return _Choice(None, tuple(refused))
+    return None, tuple(refused)
 
 
 _decided = lru_cache(maxsize=4096)(_decide)
+planning.CACHES.append(_decided.cache_clear)
 
 
 def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> str | None:
@@ -284,14 +271,11 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     device = facts.device
     if not _HAS_TRITON:
         return "the package triton is not installed"
-    if kernels is None or not (
-        device.type == "cuda" or (device.type == "cpu" and kernels.interpreted)
-    ):
+    runs = device.type == "cuda" or (device.type == "cpu" and kernels and kernels.interpreted)
+    if kernels is None or not runs:
         hint = " (TRITON_INTERPRET=1 and a named backend run CPU tensors)"
-        return (
-            f"the kernels need CUDA tensors, these are on {device}"
-            f"{hint if device.type == 'cpu' else ''}"
-        )
+        hint = hint if device.type == "cpu" else ""
+        return f"the kernels need CUDA tensors, these are on {device}{hint}"
     if facts.dtype == torch.bfloat16 and kernels.interpreted:
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if facts.proj_size:
@@ -299,14 +283,14 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     if facts.batch == 0:
         return "an empty batch leaves nothing to launch"
     judged = requested == "auto" and _aten_refusal(facts, requested) is None
-    return _planned_refusal(tuple(_problem(facts, kernels.precision)), kernels.chip, judged)
+    return _planned_refusal(tuple(_problem(facts, kernels.precision)), device, judged)
 
 
-def _planned_refusal(fields: tuple, chip: Chip, judged: bool) -> str | None:
-    """Returns why no kernel takes the ``Problem`` of these fields; if ``judged``, should take."""
+def _planned_refusal(fields: tuple, device: torch.device, judged: bool) -> str | None:
+    """Returns why no kernel takes a ``Problem`` of these fields or, if ``judged``, should not."""
     problem = Problem(*fields)
     try:
-        plans = plan_stack(problem, chip)
+        plans = planning.plan_stack(problem, chip_of(device))
     except NoPlan as no_plan:
         return str(no_plan)
     return _expected_slower(problem, plans) if judged else None
@@ -354,8 +338,7 @@ def _aten_refusal(facts: Facts, requested: str) -> str | None:
     if facts.device.type != "cpu":
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
-    in_onednn = facts.autocast == facts.dtype and facts.cell == "lstm" and not facts.single_step
-    if in_onednn and torch.backends.mkldnn.is_available():
+    if facts.autocast == facts.dtype and facts.cell == "lstm" and not facts.single_step:
         if not _onednn_takes(facts.dtype):
             return f"oneDNN's LSTM under autocast needs a CPU with {facts.dtype}"
         if facts.dtype == torch.float16 and facts.needs_grad:
@@ -403,21 +386,16 @@ def _problem(facts: Facts, precision: str) -> Problem:
     )
 
 
-def _described(plans: tuple[Plan, ...]) -> tuple[str, ...]:
-    """Returns ``layer 0: ...``, or ``layers 0-2: ...`` for a launch of three, for each plan."""
-    lines, first = [], 0
-    for plan in plans:
-        last = first + plan.layers - 1
-        name = f"layer {first}" if last == first else f"layers {first}-{last}"
-        lines.append(f"{name}: {plan.describe()}")
-        first = last + 1
-    return tuple(lines)
-
-
 def _onednn_takes(dtype: torch.dtype) -> bool:
+    """Returns whether oneDNN computes in a dtype on this CPU; without it ATen's own loop runs."""
+    if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
+        return True
     if dtype == torch.bfloat16:
         return torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+
+
+_onednn_takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
 def _interpreting() -> bool:

@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
 from .arguments import Call, Layers, as_hx, check_alike, prepare
-from .ops import ATEN, ATEN_CELL, rnn_stack
+from .ops import ATEN, rnn_stack
 from .stack import StackConfig, StackInputs
 
 # cuDNN's advice to call flatten_parameters(), which does nothing here by design. Only warnings
@@ -212,19 +212,8 @@ def run(call: Call) -> Any:
 
 def run_cell(call: Call) -> Any:
     """Runs a prepared single step; returns the new states in the form of its input."""
-    facts = call.facts
-    backend = dispatch.choose(facts)
-    if backend == "aten":
-        result = ATEN_CELL[facts.cell](call.input, as_hx(call.states), *call.params)
-        states: Sequence[Tensor] = result if len(call.states) == 2 else (result,)
-    else:
-        stacked = call._replace(
-            input=call.input.unsqueeze(0), states=tuple(s.unsqueeze(0) for s in call.states)
-        )
-        inputs, config = operands(stacked), config_of(stacked, backend)
-        _, states, _ = rnn_stack(inputs, call.sequences, config)
-        states = [s.squeeze(0) for s in states]
-    return as_hx(states if call.batched else [s.squeeze(0) for s in states])
+    _, hx = run(call)
+    return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(state.squeeze(0) for state in hx)
 
 
 def _run_aten(call: Call) -> tuple[Tensor, ...]:
@@ -240,8 +229,8 @@ def _run_aten(call: Call) -> tuple[Tensor, ...]:
 def in_form(call: Call, rows: Tensor) -> Any:
     """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the call's input."""
     if call.jagged is not None:
-        values = rows.index_select(0, call.jagged.values)
-        return torch.nested.nested_tensor_from_jagged(values, call.jagged.offsets)
+        offsets, order = call.jagged
+        return torch.nested.nested_tensor_from_jagged(rows.index_select(0, order), offsets)
     if call.packing is not None:
         return PackedSequence(rows, *call.packing[1:])
     if not call.batched:

@@ -69,13 +69,12 @@ def _recurrent_weight_grad(
     parts = []
     for phase, operand in zip(spec.phases, spec.operands, strict=True):
         for _, tile, count in runs_of(phase, spec.recurrent):
-            total = None
+            products = []
             for own, h in pieces:
-                if operand == "r*h":
-                    h = layers.gates[z][own, :H] * h
-                product = outer(dgates[own, tile * H : (tile + count) * H], h)
-                total = product if total is None else total.add_(product)
-            parts.append(total)
+                left = dgates[own, tile * H : (tile + count) * H]
+                right = layers.gates[z][own, :H] * h if operand == "r*h" else h
+                products.append(outer(left, right))
+            parts.append(products[0] if len(products) == 1 else products[0].add_(products[1]))
     return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 

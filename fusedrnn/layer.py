@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache, lru_cache
+from functools import cache
 from importlib import import_module
 from typing import Any, NamedTuple
 
@@ -21,7 +21,8 @@ from torch.nn import functional as F
 
 from . import loop
 from .grads import input_grad, weight_grads
-from .kernels.plan import Chip, Plan, Problem, chip_of, plan_stack, stepwise
+from .kernels import plan as planning
+from .kernels.plan import Plan
 from .kernels.rows import Rows
 from .kernels.spec import SPECS, CellSpec
 from .kernels.tensors import Grads, Layers, Weights
@@ -78,28 +79,20 @@ def group_weights(params: Sequence[Tensor], config: StackConfig) -> list[list[We
     return [weights[i : i + D] for i in range(0, len(weights), D)]
 
 
-@lru_cache(maxsize=4096)
-def _launches(
-    config: StackConfig, H: int, B: int, dtype: torch.dtype, chip: Chip, save: bool, ragged: bool
-) -> list[Launch]:
-    problem = Problem(
-        config.cell, H, B, config.directions, dtype, config.precision, save,
-        layers=config.num_layers, ragged=ragged, layer_by_layer=config.recompute,
-    )  # fmt: skip
-    launches, first = [], 0
-    for plan in plan_stack(problem, chip):
-        launches.append(Launch(range(first, first + plan.layers), plan))
-        first += plan.layers
-    return launches
-
-
 def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> list[Launch]:
     """Returns the launches of a stack, from the first layer up."""
     if config.backend == "torch":
-        return [Launch(range(layer, layer + 1), None) for layer in range(config.num_layers)]
+        return [Launch(range(n, n + 1), None) for n in range(config.num_layers)]
     _, B, H = h_0.shape
-    chip, ragged = chip_of(h_0.device), rows.origins is not None
-    return _launches(config, H, B, h_0.dtype, chip, needs_grad, ragged)
+    problem = planning.Problem(
+        config.cell, H, B, config.directions, h_0.dtype, config.precision, needs_grad,
+        config.num_layers, rows.origins is not None, config.recompute,
+    )  # fmt: skip
+    launches: list[Launch] = []
+    for plan in planning.plan_stack(problem, planning.chip_of(h_0.device)):
+        first = launches[-1].layers.stop if launches else 0
+        launches.append(Launch(range(first, first + plan.layers), plan))
+    return launches
 
 
 @cache
@@ -189,7 +182,7 @@ def backward(
         dx = layers.h_0.new_empty(rows.total, xs[0].shape[-1]) if needs_input else None
         return dx, _backward(config, plan, xs, layers, grads, rows, dx, needs_params)
     x = xs[0].reshape(-1, xs[0].shape[-1])
-    dx, total = torch.empty_like(x) if needs_input else None, []
+    dx, total = torch.empty_like(x) if needs_input else None, list[Tensor]()
     for own, part, part_grads, part_rows in _segments(config, x, layers, grads, rows):
         part_dx = None if dx is None else dx[own]
         found = _backward(
@@ -297,8 +290,8 @@ def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tens
         step = step._replace(c_0=states[1].contiguous(), c_n=ends[1])
     plan = None
     if config.backend != "torch":
-        problem = Problem(config.cell, H, r, D, x.dtype, config.precision, True)
-        plan = stepwise(problem, chip_of(x.device))
+        problem = planning.Problem(config.cell, H, r, D, x.dtype, config.precision, True)
+        plan = planning.stepwise(problem, planning.chip_of(x.device))
     forward(config, plan, x, step, Rows(1, r))
     return step.gates
 

@@ -1,8 +1,8 @@
 """The layout of a call: the grid of steps and sequences, and the rows that the layers compute.
 
-``kernels/rows.py`` defines rows and origins. They follow from nothing (dense rows), from ``lengths``
-and ``reset``, or from the ``batch_sizes`` of a PackedSequence. On the CPU, where reading lengths
-costs no synchronisation, lengths are packed too, so that missing steps cost nothing.
+``kernels/rows.py`` defines rows and origins. They follow from ``lengths`` and ``reset``, or from the
+``batch_sizes`` of a PackedSequence; without these the rows are dense. On the CPU, where reading
+lengths costs no synchronisation, lengths are packed too, so that missing steps cost nothing.
 """
 
 from __future__ import annotations
@@ -38,15 +38,18 @@ class Layout(NamedTuple):
             return grid
         return grid.flatten(0, 1).index_select(0, self.grid_index)
 
-    def to_grid(self, rows: Tensor) -> Tensor:
+    def to_grid(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
         """Gathers rows ``[R, C]``, or as of ``empty_rows``, into ``[T, B, C]`` with zeros between.
 
-        Returns them as they are where the order is the same.
+        Returns them as they are where the order is the same. ``out`` receives the result.
         """
         if self.row_index is None:
             return rows
         if rows.shape[0] == self.rows.total:
             rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
+        if out is not None:
+            torch.index_select(rows, 0, self.row_index, out=out.view(-1, rows.shape[1]))
+            return out
         return rows.index_select(0, self.row_index).unflatten(0, (self.rows.T, self.rows.B))
 
     def empty_rows(self, columns: int, like: Tensor) -> Tensor:

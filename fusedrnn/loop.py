@@ -44,10 +44,10 @@ class _Steps:
         self.order = range(rows.T)[:: 1 if d == 0 else -1]
         # Packed rows skip no step, and their order tells where a sequence begins.
         kinds = (ZERO,) if rows.sizes is not None else (INITIAL, ZERO, SKIPPED)
-        origins = None if rows.origins is None else rows.origins[d].unsqueeze(2)
         self.masks: dict[int, Sequence[Any]] = {}
+        origins: Any = rows.origins
         for kind in kinds if origins is not None else ():
-            mask = origins == kind
+            mask = origins[d].unsqueeze(2) == kind
             if bool(mask.any()):
                 some = mask.flatten(1).any(1).tolist()
                 parts = zip(mask.unbind(), self.sizes, some, strict=True)
@@ -68,7 +68,7 @@ class _Steps:
         views = {n: state if n == B else state[:n] for n in set(self.sizes)}
         return [views[n] for n in self.sizes]
 
-    def entering(self, t: int, initial: Tensor, left: Tensor) -> Tensor:
+    def entering(self, t: int, initial: Any, left: Tensor) -> Tensor:
         """Returns the state ``[n, H]`` that enters step t.
 
         left: the state that left the step before, of its sequences.
@@ -93,7 +93,7 @@ class _Steps:
         parts = [initial, left[:rest]] if self.d == 0 else [left[self.rows.B :], initial]
         return torch.cat(parts)
 
-    def final(self, initial: Tensor, left: Tensor) -> Tensor:
+    def final(self, initial: Tensor, left: Any) -> Tensor:
         """Returns the state ``[B, H]`` that leaves the last step of each sequence."""
         if not self.is_dense:
             return final_states(self.rows, self.d, initial, left)
@@ -126,7 +126,7 @@ def forward(cell: str, layers: Layers, rows: Rows) -> None:
                 layers.c_n[d] = steps.final(c_0, cs)
 
 
-def _run_steps(steps: _Steps, step: Any, on: Forward, h_0: Tensor, c_0: Tensor | None) -> None:
+def _run_steps(steps: _Steps, step: Any, on: Forward, h_0: Tensor, c_0: Any) -> None:
     """Runs the steps of one direction in their order."""
     h_left, c_left = h_0, c_0
     if steps.is_dense:
@@ -185,16 +185,17 @@ def _run_steps_back(
     added = [(steps.prefix(state), steps.split(grad)) for state, grad in arriving]
     if steps.is_dense:
         for t in reversed(steps.order):
-            for state, grad in added:
-                state[t].add_(grad[t])
+            for carried, grad in added:
+                carried[t].add_(grad[t])
             step(t)
         return
     dgates = steps.split(on.dgates)
+    state: Tensor
     for t in reversed(steps.order):
         skipped, zero = steps.mask(SKIPPED, t), steps.mask(ZERO, t)
         kept = [state.clone() for state in states] if skipped is not None else []
-        for state, grad in added:
-            state[t].add_(grad[t])
+        for carried, grad in added:
+            carried[t].add_(grad[t])
         step(t)
         if skipped is not None:
             dgates[t].masked_fill_(skipped, 0)

@@ -13,6 +13,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+#: From so many steps on a transposed copy of W_hh pays.
+_MANY_STEPS = 16
+#: Up to this H one product of all four tiles of a GRU, one of them with zeros, is faster than two.
+_ONE_PRODUCT = 64
 Split = Callable[[Tensor], Sequence[Tensor]]  # cuts rows [R, .] into those of each step
 
 
@@ -21,7 +25,7 @@ class Forward(NamedTuple):
 
     gates: Tensor  # [R, max(G, S)*H], first gx
     h: Sequence[Tensor]  # of each step [n, H]
-    c: Sequence[Tensor] | None  # of each step [n, H]
+    c: Any  # of each step [n, H], None in a cell without c
     w_hh: Tensor  # [G*H, H]
     b_hh: Tensor | None  # [G*H], of which gx has all but a GRU's b_hn
     split: Split
@@ -33,12 +37,17 @@ class Backward(NamedTuple):
     gates: Tensor  # [R, S*H]
     dgates: Tensor  # [R, N*H]
     h: Tensor  # [R, H], the state that left each step
-    c: Tensor | None  # [R, H]
+    c: Any  # [R, H], None in a cell without c
     before: Tensor  # [R, H], the c, or without one the h, that entered each step
     dh: Sequence[Tensor]  # of each step [n, H], the gradient of h, carried in place
-    dc: Sequence[Tensor] | None
+    dc: Any  # of each step [n, H], None in a cell without c
     w_hh: Tensor
     split: Split
+
+
+def _transposed(weight: Tensor, steps: Sequence[Tensor]) -> Tensor:
+    """Returns ``weight^T``; for many steps as a copy, whose products are faster than a view's."""
+    return weight.t().contiguous() if len(steps) >= _MANY_STEPS else weight.t()
 
 
 def _sigmoid_slope(y: Tensor, out: Tensor) -> Tensor:
@@ -48,7 +57,7 @@ def _sigmoid_slope(y: Tensor, out: Tensor) -> Tensor:
 
 def _lstm_forward(a: Forward) -> Callable:
     """i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c')."""
-    w_hh = a.w_hh.t()
+    w_hh = _transposed(a.w_hh, a.h)
     gates, (i, f, g, o) = a.split(a.gates), map(a.split, a.gates.chunk(4, 1))
 
     def step(t: int, h: Tensor, c: Tensor) -> None:
@@ -88,16 +97,28 @@ def _lstm_backward(a: Backward) -> Callable:
     return step
 
 
+def _gru_products(w_hh: Tensor) -> list[tuple[slice, Tensor]]:
+    """Returns W_hh by columns of the tiles (r, z, n, W_hn h), of which n has no part in h."""
+    H = w_hh.shape[1]
+    w_rz, w_n = w_hh.split((2 * H, H))
+    if H <= _ONE_PRODUCT:
+        return [(slice(0, 4 * H), torch.cat([w_rz, torch.zeros_like(w_n), w_n]))]
+    return [(slice(0, 2 * H), w_rz), (slice(3 * H, 4 * H), w_n)]
+
+
 def _gru_forward(a: Forward) -> Callable:
     """r, z = sigmoid(.); n = tanh(gx_n + r (W_hn h + b_hn)); h' = (1 - z) n + z h."""
     H = a.w_hh.shape[1]
-    w_rz, w_n = (w.t() for w in a.w_hh.split((2 * H, H)))
+    products = [
+        (a.split(a.gates[:, tiles]), _transposed(w, a.h)) for tiles, w in _gru_products(a.w_hh)
+    ]
     rz, (r, z, n, hn) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(4, 1))
-    b_hn = a.gates.new_zeros(H) if a.b_hh is None else a.b_hh[2 * H :]
+    a.gates[:, 3 * H :] = 0 if a.b_hh is None else a.b_hh[2 * H :]
 
     def step(t: int, h: Tensor, _: Any) -> None:
-        rz[t].addmm_(h, w_rz).sigmoid_()
-        torch.addmm(b_hn, h, w_n, out=hn[t])
+        for tiles, w in products:
+            tiles[t].addmm_(h, w)
+        rz[t].sigmoid_()
         candidate = torch.addcmul(n[t], r[t], hn[t]).tanh_()
         n[t].copy_(candidate)
         torch.lerp(candidate, h, z[t], out=a.h[t])
@@ -106,7 +127,7 @@ def _gru_forward(a: Forward) -> Callable:
 
 
 def _candidate_slopes(z: Tensor, n: Tensor, h: Tensor, d_z: Tensor, d_n: Tensor) -> None:
-    """Of h' = (1 - z) n + z h: (h - n) z (1 - z), and (1 - z) (1 - n^2)."""
+    """Fills d_z and d_n with the slopes of h': (h - n) z (1 - z), and (1 - z) (1 - n^2)."""
     _sigmoid_slope(z, d_z).mul_(h - n)
     torch.mul(n, n, out=d_n).sub_(1)
     torch.addcmul(d_n, d_n, z, value=-1, out=d_n).neg_()
@@ -119,15 +140,16 @@ def _gru_backward(a: Backward) -> Callable:
     _candidate_slopes(z, n, a.before, d_z, d_n)
     _sigmoid_slope(r, d_r).mul_(hn).mul_(d_n)
     torch.mul(d_n, r, out=d_hn)
-    H = z.shape[1]
-    w_rz, w_n = a.w_hh.split((2 * H, H))
-    d_all, d_rz = a.split(a.dgates.view(-1, 4, H)), a.split(a.dgates[:, : 2 * H])
-    d_hn_t, z_t = a.split(d_hn), a.split(z)
+    d_all, z_t = a.split(a.dgates.view(-1, 4, z.shape[1])), a.split(z)
+    (first, w_first), *more = [(a.split(a.dgates[:, of]), w) for of, w in _gru_products(a.w_hh)]
 
     def step(t: int) -> None:
         dh = a.dh[t]
         d_all[t].mul_(dh.unsqueeze(1))
-        product = torch.mm(d_rz[t], w_rz).addmm_(d_hn_t[t], w_n)
+        # Added to dh z term by term, the product would round each to the size of dh.
+        product = torch.mm(first[t], w_first)
+        for grads, w in more:
+            product.addmm_(grads[t], w)
         torch.addcmul(product, dh, z_t[t], out=dh)
 
     return step
@@ -136,7 +158,7 @@ def _gru_backward(a: Backward) -> Callable:
 def _gru_reset_before_forward(a: Forward) -> Callable:
     """r, z = sigmoid(.); n = tanh(gx_n + W_hn (r h) + b_hn); h' = (1 - z) n + z h."""
     H = a.w_hh.shape[1]
-    w_rz, w_n = (w.t() for w in a.w_hh.split((2 * H, H)))
+    w_rz, w_n = (_transposed(w, a.h) for w in a.w_hh.split((2 * H, H)))
     rz, (r, z, n) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(3, 1))
 
     def step(t: int, h: Tensor, _: Any) -> None:
@@ -172,7 +194,7 @@ def _gru_reset_before_backward(a: Backward) -> Callable:
 
 def _rnn_forward(a: Forward, function: Callable) -> Callable:
     """h' = tanh(.) or max(., 0)."""
-    w_hh, gx = a.w_hh.t(), a.split(a.gates)
+    w_hh, gx = _transposed(a.w_hh, a.h), a.split(a.gates)
 
     def step(t: int, h: Tensor, _: Any) -> None:
         function(gx[t].addmm_(h, w_hh), out=a.h[t])

@@ -27,12 +27,14 @@ class _FlatWeights(list):
     """The weights of a module in torch's order; an assignment replaces one for its forward."""
 
     def __init__(self, module: _Stack) -> None:
-        super().__init__(getattr(module, name, None) for name in module._flat_weights_names)
+        assigned = module._assigned or {}
+        names = module._flat_weights_names
+        super().__init__(assigned.get(name, getattr(module, name, None)) for name in names)
         self._module = module
 
     def __setitem__(self, index: Any, weight: Any) -> None:
         super().__setitem__(index, weight)
-        self._module._flat_weights = self  # type: ignore[method-assign]
+        self._module._flat_weights = self
 
 
 class _Stack(torch.nn.RNNBase):
@@ -40,7 +42,7 @@ class _Stack(torch.nn.RNNBase):
 
     # As class attributes for modules that began as torch's (replace_modules, pickles).
     recompute: bool = False
-    _flat_weight_refs = ()  # type: ignore[assignment]
+    _flat_weight_refs: Any = ()
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
 
     @property
@@ -51,18 +53,14 @@ class _Stack(torch.nn.RNNBase):
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
     @property
-    def _flat_weights(self) -> list[Tensor | None]:  # type: ignore[override]
+    def _flat_weights(self) -> list[Tensor | None]:
         """The weights as they are now. RNNBase would keep a list, stale once one is replaced."""
-        weights: Any = _FlatWeights(self)
-        for i, name in enumerate(self._flat_weights_names if self._assigned else ()):
-            list.__setitem__(weights, i, self._assigned.get(name, weights[i]))
-        return weights
+        return _FlatWeights(self)
 
     @_flat_weights.setter
     def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
-        names, now = self._flat_weights_names, _FlatWeights(self)
-        pairs = zip(names, weights, now, strict=True)
-        assigned = {name: weight for name, weight, old in pairs if weight is not old}
+        pairs = zip(self._flat_weights_names, weights, strict=True)
+        assigned = {name: w for name, w in pairs if w is not getattr(self, name, None)}
         self.__dict__["_assigned"] = assigned or None
 
     def _init_flat_weights(self) -> None:
@@ -195,8 +193,8 @@ class LSTM(_Stack):
         >>> assert h_n.shape == (1, 2, 4)
     """
 
-    permute_hidden = torch.nn.LSTM.permute_hidden
-    check_forward_args = torch.nn.LSTM.check_forward_args
+    permute_hidden: Any = torch.nn.LSTM.permute_hidden
+    check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
     def __init__(
@@ -287,35 +285,32 @@ class RNN(_Stack):
 
 
 class _SingleStep(torch.nn.RNNCellBase):
-    """The common part of the cells."""
+    """The common part of the cells, which derive from torch's."""
 
-    @property
-    def _cell(self) -> str:
-        """The name of the equations."""
-        raise NotImplementedError
+    _cell = "lstm"
 
-    def _prepare(
-        self, input: Tensor, hx: Tensor | tuple[Tensor, Tensor] | None = None
-    ) -> arguments.Call:
+    def _prepare(self, input: Tensor, hx: Any = None) -> arguments.Call:
         params = [self.weight_ih, self.weight_hh]
-        params += [self.bias_ih, self.bias_hh] if self.bias else []
+        params += [b for b in (self.bias_ih, self.bias_hh) if b is not None]
         return arguments.prepare_cell(self._cell, input, hx, params)
 
     def forward(self, input: Tensor, hx: Any = None):
         """Runs one step; see the class for shapes and errors."""
-        op = ATEN_CELL.get(self._cell)
-        if op and hx is not None and dispatch.is_auto() and not is_transformed():
-            # torch checks as it goes, and where it raises, the checks below have a sentence.
+        op, p = ATEN_CELL.get(self._cell), self._parameters
+        if is_transformed() or not (dispatch.is_auto() and op):
+            if op is None or is_transformed() or dispatch.requested_backend()[0] != "aten":
+                return functional.run_cell(self._prepare(input, hx))
+        elif hx is not None:
             try:
                 if input.dim() == 2:
-                    return op(input, hx, self.weight_ih, self.weight_hh, self.bias_ih, self.bias_hh)
-            except (RuntimeError, TypeError, AttributeError, IndexError):
-                self._prepare(input, hx)
-                raise
-        return functional.run_cell(self._prepare(input, hx))
+                    biases = p["bias_ih"], p["bias_hh"]
+                    return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
+            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+                pass  # torch's own forward raises its own error, or reads computed weights
+        return super().forward(input, hx)
 
 
-class LSTMCell(_SingleStep):
+class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
     Args:
@@ -331,23 +326,11 @@ class LSTMCell(_SingleStep):
     Raises:
         ValueError: input or a state is neither 1-D nor 2-D.
         RuntimeError: a size, dtype or device is wrong, or hx has not two tensors.
-        TypeError, AttributeError: input or hx is not what can hold tensors. All as ``nn.LSTMCell``.
+        TypeError, AttributeError: input or hx cannot hold tensors. All as ``nn.LSTMCell``.
     """
 
-    _cell = "lstm"  # type: ignore[assignment]
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 4, device, dtype)
-
-
-class GRUCell(_SingleStep):
+class GRUCell(_SingleStep, torch.nn.GRUCell):
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
     The arguments are ``LSTMCell``'s, and keyword-only ``reset_after``, see ``GRU``. Inputs are
@@ -359,28 +342,19 @@ class GRUCell(_SingleStep):
 
     reset_after: bool = True  # as of GRU
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        reset_after: bool = True,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 3, device, dtype)
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
         self.reset_after = reset_after
 
     @property
-    def _cell(self) -> str:
+    def _cell(self) -> str:  # type: ignore[override]
         return "gru" if self.reset_after else "gru_reset_before"
 
     def extra_repr(self) -> str:
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
-class RNNCell(_SingleStep):
+class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 
     The arguments are ``LSTMCell``'s, and as the fourth ``nonlinearity``, ``"tanh"`` or ``"relu"``.
@@ -392,20 +366,8 @@ class RNNCell(_SingleStep):
         ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
     """
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        bias: bool = True,
-        nonlinearity: str = "tanh",
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> None:
-        super().__init__(input_size, hidden_size, bias, 1, device, dtype)
-        self.nonlinearity = nonlinearity
-
     @property
-    def _cell(self) -> str:
+    def _cell(self) -> str:  # type: ignore[override]
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"

@@ -26,19 +26,10 @@ from .layout import Sequences
 from .reference import differentiable_stack
 from .stack import StackConfig, StackGrads, StackInputs, StackOutputs
 
-#: The operator of torch for each cell that it has one for: a stack, and a single step.
-ATEN: dict[str, Callable] = {
-    "lstm": _VF.lstm,
-    "gru": _VF.gru,
-    "rnn_tanh": _VF.rnn_tanh,
-    "rnn_relu": _VF.rnn_relu,
-}
-ATEN_CELL: dict[str, Callable] = {
-    "lstm": _VF.lstm_cell,
-    "gru": _VF.gru_cell,
-    "rnn_tanh": _VF.rnn_tanh_cell,
-    "rnn_relu": _VF.rnn_relu_cell,
-}
+_NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+#: torch's operator for each cell that it has one for: a stack, and a single step.
+ATEN: dict[str, Callable] = {name: getattr(_VF, name) for name in _NAMES}
+ATEN_CELL: dict[str, Callable] = {name: getattr(_VF, f"{name}_cell") for name in _NAMES}
 
 _SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
 _CONFIG = (
@@ -84,7 +75,7 @@ def rnn_stack(
         output, h_n, c_n, _, cs, _ = torch.ops.fusedrnn.rnn_forward(
             input, h_0, c_0, list(params), list(masks), *sequences, *config, keep_states
         )
-    elif _needs_grad(inputs):
+    elif _needs_grad(*inputs[:3], *inputs.params):
         run = partial(_run_forward, sequences=sequences, config=config, save=True)
         output, h_n, c_n, _, cs, _ = _forward_node(inputs, sequences, config, run)
     else:
@@ -92,14 +83,9 @@ def rnn_stack(
     return output, [h_n] if inputs.c_0 is None else [h_n, c_n], cs
 
 
-def _needs_grad(inputs: StackInputs) -> bool:
-    """Returns whether autograd records the call; no module's training flag matters here."""
-    input, h_0, c_0, params, _ = inputs
-    if not torch.is_grad_enabled():
-        return False
-    return any(t.requires_grad for t in (*params, input, h_0)) or (
-        c_0 is not None and c_0.requires_grad
-    )
+def _needs_grad(*tensors: Any) -> bool:
+    """Returns whether autograd records a call of these; no module's training flag matters."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def _needs_dispatcher(tensor: Tensor) -> bool:
@@ -141,22 +127,12 @@ def _run_forward(
     return StackOutputs(output, h_n, c_n[0] if c_n else None)
 
 
-def _run_backward(
-    inputs: StackInputs,
-    outputs: StackOutputs,
-    grads: StackGrads,
-    sequences: Sequences,
-    config: StackConfig,
-    needs_input: bool,
-    needs_params: bool,
-) -> tuple[Any, ...]:
-    """Calls the operator, with the arguments of ``stack.backward``."""
-    saved = outputs.output, outputs.gates, outputs.cs, outputs.hidden
+def _run_backward(inputs, outputs, grads, sequences, config, *flags):
+    """Calls ``rnn_backward`` with the arguments of ``stack.backward``."""
     input, h_0, c_0, params, masks = inputs
-    return torch.ops.fusedrnn.rnn_backward(
-        *grads, input, h_0, c_0, list(params), list(masks), *saved, *sequences, *config,
-        needs_input, needs_params,
-    )  # fmt: skip
+    output, _, _, *saved = outputs
+    tensors = *grads, input, h_0, c_0, list(params), list(masks), output, *saved
+    return torch.ops.fusedrnn.rnn_backward(*tensors, *sequences, *config, *flags)
 
 
 class _Node(torch.autograd.Function):
@@ -167,22 +143,20 @@ class _Node(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, keep, pull_back, fixed, *tensors):
-        results = run(*tensors)
-        kept, constant = keep(results)
+    def forward(ctx, run, pull_back, fixed, *tensors):
+        results, kept, constant = run(*tensors)
         ctx.pull_back, ctx.counts = pull_back, (len(fixed), len(tensors))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in constant if tensor is not None])
         ctx.save_for_backward(*fixed, *tensors, *kept)
-        return tuple(results)
+        return results
 
     @staticmethod
     def backward(ctx, *grads):
         n, m = ctx.counts
-        saved = ctx.saved_tensors
+        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
         fixed, tensors, kept = saved[:n], saved[n : n + m], saved[n + m :]
-        needs = ctx.needs_input_grad[4:]
-        return None, None, None, None, *ctx.pull_back(fixed, tensors, kept, grads, needs)
+        return None, None, None, *ctx.pull_back(fixed, tensors, kept, grads, needs)
 
 
 #: ``_Node.apply`` without its checks for ``torch.func``, which the operators' keys take care of.
@@ -199,43 +173,36 @@ def _below_autograd(op: Callable, *arguments: Any) -> Any:
 
 def _forward_node(
     inputs: StackInputs, sequences: Sequences, config: StackConfig, run: Callable
-) -> StackOutputs:
-    """Runs ``run(inputs)`` as a node of autograd."""
+) -> Sequence[Any]:
+    """Runs ``run(inputs)``, a stack's forward, as a node of autograd."""
     input, h_0, c_0, params, masks = inputs
     # The values that backward multiplies by remain those of forward when p.data is replaced.
     values = [p.detach() for p in params]
+    keeps_output = config.hidden_layers < config.num_layers  # else it may be modified in place
 
     def run_flat(input, h_0, c_0, *params):
-        return run(StackInputs(input, h_0, c_0, params, masks))
+        results = tuple(run(StackInputs(input, h_0, c_0, params, masks)))
+        output, _, _, gates, cs, hidden = results
+        return results, (output if keeps_output else None, gates, cs, hidden), (gates, hidden)
 
-    keep, pull_back = partial(_kept, config), partial(_pull_back, config, values)
-    results = _apply(run_flat, keep, pull_back, (*sequences, *masks), input, h_0, c_0, *params)
-    return StackOutputs(*results)
-
-
-def _kept(config: StackConfig, results: Sequence[Any]) -> tuple[tuple[Any, ...], tuple[Any, ...]]:
-    """Returns of a stack's results those that backward needs and those without a gradient."""
-    output, _, _, gates, cs, hidden = results
-    # An output that is not kept may be modified in place.
-    kept = output if config.hidden_layers < config.num_layers else None
-    return (kept, gates, cs, hidden), (gates, hidden)
+    pull_back = partial(_pull_back, config, values)
+    return _apply(run_flat, pull_back, (*sequences, *masks), input, h_0, c_0, *params)
 
 
 def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any, ...]:
     """Returns the gradients of input, h_0, c_0 and params from those of a stack's results."""
-    lengths, reset, batch_sizes, *masks = fixed
-    input, h_0, c_0, *params = tensors
+    (lengths, reset, batch_sizes, *masks), (input, h_0, c_0, *params) = fixed, tensors
     output, gates, cs, hidden = kept
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
-    d_c_n, d_cs = (None, None) if c_0 is None else (d_c_n, d_cs)
-    given = StackGrads(d_output, d_h_n, d_c_n, d_cs)
+    given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
     present = [grad for grad in given if grad is not None]
     if not present:
         return (None,) * len(tensors)
     if vmap.has_tangents() and any(forward_ad.unpack_dual(g).tangent is not None for g in present):
         _refuse_tangents()  # they would be lost
     through_op = torch.is_grad_enabled() or any(map(_needs_dispatcher, present))
-    d_input, d_h_0, d_c_0, d_params = (_run_backward if through_op else stack.backward)(
+    run = _run_backward if through_op else stack.backward
+    d_input, d_h_0, d_c_0, d_params = run(
         StackInputs(input, h_0, c_0, params if through_op else values, masks),
         StackOutputs(output, None, None, gates, cs, hidden),  # type: ignore[arg-type]
         given,
@@ -285,7 +252,7 @@ def _forward_autograd(input, h_0, c_0, params, dropout_masks, *rest):
     forward = torch.ops.fusedrnn.rnn_forward
     sequences, config, (save,) = _split_arguments(rest)
     inputs = StackInputs(input, h_0, c_0, params, dropout_masks or ())
-    if not _needs_grad(inputs):
+    if not _needs_grad(input, h_0, c_0, *params):
         return _below_autograd(forward, *inputs, *sequences, *config, save)
     config = config._replace(backend="torch") if config.backend == "aten" else config
     if _has_projection(inputs, config):
@@ -296,14 +263,14 @@ def _forward_autograd(input, h_0, c_0, params, dropout_masks, *rest):
         return _below_autograd(forward, *inputs, *sequences, *config, True)
 
     with enable_single_level_autograd_function():
-        return tuple(_forward_node(inputs, sequences, config, run))
+        return _forward_node(inputs, sequences, config, run)
 
 
 @torch.library.register_fake("fusedrnn::rnn_forward")
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
     _, config, (save,) = _split_arguments(rest)
     *rows, _ = input.shape
-    room, (Z, _, P), L, D = math.prod(rows), h_0.shape, config.num_layers, config.directions
+    room, (Z, _, P), D = math.prod(rows), h_0.shape, config.directions
     H, saves = (h_0 if c_0 is None else c_0).shape[-1], save and config.backend != "aten"
     saved, empty = config.spec.saved, input.new_empty
     keeps_gates = saves and not (config.recompute and saved)
@@ -324,7 +291,7 @@ def _split_backward(flat: Sequence[Any]) -> tuple[Any, ...]:
     output, gates, cs, hidden = _empty_to_none(flat[9:13])
     sequences, config, flags = _split_arguments(flat[13:])
     inputs = StackInputs(input, h_0, c_0, params, masks or ())
-    outputs = StackOutputs(output, None, None, gates, cs, hidden)
+    outputs = StackOutputs(output, None, None, gates, cs, hidden)  # type: ignore[arg-type]
     return inputs, outputs, grads, sequences, config, *flags
 
 
@@ -338,23 +305,20 @@ def _backward_kernel(*flat):
 def _backward_autograd(*flat):
     """The operator's autograd."""
     inputs, outputs, grads, *arguments = _split_backward(flat)
-    input, h_0, c_0, params, masks = inputs
+    (input, h_0, c_0, params, masks), (sequences, config, needs_input, _) = inputs, arguments
     tensors = *grads, input, h_0, c_0, *params
-    needs = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-    if not needs:
+    if not _needs_grad(*tensors):
         return _below_autograd(torch.ops.fusedrnn.rnn_backward, *flat)
 
     def run(*tensors):
         own = StackInputs(*tensors[4:7], tensors[7:], masks)
-        below = partial(_below_autograd, _run_backward)
-        *results, d_params = below(own, outputs, StackGrads(*tensors[:4]), *arguments)
-        return *results, *d_params
+        results = _below_autograd(_run_backward, own, outputs, tensors[:4], *arguments)
+        return (*results[:3], *results[3]), (), ()
 
-    sequences, config, needs_input, _ = arguments
     pull_back = partial(_pull_back_again, config, needs_input)
     with enable_single_level_autograd_function():
-        results = _apply(run, lambda _: ((), ()), pull_back, (*sequences, *masks), *tensors)
-    return *results[:3], list(results[3:])
+        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, (*sequences, *masks), *tensors)
+    return d_input, d_h_0, d_c_0, d_params
 
 
 def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, needs):

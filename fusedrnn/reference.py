@@ -127,7 +127,8 @@ def differentiable_stack(
     Args:
         cell: the name of a cell.
         input: ``[T, B, I]``, packed ``[R, I]``.
-        h_0: ``[L*D, B, H]``; c_0 likewise, or None for a cell without c.
+        h_0: ``[L*D, B, H]``.
+        c_0: ``[L*D, B, H]``, or None for a cell without c.
         weights: ``weights[layer][direction]``.
         dropout_masks: for each layer but the last ``[T, B, D*H]``, packed ``[R, D*H]``, scaled; or
             none at all.
@@ -165,7 +166,7 @@ def differentiable_stack(
 
 
 class _Steps:
-    """Which steps are there, and before which the state is cut, ``[T, B]`` each."""
+    """The steps that are there, and those before which the state is cut, ``[T, B]`` each."""
 
     def __init__(self, sequences: Sequences, T: int, B: int, device: torch.device):
         lengths, reset = sequences.lengths, sequences.reset

@@ -112,7 +112,7 @@ def _forward(
     h_0, c_0 = layout.sort_states(inputs.h_0), _each(layout.sort_states, inputs.c_0)
     room, below = grid.numel(), config.hidden_layers if save else 0
     saved = StackOutputs(
-        output=layout.empty_rows(D * H, input) if below < L else input,
+        output=empty(*grid, D * H),
         h_n=torch.empty_like(h_0),
         c_n=_each(torch.empty_like, c_0),
         gates=empty(L * D, room, tiles * H) if save and not (config.recompute and tiles) else None,
@@ -122,25 +122,28 @@ def _forward(
     masks = [layout.to_rows(mask).reshape(-1, D * H) for mask in inputs.dropout_masks]
     whole = _layers(inputs.params, masks, h_0, c_0, saved, layout, config)
     x, hidden = layout.to_rows(input), _each(layout.trim, saved.hidden)
+    last = saved.output.view(-1, D * H)  # the rows of the last layer
+    if below == L:
+        last = hidden[-1]
+    elif layout.row_index is not None:
+        last = layout.empty_rows(D * H, input)
+    last_rows = last[: rows.total]
     for launch in launches_of(config, h_0, save, rows):
-        outs = []
-        for n in launch.layers:
-            if n < below:
-                outs.append(hidden[n])
-            else:
-                outs.append(saved.output[: rows.total] if n == L - 1 else empty(rows.total, D * H))
+        outs = [
+            hidden[n] if n < below else last_rows if n == L - 1 else torch.empty_like(last_rows)
+            for n in launch.layers
+        ]
         layers = _part(whole, launch, config)
         layers = layers._replace(out=tuple(out for out in outs for _ in range(D)))
         layer.forward(config, launch.plan, x, layers, rows)
         x = outs[-1]
         if masks and launch.layers[-1] < L - 1:
             x = x * masks[launch.layers[-1]]
-    if below < L:
-        output = layout.to_grid(saved.output)
-    else:
-        output = hidden[-1].clone() if layout.row_index is None else layout.to_grid(hidden[-1])
+    if layout.row_index is not None:
+        layout.to_grid(last, out=saved.output)
+    elif below == L:
+        saved.output.copy_(last.view_as(saved.output))
     return saved._replace(
-        output=output.view(*grid, D * H),
         h_n=layout.unsort_states(saved.h_n),
         c_n=_each(layout.unsort_states, saved.c_n),
     )
@@ -174,7 +177,7 @@ def _backward(
         c_0=_each(torch.empty_like, c_0),
     )  # fmt: skip
     x = without_padding(layout.to_rows(input), rows)
-    d_out = None
+    d_out: Any = None
     if grads.output is not None:
         d_out = layout.to_rows(grads.output).reshape(-1, D * H).contiguous()
     d_params: list[Tensor] = []

@@ -15,6 +15,7 @@ from .ops import ATEN_CELL
 _LARGEST_SINGLE_STEP_BATCH = 64
 
 _States = list[list[Tensor]]  # of h and, in an LSTM, of c: for each layer [B, H]
+_Step = tuple[Tensor, _States]  # the output [B, H], and the states after the step
 
 
 class Stream:
@@ -119,17 +120,16 @@ class Stream:
             if not isinstance(rows, Tensor) or rows.dtype not in (
                 torch.bool,
                 torch.int32,
-                torch.int64,
+                torch.long,
             ):
                 kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
                 raise TypeError(f"rows is {kind}; expected a tensor: a bool mask, or int64 indices")
-            masks = rows.dtype == torch.bool
-            if rows.dim() != 1 or (masks and len(rows) != self._shape[0]):
-                expected = f"[{self._shape[0]}], the batch_size" if masks else "1-D indices"
-                raise ValueError(f"rows has shape {list(rows.shape)}; expected {expected}")
-            rows = rows.to(self._states[0][0].device, non_blocking=True)
-        with torch.no_grad():
-            self._states = [[_zeroed(s, rows) for s in layers] for layers in self._states]
+            B = self._shape[0]
+            if rows.dim() != 1 or (rows.dtype == torch.bool and len(rows) != B):
+                raise ValueError(
+                    f"rows has shape {list(rows.shape)}; expected [{B}] or 1-D indices"
+                )
+        self._states = [[_zeroed(s, rows) for s in layers] for layers in self._states]
 
     def _set(self, hx: Any) -> None:
         """Copies a state in, after the module's own checks beside an input that is right."""
@@ -144,35 +144,29 @@ class Stream:
         """Returns the present weights, after the hooks that may compute them."""
         module = self._module
         for key, hook in module._forward_pre_hooks.items():
-            if key in module._forward_pre_hooks_with_kwargs:
-                hook(module, (input,), {})
-            else:
-                hook(module, (input,))
+            with_kwargs = key in module._forward_pre_hooks_with_kwargs
+            hook(module, (input,), *([{}] if with_kwargs else []))
         return module._params()
 
     def _check_input(self, input: Any, weight: Tensor, autocast: bool) -> None:
-        """Raises for an input that no step takes, with the module's own exception types."""
+        """Raises for an input that no step takes, with the module's exception types."""
         if not isinstance(input, Tensor):
             raise AttributeError(f"input is a {type(input).__name__}; expected a tensor, [B, I]")
         is_dtype = input.dtype == weight.dtype or (autocast and input.is_floating_point())
-        if is_dtype and input.shape == self._shape and input.device == weight.device:
-            return
-        kind = RuntimeError if is_dtype and input.dim() == 2 else ValueError
-        raise kind(
-            f"input is {input.dtype} {list(input.shape)} on {input.device}; expected "
-            f"{weight.dtype} {list(self._shape)} on {weight.device}: [batch_size, input_size], and "
-            "dtype and device of the weights"
-        )
+        if not is_dtype or input.shape != self._shape or input.device != weight.device:
+            kind = RuntimeError if is_dtype and input.dim() == 2 else ValueError
+            raise kind(
+                f"input is {input.dtype} {list(input.shape)} on {input.device}; expected "
+                f"{weight.dtype} {list(self._shape)}, batch_size and input_size, on {weight.device}"
+            )
 
     def _runs_by_cells(self) -> bool:
-        """Returns whether torch's operators for single steps can run, and are faster."""
+        """Decides between torch's operators for single steps and a sequence of one step."""
         facts = self._facts
         is_large = facts.cell == "lstm" and facts.batch > _LARGEST_SINGLE_STEP_BATCH
         return not facts.proj_size and not is_large and dispatch.choose(facts) == "aten"
 
-    def _by_cells(
-        self, input: Tensor, states: _States, weights: list[Tensor]
-    ) -> tuple[Tensor, _States]:
+    def _by_cells(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
         """Runs the layers one by one with torch's operators for single steps."""
         step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(states[0]), []
         for layer, hx in enumerate(zip(*states, strict=True)):
@@ -182,9 +176,7 @@ class Stream:
             input = after[-1][0]
         return input, [list(layers) for layers in zip(*after, strict=True)]
 
-    def _by_stack(
-        self, input: Tensor, states: _States, weights: list[Tensor]
-    ) -> tuple[Tensor, _States]:
+    def _by_stack(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
         """Runs a sequence of one step."""
         hx = arguments.as_hx([torch.stack(layers) for layers in states])
         call = arguments.prepare(self._facts.cell, input.unsqueeze(0), hx, weights, self._layers)
@@ -198,6 +190,8 @@ def _zeroed(state: Tensor, rows: Tensor | None) -> Tensor:
     """Returns the state ``[B, H]`` with zeros in some rows, also in place of NaN."""
     if rows is None:
         return torch.zeros_like(state)
-    if rows.dtype == torch.bool:
-        return state.masked_fill(rows.unsqueeze(1), 0)
-    return state.index_fill(0, rows.long(), 0)
+    rows = rows.to(state.device, non_blocking=True)
+    is_mask = rows.dtype == torch.bool
+    return (
+        state.masked_fill(rows.unsqueeze(1), 0) if is_mask else state.index_fill(0, rows.long(), 0)
+    )

@@ -117,7 +117,10 @@ def error_budget(
         rms_allowed = FACTOR * ref_error.square().mean().sqrt().item() / size + eps
     finite = bool(torch.isfinite(error).all())
     ok = finite and max_err <= allowed and rms <= rms_allowed
-    return Budget(name, ok, max_err, allowed, rms, rms_allowed, ref_err, _worst(error, got, truth))
+    worst = int(error.nan_to_num(nan=float("inf")).argmax())
+    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    where = f"{index}: {got.flatten()[worst].item():.9g} for {truth.flatten()[worst].item():.9g}"
+    return Budget(name, ok, max_err, allowed, rms, rms_allowed, ref_err, where)
 
 
 def assert_budget(
@@ -127,13 +130,6 @@ def assert_budget(
     budget = error_budget(name, got, ref, truth, eps=eps)
     if not budget.ok:
         raise AssertionError(str(budget))
-
-
-def _worst(error: Tensor, got: Tensor, truth: Tensor) -> str:
-    """Returns the index of the largest error and both values."""
-    flat = int(error.nan_to_num(nan=float("inf")).argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(flat), error.shape))
-    return f"{index}: {got.reshape(-1)[flat].item():.9g} for {truth.reshape(-1)[flat].item():.9g}"
 
 
 def run_module(

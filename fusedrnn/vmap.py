@@ -15,7 +15,6 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 
-
 def has_tangents() -> bool:
     """Returns whether forward-mode derivatives are being computed."""
     return forward_ad._current_level >= 0

@@ -167,17 +167,22 @@ class Cell(NamedTuple):
     gates: tuple
     saved: tuple
     tiles: tuple  # of dgates
-    phases: tuple  # for each product of a step the gates that it serves
-    grads: tuple  # for each product the tiles of dgates that its adjoint returns
-    factors: tuple  # for each gate of each product, which of those tiles W_hh multiplies
+    phases: tuple  # for each recurrent product the gates that it serves
+    grads: tuple  # for each of these the tiles of dgates that its adjoint returns
+    parts: tuple  # phases, and behind them all gates: the product with the layer's input
+    factors: tuple  # for each gate of each part the tile of dgates, counted from the part's first
     merged: tuple  # for each gate whether its two pre-activations are only added
 
 
 def cell_of(spec: CellSpec, forward: Any, adjoint: Any, operand: Any = operand_h) -> Cell:
     """The cell with these tile counts and device functions."""
-    counts = (tuple(range(n)) for n in (spec.gates, spec.saved, spec.grad_tiles))
+    gates, saved, tiles = (tuple(range(n)) for n in (spec.gates, spec.saved, spec.grad_tiles))
+    parts, factors = (*spec.phases, gates), (*spec.factors, gates)
     merged = tuple(gate == tile for gate, tile in enumerate(spec.recurrent))
-    return Cell(operand, forward, adjoint, *counts, spec.phases, spec.grads, spec.factors, merged)
+    return Cell(
+        operand, forward, adjoint, gates, saved, tiles,
+        spec.phases, spec.grads, parts, factors, merged,
+    )  # fmt: skip
 
 
 CELLS = {

@@ -1,343 +1,431 @@
-"""Schedule *cooperative*: several programs share a batch tile, each owns a slice of hidden units.
+"""Schedule *cooperative*: several programs share a batch tile, each owns BLOCK_H hidden units.
 
-Axes: T time, B batch, R rows (``rows.py``), H hidden, G gates, L layers, D directions, Z = L*D,
-S saved tiles, N gradient tiles (``spec.py``). Grid ``(cdiv(H, BLOCK_H), cdiv(B, BLOCK_B), Z)``. A
-program owns all gates of BLOCK_H units, so c and every gate stay with it; only h (forward) and
-dgates (backward) are handed round, by the protocol in ``exchange.py``. Programs wait for those of
-their own batch tile alone.
+The weights do not fit one program, so they are cut: a program holds the rows of W_hh (backward: the
+columns) of its units for the whole launch. It owns all gates of these units, so c and the gates
+stay with it. What the others need, h (forward) and dgates (backward), goes through the tensors
+``out`` and ``dgates``, which are written anyway, by the protocol of ``exchange.py``. A step is:
+load what does not depend on h, wait, load h, multiply, apply the cell, store, publish.
 
-On chip for the whole launch: the rows of W_hh (backward: the columns) that belong to the slice.
-h_t is exchanged through ``out`` and the gradients through ``dgates``, which are written anyway and
-only once. In each step: loads that do not depend on h, wait, load h, products, cell, store,
-publish.
+**Wavefront**: with L > 1 all layers run in the launch, layer l one step behind layer l - 1, which
+takes T + L - 1 steps instead of T * L. A layer above the first also holds W_ih and projects its own
+input. Backward mirrors this: layer l computes its dy from the dgates of layer l + 1.
 
-**Wavefront**: with L > 1 (one direction) all layers run in this launch. Layer l at step t needs
-h_t of layer l-1 and h_{t-1} of its own, so it runs one step behind: T + L - 1 steps instead of T*L.
-It then also holds W_ih, and projects its own input. Backward runs the other way: layer l takes
-dy_t out of the dgates of layer l+1. Both directions of one layer (D = 2) share a launch likewise.
+The sum over H is cut into chunks of KS pieces with KC columns. A chunk is one batched product
+``[KS, BLOCK_B, KC] x [KS, KC, BLOCK_H]``, so that KS warps work on it side by side, each with a
+short chain of dependent instructions. The pieces are added at the end, always in one order. No
+float is added atomically, so two runs agree bit for bit.
 
-With members (an ensemble: equal parts of B with weights of their own) a batch tile has sequences of
-one member only, and its programs hold that member's weights.
+The grid is ``(cdiv(H, BLOCK_H), batch tiles, L*D)``. All programs of a launch must be on the chip
+at once, which ``launch_cooperative_grid`` guarantees or refuses; larger batches run in rounds.
 
-No float is added atomically: two runs agree bit for bit. Offsets are int64; T and B are run-time
-values.
-
-Limits: a launch must fit the chip at once (``launch_cooperative_grid`` refuses it otherwise), so
-``plan.py`` puts at most one program on an SM, and larger batches go in rounds; a cell that reduces
-over a row of H needs all of it in one program (``CellSpec.rowwise``), and stacked layers with two
-directions need the whole of the layer below, hence a launch each.
+Limits: a cell sees BLOCK_H units of a row, and L > 1 needs D = 1.
 """
+
+from __future__ import annotations
+
+from typing import Any
 
 import triton
 import triton.language as tl
 
-from .common import (
-    add_tile,
-    all_columns,
-    join,
-    load_bias,
-    load_left,
-    load_rows,
-    load_state,
-    load_step,
-    no_tiles,
-    only,
-    store_rows,
-    store_state,
-    tile_of_member,
-    time_of,
-    to_float,
-)
-from .exchange import publish, wait
-from .ragged import (
-    enter,
-    enter_gradient,
-    first_row,
-    leave,
-    load_origins,
-    present,
-    shown,
-)
-from .slices import (
+from .exchange import Workspace, publish, wait, workspace
+from .launch import cdiv, constants, in_rounds, on_device
+from .plan import Plan, Tiles
+from .rows import Rows
+from .tensors import Grads, Layers
+from .tiles import (
+    INITIAL,
+    PREVIOUS,
+    Program,
+    add_to,
     choose,
-    gate_products,
-    gradient_product,
-    load_operand,
-    load_previous,
-    load_slice,
-    masked,
-    part,
+    entering_state,
+    first_row,
+    gradient_before,
+    h_rows_before,
+    is_present,
+    is_stored,
+    leaving_state,
+    load,
+    load_bias,
+    load_origins,
+    load_state,
+    load_state_after,
+    load_step,
+    out_rows,
+    row_ptrs,
+    store,
+    store_state,
+    time_of,
+    visible,
 )
 
+#: Polls of one wait before it traps: about ten seconds.
+PATIENCE = 1 << 24
+#: ``max_num_imprecise_acc`` of a product that begins an accumulator: unless it is 0, the compiler
+#: does not fold the sum so far into the product.
+_NEW = tl.constexpr(1 << 20)
 
-@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience", "each"])
-def _cooperative_fwd_kernel(
-    # inputs
-    gx_ptr,  # [D, R, G*H] = x @ W_ih.T + b_ih of the first layer
-    w_ih_ptrs,  # [layer], [G*H, H] each, read by the layers above the first
-    b_ih_ptrs,  # [layer], [G*H]
-    w_hh_ptrs,  # [Z], [G*H, H]
-    b_hh_ptrs,  # [Z], [G*H]
-    mask_ptrs,  # [layer], [R, H]: the factor of each layer's input, read when HAS_MASK
-    h_0_ptr,  # [Z, B, H]
-    c_0_ptr,  # [Z, B, H], read when STATES == 2
-    origins_ptr,  # [D, T, B], read when RAGGED
-    starts_ptr,  # [T], read when PACKED
-    aux_ptr,  # what the cell's own functions read
-    # outputs
-    out_ptrs,  # [Z], [R, D*H]
-    gates_ptr,  # [Z, R, S*H], written when SAVE == 2
-    cs_ptr,  # [Z, R, H], written when SAVE > 0 and STATES == 2
-    h_n_ptr,  # [Z, B, H]
-    c_n_ptr,  # [Z, B, H]
-    # workspace
-    slots_ptr,  # [Z, 2, P, B, H]: operands that are not h itself
-    counters_ptr,  # [Z, batch tiles], zero
-    # run-time sizes
-    T,
-    B,
-    R,  # rows of a layer and direction
-    first_tile,  # of the batch tiles of this launch
-    patience,
-    each,  # sequences of a member, read when MEMBERS
-    # the cell
-    OPERAND: tl.constexpr,
-    FORWARD: tl.constexpr,
-    PHASES: tl.constexpr,
-    SAVED: tl.constexpr,
-    STATES: tl.constexpr,
-    SHARES_H: tl.constexpr,  # phase 0 multiplies h itself, which is in out
-    # compile-time sizes and switches
-    L: tl.constexpr,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    GATES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCKS: tl.constexpr,  # ((0, BLOCK_H),)
-    K_CHUNKS: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    SAVE: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PACKED: tl.constexpr,
-    DOT: tl.constexpr,  # of ``slices.py``
-    MEMBERS: tl.constexpr,  # whether weights and biases are [members, ...]
-):
-    G: tl.constexpr = len(GATES)
-    P: tl.constexpr = len(PHASES)
-    EACH: tl.constexpr = P if SHARES_H else P + 1  # publications: h, and operands that are not h
-    pid_z = tl.program_id(2).to(tl.int64)
-    pid_d = pid_z % D
-    start = tl.program_id(0) * BLOCKS[0][1]
-    pid_b = first_tile + tl.program_id(1)
-    offs_b = pid_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_b, member = offs_b < B, 0
-    partners, groups = tl.num_programs(0), tl.cdiv(B, BLOCK_B)  # groups of a layer and direction
-    if MEMBERS:
-        offs_b, mask_b, groups, member = tile_of_member(pid_b, B, each, BLOCK_B)
-    counter_ptr = counters_ptr + pid_z * groups + pid_b
-    out_ptr = choose(out_ptrs, pid_z)
-    first_rows = (pid_z * B + offs_b) * H
 
-    w_hh = load_slice(w_hh_ptrs, pid_z, member, start, G, H, BLOCKS, K_CHUNKS, True, MEMBERS)
-    b_hh = load_bias(part(b_hh_ptrs, pid_z, member, G * H, MEMBERS), start, HAS_BIAS, G, H, BLOCKS)
-    own_gx = offs_b < tl.where(pid_z < D, B, 0)  # the layers above project their own input
-    if L > 1:
-        w_ih = load_slice(w_ih_ptrs, pid_z, member, start, G, H, BLOCKS, K_CHUNKS, True, MEMBERS)
-        b_ih_ptr = part(b_ih_ptrs, pid_z, member, G * H, MEMBERS)
-        b_ih = load_bias(b_ih_ptr, start, HAS_BIAS, G, H, BLOCKS)
-        below_ptr = choose(out_ptrs, tl.maximum(pid_z - 1, 0))
-    state = to_float(
-        load_state(h_0_ptr + first_rows, c_0_ptr + first_rows, mask_b, start, STATES, H, BLOCKS)
+@triton.jit
+def _program(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
+    """The batch tile and the hidden units of this program, in layer and direction z."""
+    cols = tl.program_id(0) * TILE.block_h + tl.arange(0, TILE.block_h)
+    tile = (first_tile + tl.program_id(1)).to(tl.int64)
+    offs_b = tile * TILE.block_b + tl.arange(0, TILE.block_b)
+    return Program(z, z % TILE.D, choose(layers.out, z), T, B, R, offs_b, offs_b < B, cols)
+
+
+@triton.jit
+def _counter(counters, z, B, first_tile, TILE: tl.constexpr):
+    """The counter of this program's group; a layer's counters are ``cdiv(B, BLOCK_B)`` apart."""
+    return counters + z * tl.cdiv(B, TILE.block_b) + first_tile + tl.program_id(1)
+
+
+# Products over whole rows of H, of which other programs wrote most.
+
+
+@triton.jit
+def _chunk(N: tl.constexpr, TILE: tl.constexpr):
+    """The columns of chunk N, ``[KS, KC]``."""
+    pieces = tl.arange(0, TILE.chunks[N][1])[:, None] * TILE.chunks[N][2]
+    return TILE.chunks[N][0] + pieces + tl.arange(0, TILE.chunks[N][2])[None, :]
+
+
+@triton.jit
+def _load_slice(w_ptr, cols, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``w[gate][chunk]``, tiles ``[KS, KC, BLOCK_H]``: rows of W if TRANSPOSE, else columns."""
+    H: tl.constexpr = TILE.H
+    unit = cols[None, None, :]
+    w = ()
+    for g in tl.static_range(len(CELL.gates)):
+        tiles = ()
+        for n in tl.static_range(len(TILE.chunks)):
+            k = _chunk(n, TILE)[:, :, None]
+            if TRANSPOSE:
+                ptrs = w_ptr + (g * H + unit) * H + k
+            else:
+                ptrs = w_ptr + (g * H + k) * H + unit
+            tiles = tiles + (tl.load(ptrs, mask=(unit < H) & (k < H), other=0.0),)
+        w = w + (tiles,)
+    return w
+
+
+@triton.jit
+def _load_chunk(rows, mask_b, N: tl.constexpr, TILE: tl.constexpr):
+    """Chunk N of whole rows, ``[KS, BLOCK_B, KC]``, past L1."""
+    k = _chunk(N, TILE)[:, None, :]
+    mask = mask_b[None, :, None]
+    if TILE.chunks[N][0] + TILE.chunks[N][1] * TILE.chunks[N][2] > TILE.H:
+        mask = mask & (k < TILE.H)
+    return tl.load(rows[None, :, None] + k, mask, other=0.0, cache_modifier=".cg")
+
+
+@triton.jit
+def _load_operand(rows, mask_b, TILE: tl.constexpr):
+    """``u[chunk]``, whole rows."""
+    u = ()
+    for n in tl.static_range(len(TILE.chunks)):
+        u = u + (_load_chunk(rows, mask_b, n, TILE),)
+    return u
+
+
+@triton.jit
+def _load_h(layers, program, step, origins, TILE: tl.constexpr):
+    """``u[chunk]``, whole rows of the h that enters a step."""
+    if layers.origins is not None:
+        t_before = time_of(tl.maximum(step - 1, 0), program)
+        left_rows = out_rows(program, first_row(layers, program, t_before), TILE)
+        initial_rows = row_ptrs(layers.h_0, program.z * program.B, program, TILE.H)
+        u = ()
+        for n in tl.static_range(len(TILE.chunks)):
+            left = _load_chunk(left_rows, origins == PREVIOUS, n, TILE)
+            initial = _load_chunk(initial_rows, origins == INITIAL, n, TILE)
+            u = u + (left + initial,)  # at most one of them is not zero
+        return u
+    else:
+        rows = h_rows_before(layers, program, step, TILE)
+        return _load_operand(rows, program.mask_b, TILE)
+
+
+@triton.jit
+def _load_input(layers, program, first, here, TILE: tl.constexpr):
+    """``u[chunk]``, whole rows of a layer's input: the output of the layer below, after dropout."""
+    below = choose(layers.out, tl.maximum(program.z - 1, 0))
+    x = _load_operand(row_ptrs(below, first, program, TILE.H), here, TILE)
+    if layers.masks is not None:
+        masks = choose(layers.masks, program.z)
+        mask = _load_operand(row_ptrs(masks, first, program, TILE.H), here, TILE)
+        dropped = ()
+        for n in tl.static_range(len(x)):
+            dropped = dropped + (x[n] * mask[n],)
+        return dropped
+    else:
+        return x
+
+
+@triton.jit
+def _dot(u, w, ALONE: tl.constexpr, TILE: tl.constexpr):
+    """``u w`` for each piece in fp32; the compiler adds to it what follows, but not if ALONE."""
+    return tl.dot(
+        u.to(w.dtype),
+        w,
+        input_precision=TILE.precision,
+        max_num_imprecise_acc=_NEW if ALONE else 0,
     )
+
+
+@triton.jit
+def _products(u, w, b, CELL: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
+    """``u W[gate]^T + b[gate]`` for the gates of a part, ``[BLOCK_B, BLOCK_H]`` in fp32."""
+    COUNT: tl.constexpr = len(TILE.chunks)
+    RUN: tl.constexpr = TILE.folded if TILE.folded > 0 else COUNT
+    out = ()
+    for i in tl.static_range(len(CELL.parts[PART])):
+        done = ()
+        for n in tl.static_range(COUNT):
+            dot = _dot(u[n], w[CELL.parts[PART][i]][n], n % RUN == 0 and RUN < COUNT, TILE)
+            if n == 0:
+                total = dot
+            elif n % RUN == 0:
+                done, total = done + (total,), dot
+            else:
+                total = total + dot
+        for j in tl.static_range(len(done)):
+            total = done[j] + total
+        out = out + (tl.sum(total, 0) + b[CELL.parts[PART][i]],)
+    return out
+
+
+@triton.jit
+def _product_sum(rows, mask_b, w, CELL: tl.constexpr, PART: tl.constexpr, TILE: tl.constexpr):
+    """The sum over the gates of a part of ``dgates W[gate]``; the rows begin at its first tile."""
+    G: tl.constexpr = len(CELL.parts[PART])
+    COUNT: tl.constexpr = len(TILE.chunks) * G
+    RUN: tl.constexpr = TILE.folded if TILE.folded > 0 else (COUNT if G == 1 else G)
+    done = ()
+    for n in tl.static_range(COUNT):
+        tile = rows + CELL.factors[PART][n % G] * TILE.H
+        u = _load_chunk(tile, mask_b, n // G, TILE)
+        dot = _dot(u, w[CELL.parts[PART][n % G]][n // G], n % RUN == 0 and RUN < COUNT, TILE)
+        if n == 0:
+            total = dot
+        elif n % RUN == 0:
+            done, total = done + (total,), dot
+        else:
+            total = total + dot
+    for j in tl.static_range(len(done)):
+        total = done[j] + total
+    return tl.sum(total, 0)
+
+
+@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
+def _cooperative_fwd_kernel(
+    layers, shared, T, B, R, first_tile, patience, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    H: tl.constexpr = TILE.H
+    G: tl.constexpr = len(CELL.gates)
+    S: tl.constexpr = len(CELL.saved)
+    P: tl.constexpr = len(CELL.phases)
+    z = tl.program_id(2).to(tl.int64)
+    program = _program(layers, z, T, B, R, first_tile, TILE)
+    mask_b, cols = program.mask_b, program.cols
+    partners = tl.num_programs(0)
+    counter = _counter(shared.counters, z, B, first_tile, TILE)
+    counter_below = _counter(shared.counters, z - 1, B, first_tile, TILE)
+
+    w_hh = _load_slice(choose(layers.w_hh, z), cols, True, CELL, TILE)
+    b_hh = load_bias(choose(layers.b_hh, z), cols, CELL, H)
+    if TILE.L > 1:
+        w_ih = _load_slice(choose(layers.w_ih, z), cols, True, CELL, TILE)
+        b_ih = load_bias(choose(layers.b_ih, z), cols, CELL, H)
+    state = load_state(layers.h_0, layers.c_0, program, mask_b, H)
 
     for step in range(T):
-        t = time_of(step, T, pid_d)
-        published = partners * EACH * step
-        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(start, BLOCKS))
-        origins = load_origins(origins_ptr, t, T, B, pid_d, offs_b, mask_b, RAGGED)
-        here = present(origins, mask_b, RAGGED)
-        first = first_row(starts_ptr, t, B, PACKED)
-        row = first + offs_b
-        gx_rows = gx_ptr + (pid_d * R + first + offs_b) * (G * H)
-        gx = to_float(load_rows(gx_rows, here & own_gx, start, G, H, BLOCKS))
-        if L > 1:
-            if pid_z > 0:
-                wait(counter_ptr - groups, published + partners * EACH, patience)
-                x = load_operand(below_ptr + row * H, here, H, K_CHUNKS)
-                if HAS_MASK:
-                    mask_rows = choose(mask_ptrs, pid_z) + row * H
-                    x = masked(x, load_operand(mask_rows, here, H, K_CHUNKS))
-                gx = gate_products(x, w_ih, b_ih, (GATES,), 0, DOT)
+        published = partners * P * step  # each step publishes h, and every operand that is not h
+        t = time_of(step, program)
+        first = first_row(layers, program, t)
+        row = z * R + first
+        origins = load_origins(layers, program, t)
+        here = is_present(layers, program, origins)
+        reads_gx = here & (program.offs_b < tl.where(z < TILE.D, B, 0))  # the first layer alone
+        rows = row_ptrs(layers.gx, program.d * R + first, program, G * H)
+        gx = load(rows, reads_gx, cols, G, H)
+        if TILE.L > 1:
+            if z > 0:
+                wait(counter_below, published + partners * P, patience)
+                x = _load_input(layers, program, first, here, TILE)
+                gx = _products(x, w_ih, b_ih, CELL, P, TILE)
 
-        entered, gh = enter(state, origins, RAGGED), no_tiles(BLOCKS)
+        entering = entering_state(layers, state, origins)
+        gh = ()
         for p in tl.static_range(P):
-            if SHARES_H and p == 0:
-                wait(counter_ptr, published, patience)
-                u_all = load_previous(
-                    out_ptr, h_0_ptr, origins, starts_ptr, step, T, B, pid_z, pid_d, offs_b, mask_b,
-                    RAGGED, PACKED, D, H, K_CHUNKS,
-                )  # fmt: skip
+            if p == 0:
+                wait(counter, published, patience)
+                u = _load_h(layers, program, step, origins, TILE)
             else:
-                slots = slots_ptr + (((pid_z * 2 + step % 2) * P + p) * B + offs_b) * H
-                u = OPERAND(p, ctx, gx, gh, entered)
-                store_rows(slots, mask_b, start, only((u,), 0), 0, H, BLOCKS)
-                publish(counter_ptr)
-                published += partners
-                wait(counter_ptr, published, patience)
-                u_all = load_operand(slots, mask_b, H, K_CHUNKS)
-            gh = join(gh, gate_products(u_all, w_hh, b_hh, PHASES, p, DOT))
-        state, saved = FORWARD(ctx, gx, gh, entered)
-        state = leave(state, entered, origins, RAGGED)
+                slot = (z * 2 + step % 2) * (P - 1) + p - 1
+                slots = row_ptrs(shared.slots, slot * B, program, H)
+                store(slots, mask_b, cols, (CELL.operand(p, gx, gh, entering),), H)
+                publish(counter)
+                wait(counter, published + partners * p, patience)
+                u = _load_operand(slots, mask_b, TILE)
+            gh = gh + _products(u, w_hh, b_hh, CELL, p, TILE)
+        state, saved = CELL.forward(gx, gh, entering)
+        state = leaving_state(layers, state, entering, origins)
 
-        here = present(origins, mask_b, PACKED)
-        out = shown(state, origins, RAGGED)
-        store_rows(out_ptr + row * (D * H) + pid_d * H, here, start, only(out, 0), 0, H, BLOCKS)
-        publish(counter_ptr)
-        if SAVE:  # nobody waits for these
-            row = pid_z * R + first + offs_b
-            if SAVE == 2:
-                saved = shown(saved, origins, RAGGED)
-                store_rows(gates_ptr + row * (len(SAVED) * H), here, start, saved, 0, H, BLOCKS)
-            if STATES == 2:
-                store_rows(cs_ptr + row * H, here, start, only(out, 1), 0, H, BLOCKS)
+        result = visible(layers, state, origins)
+        here = is_stored(layers, program, origins)
+        store(out_rows(program, first, TILE), here, cols, (result[0],), H)
+        publish(counter)
+        # Stored after publishing, because no other program reads them.
+        if layers.gates is not None:
+            saved = visible(layers, saved, origins)
+            store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
+        if layers.cs is not None:
+            store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
 
-    store_state(h_n_ptr + first_rows, c_n_ptr + first_rows, mask_b, start, state, STATES, H, BLOCKS)
+    store_state(layers.h_n, layers.c_n, program, state, H)
 
 
-@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience", "each"])
+@triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
 def _cooperative_bwd_kernel(
-    # inputs
-    d_out_ptr,  # [R, D*H] of the last layer, read when HAS_D_OUT
-    d_cs_ptr,  # [Z, R, H], read when HAS_D_CS
-    d_h_n_ptr,  # [Z, B, H]
-    d_c_n_ptr,  # [Z, B, H], read when STATES == 2
-    w_ih_ptrs,  # [layer], [G*H, H] each: of layer l+1 for layer l
-    w_hh_ptrs,  # [Z], [G*H, H]
-    mask_ptrs,  # [layer], [R, H], as in the forward kernel
-    h_0_ptr,  # [Z, B, H]
-    c_0_ptr,
-    out_ptrs,  # [Z], [R, D*H]
-    gates_ptr,  # [Z, R, S*H]
-    cs_ptr,  # [Z, R, H]
-    origins_ptr,
-    starts_ptr,
-    aux_ptr,
-    # outputs
-    dgates_ptr,  # [Z, R, N*H], and when PACKED ``SLACK`` rows more to read in
-    d_h_0_ptr,  # [Z, B, H]
-    d_c_0_ptr,
-    # workspace
-    counters_ptr,  # [Z, batch tiles], zero
-    # run-time sizes
-    T,
-    B,
-    R,  # rows of a layer and direction
-    first_tile,  # of the batch tiles of this launch
-    patience,
-    each,  # sequences of a member, read when MEMBERS
-    # the cell
-    ADJOINT: tl.constexpr,
-    FOLD: tl.constexpr,
-    PHASES: tl.constexpr,
-    FIRST_TILE: tl.constexpr,  # of each phase, where its gradient tiles are stored
-    TILES: tl.constexpr,  # for each gate of each phase, which tile of dgates W multiplies
-    GRAD_TILES: tl.constexpr,
-    SAVED: tl.constexpr,
-    STATES: tl.constexpr,
-    # compile-time sizes and switches
-    L: tl.constexpr,
-    D: tl.constexpr,
-    H: tl.constexpr,
-    GATES: tl.constexpr,
-    BLOCK_B: tl.constexpr,
-    BLOCKS: tl.constexpr,
-    K_CHUNKS: tl.constexpr,
-    HAS_D_OUT: tl.constexpr,
-    HAS_D_CS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
-    RAGGED: tl.constexpr,
-    PACKED: tl.constexpr,
-    DOT: tl.constexpr,  # of ``slices.py``
-    MEMBERS: tl.constexpr,  # whether weights and biases are [members, ...]
+    layers, grads, shared, T, B, R, first_tile, patience, CELL: tl.constexpr, TILE: tl.constexpr
 ):
-    G: tl.constexpr = len(GATES)
-    P: tl.constexpr = len(PHASES)
-    # Numbered from the last layer, for whoever waits should come after whom it waits for.
-    pid_z = L * D - 1 - tl.program_id(2).to(tl.int64)
-    pid_d = pid_z % D
-    start = tl.program_id(0) * BLOCKS[0][1]
-    pid_b = first_tile + tl.program_id(1)
-    offs_b = pid_b.to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
-    mask_b, member = offs_b < B, 0
-    partners, groups = tl.num_programs(0), tl.cdiv(B, BLOCK_B)  # groups of a layer and direction
-    if MEMBERS:
-        offs_b, mask_b, groups, member = tile_of_member(pid_b, B, each, BLOCK_B)
-    counter_ptr = counters_ptr + pid_z * groups + pid_b
-    out_ptr = choose(out_ptrs, pid_z)
-    first_rows = (pid_z * B + offs_b) * H
+    H: tl.constexpr = TILE.H
+    N: tl.constexpr = len(CELL.tiles)
+    P: tl.constexpr = len(CELL.phases)
+    LAST: tl.constexpr = TILE.L * TILE.D - 1
+    # Numbered from the last layer down, so that a program is scheduled after those it waits for.
+    z = LAST - tl.program_id(2).to(tl.int64)
+    program = _program(layers, z, T, B, R, first_tile, TILE)
+    mask_b, cols = program.mask_b, program.cols
+    partners = tl.num_programs(0)
+    counter = _counter(shared.counters, z, B, first_tile, TILE)
+    counter_above = _counter(shared.counters, z + 1, B, first_tile, TILE)
 
-    w_hh = load_slice(w_hh_ptrs, pid_z, member, start, G, H, BLOCKS, K_CHUNKS, False, MEMBERS)
-    if L > 1:
-        above = tl.minimum(pid_z + 1, L - 1)
-        w_ih = load_slice(w_ih_ptrs, above, member, start, G, H, BLOCKS, K_CHUNKS, False, MEMBERS)
-    d_state = to_float(
-        load_state(d_h_n_ptr + first_rows, d_c_n_ptr + first_rows, mask_b, start, STATES, H, BLOCKS)
-    )
-    new = to_float(load_left(
-        out_ptr, cs_ptr, origins_ptr, starts_ptr, time_of(T - 1, T, pid_d), T, B, R, pid_z, pid_d,
-        offs_b, mask_b, start, STATES, RAGGED, PACKED, D, H, BLOCKS,
-    ))  # fmt: skip
-    loaded = load_step(
-        gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr, d_cs_ptr, origins_ptr, starts_ptr,
-        T - 1, T, B, R, pid_z, pid_d, offs_b, mask_b, start,
-        SAVED, STATES, HAS_D_OUT, HAS_D_CS, RAGGED, PACKED, D, H, BLOCKS,
-    )  # fmt: skip
+    w_hh = _load_slice(choose(layers.w_hh, z), cols, False, CELL, TILE)
+    if TILE.L > 1:
+        above = tl.minimum(z + 1, LAST)
+        w_ih = _load_slice(choose(layers.w_ih, above), cols, False, CELL, TILE)
+    d_state = load_state(grads.h_n, grads.c_n, program, mask_b, H)
+    left = load_state_after(layers, program, time_of(T - 1, program), TILE)
+    loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
 
     for back in range(T):
         step = T - 1 - back
-        t = time_of(step, T, pid_d)
         published = partners * P * back
-        # On its way through memory while this step waits for the others.
-        earlier = load_step(
-            gates_ptr, cs_ptr, out_ptr, h_0_ptr, c_0_ptr, d_out_ptr, d_cs_ptr, origins_ptr,
-            starts_ptr, tl.maximum(step - 1, 0), T, B, R, pid_z, pid_d, offs_b, mask_b, start,
-            SAVED, STATES, HAS_D_OUT, HAS_D_CS, RAGGED, PACKED, D, H, BLOCKS,
-        )  # fmt: skip
-        saved, prev, origins = to_float(loaded[0]), to_float(loaded[1]), loaded[5]
-        here = present(origins, mask_b, PACKED)
-        ctx = (aux_ptr, t, offs_b, mask_b, H, all_columns(start, BLOCKS))
-        first = first_row(starts_ptr, t, B, PACKED)
-        rows = dgates_ptr + (pid_z * R + first + offs_b) * (GRAD_TILES * H)
-        if HAS_D_OUT:  # which is of the last layer
-            dy = loaded[2][0][0].to(tl.float32)
-            d_state = add_tile(d_state, ((tl.where(pid_z >= (L - 1) * D, dy, 0.0),),), 0)
-        d_state = add_tile(d_state, to_float(loaded[3]), 1)
-        if L > 1:
-            if pid_z < L - 1:
-                wait(counter_ptr + groups, published + partners * P, patience)
-                dy = gradient_product(
-                    rows + R.to(tl.int64) * (GRAD_TILES * H),
-                    mask_b, w_ih, (GATES,), (GATES,), 0, H, K_CHUNKS, DOT,
-                )  # fmt: skip
-                if HAS_MASK:
-                    mask_rows = choose(mask_ptrs, above) + (first + offs_b) * H
-                    dy *= to_float(load_rows(mask_rows, here, start, 1, H, BLOCKS))[0][0]
-                d_state = add_tile(d_state, shown(((dy,),), origins, RAGGED), 0)
-        d_left = d_state
-        du, carry = no_tiles(BLOCKS), no_tiles(BLOCKS)
-        for p in tl.static_range(P):  # from the last phase to the first
-            grads, d_state, carry = ADJOINT(P - 1 - p, ctx, d_state, du, saved, prev, new, carry)
-            grads = shown(grads, origins, RAGGED)
-            store_rows(rows, here, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)
-            publish(counter_ptr)
-            wait(counter_ptr, published + partners * (p + 1), patience)
-            du = (gradient_product(
-                rows, mask_b, w_hh, TILES, PHASES, P - 1 - p, H, K_CHUNKS, DOT
-            ),)  # fmt: skip
-        d_state = enter_gradient(FOLD(ctx, d_state, du), d_left, origins, RAGGED)
-        new = to_float(loaded[4]) if RAGGED else prev
-        loaded = earlier
+        # Loaded while this step waits for its partners.
+        loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
+        saved, entered, left_before, d_out, d_cs, origins = loaded
+        first = first_row(layers, program, time_of(step, program))
+        here = is_stored(layers, program, origins)
+        rows = row_ptrs(grads.gates, z * R + first, program, N * H)
 
-    ends = d_h_0_ptr + first_rows, d_c_0_ptr + first_rows
-    store_state(*ends, mask_b, start, d_state, STATES, H, BLOCKS)
+        if grads.out is not None:  # of the last layer
+            d_state = add_to(d_state, 0, tl.where(z > LAST - TILE.D, d_out[0], 0.0))
+        if grads.cs is not None:
+            d_state = add_to(d_state, 1, d_cs[0])
+        if TILE.L > 1:
+            if z < LAST:
+                wait(counter_above, published + partners * P, patience)
+                rows_above = rows + R.to(tl.int64) * (N * H)
+                dy = _product_sum(rows_above, mask_b, w_ih, CELL, P, TILE)
+                if layers.masks is not None:
+                    masks = row_ptrs(choose(layers.masks, above), first, program, H)
+                    dy *= load(masks, here, cols, 1, H)[0]
+                d_state = add_to(d_state, 0, visible(layers, (dy,), origins)[0])
+
+        d_leaving, carry = d_state, ()
+        du = tl.zeros_like(d_state[0])
+        for p in tl.static_range(P - 1, -1, -1):
+            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
+            dgates = visible(layers, dgates, origins)
+            tiles = rows + CELL.grads[p][0] * H
+            store(tiles, here, cols, dgates, H)
+            publish(counter)
+            wait(counter, published + partners * (P - p), patience)
+            du = _product_sum(tiles, mask_b, w_hh, CELL, p, TILE)
+        d_state = add_to(d_state, 0, du)
+        d_state = gradient_before(layers, d_state, d_leaving, origins)
+        left, loaded = left_before, loaded_next
+
+    store_state(grads.h_0, grads.c_0, program, d_state, H)
+
+
+def forward(
+    cell: str,
+    plan: Plan,
+    layers: Layers,
+    rows: Rows,
+    *,
+    shared: Workspace | None = None,
+    patience: int = PATIENCE,
+) -> None:
+    """Runs the layers of one launch: writes out, h_n, c_n and what is to be saved.
+
+    Args:
+        shared: a fresh workspace; by default one is allocated.
+        patience: the polls of one wait before it traps.
+
+    Raises:
+        LaunchRefused: the device does not hold all programs of a launch at once.
+    """
+    tensors = (layers_forward(layers, plan.layers),)
+    _launch(_cooperative_fwd_kernel, cell, plan.forward, tensors, rows, shared, patience)
+
+
+def backward(
+    cell: str,
+    plan: Plan,
+    layers: Layers,
+    grads: Grads,
+    rows: Rows,
+    *,
+    shared: Workspace | None = None,
+    patience: int = PATIENCE,
+) -> None:
+    """Runs these layers backwards: writes the gradients of their gates, h_0 and c_0.
+
+    If the rows are packed, ``grads.gates`` has ``SLACK`` more rows of memory behind it. The rest as
+    in ``forward``.
+    """
+    tensors = layers_backward(layers, plan.layers), grads
+    _launch(_cooperative_bwd_kernel, cell, plan.backward, tensors, rows, shared, patience)
+
+
+def _launch(
+    kernel: Any,
+    cell: str,
+    tiles: Tiles,
+    tensors: tuple,
+    rows: Rows,
+    shared: Workspace | None,
+    patience: int,
+) -> None:
+    """Launches a kernel in rounds of batch tiles."""
+    h_0, out = tensors[0].h_0, tensors[0].out[0]
+    Z, B, H = h_0.shape
+    D = out.shape[-1] // H
+    cell_, tile, options = constants(cell, tiles, Z // D, D, H)
+    if shared is None:
+        shared = workspace(cell, h_0, Z, cdiv(B, tile.block_b), B, H)
+
+    def launch(first_tile: int, count: int) -> None:
+        kernel[cdiv(H, tile.block_h), count, Z](
+            *tensors, shared, rows.T, B, rows.total, first_tile, patience, cell_, tile, **options
+        )
+
+    with on_device(h_0):
+        in_rounds(launch, B, tiles)
+
+
+def layers_forward(layers: Layers, L: int) -> Layers:
+    """The tensors that the forward kernel reads; the others are None and cost no time."""
+    return layers if L > 1 else layers._replace(w_ih=None, b_ih=None, masks=None)
+
+
+def layers_backward(layers: Layers, L: int) -> Layers:
+    """The tensors that the backward kernel reads."""
+    layers = layers_forward(layers, L)
+    return layers._replace(gx=None, b_ih=None, b_hh=None, h_n=None, c_n=None)

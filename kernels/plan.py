@@ -7,6 +7,7 @@ if a GPU was measured on exactly this problem, else from ``model.py``.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from itertools import product
@@ -84,7 +85,26 @@ class Plan:
 MEASURED: dict[tuple[str, int, Problem], Measured] = {}
 
 
-@lru_cache(maxsize=4096)
+#: Forget what was decided by another planner; ``forced`` calls them.
+CACHES: list[Callable[[], object]] = []
+_forced: Callable[[Problem, Chip], tuple[Plan, ...]] | None = None
+
+
+@contextmanager
+def forced(planner: Callable[[Problem, Chip], tuple[Plan, ...]]) -> Iterator[None]:
+    """Within the context ``plan_stack`` is ``planner``; for tests and benchmarks."""
+    global _forced
+    before, _forced = _forced, planner
+    try:
+        for forget in CACHES:
+            forget()
+        yield
+    finally:
+        _forced = before
+        for forget in CACHES:
+            forget()
+
+
 def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     """Plans the launches of a stack of ``problem.layers`` layers, from the first layer up.
 
@@ -94,6 +114,11 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
+    return (_forced or _plan_stack)(problem, chip)
+
+
+@lru_cache(maxsize=4096)
+def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     best = (plan(problem._replace(layers=1), chip),) * problem.layers
     if problem.layers > 1 and problem.directions == 1 and not problem.layer_by_layer:
         waves = _wavefront(problem, chip)
@@ -209,10 +234,8 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: no slice of W_hh fits, or the programs cannot exchange h.
     """
-    spec, kind = problem.spec, problem.kind(chip)
+    kind = problem.kind(chip)
     _need_dots(problem)
-    if spec.rowwise:
-        raise NoPlan(f"schedule cooperative cuts a row of H, over which {problem.cell} reduces")
     if not chip.cooperates:
         raise NoPlan(f"{chip.name} has refused a cooperative launch")
     if chip.warp_size == 64:
@@ -269,8 +292,6 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
     """
     if problem.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise NoPlan(f"no schedule computes in {problem.dtype}")
-    if problem.spec.rowwise:
-        raise NoPlan(f"schedule stepwise cuts a row of H, over which {problem.cell} reduces")
     # 512 elements, of rows as long as a cache line where H is. With 4 warps fp64 would spill. A
     # tile may change hands between threads through shared memory, at 8 bytes an element.
     units = min(64, 1 << (problem.hidden_size - 1).bit_length())
@@ -292,8 +313,8 @@ def _with_floors(
     """A plan with its modelled times, and without backward where none is needed."""
     backward = backward if problem.needs_grad else None
     floors = (
-        floors_of(schedule, problem, chip, tiles, tiles is forward)
-        for tiles in (forward, backward)
+        floors_of(schedule, problem, chip, tiles, is_forward)
+        for tiles, is_forward in ((forward, True), (backward, False))
         if tiles
     )
     return Plan(schedule, forward, backward, problem.layers, tuple(floors))

@@ -27,6 +27,7 @@ from .tiles import (
     add_to,
     choose,
     entering_state,
+    first_row,
     gradient_before,
     is_present,
     is_stored,
@@ -35,14 +36,15 @@ from .tiles import (
     load_bias,
     load_matrix,
     load_origins,
+    load_state,
     load_state_after,
-    load_states,
     load_step,
+    out_rows,
     product_sum,
     products,
-    rows_at,
+    row_ptrs,
     store,
-    store_states,
+    store_state,
     time_of,
     visible,
 )
@@ -63,23 +65,22 @@ def _load_gx(layers, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
     G: tl.constexpr = len(CELL.gates)
     t = time_of(step, program)
     origins = load_origins(layers, program, t)
-    row = program.d * program.R + rows_at(layers, program, t)
     here = is_present(layers, program, origins)
-    return load(layers.gx + row * (G * TILE.H), here, program.cols, G, TILE.H), origins
+    row = program.d * program.R + first_row(layers, program, t)
+    rows = row_ptrs(layers.gx, row, program, G * TILE.H)
+    return load(rows, here, program.cols, G, TILE.H), origins
 
 
 @triton.jit(do_not_specialize=["T", "B", "R"])
 def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
-    D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
     program = _program(layers, T, B, R, TILE)
-    d, mask_b, cols = program.d, program.mask_b, program.cols
-    ends = (d * B + program.offs_b) * H
+    d, cols = program.d, program.cols
 
     w_hh = load_matrix(choose(layers.w_hh, d), cols, True, CELL, TILE)
     b_hh = load_bias(choose(layers.b_hh, d), cols, CELL, H)
-    state = load_states(layers.h_0, layers.c_0, ends, mask_b, cols, H)
+    state = load_state(layers.h_0, layers.c_0, program, program.mask_b, H)
     gx, origins = _load_gx(layers, program, 0, CELL, TILE)
 
     for step in range(T):
@@ -94,17 +95,18 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
         state = leaving_state(layers, state, entering, origins)
 
         result = visible(layers, state, origins)
-        row = rows_at(layers, program, time_of(step, program))
         here = is_stored(layers, program, origins)
-        store(program.out + row * (D * H) + d * H, here, cols, (result[0],), H)
+        first = first_row(layers, program, time_of(step, program))
+        row = d * R + first
+        store(out_rows(program, first, TILE), here, cols, (result[0],), H)
         if layers.gates is not None:
-            rows = layers.gates + (d * R + row) * (S * H)
-            store(rows, here, cols, visible(layers, saved, origins), H)
+            saved = visible(layers, saved, origins)
+            store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
         if layers.cs is not None:
-            store(layers.cs + (d * R + row) * H, here, cols, (result[1],), H)
+            store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
         gx, origins = gx_next, origins_next
 
-    store_states(layers.h_n, layers.c_n, ends, mask_b, cols, state, H)
+    store_state(layers.h_n, layers.c_n, program, state, H)
 
 
 @triton.jit(do_not_specialize=["T", "B", "R"])
@@ -112,11 +114,10 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     H: tl.constexpr = TILE.H
     N: tl.constexpr = len(CELL.tiles)
     program = _program(layers, T, B, R, TILE)
-    d, mask_b, cols = program.d, program.mask_b, program.cols
-    ends = (d * B + program.offs_b) * H
+    d, cols = program.d, program.cols
 
     w_hh = load_matrix(choose(layers.w_hh, d), cols, False, CELL, TILE)
-    d_state = load_states(grads.h_n, grads.c_n, ends, mask_b, cols, H)
+    d_state = load_state(grads.h_n, grads.c_n, program, program.mask_b, H)
     left = load_state_after(layers, program, time_of(T - 1, program), TILE)
     loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
 
@@ -131,19 +132,19 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
             d_state = add_to(d_state, 1, d_cs[0])
         d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])
-        row = d * R + rows_at(layers, program, time_of(step, program))
         here = is_stored(layers, program, origins)
+        first = d * R + first_row(layers, program, time_of(step, program))
+        rows = row_ptrs(grads.gates, first, program, N * H)
         for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
             dgates = visible(layers, dgates, origins)
-            rows = grads.gates + row * (N * H) + CELL.grads[p][0] * H
-            store(rows, here, cols, dgates, H)
+            store(rows + CELL.grads[p][0] * H, here, cols, dgates, H)
             du = product_sum(dgates, w_hh, CELL, p, TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
         left, loaded = left_before, loaded_next
 
-    store_states(grads.h_0, grads.c_0, ends, mask_b, cols, d_state, H)
+    store_state(grads.h_0, grads.c_0, program, d_state, H)
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:

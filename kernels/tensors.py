@@ -7,9 +7,11 @@ Every tensor is contiguous.
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from torch import Tensor
+
+MaybeTensor = Any  # a Tensor, or None where a cell or a call has none
 
 
 class Weights(NamedTuple):
@@ -29,32 +31,30 @@ class Layers(NamedTuple):
     (without gradients nothing is saved). A kernel is compiled without what is None.
     """
 
-    gx: Tensor | None = None  # [D, R, G*H] = x W_ih^T + b_ih of the first layer
-    w_ih: tuple[Tensor, ...] | None = (
-        None  # Z of [G*H, I]; kernels read those above the first layer
-    )
+    gx: MaybeTensor = None  # [D, R, G*H] = x W_ih^T + b_ih of the first layer
+    w_ih: Any = None  # Z of [G*H, I], a tuple; kernels read those above the first layer
     b_ih: tuple[Tensor, ...] | None = None  # Z of [G*H]
     w_hh: tuple[Tensor, ...] = ()  # Z of [G*H, H]
     b_hh: tuple[Tensor, ...] | None = None  # Z of [G*H]
     masks: tuple[Tensor, ...] | None = None  # Z of [R, H]: dropout factors of a layer's input
-    h_0: Tensor | None = None  # [Z, B, H]
-    c_0: Tensor | None = None  # [Z, B, H]
-    h_n: Tensor | None = None  # [Z, B, H], written by forward
-    c_n: Tensor | None = None  # [Z, B, H], written by forward
+    h_0: MaybeTensor = None  # [Z, B, H]
+    c_0: MaybeTensor = None  # [Z, B, H]
+    h_n: MaybeTensor = None  # [Z, B, H], written by forward
+    c_n: MaybeTensor = None  # [Z, B, H], written by forward
     out: tuple[Tensor, ...] = ()  # Z of [R, D*H], written by forward; directions share a tensor
-    gates: Tensor | None = None  # [Z, R, S*H], saved by forward
-    cs: Tensor | None = None  # [Z, R, H], saved by forward
-    origins: Tensor | None = None  # [D, T, B] of the rows; None if every sequence has every step
-    starts: Tensor | None = None  # [T] of the rows; None if they are not packed
+    gates: MaybeTensor = None  # [Z, R, S*H], saved by forward
+    cs: MaybeTensor = None  # [Z, R, H], saved by forward
+    origins: MaybeTensor = None  # [D, T, B] of the rows; None if every sequence has every step
+    starts: MaybeTensor = None  # [T] of the rows; None if they are not packed
 
 
 class Grads(NamedTuple):
     """The gradients that reach the layers of a launch, and those that leave them."""
 
-    out: Tensor | None = None  # [R, D*H] of the last layer
-    cs: Tensor | None = None  # [Z, R, H] of every c
-    h_n: Tensor | None = None  # [Z, B, H]
-    c_n: Tensor | None = None  # [Z, B, H]
-    gates: Tensor | None = None  # [Z, R, N*H] of the pre-activations, written by backward
-    h_0: Tensor | None = None  # [Z, B, H], written by backward
-    c_0: Tensor | None = None  # [Z, B, H], written by backward
+    out: MaybeTensor = None  # [R, D*H] of the last layer
+    cs: MaybeTensor = None  # [Z, R, H] of every c
+    h_n: MaybeTensor = None  # [Z, B, H]
+    c_n: MaybeTensor = None  # [Z, B, H]
+    gates: MaybeTensor = None  # [Z, R, N*H] of the pre-activations, written by backward
+    h_0: MaybeTensor = None  # [Z, B, H], written by backward
+    c_0: MaybeTensor = None  # [Z, B, H], written by backward

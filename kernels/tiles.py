@@ -53,12 +53,12 @@ class Program(NamedTuple):
 
 @triton.jit
 def tanh(x):
-    """tanh to 1.5 ulp in fp32 and fp64.
+    """tanh within 2 ulp, in fp32 and fp64.
 
     Below 0.625 it is x + x^3 p(x^2). In fp32, p is the least-squares fit of degree 4 at Chebyshev
     nodes; in fp64 it follows from Lambert's continued fraction x/(1 + z/(3 + z/(5 + ...))), cut
-    off at 15. Above, the quotient (1 - e)/(1 + e) with e = exp(-2|x|) <= 0.29 neither overflows
-    nor cancels.
+    off at 15. Above, 1 - 2 sigmoid(-2|x|) cancels nothing, because the sigmoid is at most 0.22,
+    and its overflow to 1/inf gives the right limit.
     """
     z = x * x
     if x.dtype == tl.float64:
@@ -70,8 +70,7 @@ def tanh(x):
         p = p * z - 5.385249689e-2
         p = p * z + 1.333278226e-1
         p = p * z - 3.333332910e-1
-    e = tl.exp(-2.0 * tl.abs(x))
-    large = (1.0 - e) / (1.0 + e)
+    large = 1.0 - 2.0 * tl.sigmoid(-2.0 * tl.abs(x))
     return tl.where(z < 0.390625, x + x * z * p, tl.where(x < 0.0, -large, large))
 
 
@@ -148,39 +147,51 @@ def product_sum(dgates, w, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def load(row_ptrs, mask, cols, N: tl.constexpr, H: tl.constexpr):
+def row_ptrs(ptr, first, program, WIDTH: tl.constexpr):
+    """Pointers ``[BLOCK_B]`` to rows of WIDTH values, the row of sequence 0 being ``first``.
+
+    Added in this order, what differs between steps is one scalar.
+    """
+    return ptr + first * WIDTH + program.offs_b * WIDTH
+
+
+@triton.jit
+def load(rows, mask, cols, N: tl.constexpr, H: tl.constexpr):
     """N tiles from rows of N*H values; zero where masked and beyond H."""
+    ptrs = rows[:, None] + cols[None, :]
     tiles = ()
     for n in tl.static_range(N):
-        ptrs = row_ptrs[:, None] + (n * H + cols)[None, :]
-        tiles = tiles + (widen(tl.load(ptrs, mask=mask[:, None] & (cols < H)[None, :], other=0.0)),)
+        tile = tl.load(ptrs + n * H, mask=mask[:, None] & (cols < H)[None, :], other=0.0)
+        tiles = tiles + (widen(tile),)
     return tiles
 
 
 @triton.jit
-def store(row_ptrs, mask, cols, tiles, H: tl.constexpr):
+def store(rows, mask, cols, tiles, H: tl.constexpr):
     """Stores tiles side by side into rows, rounded to the dtype of the pointers."""
+    ptrs = rows[:, None] + cols[None, :]
     for n in tl.static_range(len(tiles)):
-        ptrs = row_ptrs[:, None] + (n * H + cols)[None, :]
-        tile = tiles[n].to(row_ptrs.dtype.element_ty)
-        tl.store(ptrs, tile, mask=mask[:, None] & (cols < H)[None, :])
+        tile = tiles[n].to(rows.dtype.element_ty)
+        tl.store(ptrs + n * H, tile, mask=mask[:, None] & (cols < H)[None, :])
 
 
 @triton.jit
-def load_states(h_ptr, c_ptr, row, mask, cols, H: tl.constexpr):
-    """``(h,)`` or ``(h, c)`` of each row."""
-    state = load(h_ptr + row, mask, cols, 1, H)
+def load_state(h_ptr, c_ptr, program, mask, H: tl.constexpr):
+    """``(h,)`` or ``(h, c)`` from tensors ``[Z, B, H]``."""
+    first = program.z * program.B
+    state = load(row_ptrs(h_ptr, first, program, H), mask, program.cols, 1, H)
     if c_ptr is not None:
-        state = state + load(c_ptr + row, mask, cols, 1, H)
+        state = state + load(row_ptrs(c_ptr, first, program, H), mask, program.cols, 1, H)
     return state
 
 
 @triton.jit
-def store_states(h_ptr, c_ptr, row, mask, cols, state, H: tl.constexpr):
-    """Stores what ``load_states`` loads."""
-    store(h_ptr + row, mask, cols, (state[0],), H)
+def store_state(h_ptr, c_ptr, program, state, H: tl.constexpr):
+    """Stores what ``load_state`` loads."""
+    first, mask, cols = program.z * program.B, program.mask_b, program.cols
+    store(row_ptrs(h_ptr, first, program, H), mask, cols, (state[0],), H)
     if c_ptr is not None:
-        store(c_ptr + row, mask, cols, (state[1],), H)
+        store(row_ptrs(c_ptr, first, program, H), mask, cols, (state[1],), H)
 
 
 @triton.jit
@@ -233,12 +244,12 @@ def time_of(step, program):
 
 
 @triton.jit
-def rows_at(layers, program, t):
-    """The row of each sequence at time t: t * B + b if dense, behind starts[t] if packed."""
+def first_row(layers, program, t):
+    """The row of sequence 0 at time t: t * B if the rows are dense, starts[t] if packed."""
     if layers.starts is not None:
-        return tl.load(layers.starts + t) + program.offs_b
+        return tl.load(layers.starts + t)
     else:
-        return t * program.B + program.offs_b
+        return t * program.B
 
 
 @triton.jit
@@ -309,14 +320,31 @@ def gradient_before(layers, d_entering, d_leaving, origins):
 
 
 @triton.jit
+def out_rows(program, first, TILE: tl.constexpr):
+    """Pointers to the rows of out, in which both directions are side by side."""
+    return row_ptrs(program.out + program.d * TILE.H, first, program, TILE.D * TILE.H)
+
+
+@triton.jit
+def h_rows_before(layers, program, step, TILE: tl.constexpr):
+    """Pointers to the h that entered a step of dense rows: in out, and before step 0 in h_0."""
+    H: tl.constexpr = TILE.H
+    t_before = time_of(tl.maximum(step - 1, 0), program)
+    # Chosen as scalars, because a choice between vectors loses their alignment.
+    in_out = program.out + program.d * H + t_before * program.B * (TILE.D * H)
+    in_h_0 = layers.h_0 + program.z * program.B * H
+    return tl.where(step > 0, in_out, in_h_0) + program.offs_b * tl.where(step > 0, TILE.D * H, H)
+
+
+@triton.jit
 def load_state_after(layers, program, t, TILE: tl.constexpr):
     """The state that left the step of time t, from out and cs; zero where it was skipped."""
     H: tl.constexpr = TILE.H
     here = is_present(layers, program, load_origins(layers, program, t))
-    row = rows_at(layers, program, t)
-    state = load(program.out + row * (TILE.D * H) + program.d * H, here, program.cols, 1, H)
+    first = first_row(layers, program, t)
+    state = load(out_rows(program, first, TILE), here, program.cols, 1, H)
     if layers.cs is not None:
-        c_rows = layers.cs + (program.z * program.R + row) * H
+        c_rows = row_ptrs(layers.cs, program.z * program.R + first, program, H)
         state = state + load(c_rows, here, program.cols, 1, H)
     return state
 
@@ -329,21 +357,17 @@ def load_state_before(layers, program, step, origins, TILE: tl.constexpr):
     """
     H: tl.constexpr = TILE.H
     t_before = time_of(tl.maximum(step - 1, 0), program)
-    ends = (program.z * program.B + program.offs_b) * H
     if layers.origins is not None:
         left = load_state_after(layers, program, t_before, TILE)
-        is_first = origins == INITIAL
-        initial = load_states(layers.h_0, layers.c_0, ends, is_first, program.cols, H)
-        entered = where(origins == PREVIOUS, left, initial)
-        return entered, left
+        initial = load_state(layers.h_0, layers.c_0, program, origins == INITIAL, H)
+        return where(origins == PREVIOUS, left, initial), left
     else:
-        row = t_before * program.B + program.offs_b
-        h_rows = program.out + row * (TILE.D * H) + program.d * H
-        h_rows = tl.where(step > 0, h_rows, layers.h_0 + ends)
+        h_rows = h_rows_before(layers, program, step, TILE)
         state = load(h_rows, program.mask_b, program.cols, 1, H)
         if layers.cs is not None:
-            c_rows = layers.cs + (program.z * program.R + row) * H
-            c_rows = tl.where(step > 0, c_rows, layers.c_0 + ends)
+            in_cs = layers.cs + (program.z * program.R + t_before * program.B) * H
+            in_c_0 = layers.c_0 + program.z * program.B * H
+            c_rows = tl.where(step > 0, in_cs, in_c_0) + program.offs_b * H
             state = state + load(c_rows, program.mask_b, program.cols, 1, H)
         return state, state
 
@@ -359,16 +383,16 @@ def load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constex
     S: tl.constexpr = len(CELL.saved)
     t = time_of(step, program)
     origins = load_origins(layers, program, t)
-    here = is_present(layers, program, origins)
-    row = rows_at(layers, program, t)
-    step_row = program.z * program.R + row
+    here, cols = is_present(layers, program, origins), program.cols
+    first = first_row(layers, program, t)
+    row = program.z * program.R + first
     entered, left = load_state_before(layers, program, step, origins, TILE)
     saved, d_out, d_cs = (), (), ()
     if S > 0:
-        saved = load(layers.gates + step_row * (S * H), here, program.cols, S, H)
+        saved = load(row_ptrs(layers.gates, row, program, S * H), here, cols, S, H)
     if grads.out is not None:
-        rows = grads.out + row * (TILE.D * H) + program.d * H
-        d_out = load(rows, here, program.cols, 1, H)
+        d_rows = row_ptrs(grads.out + program.d * H, first, program, TILE.D * H)
+        d_out = load(d_rows, here, cols, 1, H)
     if grads.cs is not None:
-        d_cs = load(grads.cs + step_row * H, here, program.cols, 1, H)
+        d_cs = load(row_ptrs(grads.cs, row, program, H), here, cols, 1, H)
     return saved, entered, left, d_out, d_cs, origins

@@ -79,7 +79,7 @@ def test_a_step_is_told_the_folder_and_its_minutes(tmp_path):
 def test_the_summary_has_red_gates_and_the_mean_gain(tmp_path):
     (tmp_path / "results.csv").write_text(
         "case,cell,pass,provider,gate,x,note\n"
-        "a,lstm,forward,torch.nn,yardstick,1.0,\n"
+        "a,lstm,forward,torch.nn,reference,1.0,\n"
         "a,lstm,forward,fusedrnn,ok,2.0,\n"
         "b,lstm,forward,fusedrnn,ok,8.0,\n"
         "c,gru,forward,fusedrnn,red,,2 tensors\n"

@@ -20,9 +20,7 @@ def options(tmp_path, name, **given):
 @pytest.mark.parametrize("name", command.LESSONS)
 def test_every_lesson_runs_and_says_what_to_look_at(tmp_path, monkeypatch, capsys, name):
     monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
-    monkeypatch.setattr(
-        data, "load", lambda path, **_: data.Corpus(data.generate(200, 200), "made")
-    )
+    monkeypatch.setattr(data, "load", lambda *_, **__: data.Corpus(data.generate(200, 200), "made"))
     threads = torch.get_num_threads()
     assert command.run(options(tmp_path, name)) == 0
     printed = capsys.readouterr().out
@@ -51,7 +49,7 @@ def test_a_picture_that_cannot_be_written_is_one_sentence(tmp_path):
 def test_the_lstm_by_hand_is_the_module():
     module = fusedrnn.LSTM(3, 5)
     x, h, c = torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 5)
-    *_, h_1, c_1 = by_hand.lstm_step(x, h, c, module)
+    *_, h_1, c_1 = by_hand.lstm_step(x, h, c, *module.parameters())
     _, (want_h, want_c) = module(x[None], (h[None], c[None]))
     torch.testing.assert_close((h_1, c_1), (want_h[0], want_c[0]))
 

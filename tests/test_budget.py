@@ -7,7 +7,7 @@ import torch
 from models import double, make_inputs, torch_module
 
 from fusedrnn import reference
-from fusedrnn.kernels.spec import Weights
+from fusedrnn.kernels.tensors import Weights
 from fusedrnn.testing import Case, assert_budget, error_budget, run_module
 
 CASE = Case(24, 3, 4, 32)

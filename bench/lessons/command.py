@@ -7,19 +7,18 @@ from pathlib import Path
 
 import torch
 
-from .. import DEFAULT_FOLDER, UserError, data
-from . import by_hand, forecasts, gates, lengths, parameters, reviews, temperature, vanishing
-from .lesson import Lesson, Setting
+from .. import DEFAULT_FOLDER, UserError
+from . import by_hand, gates, lengths, parameters, reviews, sine, temperature, vanishing
+from .lesson import Lesson
 
-HELP = "an experiment of a course on recurrent networks; without a name they are listed"
+HELP = "an experiment of a course; without a name, the list"
 OPTIONS = ("imdb", "download", "out", "seed", "quick")
 LESSONS: dict[str, Lesson] = {
     "by-hand": by_hand.LESSON,
     "parameters": parameters.LESSON,
     "gates": gates.LESSON,
     "vanishing": vanishing.LESSON,
-    "sine": forecasts.SINE_LESSON,
-    "price": forecasts.PRICE_LESSON,
+    "sine": sine.LESSON,
     "lengths": lengths.LESSON,
     "reviews": reviews.LESSON,
     "temperature": temperature.LESSON,
@@ -52,9 +51,7 @@ def run(options: argparse.Namespace) -> int:
     # The steps are so small that a second thread costs more than it computes.
     torch.set_num_threads(1)
     try:
-        lines, draw = lesson.run(
-            Setting(options.seed, options.quick, lambda n: _corpus(options, n))
-        )
+        lines, draw = lesson.run(options)
     finally:
         torch.set_num_threads(before)
     print("\n".join(lines))
@@ -62,12 +59,6 @@ def run(options: argparse.Namespace) -> int:
     if draw:
         print(_picture(draw, file))
     return 0
-
-
-def _corpus(options: argparse.Namespace, reviews: int) -> data.Corpus:
-    return data.load(
-        options.imdb, download=options.download, seed=options.seed, reviews=min(reviews, 25_000)
-    )
 
 
 def _picture(draw, file: Path) -> str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from torch import Tensor, nn
 import fusedrnn
 
 from ..data import sine, windows
-from .lesson import Lesson, Result, Setting
+from .lesson import Lesson, Result
 
 T, H = 20, 8
 GATES = {"i": "input gate", "f": "forget gate", "o": "output gate"}
@@ -34,11 +35,12 @@ def fit(seed: int, steps: int) -> tuple[fusedrnn.LSTM, nn.Linear, list[float]]:
 
 
 @torch.no_grad()
-def run(setting: Setting) -> Result:
+def run(options: Namespace) -> Result:
     with torch.enable_grad():
-        rnn, fc, losses = fit(setting.seed, steps=5 if setting.quick else 600)
+        rnn, fc, losses = fit(options.seed, steps=5 if options.quick else 600)
     values = sine(10 * T)[: T + 1].float()
     states = rnn.states(values[:-1].view(T, 1, 1), gates=True)
+    assert states.gates is not None
     gates = {name: gate[:, 0] for name, gate in states.gates[0][0].items()}  # each [T, H]
     predicted = fc(states.output)[:, 0, 0]
     lines = [f"LSTM H={H}, {len(losses)} steps: mean square {losses[0]:.4f}, then {losses[-1]:.1e}"]

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 import torch
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 
 from ..models import final_hidden
-from .lesson import Lesson, Result, Setting
+from .lesson import Lesson, Result
 
 
 @torch.no_grad()
-def run(setting: Setting) -> Result:
+def run(options: Namespace) -> Result:
     T, B, I, H = 50, 8, 16, 32
-    torch.manual_seed(setting.seed)
+    torch.manual_seed(options.seed)
     rnn = fusedrnn.GRU(I, H, bidirectional=True)
     lengths = torch.randint(1, T + 1, (B,))
     lengths[0] = T

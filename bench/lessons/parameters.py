@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
+
 from ..cases import TRAINED, Workload
 from ..providers import build
-from .lesson import CELLS, Lesson, Result, Setting
+from .lesson import CELLS, Lesson, Result
 
 GATES = {"rnn": 1, "gru": 3, "lstm": 4}
 
@@ -19,7 +21,7 @@ def by_formula(cell: str, workload: Workload) -> int:
     return sum(D * G * H * (width + H + 2) for width in widths)
 
 
-def run(setting: Setting) -> Result:
+def run(options: Namespace) -> Result:
     by_task = {workload.task: workload for workload in TRAINED}
     lines = [f"{'case':<16}{'cell':<6}{'formula':>10}{'module':>10}   shape"]
     for workload in by_task.values():

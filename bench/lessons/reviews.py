@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from .. import data
 from ..cases import EMBEDDING, cut_down
 from ..models import EmbeddedReviews, examples_of, remember
 from ..providers import build
 from ..train import predict, train
-from .lesson import COLOURS, Lesson, Result, Setting
+from .lesson import COLOURS, Lesson, Result
 
 #: The larger IMDB case in a size that one core trains in under a minute.
 WORKLOAD = replace(
@@ -40,16 +42,19 @@ def scores(matrix: list[list[int]]) -> dict[str, float]:
     }
 
 
-def run(setting: Setting) -> Result:
-    workload = cut_down(WORKLOAD) if setting.quick else WORKLOAD
+def run(options: Namespace) -> Result:
+    workload = cut_down(WORKLOAD) if options.quick else WORKLOAD
     device = torch.device("cpu")
     # Reviews are drawn from twice as many as are used, as they are from the real file.
-    corpus = setting.corpus(2 * max(workload.train, workload.test))
-    examples = examples_of(workload, corpus, setting.seed)
-    torch.manual_seed(setting.seed)
+    count = 2 * max(workload.train, workload.test)
+    corpus = data.load(
+        options.imdb, download=options.download, seed=options.seed, reviews=min(count, 25_000)
+    )
+    examples = examples_of(workload, corpus, options.seed)
+    torch.manual_seed(options.seed)
     model = EmbeddedReviews(build("fusedrnn", "lstm", workload), workload)
     remember(model.rnn)
-    training = train(model, workload, examples, workload.steps, device, setting.seed)
+    training = train(model, workload, examples, workload.steps, device, options.seed)
     matrix = confusion(*predict(model, examples, device))
     tested = len(examples.targets) - examples.known
     lines = [

@@ -7,14 +7,14 @@ the verb must agree with, and the weather of four winds.
 from __future__ import annotations
 
 import random
-from typing import Any
+from argparse import Namespace
 
 import torch
 from torch import Tensor, nn
 
 import fusedrnn
 
-from .lesson import COLOURS, Lesson, Result, Setting
+from .lesson import Lesson, Result
 
 TEMPERATURES = (0.5, 1.0, 1.5)
 ANIMALS = {"cat": "cats", "fox": "foxes", "goose": "geese", "mouse": "mice", "wolf": "wolves"}
@@ -80,31 +80,24 @@ def write(model: Characters, alphabet: str, temperature: float, count: int, seed
     return "".join(written)
 
 
-def run(setting: Setting) -> Result:
-    draw = random.Random(setting.seed)
+def run(options: Namespace) -> Result:
+    draw = random.Random(options.seed)
     text = "\n".join(sentence(draw) for _ in range(500)) + "\n"
     alphabet = "".join(sorted(set(text)))
     ids = torch.tensor([alphabet.index(character) for character in text])
-    torch.manual_seed(setting.seed)
+    torch.manual_seed(options.seed)
     model = Characters(len(alphabet))
-    loss = fit(model, ids, steps=3 if setting.quick else 250)
+    loss = fit(model, ids, steps=3 if options.quick else 250)
     model.eval()
     lines = [f"loss after training: {loss:.2f} nats a character"]
-    known, shares = set(text.replace(".", "").split()), []
+    known = set(text.replace(".", "").split())
     for temperature in TEMPERATURES:
-        written = write(model, alphabet, temperature, 60 if setting.quick else 600, setting.seed)
+        written = write(model, alphabet, temperature, 60 if options.quick else 600, options.seed)
         words = written.replace(".", "").split()[:-1]
-        shares.append(sum(word in known for word in words) / max(1, len(words)))
-        lines.append(f"temperature {temperature}: {shares[-1]:.0%} of the words are in the text")
+        share = sum(word in known for word in words) / max(1, len(words))
+        lines.append(f"temperature {temperature}: {share:.0%} of the words are in the text")
         lines += [f"    {line}" for line in written[:160].splitlines()[:-1]]
-
-    def paint(figure: Any) -> None:
-        axis = figure.subplots()
-        axis.bar([str(t) for t in TEMPERATURES], shares, color=COLOURS["lstm"])
-        axis.set_xlabel("temperature")
-        axis.set_ylabel("share of words that are in the text")
-
-    return lines, paint
+    return lines, None
 
 
 LESSON = Lesson(

@@ -9,6 +9,7 @@ architectures", 2015 (the bias of f).
 
 from __future__ import annotations
 
+from argparse import Namespace
 from typing import Any
 
 import torch
@@ -17,7 +18,7 @@ from torch import nn
 import fusedrnn
 
 from ..models import final_hidden, remember
-from .lesson import COLOURS, Lesson, Result, Setting
+from .lesson import COLOURS, Lesson, Result
 
 I, H, B = 8, 32, 16
 #: The name of a curve, its cell, and whether its gate is open at the start.
@@ -40,17 +41,17 @@ def gradient_norms(rnn: nn.RNNBase, T: int, seed: int) -> list[float]:
     return dx.double().norm(dim=-1).mean(1).tolist()
 
 
-def run(setting: Setting) -> Result:
-    lengths = (10, 30) if setting.quick else (10, 30, 50, 100)
+def run(options: Namespace) -> Result:
+    lengths = (10, 30) if options.quick else (10, 30, 50, 100)
     lines = ["|d loss_T / d x_1| divided by |d loss_T / d x_T|"]
     lines.append(f"{'':<14}" + "".join(f"{f'T={T}':>10}" for T in lengths))
     curves = {}
     for name, cell, is_open in STARTS:
-        torch.manual_seed(setting.seed)
+        torch.manual_seed(options.seed)
         rnn = getattr(fusedrnn, cell.upper())(I, H)
         if is_open:
             remember(rnn)
-        norms = {T: gradient_norms(rnn, T, setting.seed) for T in lengths}
+        norms = {T: gradient_norms(rnn, T, options.seed) for T in lengths}
         ratios = "".join(f"{norms[T][0] / norms[T][-1]:>10.1e}" for T in lengths)
         lines.append(f"{name:<14}{ratios}")
         curves[name] = norms[lengths[-1]], COLOURS[cell], "-" if is_open else "--"

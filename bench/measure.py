@@ -1,0 +1,290 @@
+"""Times and memory of one workload and cell: several providers in turns, on the same numbers."""
+
+from __future__ import annotations
+
+import multiprocessing
+import pickle
+import time
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from statistics import median
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence, pad_packed_sequence
+from torch.utils.benchmark import Timer
+
+import fusedrnn
+
+from .cases import Workload
+from .data import Corpus
+from .models import MODELS, Examples, examples_of
+from .providers import PROVIDERS, TORCH, Adapter, build
+
+Call = Callable[[], object]
+PASSES = ("forward", "training")
+#: Steps that the gate compares in cases that are only timed: kernels do not depend on T.
+_GATED_STEPS = 64
+
+
+class Settings(NamedTuple):
+    """The device, the seed, and the seconds spent on the times of one pass."""
+
+    device: torch.device
+    seed: int = 0
+    seconds: float = 0.7
+    least_rounds: int = 3
+
+    @classmethod
+    def of(cls, options: Any) -> Settings:
+        """The settings of a command line; ``--quick`` measures nothing."""
+        limits = {"seconds": 0.0, "least_rounds": 1} if options.quick else {}
+        return cls(torch.device(options.device), options.seed, **limits)
+
+
+class Times(NamedTuple):
+    """Milliseconds of a call over the rounds, and how many times as fast it is as the first."""
+
+    p50: float
+    p20: float
+    p80: float
+    x: float
+    rounds: int
+
+
+class BenchmarkCase(NamedTuple):
+    """A workload and a cell with the weights and the input from which all providers start."""
+
+    workload: Workload
+    cell: str
+    weights: dict[str, Tensor]
+    x: Tensor  # [B, T, I]
+    lengths: Tensor | None  # [B], on the CPU
+    start: dict[str, Tensor] | None = None  # of the whole model that is trained
+    examples: Examples | None = None
+
+    @classmethod
+    def of(
+        cls, workload: Workload, cell: str, settings: Settings, corpus: Corpus | None = None
+    ) -> BenchmarkCase:
+        torch.manual_seed(settings.seed)
+        dtype, device = getattr(torch, workload.dtype), settings.device
+        start = examples = lengths = None
+        rnn = build(TORCH, cell, workload)
+        if workload.task == "none":
+            x = torch.randn(workload.B, workload.T, workload.I)
+            if workload.ragged:  # uniform in T/2 to T, the longest T
+                lengths = torch.randint((workload.T + 1) // 2, workload.T + 1, (workload.B,))
+                lengths[0] = workload.T
+        else:
+            examples = examples_of(workload, corpus, settings.seed)
+            model = MODELS[workload.task](rnn, workload)
+            start = model.state_dict()
+            with torch.no_grad():
+                x = model.features(examples.batch(torch.arange(workload.B), torch.device("cpu")))
+            if isinstance(x, PackedSequence):
+                x, lengths = pad_packed_sequence(x, batch_first=True)
+        # Rounded to the tested dtype, so that the gate's fp64 truth starts from the same weights.
+        weights = {name: weight.to(dtype) for name, weight in rnn.state_dict().items()}
+        return cls(workload, cell, weights, x.to(device, dtype), lengths, start, examples)
+
+    def shortened(self) -> BenchmarkCase:
+        """The case that the gate runs."""
+        if self.examples is not None or len(self.x[0]) <= _GATED_STEPS:
+            return self
+        lengths = None if self.lengths is None else self.lengths.clamp(max=_GATED_STEPS)
+        return self._replace(x=self.x[:, :_GATED_STEPS], lengths=lengths)
+
+    def rnn(self, provider: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
+        rnn = build(provider, self.cell, self.workload, **options)
+        rnn.load_state_dict(self.weights)
+        return rnn.to(self.x.device, dtype or self.x.dtype)
+
+    def given(self, provider: str, x: Tensor) -> tuple[Any, dict[str, Any]]:
+        """Returns the input and the options of a provider's call for a padded ``x``."""
+        layout = PROVIDERS[provider].layout
+        if self.lengths is None or layout == "padded":
+            return x, {}
+        if layout == "lengths":
+            return x, {"lengths": self.lengths.to(x.device)}
+        return pack_padded_sequence(x, self.lengths, batch_first=True, enforce_sorted=False), {}
+
+    def prepared(self, provider: str, mode: str) -> tuple[Any, dict[str, Any], list[Tensor]]:
+        """Returns input, options, and of the input what ``mode`` differentiates."""
+        input, options = self.given(provider, self.x)
+        if mode == "forward" or not self.workload.needs_input_grad:
+            return input, options, []
+        leaf = input.data.detach().clone().requires_grad_()
+        packed = isinstance(input, PackedSequence)
+        return input._replace(data=leaf) if packed else leaf, options, [leaf]
+
+    def call(self, provider: str, mode: str) -> Call:
+        """Returns what is timed: ``"forward"`` in eval(), ``"training"`` with the gradients."""
+        rnn, context = self.rnn(provider), PROVIDERS[provider].context
+        if PROVIDERS[provider].step:
+            stream, step = rnn.stream(batch_size=len(self.x)), self.x[:, 0]
+            return lambda: stream(step)
+        fixed = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
+        input, options, leaves = self.prepared(provider, mode)
+        return chained(rnn, input, [*fixed, *leaves], mode, context, **options)
+
+    def explain(self, provider: str, mode: str) -> Any:
+        """Returns ``fusedrnn.explain`` of the timed call, or None for other implementations."""
+        if not provider.startswith("fusedrnn"):
+            return None
+        training = mode == "training"
+        with PROVIDERS[provider].context(), torch.set_grad_enabled(training):
+            input, options, _ = self.prepared(provider, mode)
+            return fusedrnn.explain(self.rnn(provider).train(training), input, **options)
+
+    def kept_mb(self, provider: str) -> float:
+        """Returns the MB that autograd keeps for backward, without weights and input."""
+        rnn = self.rnn(provider)
+        fixed = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
+        input, options, _ = self.prepared(provider, "training")
+        sizes: dict[int, int] = {}
+
+        def pack(tensor: Tensor) -> Tensor:
+            storage = tensor.untyped_storage()
+            sizes[storage.data_ptr()] = storage.nbytes()
+            return tensor
+
+        with (
+            PROVIDERS[provider].context(),
+            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
+        ):
+            result = rnn.train()(input, **options)
+        for tensor in (input.data, *fixed):
+            sizes.pop(tensor.untyped_storage().data_ptr(), None)
+        del result
+        return sum(sizes.values()) / 1e6
+
+    def peak_mb(self, provider: str) -> float:
+        """Returns the MB of CUDA memory that a training step adds."""
+        call = self.call(provider, "training")
+        call()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return (torch.cuda.max_memory_allocated() - before) / 1e6
+
+
+def chained(
+    rnn: nn.Module,
+    input: Any,
+    wanted: Sequence[Tensor],
+    mode: str,
+    context: Callable[[], AbstractContextManager] = nullcontext,
+    **options: Any,
+) -> Call:
+    """Returns a call that starts from the final state of the call before.
+
+    So no call can be left out, or overlap with the one before. ``wanted`` is differentiated.
+    """
+    state: Any = None
+    cotangents: list[Tensor] = []
+    rnn.train(mode == "training")
+
+    def forward() -> object:
+        nonlocal state
+        with context(), torch.no_grad():
+            output, state = rnn(input, state, **options)
+        return output
+
+    def training() -> object:
+        nonlocal state
+        with context():
+            output, final = rnn(input, state, **options)
+            outputs = [output.data if isinstance(output, PackedSequence) else output]
+            outputs += [final] if isinstance(final, Tensor) else final
+            if not cotangents:
+                cotangents.extend(torch.randn_like(tensor) for tensor in outputs)
+            gradients = torch.autograd.grad(outputs, wanted, cotangents)
+        state = final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
+        return gradients
+
+    return forward if mode == "forward" else training
+
+
+def interleaved(
+    calls: dict[str, Call],
+    device: torch.device,
+    *,
+    seconds: float,
+    least: int = 3,
+    graph: bool = False,
+) -> dict[str, Times]:
+    """Times all calls once a round, beginning with another one each round.
+
+    Args:
+        calls: by name; the first is the one that the others are compared with.
+        device: on the CPU torch's Timer measures, on CUDA Triton's ``do_bench`` with a cold L2.
+        seconds: when to stop, after ``least`` rounds.
+        graph: time the replay of a CUDA graph, which has no Python in it.
+    """
+    names = list(calls)
+    slice = min(0.02, seconds / least)  # of a round for each call, filled with repetitions
+    for call in calls.values():
+        call()
+    samples: dict[str, list[float]] = {name: [] for name in names}
+    deadline = time.perf_counter() + seconds
+    for round in range(1000):
+        if round >= least and time.perf_counter() > deadline:
+            break
+        first = round % len(names)
+        for name in names[first:] + names[:first]:
+            samples[name].append(_milliseconds(calls[name], device, slice, graph))
+    found = {}
+    for name, taken in samples.items():
+        p20, p50, p80 = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
+        x = median(a / b for a, b in zip(samples[names[0]], taken, strict=True))
+        found[name] = Times(p50, p20, p80, x, len(taken))
+    return found
+
+
+def _milliseconds(call: Call, device: torch.device, slice: float, graph: bool) -> float:
+    """Returns the median of repeated calls."""
+    if device.type == "cpu":
+        timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
+        return 1e3 * timer.blocked_autorange(min_run_time=max(slice, 1e-6)).median
+    from triton.testing import do_bench, do_bench_cudagraph
+
+    if graph:
+        return do_bench_cudagraph(call, rep=max(1, int(1e3 * slice)), return_mode="median")
+    return do_bench(call, warmup=5, rep=max(1, int(1e3 * slice)), return_mode="median")
+
+
+def in_fresh_process(function: Callable, *args: Any) -> Any:
+    """Runs a function of a module in a new process, whose memory has no history.
+
+    Raises:
+        RuntimeError: the process ended without a result.
+    """
+    methods = multiprocessing.get_all_start_methods()
+    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
+    if "forkserver" in methods:  # as spawn, but torch is imported once
+        context.set_forkserver_preload([__name__])
+    receiver, sender = context.Pipe(duplex=False)
+    # Pickled here, because multiprocessing would move tensors to shared memory.
+    process = context.Process(target=_answer, args=(sender, pickle.dumps((function, args))))
+    process.start()
+    sender.close()
+    try:
+        ok, result = pickle.loads(receiver.recv_bytes())
+    except EOFError:
+        process.join()
+        raise RuntimeError(f"the process of {function.__name__} ended early") from None
+    process.join()
+    if not ok:
+        raise result
+    return result
+
+
+def _answer(sender: Any, pickled: bytes) -> None:
+    function, args = pickle.loads(pickled)
+    try:
+        result = True, function(*args)
+    except Exception as error:
+        result = False, error
+    sender.send_bytes(pickle.dumps(result))

@@ -1,0 +1,336 @@
+"""Every cell in every layout on every backend equals the same sequences run one by one.
+
+The truth is torch.nn in fp64, one piece of one sequence at a time (``oracle.py``): outputs, states
+and all gradients. Padding holds NaN, in the input and in the gradient that arrives.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from models import WITH_TORCH, torch_module
+from oracle import one_by_one
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
+from torch.utils._pytree import tree_leaves
+
+import fusedrnn
+from fusedrnn import layout, stack
+from fusedrnn.kernels.rows import INITIAL, PREVIOUS, SKIPPED, ZERO, origins_of
+from fusedrnn.testing import assert_budget
+
+MODULES = {
+    "lstm": lambda *a, **k: fusedrnn.LSTM(*a, **k),
+    "gru": lambda *a, **k: fusedrnn.GRU(*a, **k),
+    "gru_reset_before": lambda *a, **k: fusedrnn.GRU(*a, reset_after=False, **k),
+    "rnn_tanh": lambda *a, **k: fusedrnn.RNN(*a, **k),
+    "rnn_relu": lambda *a, **k: fusedrnn.RNN(*a, nonlinearity="relu", **k),
+}
+T, LENGTHS = 6, torch.tensor([4, 0, 6, 1, 5])
+#: At the first step, in the middle, twice in a row, at the last step, and after the end.
+RESET = torch.zeros(T, 5, dtype=torch.bool)
+RESET[[0, 2, 3, 5], [0, 2, 2, 2]] = RESET[[4, 1, 5, 5], [4, 3, 0, 1]] = True
+#: The options of a call in each layout; a packed or batch-first call gets its input in that form.
+LAYOUTS = {
+    "dense": {},
+    "batch_first": {},
+    "lengths": {"lengths": LENGTHS},
+    "reset": {"reset": RESET},
+    "both": {"lengths": LENGTHS, "reset": RESET},
+    "packed": {"lengths": LENGTHS.clamp(min=1)},
+}
+STACKS = [(1, 1), (1, 2), (2, 2)]  # layers, directions
+
+
+def build(cell, layers=1, directions=1, dtype=torch.float64, I=3, H=5, **options):
+    """Returns a fusedrnn module."""
+    options |= {"num_layers": layers, "bidirectional": directions == 2}
+    return MODULES[cell](I, H, dtype=dtype, **options)
+
+
+def states_for(module, batch, dtype=torch.float64):
+    """Returns random h_0 and, for an LSTM, c_0."""
+    rows = module.num_layers * (1 + module.bidirectional)
+    count = 2 if isinstance(module, fusedrnn.LSTM) else 1
+    shape, device = (rows, batch, module.hidden_size), module.weight_hh_l0.device
+    return tuple(torch.randn(shape, dtype=torch.float64).to(device, dtype) for _ in range(count))
+
+
+def as_hx(states):
+    return states if len(states) == 2 else states[0]
+
+
+def with_nan_padding(x, lengths):
+    if lengths is None:
+        return x
+    beyond = torch.arange(len(x)).unsqueeze(1) >= lengths
+    return torch.where(beyond.unsqueeze(-1).to(x.device), torch.nan, x)
+
+
+def runner(backend, form):
+    """Returns ``run(module, x, hx)`` for time-major x in a layout."""
+    options = LAYOUTS[form] if isinstance(form, str) else form
+
+    def run(module, x, hx):
+        lengths = options.get("lengths")
+        with fusedrnn.use_backend(backend), fusedrnn.use_precision("ieee"):
+            if form == "packed":
+                packed = pack_padded_sequence(x, lengths, enforce_sorted=False)
+                output, final = module(packed, as_hx(hx))
+                return pad_packed_sequence(output, total_length=len(x))[0], final
+            x = with_nan_padding(x, lengths)
+            if form == "batch_first":
+                output, final = module(x.transpose(0, 1).contiguous(), as_hx(hx))
+                return output.transpose(0, 1), final
+            output, final = module(x, as_hx(hx), **options)
+        if lengths is not None and output.requires_grad:
+            output.register_hook(lambda grad: with_nan_padding(grad, lengths))
+        return output, final
+
+    return run
+
+
+def oracle(form):
+    options = LAYOUTS[form] if isinstance(form, str) else form
+    return lambda module, x, hx: one_by_one(module, x, hx, **options)
+
+
+def everything(run, module, x, hx, dtype):
+    """Returns output, states and all gradients under one set of random cotangents, by name."""
+    x = x.detach().to(dtype).requires_grad_()
+    hx = tuple(state.detach().to(dtype).requires_grad_() for state in hx)
+    output, final = run(module, x, hx)
+    results = (output, *(final if isinstance(final, tuple) else (final,)))
+    generator = torch.Generator().manual_seed(3)
+    cotangents = [
+        torch.randn(r.shape, generator=generator, dtype=torch.float64).to(r.device, dtype)
+        for r in results
+    ]
+    named = dict(module.named_parameters())
+    # The oracle's output has no history where no sequence has a step.
+    pairs = [(r, g) for r, g in zip(results, cotangents, strict=True) if r.requires_grad]
+    outs, given = zip(*pairs, strict=True)
+    leaves = (x, *hx, *named.values())
+    grads = torch.autograd.grad(outs, leaves, given, allow_unused=True, materialize_grads=True)
+    names = ["output", *("h_n", "c_n")[: len(hx)], "d_x", *("d_h_0", "d_c_0")[: len(hx)]]
+    names += [f"d_{name}" for name in named]
+    return {n: t.detach() for n, t in zip(names, (*results, *grads), strict=True)}
+
+
+def check(module, form, backend, batch=5, steps=T):
+    """Compares in fp64 to the last digits."""
+    x, hx = torch.randn(steps, batch, module.input_size).double(), states_for(module, batch)
+    x = x.to(hx[0].device)
+    want = everything(oracle(form), module, x, hx, torch.float64)
+    got = everything(runner(backend, form), module, x, hx, torch.float64)
+    for name in want:
+        torch.testing.assert_close(got[name], want[name], atol=1e-11, rtol=1e-10, msg=name)
+    return got
+
+
+def check_budget(module, form, backend, device="cpu", batch=5, steps=T):
+    """Compares in fp32 within the error budget."""
+    x, hx = torch.randn(steps, batch, module.input_size), states_for(module, batch, torch.float32)
+    double = copy.deepcopy(module).double()
+    truth = everything(oracle(form), double, x, hx, torch.float64)
+    ref = everything(oracle(form), module, x, hx, torch.float32)
+    on_device = tuple(state.to(device) for state in hx)
+    ours = copy.deepcopy(module).to(device)
+    got = everything(runner(backend, form), ours, x.to(device), on_device, torch.float32)
+    for name in truth:
+        assert_budget(name, got[name].cpu(), ref[name], truth[name])
+
+
+@pytest.mark.parametrize("form", LAYOUTS)
+@pytest.mark.parametrize(("layers", "directions"), STACKS)
+@pytest.mark.parametrize("cell", MODULES)
+def test_loop(cell, layers, directions, form):
+    module = build(cell, layers, directions, batch_first=form == "batch_first")
+    got = check(module, form, "torch")
+    if "lengths" in LAYOUTS[form]:
+        beyond = torch.arange(T).unsqueeze(1) >= LAYOUTS[form]["lengths"]
+        assert not got["output"][beyond].any()
+        assert not got["d_x"][beyond].any()
+
+
+@pytest.mark.parametrize("form", ["lengths", "both"])
+@pytest.mark.parametrize("cell", MODULES)
+def test_loop_on_rows_with_padding(cell, form, monkeypatch):
+    """As under a compiler, where lengths may not be read."""
+    keep_padding(monkeypatch)
+    check(build(cell, 2, 2), form, "torch")
+
+
+def keep_padding(monkeypatch):
+    monkeypatch.setattr(stack, "layout_of", lambda *call: layout.layout_of(*call[:-1], False))
+
+
+@pytest.mark.parametrize("form", ["dense", "lengths", "both", "packed"])
+@pytest.mark.parametrize("cell", MODULES)
+def test_resident_kernels(cell, form, device):
+    """Both directions of one layer in fp32."""
+    check_budget(build(cell, 1, 2, torch.float32), form, "triton", device)
+
+
+@pytest.mark.parametrize("form", ["both", "packed"])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
+def test_stepwise_kernels(cell, form, device):
+    """Stacked layers in fp64, which no other schedule takes."""
+    check(build(cell, 2, 1).to(device), form, "triton")
+
+
+@pytest.mark.parametrize("form", ["dense", "batch_first", "packed"])
+@pytest.mark.parametrize("cell", WITH_TORCH)
+def test_torchs_operator_is_torch_nn_bit_for_bit(cell, form):
+    ours = build(cell, 2, 2, torch.float32, batch_first=form == "batch_first")
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": form == "batch_first"}
+    theirs = torch_module(cell, 3, 5, **options)
+    theirs.load_state_dict(ours.state_dict())
+    x, hx = torch.randn(T, 5, 3), states_for(ours, 5, torch.float32)
+    found = [everything(runner("aten", form), m, x, hx, torch.float32) for m in (theirs, ours)]
+    for name, want in found[0].items():
+        assert torch.equal(found[1][name], want), name
+
+
+def test_random_lengths_and_resets():
+    """Draws cells, sizes, lengths and resets at random."""
+    st = pytest.importorskip("hypothesis.strategies", reason="hypothesis draws the cases")
+    from hypothesis import given, settings
+
+    @settings(max_examples=60, deadline=None, derandomize=True)
+    @given(data=st.data())
+    def run(data):
+        steps, batch = data.draw(st.integers(1, 6)), data.draw(st.integers(1, 4))
+        form, row = {}, st.lists(st.booleans(), min_size=batch, max_size=batch)
+        if data.draw(st.booleans()):
+            lengths = st.lists(st.integers(0, steps), min_size=batch, max_size=batch)
+            form["lengths"] = torch.tensor(data.draw(lengths))
+        if data.draw(st.booleans()):
+            resets = data.draw(st.lists(row, min_size=steps, max_size=steps))
+            form["reset"] = torch.tensor(resets)
+        torch.manual_seed(0)
+        layers, directions = data.draw(st.integers(1, 2)), data.draw(st.integers(1, 2))
+        bias = data.draw(st.booleans())
+        module = build(data.draw(st.sampled_from(sorted(MODULES))), layers, directions, bias=bias)
+        check(module, form, "torch", batch, steps)
+
+    run()
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("cell", MODULES)
+def test_nothing_saved_gives_the_same_bits(cell, backend):
+    module = build(cell, 1, 2, torch.float32, bias=False)
+    x = with_nan_padding(torch.randn(T, 5, 3), LENGTHS)
+    with fusedrnn.use_backend(backend), fusedrnn.use_precision("ieee"):
+        saving = module(x, **LAYOUTS["both"])
+        with torch.no_grad():
+            bare = module(x, **LAYOUTS["both"])
+    for got, want in zip(tree_leaves(bare), tree_leaves(saving), strict=True):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("form", ["dense", "both"])
+def test_repeated_calls_give_the_same_bits(backend, form):
+    module = build("gru", 1, 2, torch.float32, H=16)
+    x, hx = torch.randn(T, 5, 3), states_for(module, 5, torch.float32)
+    run = runner(backend, form)
+    first, second = (everything(run, module, x, hx, torch.float32) for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+@pytest.mark.parametrize(("steps", "trains"), [(100_000, False), (10_000, True)])
+def test_very_long_sequences(steps, trains):
+    """The cost of a step does not grow with their number; the last step is padding."""
+    module, theirs = fusedrnn.LSTM(1, 2), torch.nn.LSTM(1, 2)
+    theirs.load_state_dict(module.state_dict())
+    x = torch.randn(steps, 1, 1)
+    with torch.set_grad_enabled(trains):
+        output, final = module(x, lengths=torch.tensor([steps - 1]))
+        want, want_final = theirs(x[:-1])
+    assert not output[-1].any()
+    torch.testing.assert_close(output[:-1], want, atol=1e-5, rtol=1e-4)
+    torch.testing.assert_close(final, want_final, atol=1e-5, rtol=1e-4)
+    if trains:
+        got = torch.autograd.grad(output.square().mean(), list(module.parameters()))
+        loss = want.square().sum() / output.numel()
+        wanted = torch.autograd.grad(loss, list(theirs.parameters()))
+        torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)
+
+
+# Planted bugs in the tables of rows: each must be found by the checks above.
+
+
+def first_step_for_all(T, B, D, *rest):
+    """Uses the mask of step 0 for all steps."""
+    return origins_of(T, B, D, *rest)[:, :1].expand(D, T, B).contiguous()
+
+
+def from_the_end_of_all(T, B, D, *rest):
+    """Begins the reverse direction at the end of the batch, not of each sequence."""
+    origins = origins_of(T, B, D, *rest)
+    origins[1, :-1][origins[1, :-1] == INITIAL] = PREVIOUS
+    return origins
+
+
+def padding_counts(T, B, D, *rest):
+    """Runs steps beyond the end like any other."""
+    origins = origins_of(T, B, D, *rest)
+    origins[origins == SKIPPED] = PREVIOUS
+    return origins
+
+
+def resets_lost(T, B, D, *rest):
+    """Drops all resets."""
+    origins = origins_of(T, B, D, *rest)
+    origins[origins == ZERO] = PREVIOUS
+    return origins
+
+
+def late_resets(T, B, D, device, lengths=None, reset=None):
+    """Applies every reset one step late."""
+    return origins_of(T, B, D, device, lengths, None if reset is None else reset.roll(1, 0))
+
+
+TRAPS = [first_step_for_all, from_the_end_of_all, padding_counts, resets_lost, late_resets]
+
+
+@pytest.mark.parametrize("trap", TRAPS)
+def test_bugs_in_the_table_are_found(trap, monkeypatch):
+    keep_padding(monkeypatch)
+    monkeypatch.setattr(layout, "origins_of", trap)
+    with pytest.raises(AssertionError):
+        check(build("gru", 1, 2), "both", "torch")
+
+
+@pytest.mark.parametrize("trap", [resets_lost, late_resets])
+def test_bugs_in_the_packed_table_are_found_in_the_loop(trap, monkeypatch):
+    monkeypatch.setattr("fusedrnn.kernels.rows.origins_of", trap)
+    with pytest.raises(AssertionError):
+        check(build("gru", 1, 2), "both", "torch")
+
+
+def test_a_wrong_order_of_rows_is_found(monkeypatch):
+    monkeypatch.setattr(layout.Layout, "sort_states", lambda self, states: states.contiguous())
+    with pytest.raises(AssertionError):
+        check(build("lstm", 1, 1), "lengths", "torch")
+
+
+def test_padding_in_the_products_is_found(monkeypatch):
+    keep_padding(monkeypatch)
+    monkeypatch.setattr(stack, "without_padding", lambda x, rows: x)
+    with pytest.raises(AssertionError):
+        check(build("gru", 1, 1), "both", "torch")
+
+
+def test_states_across_a_reset_in_the_products_are_found(monkeypatch):
+    def blind(previous, initial, left):
+        B = initial.shape[0]
+        previous = torch.where(previous == B, torch.arange(len(previous)) + B + 1, previous)
+        return torch.cat([initial, initial[:1] * 0, left]).index_select(0, previous)
+
+    monkeypatch.setattr("fusedrnn.grads.entering", blind)
+    with pytest.raises(AssertionError):
+        check(build("rnn_tanh", 1, 1), "reset", "torch")

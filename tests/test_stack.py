@@ -1,0 +1,170 @@
+"""The stack on real tensors: what is saved, what may be changed, and what a refusal leads to."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from fusedrnn import layer, stack
+from fusedrnn.kernels.plan import LaunchRefused, Plan
+from fusedrnn.kernels.spec import SPECS
+from fusedrnn.layout import Sequences
+from fusedrnn.stack import StackConfig, StackGrads, StackInputs
+
+T, B, I, H, L = 5, 3, 4, 6, 2
+
+
+def config_of(cell, **options):
+    return StackConfig(cell, "torch", True, L, False, "ieee")._replace(**options)
+
+
+def inputs_of(config, dtype=torch.float64):
+    G, states, D = config.spec.gates, config.spec.states, config.directions
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=dtype)
+
+    params = []
+    for n in range(L):
+        for _ in range(D):
+            width = I if n == 0 else D * H
+            params += [randn(G * H, width), randn(G * H, H), randn(G * H), randn(G * H)]
+    h_0, c_0 = randn(L * D, B, H), randn(L * D, B, H) if states == 2 else None
+    return StackInputs(randn(T, B, I), h_0, c_0, params, [torch.rand(T, B, D * H, dtype=dtype)])
+
+
+def backward(inputs, outputs, config, needs=(True, True), sequences=Sequences()):  # noqa: B008
+    c_n = None if outputs.c_n is None else torch.ones_like(outputs.c_n)
+    grads = StackGrads(torch.ones(T, B, H, dtype=torch.float64), None, c_n, None)
+    return stack.backward(inputs, outputs, grads, sequences, config, *needs)
+
+
+@pytest.mark.parametrize("cell", SPECS)
+def test_nothing_is_saved_without_gradients(cell):
+    config, spec = config_of(cell), SPECS[cell]
+    inputs = inputs_of(config)
+    bare = stack.forward(inputs, Sequences(), config, False)
+    assert bare[3:] == (None, None, None)
+    kept = stack.forward(inputs, Sequences(), config, True)
+    assert kept.gates.shape == (L, T * B, spec.saved * H)
+    assert kept.hidden.shape == (L, T * B, H)
+    assert (kept.cs is None) == (spec.states == 1)
+    again = stack.forward(inputs, Sequences(), config._replace(recompute=True), True)
+    assert (again.gates is None) == (spec.saved > 0)
+    assert torch.equal(kept.output, bare.output)
+    assert torch.equal(kept.output, again.output)
+
+
+def test_shapes_of_what_is_saved_depend_on_no_length():
+    config = config_of("lstm", compact=True)
+    inputs = inputs_of(config)
+    for lengths in ([5, 5, 5], [1, 0, 2]):
+        kept = stack.forward(inputs, Sequences(torch.tensor(lengths)), config, True)
+        shapes = [t.shape for t in kept if t is not None]
+        rows = (L, T * B)
+        assert shapes == [(T, B, H), (L, B, H), (L, B, H), (*rows, 4 * H), (*rows, H), (*rows, H)]
+
+
+@pytest.mark.parametrize("sequences", [Sequences(), Sequences(torch.tensor([2, 5, 1]))])
+@pytest.mark.parametrize("cell", SPECS)
+def test_results_are_no_views_and_may_be_changed(cell, sequences):
+    """As of torch's operator on the CPU: backward does not read the output."""
+    config = config_of(cell, compact=True)
+    inputs = inputs_of(config)
+    outputs = stack.forward(inputs, sequences, config, True)
+    assert not any(t._is_view() for t in outputs[:3] if t is not None)
+    want = backward(inputs, outputs, config, sequences=sequences)
+    outputs.output.fill_(float("nan"))
+    outputs.h_n.fill_(float("nan"))
+    got = backward(inputs, outputs, config, sequences=sequences)
+    assert all(torch.equal(a, b) for a, b in zip(got[3], want[3], strict=True))
+    assert torch.equal(got[0], want[0])
+    assert torch.equal(got[1], want[1])
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_only_what_is_needed_is_computed(recompute):
+    config = config_of("gru", recompute=recompute)
+    inputs = inputs_of(config)
+    outputs = stack.forward(inputs, Sequences(), config, True)
+    d_input, d_h_0, d_c_0, d_params = backward(inputs, outputs, config)
+    assert d_c_0 is None
+    none, alone, _, nothing = backward(inputs, outputs, config, (False, False))
+    assert none is None
+    assert nothing == []
+    assert torch.equal(alone, d_h_0)
+    assert torch.equal(backward(inputs, outputs, config, (True, False))[0], d_input)
+    for got, want in zip(
+        backward(inputs, outputs, config, (False, True))[3], d_params, strict=True
+    ):
+        assert torch.equal(got, want)
+
+
+@pytest.mark.parametrize("cell", SPECS)
+def test_tensors_of_any_strides(cell):
+    config = config_of(cell, bidirectional=True)
+    inputs = inputs_of(config)
+
+    def strided(tensor):
+        wide = torch.full((*tensor.shape[:-1], 2 * tensor.shape[-1]), float("nan")).to(tensor)
+        view = wide.transpose(0, -1)[::2].transpose(0, -1) if tensor.dim() > 1 else wide[::2]
+        return view.copy_(tensor)
+
+    other = StackInputs(
+        *(None if t is None else strided(t) for t in inputs[:3]),
+        [strided(p) for p in inputs.params],
+        [strided(mask) for mask in inputs.dropout_masks],
+    )
+    for given in (inputs, other):
+        outputs = stack.forward(given, Sequences(), config, True)
+        d_output = torch.ones(2 * H, B, T, dtype=torch.float64).permute(2, 1, 0)
+        grads = StackGrads(d_output, None, None, None)
+        found = stack.backward(given, outputs, grads, Sequences(), config, True, True)
+        results = [outputs.output, *found[:2], *found[3]]
+        if given is inputs:
+            want = results
+    for got, expected in zip(results, want, strict=True):
+        torch.testing.assert_close(got, expected, rtol=1e-13, atol=1e-13)
+
+
+class Schedule:
+    """A schedule that refuses to be launched, or runs the loop."""
+
+    def __init__(self, refuses):
+        self.refuses, self.calls = refuses, 0
+
+    def forward(self, cell, plan, layers, rows):
+        self.calls += 1
+        if self.refuses:
+            raise LaunchRefused("too few SMs")
+        for tensor in (layers.out[0], layers.h_n):
+            tensor.zero_()
+
+
+def test_a_refused_launch_is_planned_again(monkeypatch):
+    """The second plan needs no cooperation, and a warning tells of it."""
+    schedules = {"cooperative": Schedule(True), "stepwise": Schedule(False)}
+    refused = []
+    monkeypatch.setattr(layer, "_schedule", schedules.__getitem__)
+    monkeypatch.setattr(stack, "refuse_cooperation", refused.append)
+    monkeypatch.setattr(
+        layer.planning,
+        "plan_stack",
+        lambda problem, chip: [Plan("stepwise" if refused else "cooperative", None, None)] * L,
+    )
+    config = config_of("gru", backend="triton")
+    inputs = inputs_of(config, torch.float32)
+    with pytest.warns(RuntimeWarning, match="refused a cooperative launch .too few SMs."):
+        outputs = stack.forward(inputs, Sequences(), config, False)
+    assert not outputs.output.any()
+    assert refused == [torch.device("cpu")]
+    assert (schedules["cooperative"].calls, schedules["stepwise"].calls) == (1, L)
+
+
+def test_other_errors_of_a_launch_are_no_refusals(monkeypatch):
+    def fail(*_):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(stack.layer, "forward", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        stack.forward(inputs_of(config_of("gru")), Sequences(), config_of("gru"), False)
