@@ -19,11 +19,16 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+from triton.language.target_info import cuda_capability_geq
 
 
-class Layout(NamedTuple):
-    """The layouts of one kernel, a compile-time argument."""
+class Tile(NamedTuple):
+    """The compile-time sizes and layouts of a launch."""
 
+    D: int
+    H: int
+    block_b: int  # sequences of a program
+    block_h: int  # its units, a power of two of at least 16
     tile: Any  # [BLOCK_B, BLOCK_H], a tile in registers
     acc: Any  # [BLOCK_H, BLOCK_B], the accumulator of a product
     weight: Any  # [BLOCK_H, BLOCK_H], its first operand
@@ -31,9 +36,9 @@ class Layout(NamedTuple):
     shared: Any  # [BLOCK_B, BLOCK_H], a tile in shared memory
 
 
-@lru_cache
-def layout_of(block_b: int, block_h: int, warps: int, itemsize: int) -> Layout:
-    """Returns the layouts of tiles of block_b sequences and block_h units, 16 or more a warp."""
+@lru_cache(maxsize=1024)
+def tile_of(D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: int) -> Tile:
+    """Returns the layouts for elements of 2 or 4 bytes; a warp has 16 units or more."""
 
     def steps(first: int, stop: int) -> list[int]:
         return [first << n for n in range((stop // first).bit_length() - 1)]
@@ -57,39 +62,38 @@ def layout_of(block_b: int, block_h: int, warps: int, itemsize: int) -> Layout:
     shared = gl.SwizzledSharedLayout(
         vector, max(1, 8 * vector // block_h), min(8, block_h // vector), [1, 0]
     )
-    return Layout(
-        tile, acc, gl.DotOperandLayout(0, acc, width), gl.DotOperandLayout(1, acc, width), shared
-    )
+    first, second = (gl.DotOperandLayout(n, acc, width) for n in (0, 1))
+    return Tile(D, H, block_b, block_h, tile, acc, first, second, shared)
 
 
 @gluon.jit
-def sequences(TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def sequences(TILE: tl.constexpr):
     """0 to BLOCK_B - 1, for the rows of a tile."""
-    return gl.arange(0, TILE.block_b, gl.SliceLayout(1, LAYOUT.tile))
+    return gl.arange(0, TILE.block_b, gl.SliceLayout(1, TILE.tile))
 
 
 @gluon.jit
-def units(TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def units(TILE: tl.constexpr):
     """0 to BLOCK_H - 1, for the columns of a tile."""
-    return gl.arange(0, TILE.block_h, gl.SliceLayout(0, LAYOUT.tile))
+    return gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.tile))
 
 
 @gluon.jit
-def to_acc(tile, LAYOUT: tl.constexpr):
+def to_acc(tile, TILE: tl.constexpr):
     """A tile as an accumulator."""
     B: tl.constexpr = tile.shape[0]
     H: tl.constexpr = tile.shape[1]
     rows = tile.reshape([B, H // 16, 8, 2]).permute([1, 3, 2, 0]).reshape([H, B])
-    return gl.convert_layout(rows, LAYOUT.acc, assert_trivial=True)
+    return gl.convert_layout(rows, TILE.acc, assert_trivial=True)
 
 
 @gluon.jit
-def to_tile(acc, LAYOUT: tl.constexpr):
+def to_tile(acc, TILE: tl.constexpr):
     """An accumulator as a tile."""
     H: tl.constexpr = acc.shape[0]
     B: tl.constexpr = acc.shape[1]
     columns = acc.reshape([H // 16, 2, 8, B]).permute([3, 0, 2, 1]).reshape([B, H])
-    return gl.convert_layout(columns, LAYOUT.tile, assert_trivial=True)
+    return gl.convert_layout(columns, TILE.tile, assert_trivial=True)
 
 
 @gluon.jit
@@ -113,29 +117,23 @@ def widened(tiles):
 
 
 @gluon.jit
-def round_operand(x, ROUND: tl.constexpr):
-    """fp32 rounded to the nearest TF32; without it the tensor cores cut off the low bits."""
-    if ROUND == 2:  # one instruction, since sm_90
-        return gl.inline_asm_elementwise(
-            "cvt.rn.tf32.f32 $0, $1;", "=r,f", [x], tl.float32, True, 1
-        )
-    elif ROUND == 1:
-        return gl.inline_asm_elementwise(
-            "cvt.rna.tf32.f32 $0, $1;", "=r,f", [x], tl.float32, True, 1
-        )
-    else:
-        return x
+def round_operand(x):
+    """fp32 rounded to the nearest TF32: the tensor cores would cut off the low bits."""
+    if x.dtype == tl.float32:
+        if cuda_capability_geq(9, 0):  # one instruction
+            code: tl.constexpr = "cvt.rn.tf32.f32 $0, $1;"
+        else:
+            code: tl.constexpr = "cvt.rna.tf32.f32 $0, $1;"
+        x = gl.inline_asm_elementwise(code, "=r,f", [x], tl.float32, True, 1)
+    return x
 
 
 @gluon.jit
-def load_weights(
-    w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr,
-    ROUND: tl.constexpr,
-):  # fmt: skip
+def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
     """``w[gate]`` of a whole W_hh ``[G*H, H]``, or its transpose, as the first operand."""
     H: tl.constexpr = TILE.H
-    row = gl.arange(0, TILE.block_h, gl.SliceLayout(1, LAYOUT.weight))
-    k = gl.arange(0, TILE.block_h, gl.SliceLayout(0, LAYOUT.weight))
+    row = gl.arange(0, TILE.block_h, gl.SliceLayout(1, TILE.weight))
+    k = gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.weight))
     unit = (row // 16) * 16 + (row % 8) * 2 + (row // 8) % 2
     inside = (unit < H)[:, None] & (k < H)[None, :]
     w = ()
@@ -144,29 +142,29 @@ def load_weights(
             ptrs = w_ptr + ((g * H + k)[None, :] * H + unit[:, None])
         else:
             ptrs = w_ptr + ((g * H + unit)[:, None] * H + k[None, :])
-        w = w + (round_operand(tl.load(ptrs, mask=inside, other=0.0), ROUND),)
+        w = w + (round_operand(tl.load(ptrs, mask=inside, other=0.0)),)
     return w
 
 
 @gluon.jit
-def shared_tiles(N: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def shared_tiles(N: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr):
     """N tiles in shared memory."""
     out = ()
     for _ in tl.static_range(N):
-        out = out + (gl.allocate_shared_memory(dtype, [TILE.block_b, TILE.block_h], LAYOUT.shared),)
+        out = out + (gl.allocate_shared_memory(dtype, [TILE.block_b, TILE.block_h], TILE.shared),)
     return out
 
 
 @gluon.jit
-def share(buffer, tile, ROUND: tl.constexpr):
+def share(buffer, tile):
     """Writes a tile for all warps to read, rounded to the dtype of the operands."""
-    buffer.store(round_operand(tile.to(buffer.dtype), ROUND))
+    buffer.store(round_operand(tile.to(buffer.dtype)))
 
 
 @gluon.jit
-def operand(buffer, LAYOUT: tl.constexpr):
+def operand(buffer, TILE: tl.constexpr):
     """Reads a shared tile as the second operand; the compiler puts a barrier before it."""
-    return buffer.permute((1, 0)).load(LAYOUT.operand)
+    return buffer.permute((1, 0)).load(TILE.operand)
 
 
 @gluon.jit
@@ -176,8 +174,8 @@ def multiply(weight, u, acc):
 
 
 @gluon.jit
-def zero_acc(TILE: tl.constexpr, LAYOUT: tl.constexpr):
-    return gl.full([TILE.block_h, TILE.block_b], 0.0, tl.float32, LAYOUT.acc)
+def zero_acc(TILE: tl.constexpr):
+    return gl.full([TILE.block_h, TILE.block_b], 0.0, tl.float32, TILE.acc)
 
 
 @gluon.jit

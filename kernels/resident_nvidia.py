@@ -14,14 +14,16 @@ H is padded to a power of two of at least 16.
 
 from __future__ import annotations
 
+from typing import Any
+
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 
-from .launch import cdiv, constants, on_device
+from .cells import CELLS, Cell
+from .launch import cdiv, on_device, options_of
 from .mma import (
-    Layout,
-    layout_of,
+    Tile,
     load_weights,
     multiply,
     operand,
@@ -29,6 +31,7 @@ from .mma import (
     share,
     shared_tiles,
     squash,
+    tile_of,
     to_acc,
     to_tile,
     units,
@@ -59,11 +62,11 @@ from .tiles import (
 
 
 @gluon.jit
-def _program(layers, T, B, R, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def _program(layers, T, B, R, TILE: tl.constexpr):
     """The sequences and the direction of this program, and all hidden units."""
     d = tl.program_id(1)
-    offs_b = tl.program_id(0) * TILE.block_b + sequences(TILE, LAYOUT)
-    cols = units(TILE, LAYOUT)
+    offs_b = tl.program_id(0) * TILE.block_b + sequences(TILE)
+    cols = units(TILE)
     return Program(d, d, layers.out[0], T, B, R, tl.minimum(offs_b, B - 1), offs_b < B, cols)
 
 
@@ -160,20 +163,20 @@ def _load_bias(b_ptr, program, CELL: tl.constexpr, TILE: tl.constexpr):
 
 
 @gluon.jit
-def _start(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr):
+def _start(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr):
     """What the product of a gate is added to."""
     if CELL.merged[g]:
-        return to_acc(gx[g] + b[g] if len(b) > 0 else gx[g], LAYOUT)
+        return to_acc(gx[g] + b[g] if len(b) > 0 else gx[g], TILE)
     elif len(b) > 0:
-        return to_acc(tl.where(gx[g] == gx[g], b[g], b[g]), LAYOUT)
+        return to_acc(tl.where(gx[g] == gx[g], b[g], b[g]), TILE)
     else:
-        return zero_acc(TILE, LAYOUT)
+        return zero_acc(TILE)
 
 
 @gluon.jit
 def _forward_step(
     layers, program, step, w, b, state, now, ahead, read, write, inner,
-    CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr, ROUND: tl.constexpr,
+    CELL: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """One step: its h comes from the buffer ``read``, the next one goes to ``write``."""
     D: tl.constexpr = TILE.D
@@ -187,14 +190,14 @@ def _forward_step(
     gh = ()
     for p in tl.static_range(len(CELL.phases)):
         if p > 0:
-            share(inner, CELL.operand(p, gx, gh, entering, squash, True), ROUND)
-        u = operand(read if p == 0 else inner, LAYOUT)
+            share(inner, CELL.operand(p, gx, gh, entering, squash, True))
+        u = operand(read if p == 0 else inner, TILE)
         for i in tl.static_range(len(CELL.phases[p])):
-            start = _start(CELL.phases[p][i], gx, b, CELL, TILE, LAYOUT)
-            gh = gh + (to_tile(multiply(w[CELL.phases[p][i]], u, start), LAYOUT),)
+            start = _start(CELL.phases[p][i], gx, b, CELL, TILE)
+            gh = gh + (to_tile(multiply(w[CELL.phases[p][i]], u, start), TILE),)
     state, saved = CELL.forward(gx, gh, entering, squash, True)
     state = leaving_state(layers, state, entering, origins)
-    share(write, entering_state(layers, state, origins_next)[0], ROUND)
+    share(write, entering_state(layers, state, origins_next)[0])
 
     result = visible(layers, state, origins)
     here = is_stored(layers, program, origins)
@@ -211,36 +214,36 @@ def _forward_step(
 @gluon.jit(do_not_specialize=["T", "B", "R"])
 def _resident_fwd_kernel(
     layers, T, B, R,
-    CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr, ROUND: tl.constexpr,
+    CELL: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
-    program = _program(layers, T, B, R, TILE, LAYOUT)
+    program = _program(layers, T, B, R, TILE)
     d = program.d
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
-    w = load_weights(choose(layers.w_hh, d), False, CELL, TILE, LAYOUT, ROUND)
+    w = load_weights(choose(layers.w_hh, d), False, CELL, TILE)
     b = _load_bias(choose(layers.b_hh, d), program, CELL, TILE)
-    even, odd = shared_tiles(2, dtype, TILE, LAYOUT)
+    even, odd = shared_tiles(2, dtype, TILE)
     inner = even
     if len(CELL.phases) > 1:
-        inner = shared_tiles(1, dtype, TILE, LAYOUT)[0]
+        inner = shared_tiles(1, dtype, TILE)[0]
 
     state = widened(_load_ends(layers.h_0, layers.c_0, program, None, TILE))
     now = _load_gx(layers, program, 0, CELL, TILE)
     ahead = _load_gx(layers, program, 1, CELL, TILE)
-    share(even, entering_state(layers, state, now[1])[0], ROUND)
+    share(even, entering_state(layers, state, now[1])[0])
     for pair in range(T // 2):
         step = 2 * pair
         state, now = _forward_step(
             layers, program, step, w, b, state, now, ahead, even, odd, inner,
-            CELL, TILE, LAYOUT, ROUND,
+            CELL, TILE,
         )  # fmt: skip
         state, ahead = _forward_step(
             layers, program, step + 1, w, b, state, ahead, now, odd, even, inner,
-            CELL, TILE, LAYOUT, ROUND,
+            CELL, TILE,
         )  # fmt: skip
     if T % 2 == 1:
         state, now = _forward_step(
             layers, program, T - 1, w, b, state, now, ahead, even, odd, inner,
-            CELL, TILE, LAYOUT, ROUND,
+            CELL, TILE,
         )  # fmt: skip
     _store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
@@ -323,7 +326,7 @@ def _sum(terms):
 @gluon.jit
 def _backward_step(
     layers, grads, program, step, w, d_state, left, now, buffers,
-    CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr, ROUND: tl.constexpr,
+    CELL: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     """One step: dgates go through the buffers, one for each gate."""
     H: tl.constexpr = TILE.H
@@ -342,15 +345,15 @@ def _backward_step(
         dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry, squash)
         dgates = visible(layers, dgates, origins)
         for i in tl.static_range(len(CELL.phases[p])):
-            share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]], ROUND)
+            share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
         rows = grads.gates + d_row * (N * H) + CELL.grads[p][0] * H
         _store(rows, program, here, dgates, N * H, TILE)
         terms = ()
         for i in tl.static_range(len(CELL.phases[p])):
-            u = operand(buffers[CELL.phases[p][i]], LAYOUT)
-            term = multiply(w[CELL.phases[p][i]], u, zero_acc(TILE, LAYOUT))
+            u = operand(buffers[CELL.phases[p][i]], TILE)
+            term = multiply(w[CELL.phases[p][i]], u, zero_acc(TILE))
             terms = terms + (term,)
-        du = to_tile(_sum(terms), LAYOUT)
+        du = to_tile(_sum(terms), TILE)
     d_state = add_to(d_state, 0, du)
     return gradient_before(layers, d_state, d_leaving, origins), widened(left_before), later
 
@@ -358,14 +361,14 @@ def _backward_step(
 @gluon.jit(do_not_specialize=["T", "B", "R"])
 def _resident_bwd_kernel(
     layers, grads, T, B, R,
-    CELL: tl.constexpr, TILE: tl.constexpr, LAYOUT: tl.constexpr, ROUND: tl.constexpr,
+    CELL: tl.constexpr, TILE: tl.constexpr
 ):  # fmt: skip
     G: tl.constexpr = len(CELL.gates)
-    program = _program(layers, T, B, R, TILE, LAYOUT)
+    program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
-    w = load_weights(choose(layers.w_hh, program.d), True, CELL, TILE, LAYOUT, ROUND)
-    even = shared_tiles(G, dtype, TILE, LAYOUT)
-    odd = shared_tiles(G, dtype, TILE, LAYOUT)
+    w = load_weights(choose(layers.w_hh, program.d), True, CELL, TILE)
+    even = shared_tiles(G, dtype, TILE)
+    odd = shared_tiles(G, dtype, TILE)
 
     d_state = widened(_load_ends(grads.h_n, grads.c_n, program, None, TILE))
     left = widened(_load_left(layers, program, time_of(T - 1, program), TILE))
@@ -374,49 +377,43 @@ def _resident_bwd_kernel(
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
         d_state, left, now = _backward_step(
-            layers, grads, program, step, w, d_state, left, now, even, CELL, TILE, LAYOUT, ROUND
+            layers, grads, program, step, w, d_state, left, now, even, CELL, TILE
         )
         d_state, left, ahead = _backward_step(
             layers, grads, program, step - 1, w, d_state, left, ahead, odd,
-            CELL, TILE, LAYOUT, ROUND,
+            CELL, TILE,
         )  # fmt: skip
     if T % 2 == 1:
         d_state, left, now = _backward_step(
-            layers, grads, program, 0, w, d_state, left, now, even, CELL, TILE, LAYOUT, ROUND
+            layers, grads, program, 0, w, d_state, left, now, even, CELL, TILE
         )
     _store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 
-def compiled_for(tiles: Tiles, itemsize: int, arch: str) -> tuple[Layout, int]:
-    """Returns the arguments LAYOUT and ROUND of a kernel."""
-    rounding = 0 if itemsize == 2 else 1 if arch == "sm_80" else 2
-    return layout_of(tiles.block_b, tiles.block_h, tiles.num_warps, itemsize), rounding
+def _arguments(cell: str, tiles: Tiles, layers: Layers) -> tuple[Cell, Tile, dict[str, Any]]:
+    """The arguments CELL and TILE of a kernel, and its compiler options."""
+    D, _, H = layers.h_0.shape
+    itemsize = layers.h_0.element_size()
+    tile = tile_of(D, H, tiles.block_b, tiles.block_h, tiles.num_warps, itemsize)
+    return CELLS[cell], tile, options_of(tiles)
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs one layer in all its directions: writes out, h_n, c_n and what is to be saved."""
-    D, B, H = layers.h_0.shape
-    cell_, tile, options = constants(cell, plan.forward, 1, D, H)
-    of = compiled_for(plan.forward, layers.h_0.element_size(), _arch(layers))
+    D, B, _ = layers.h_0.shape
+    cell_, tile, options = _arguments(cell, plan.forward, layers)
     with on_device(layers.h_0):
         _resident_fwd_kernel[cdiv(B, tile.block_b), D](
-            layers_forward(layers), rows.T, B, rows.total, cell_, tile, *of, **options
+            layers_forward(layers), rows.T, B, rows.total, cell_, tile, **options
         )
 
 
 def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
     """Runs the layer backwards: writes the gradients of its gates, h_0 and c_0."""
     assert plan.backward is not None, "the plan has no backward"
-    D, B, H = layers.h_0.shape
-    cell_, tile, options = constants(cell, plan.backward, 1, D, H)
-    of = compiled_for(plan.backward, layers.h_0.element_size(), _arch(layers))
+    D, B, _ = layers.h_0.shape
+    cell_, tile, options = _arguments(cell, plan.backward, layers)
     with on_device(layers.h_0):
         _resident_bwd_kernel[cdiv(B, tile.block_b), D](
-            layers_backward(layers), grads, rows.T, B, rows.total, cell_, tile, *of, **options
+            layers_backward(layers), grads, rows.T, B, rows.total, cell_, tile, **options
         )
-
-
-def _arch(layers: Layers) -> str:
-    from .plan import chip_of
-
-    return chip_of(layers.h_0.device).arch
