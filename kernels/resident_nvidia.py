@@ -64,7 +64,7 @@ from .tiles import (
 @gluon.jit
 def _program(layers, T, B, R, TILE: tl.constexpr):
     """The sequences and the direction of this program, and all hidden units."""
-    d = tl.program_id(1)
+    d = tl.program_id(1) * (TILE.D - 1)  # of a single direction a constant
     offs_b = tl.program_id(0) * TILE.block_b + sequences(TILE)
     cols = units(TILE)
     return Program(d, d, layers.out[0], T, B, R, tl.minimum(offs_b, B - 1), offs_b < B, cols)
@@ -103,7 +103,8 @@ def _first_row(layers, program, t):
     if layers.starts is not None:
         return tl.load(layers.starts + t)
     else:
-        return t.to(tl.int64) * program.B
+        # Of unsigned numbers of 32 bits the product of 64 is one instruction.
+        return t.to(tl.uint32).to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
 
 
 @triton.jit
