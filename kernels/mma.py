@@ -147,11 +147,16 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
 
 
 @gluon.jit
-def shared_tiles(N: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr):
-    """N tiles in shared memory."""
+def shared_tiles(N: tl.constexpr, COUNT: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr):
+    """COUNT tiles in shared memory, of which those behind the first N are the last of them."""
     out = ()
-    for _ in tl.static_range(N):
-        out = out + (gl.allocate_shared_memory(dtype, [TILE.block_b, TILE.block_h], TILE.shared),)
+    for n in tl.static_range(COUNT):
+        if n < N:
+            out = out + (
+                gl.allocate_shared_memory(dtype, [TILE.block_b, TILE.block_h], TILE.shared),
+            )
+        else:
+            out = out + (out[N - 1],)
     return out
 
 

@@ -58,6 +58,7 @@ from .tiles import (
     visible,
     where,
     widen,
+    zero_where,
 )
 
 
@@ -98,31 +99,55 @@ def _store(base, program, mask, tiles, W: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
-def _first_row(layers, program, t):
-    """The row of sequence 0 at time t."""
-    if layers.starts is not None:
-        return tl.load(layers.starts + t)
-    else:
-        # Of unsigned numbers of 32 bits the product of 64 is one instruction.
-        return t.to(tl.uint32).to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
+def _place(layers, program, step):
+    """The origins of a step, and the row of sequence 0 if rows are packed; nothing if dense.
+
+    What a step reads depends on it, so it is loaded one step before that.
+    """
+    place = ()
+    if layers.origins is not None:
+        t = time_of(tl.minimum(tl.maximum(step, 0), program.T - 1), program)
+        place = (load_origins(layers, program, t),)
+        if layers.starts is not None:
+            place = place + (tl.load(layers.starts + t),)
+    return place
 
 
 @triton.jit
-def _row_mask(layers, program, origins):
-    """The rows that may be read; None for all."""
-    if layers.origins is not None:
-        return is_present(layers, program, origins)
+def _origins(program, place):
+    if len(place) > 0:
+        return place[0]
+    else:
+        return program.mask_b
+
+
+@triton.jit
+def _row(program, step, place):
+    """The row of sequence 0."""
+    if len(place) > 1:
+        return place[1]
+    else:
+        # Of unsigned numbers of 32 bits the product of 64 is one instruction.
+        t = time_of(step, program).to(tl.uint32)
+        return t.to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
+def _readable(layers, program, place):
+    """The sequences whose row may be read; None for all."""
+    if len(place) > 0:
+        return is_present(layers, program, place[0])
     else:
         return None
 
 
 @triton.jit
-def _load_ends(h_ptr, c_ptr, program, mask, TILE: tl.constexpr):
+def _load_ends(h_ptr, c_ptr, program, TILE: tl.constexpr):
     """h_0 and c_0, or what is like them."""
     first = (program.d * program.B).to(tl.int64) * TILE.H
-    state = _load(h_ptr + first, program, mask, 1, TILE.H, TILE)
+    state = _load(h_ptr + first, program, None, 1, TILE.H, TILE)
     if c_ptr is not None:
-        state = state + _load(c_ptr + first, program, mask, 1, TILE.H, TILE)
+        state = state + _load(c_ptr + first, program, None, 1, TILE.H, TILE)
     return state
 
 
@@ -135,20 +160,13 @@ def _store_ends(h_ptr, c_ptr, program, state, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load_gx(layers, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
-    """What a forward step reads: its tiles of gx, its origins, its first row.
-
-    Behind the last step there is one more, to which the state just goes on.
-    """
+def _load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr):
+    """The projected input of a step, a tile for each gate, in the dtype of the tensors."""
     G: tl.constexpr = len(CELL.gates)
-    t = time_of(tl.minimum(step, program.T - 1), program)
-    origins = load_origins(layers, program, t)
-    row = _first_row(layers, program, t)
-    base = layers.gx + (program.d.to(tl.int64) * program.R + row) * (G * TILE.H)
-    gx = _load(base, program, _row_mask(layers, program, origins), G, G * TILE.H, TILE)
-    if layers.origins is not None:
-        origins = tl.where(step < program.T, origins, PREVIOUS)
-    return gx, origins, row
+    row = program.d.to(tl.int64) * program.R
+    row += _row(program, tl.minimum(step, program.T - 1), place)
+    mask = _readable(layers, program, place)
+    return _load(layers.gx + row * (G * TILE.H), program, mask, G, G * TILE.H, TILE)
 
 
 @gluon.jit
@@ -176,19 +194,22 @@ def _start(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr):
 
 @gluon.jit
 def _forward_step(
-    layers, program, step, w, b, state, now, ahead, read, write, inner,
-    CELL: tl.constexpr, TILE: tl.constexpr
+    layers, program, step, w, b, state, gx, places, read, write, inner,
+    CELL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One step: its h comes from the buffer ``read``, the next one goes to ``write``."""
+    """One step: its h comes from the buffer ``read``, the next one goes to ``write``.
+
+    ``places`` are those of this step and the next two. Returns the state that enters the next step,
+    and gx and places for the step after that.
+    """
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
-    gx, origins, row = now
-    _, origins_next, _ = ahead
+    origins, origins_next = _origins(program, places[0]), _origins(program, places[1])
     gx = widened(gx)
-    later = _load_gx(layers, program, step + 2, CELL, TILE)
-    entering = entering_state(layers, state, origins)
-    gh = ()
+    gx_later = _load_gx(layers, program, step + 2, places[2], CELL, TILE)
+    later = (places[1], places[2], _place(layers, program, step + 3))
+    entering, gh = state, ()
     for p in tl.static_range(len(CELL.phases)):
         if p > 0:
             share(inner, CELL.operand(p, gx, gh, entering, squash, True))
@@ -197,109 +218,96 @@ def _forward_step(
             start = _start(CELL.phases[p][i], gx, b, CELL, TILE)
             gh = gh + (to_tile(multiply(w[CELL.phases[p][i]], u, start), TILE),)
     state, saved = CELL.forward(gx, gh, entering, squash, True)
-    state = leaving_state(layers, state, entering, origins)
-    share(write, entering_state(layers, state, origins_next)[0])
+    result = leaving_state(layers, state, entering, origins)
+    if layers.origins is not None:  # behind the last step no sequence begins
+        origins_next = tl.where(step + 1 < program.T, origins_next, PREVIOUS)
+    state = entering_state(layers, result, origins_next)
+    share(write, state[0])
 
-    result = visible(layers, state, origins)
+    if layers.starts is None:  # skipped steps have no row if rows are packed
+        result = visible(layers, result, origins)
     here = is_stored(layers, program, origins)
+    row = _row(program, step, places[0])
     d_row = program.d.to(tl.int64) * program.R + row
     _store(program.out + row * (D * H) + program.d * H, program, here, (result[0],), D * H, TILE)
     if layers.gates is not None:
-        saved = visible(layers, saved, origins)
         _store(layers.gates + d_row * (S * H), program, here, saved, S * H, TILE)
     if layers.cs is not None:
         _store(layers.cs + d_row * H, program, here, (result[1],), H, TILE)
-    return state, later
+    return state, gx_later, later
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
-def _resident_fwd_kernel(
-    layers, T, B, R,
-    CELL: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
     program = _program(layers, T, B, R, TILE)
-    d = program.d
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
-    w = load_weights(choose(layers.w_hh, d), False, CELL, TILE)
-    b = _load_bias(choose(layers.b_hh, d), program, CELL, TILE)
-    even, odd = shared_tiles(2, dtype, TILE)
-    inner = even
-    if len(CELL.phases) > 1:
-        inner = shared_tiles(1, dtype, TILE)[0]
+    w = load_weights(choose(layers.w_hh, program.d), False, CELL, TILE)
+    b = _load_bias(choose(layers.b_hh, program.d), program, CELL, TILE)
+    even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
-    state = widened(_load_ends(layers.h_0, layers.c_0, program, None, TILE))
-    now = _load_gx(layers, program, 0, CELL, TILE)
-    ahead = _load_gx(layers, program, 1, CELL, TILE)
-    share(even, entering_state(layers, state, now[1])[0])
+    places = (
+        _place(layers, program, 0), _place(layers, program, 1), _place(layers, program, 2)
+    )  # fmt: skip
+    gx = _load_gx(layers, program, 0, places[0], CELL, TILE)
+    gx_odd = _load_gx(layers, program, 1, places[1], CELL, TILE)
+    state = widened(_load_ends(layers.h_0, layers.c_0, program, TILE))
+    state = entering_state(layers, state, _origins(program, places[0]))
+    share(even, state[0])
     for pair in range(T // 2):
         step = 2 * pair
-        state, now = _forward_step(
-            layers, program, step, w, b, state, now, ahead, even, odd, inner,
-            CELL, TILE,
-        )  # fmt: skip
-        state, ahead = _forward_step(
-            layers, program, step + 1, w, b, state, ahead, now, odd, even, inner,
-            CELL, TILE,
-        )  # fmt: skip
+        state, gx, places = _forward_step(
+            layers, program, step, w, b, state, gx, places, even, odd, inner, CELL, TILE
+        )
+        state, gx_odd, places = _forward_step(
+            layers, program, step + 1, w, b, state, gx_odd, places, odd, even, inner, CELL, TILE
+        )
     if T % 2 == 1:
-        state, now = _forward_step(
-            layers, program, T - 1, w, b, state, now, ahead, even, odd, inner,
-            CELL, TILE,
-        )  # fmt: skip
+        state, gx, places = _forward_step(
+            layers, program, T - 1, w, b, state, gx, places, even, odd, inner, CELL, TILE
+        )
     _store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
 
 @triton.jit
-def _load_left(layers, program, t, TILE: tl.constexpr):
-    """The state that left the step of time t; zero where it was skipped."""
+def _load_left(layers, program, step, place, TILE: tl.constexpr):
+    """The state that left a step, the one before the first if the rows are dense.
+
+    It is zero where the step was skipped.
+    """
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
-    mask = _row_mask(layers, program, load_origins(layers, program, t))
-    row = _first_row(layers, program, t)
-    state = _load(program.out + row * (D * H) + program.d * H, program, mask, 1, D * H, TILE)
+    mask = _readable(layers, program, place)
+    row = _row(program, tl.maximum(step, 0), place)
+    h_rows = program.out + row * (D * H) + program.d * H
+    c_rows = layers.cs
     if layers.cs is not None:
-        d_row = program.d.to(tl.int64) * program.R + row
-        state = state + _load(layers.cs + d_row * H, program, mask, 1, H, TILE)
+        c_rows = layers.cs + (program.d.to(tl.int64) * program.R + row) * H
+    W = D * H
+    if layers.origins is None:
+        first = (program.d * program.B).to(tl.int64) * H
+        h_rows = tl.where(step >= 0, h_rows, layers.h_0 + first)
+        if D > 1:
+            W = tl.where(step >= 0, D * H, H)
+        if layers.cs is not None:
+            c_rows = tl.where(step >= 0, c_rows, layers.c_0 + first)
+    state = _load(h_rows, program, mask, 1, W, TILE)
+    if layers.cs is not None:
+        state = state + _load(c_rows, program, mask, 1, H, TILE)
     return state
 
 
 @triton.jit
-def _load_entered(layers, program, step, origins, TILE: tl.constexpr):
-    """The state that entered a step, and the one that left the step before it."""
-    D: tl.constexpr = TILE.D
-    H: tl.constexpr = TILE.H
-    t = time_of(tl.maximum(step - 1, 0), program)
-    if layers.origins is not None:
-        left = _load_left(layers, program, t, TILE)
-        initial = _load_ends(layers.h_0, layers.c_0, program, origins == INITIAL, TILE)
-        return where(origins == PREVIOUS, left, initial), left
-    else:
-        row = _first_row(layers, program, t)
-        first = (program.d * program.B).to(tl.int64) * H
-        h_rows = program.out + row * (D * H) + program.d * H
-        h_rows = tl.where(step > 0, h_rows, layers.h_0 + first)
-        W = H if D == 1 else tl.where(step > 0, D * H, H)
-        state = _load(h_rows, program, None, 1, W, TILE)
-        if layers.cs is not None:
-            c_rows = layers.cs + (program.d.to(tl.int64) * program.R + row) * H
-            c_rows = tl.where(step > 0, c_rows, layers.c_0 + first)
-            state = state + _load(c_rows, program, None, 1, H, TILE)
-        return state, state
-
-
-@triton.jit
-def _load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
-    """What a backward step reads, in the dtype of the tensors."""
+def _load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl.constexpr):
+    """What a backward step reads, in the dtype of the tensors: saved tiles, the state that left the
+    step before, and the gradients of out and of cs (a tile or none).
+    """
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
-    step = tl.maximum(step, 0)
-    t = time_of(step, program)
-    origins = load_origins(layers, program, t)
-    mask = _row_mask(layers, program, origins)
-    row = _first_row(layers, program, t)
+    left = _load_left(layers, program, step - 1, places[1], TILE)
+    mask = _readable(layers, program, places[0])
+    row = _row(program, tl.maximum(step, 0), places[0])
     d_row = program.d.to(tl.int64) * program.R + row
-    entered, left = _load_entered(layers, program, step, origins, TILE)
     saved, d_out, d_cs = (), (), ()
     if S > 0:
         saved = _load(layers.gates + d_row * (S * H), program, mask, S, S * H, TILE)
@@ -308,7 +316,7 @@ def _load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.conste
         d_out = _load(base, program, mask, 1, D * H, TILE)
     if grads.cs is not None:
         d_cs = _load(grads.cs + d_row * H, program, mask, 1, H, TILE)
-    return saved, entered, left, d_out, d_cs, origins, d_row
+    return saved, left, d_out, d_cs
 
 
 @triton.jit
@@ -326,15 +334,24 @@ def _sum(terms):
 
 @gluon.jit
 def _backward_step(
-    layers, grads, program, step, w, d_state, left, now, buffers,
-    CELL: tl.constexpr, TILE: tl.constexpr
+    layers, grads, program, step, w, initial, d_state, left, now, places, buffers,
+    CELL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    """One step: dgates go through the buffers, one for each gate."""
+    """One step: dgates go through the buffers, one for each gate.
+
+    ``places`` are those of this step and the three before it, in time. Returns the gradient of the
+    state that entered, the state that left the step before, and what the step before that reads.
+    """
     H: tl.constexpr = TILE.H
     N: tl.constexpr = len(CELL.tiles)
-    saved, entered, left_before, d_out, d_cs, origins, d_row = now
-    saved, entered = widened(saved), widened(entered)
-    later = _load_step(layers, grads, program, step - 2, CELL, TILE)
+    saved, left_before, d_out, d_cs = now
+    saved, left_before, origins = widened(saved), widened(left_before), _origins(program, places[0])
+    now = _load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+    later = (places[1], places[2], places[3], _place(layers, program, step - 4))
+    entered = left_before
+    if layers.origins is not None:
+        first = zero_where(origins != INITIAL, initial)
+        entered = where(origins == PREVIOUS, left_before, first)
     if grads.out is not None:
         d_state = add_to(d_state, 0, widened(d_out)[0])
     if grads.cs is not None:
@@ -342,12 +359,14 @@ def _backward_step(
     d_leaving, carry = d_state, ()
     du = d_state[0]  # not read by the last phase
     here = is_stored(layers, program, origins)
+    row = program.d.to(tl.int64) * program.R + _row(program, step, places[0])
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
         dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry, squash)
-        dgates = visible(layers, dgates, origins)
+        if layers.starts is None:
+            dgates = visible(layers, dgates, origins)
         for i in tl.static_range(len(CELL.phases[p])):
             share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
-        rows = grads.gates + d_row * (N * H) + CELL.grads[p][0] * H
+        rows = grads.gates + row * (N * H) + CELL.grads[p][0] * H
         _store(rows, program, here, dgates, N * H, TILE)
         terms = ()
         for i in tl.static_range(len(CELL.phases[p])):
@@ -356,37 +375,39 @@ def _backward_step(
             terms = terms + (term,)
         du = to_tile(_sum(terms), TILE)
     d_state = add_to(d_state, 0, du)
-    return gradient_before(layers, d_state, d_leaving, origins), widened(left_before), later
+    d_state = gradient_before(layers, d_state, d_leaving, origins)
+    return d_state, left_before, now, later
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
-def _resident_bwd_kernel(
-    layers, grads, T, B, R,
-    CELL: tl.constexpr, TILE: tl.constexpr
-):  # fmt: skip
+def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
     G: tl.constexpr = len(CELL.gates)
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
     w = load_weights(choose(layers.w_hh, program.d), True, CELL, TILE)
-    even = shared_tiles(G, dtype, TILE)
-    odd = shared_tiles(G, dtype, TILE)
+    even, odd = shared_tiles(G, G, dtype, TILE), shared_tiles(G, G, dtype, TILE)
 
-    d_state = widened(_load_ends(grads.h_n, grads.c_n, program, None, TILE))
-    left = widened(_load_left(layers, program, time_of(T - 1, program), TILE))
-    now = _load_step(layers, grads, program, T - 1, CELL, TILE)
-    ahead = _load_step(layers, grads, program, T - 2, CELL, TILE)
+    places = (
+        _place(layers, program, T - 1), _place(layers, program, T - 2),
+        _place(layers, program, T - 3), _place(layers, program, T - 4),
+    )  # fmt: skip
+    initial = widened(_load_ends(layers.h_0, layers.c_0, program, TILE))
+    d_state = widened(_load_ends(grads.h_n, grads.c_n, program, TILE))
+    left = widened(_load_left(layers, program, T - 1, places[0], TILE))
+    now = _load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
+    ahead = _load_step(layers, grads, program, T - 2, (places[1], places[2]), CELL, TILE)
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
-        d_state, left, now = _backward_step(
-            layers, grads, program, step, w, d_state, left, now, even, CELL, TILE
+        d_state, left, now, places = _backward_step(
+            layers, grads, program, step, w, initial, d_state, left, now, places, even, CELL, TILE
         )
-        d_state, left, ahead = _backward_step(
-            layers, grads, program, step - 1, w, d_state, left, ahead, odd,
+        d_state, left, ahead, places = _backward_step(
+            layers, grads, program, step - 1, w, initial, d_state, left, ahead, places, odd,
             CELL, TILE,
         )  # fmt: skip
     if T % 2 == 1:
-        d_state, left, now = _backward_step(
-            layers, grads, program, 0, w, d_state, left, now, even, CELL, TILE
+        d_state, left, now, places = _backward_step(
+            layers, grads, program, 0, w, initial, d_state, left, now, places, even, CELL, TILE
         )
     _store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
