@@ -29,6 +29,7 @@ class Tile(NamedTuple):
     H: int
     block_b: int  # sequences of a program
     block_h: int  # its units, a power of two of at least 16
+    is_full: bool  # W_hh takes half of the registers
     tile: Any  # [BLOCK_B, BLOCK_H], a tile in registers
     acc: Any  # [BLOCK_H, BLOCK_B], the accumulator of a product
     weight: Any  # [BLOCK_H, BLOCK_H], its first operand
@@ -63,7 +64,8 @@ def tile_of(D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: in
         vector, max(1, 8 * vector // block_h), min(8, block_h // vector), [1, 0]
     )
     first, second = (gl.DotOperandLayout(n, acc, width) for n in (0, 1))
-    return Tile(D, H, block_b, block_h, tile, acc, first, second, shared)
+    is_full = block_h * itemsize >= 256
+    return Tile(D, H, block_b, block_h, is_full, tile, acc, first, second, shared)
 
 
 @gluon.jit

@@ -346,7 +346,8 @@ def _backward_step(
     N: tl.constexpr = len(CELL.tiles)
     saved, left_before, d_out, d_cs = now
     saved, left_before, origins = widened(saved), widened(left_before), _origins(program, places[0])
-    now = _load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+    if not TILE.is_full:
+        now = _load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
     later = (places[1], places[2], places[3], _place(layers, program, step - 4))
     entered = left_before
     if layers.origins is not None:
@@ -376,6 +377,8 @@ def _backward_step(
         du = to_tile(_sum(terms), TILE)
     d_state = add_to(d_state, 0, du)
     d_state = gradient_before(layers, d_state, d_leaving, origins)
+    if TILE.is_full:  # of registers, so that they are taken later
+        now = _load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
     return d_state, left_before, now, later
 
 
