@@ -72,14 +72,14 @@ def _program(layers, T, B, R, TILE: tl.constexpr):
 
 
 @triton.jit
-def _load(base, program, mask, N: tl.constexpr, W, TILE: tl.constexpr):
-    """N tiles from rows of W values, the first at base; zero where masked and beyond H."""
+def _load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr):
+    """N tiles from rows of W values, the first at base; zero beyond H and where a mask is not."""
     H: tl.constexpr = TILE.H
     ptrs = base + ((program.offs_b * W)[:, None] + program.cols[None, :])
     tiles = ()
     for n in tl.static_range(N):
-        if mask is not None:
-            inside = mask[:, None] & (program.cols < H)[None, :]
+        if len(masks) > 0:
+            inside = masks[0][:, None] & (program.cols < H)[None, :]
             tile = tl.load(ptrs + n * H, mask=inside, other=0.0)
         elif H < TILE.block_h:
             tile = tl.load(ptrs + n * H, mask=(program.cols < H)[None, :], other=0.0)
@@ -134,20 +134,20 @@ def _row(program, step, place):
 
 @triton.jit
 def _readable(layers, program, place):
-    """The sequences whose row may be read; None for all."""
+    """A mask of the sequences whose row may be read, or nothing where all may."""
     if len(place) > 0:
-        return is_present(layers, program, place[0])
+        return (is_present(layers, program, place[0]),)
     else:
-        return None
+        return ()
 
 
 @triton.jit
 def _load_ends(h_ptr, c_ptr, program, TILE: tl.constexpr):
     """h_0 and c_0, or what is like them."""
     first = (program.d * program.B).to(tl.int64) * TILE.H
-    state = _load(h_ptr + first, program, None, 1, TILE.H, TILE)
+    state = _load(h_ptr + first, program, (), 1, TILE.H, TILE)
     if c_ptr is not None:
-        state = state + _load(c_ptr + first, program, None, 1, TILE.H, TILE)
+        state = state + _load(c_ptr + first, program, (), 1, TILE.H, TILE)
     return state
 
 
@@ -165,8 +165,8 @@ def _load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexp
     G: tl.constexpr = len(CELL.gates)
     row = program.d.to(tl.int64) * program.R
     row += _row(program, tl.minimum(step, program.T - 1), place)
-    mask = _readable(layers, program, place)
-    return _load(layers.gx + row * (G * TILE.H), program, mask, G, G * TILE.H, TILE)
+    masks = _readable(layers, program, place)
+    return _load(layers.gx + row * (G * TILE.H), program, masks, G, G * TILE.H, TILE)
 
 
 @gluon.jit
@@ -276,7 +276,7 @@ def _load_left(layers, program, step, place, TILE: tl.constexpr):
     """
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
-    mask = _readable(layers, program, place)
+    masks = _readable(layers, program, place)
     row = _row(program, tl.maximum(step, 0), place)
     h_rows = program.out + row * (D * H) + program.d * H
     c_rows = layers.cs
@@ -290,9 +290,9 @@ def _load_left(layers, program, step, place, TILE: tl.constexpr):
             W = tl.where(step >= 0, D * H, H)
         if layers.cs is not None:
             c_rows = tl.where(step >= 0, c_rows, layers.c_0 + first)
-    state = _load(h_rows, program, mask, 1, W, TILE)
+    state = _load(h_rows, program, masks, 1, W, TILE)
     if layers.cs is not None:
-        state = state + _load(c_rows, program, mask, 1, H, TILE)
+        state = state + _load(c_rows, program, masks, 1, H, TILE)
     return state
 
 
@@ -305,17 +305,17 @@ def _load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: t
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
     left = _load_left(layers, program, step - 1, places[1], TILE)
-    mask = _readable(layers, program, places[0])
+    masks = _readable(layers, program, places[0])
     row = _row(program, tl.maximum(step, 0), places[0])
     d_row = program.d.to(tl.int64) * program.R + row
     saved, d_out, d_cs = (), (), ()
     if S > 0:
-        saved = _load(layers.gates + d_row * (S * H), program, mask, S, S * H, TILE)
+        saved = _load(layers.gates + d_row * (S * H), program, masks, S, S * H, TILE)
     if grads.out is not None:
         base = grads.out + row * (D * H) + program.d * H
-        d_out = _load(base, program, mask, 1, D * H, TILE)
+        d_out = _load(base, program, masks, 1, D * H, TILE)
     if grads.cs is not None:
-        d_cs = _load(grads.cs + d_row * H, program, mask, 1, H, TILE)
+        d_cs = _load(grads.cs + d_row * H, program, masks, 1, H, TILE)
     return saved, left, d_out, d_cs
 
 
