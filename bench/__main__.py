@@ -7,14 +7,14 @@ import math
 import os
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from . import UserError, compare, cpu, distributed, gpu, plot, references, report, run, tune
+from . import UserError, run
 from .cases import every_case
-from .lessons import command as lesson
 
 #: Options of several commands; a command lists those that it has.
 SHARED: dict[str, dict[str, Any]] = {
@@ -26,45 +26,29 @@ SHARED: dict[str, dict[str, Any]] = {
     "quick": {"action": "store_true", "help": "tiny sizes: tests the program, measures nothing"},
     "minutes": {"type": float, "help": "begin no case after this time"},
 }
-MAIN = tuple(SHARED)
 
 
-class _Part:
-    """A part of the main job as a command."""
-
-    OPTIONS = MAIN
-    run = staticmethod(run.main_job)
-
-    def __init__(self, group: str, help: str):
-        self.group, self.HELP = group, help
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        parser.set_defaults(group=self.group)
-
-
-class _Ragged:
-    HELP = "sequences of different lengths: padded, packed, and with lengths"
-    OPTIONS = ("device", "out", "seed", "quick")
-    run = staticmethod(run.run_ragged)
-
-    @staticmethod
-    def add_arguments(parser: argparse.ArgumentParser) -> None:
-        pass
-
-
-COMMANDS: dict[str, Any] = {
-    "imdb": _Part("imdb", "the part of the main job on reviews"),
-    "sine": _Part("sine", "the part of the main job on a sine wave and a price"),
-    "cpu": cpu, "ragged": _Ragged, "gpu": gpu, "lesson": lesson, "compare": compare,
-    "plot": plot, "report": report, "references": references, "tune": tune,
-    "distributed": distributed,
-}  # fmt: skip
+#: The modules of the commands, which are imported when they are called, and their help.
+COMMANDS = {
+    "imdb": ("run", "the part of the main job on reviews"),
+    "sine": ("run", "the part of the main job on a sine and a price"),
+    "cpu": ("cpu", "all workloads on the CPU, in new processes (8 minutes)"),
+    "ragged": ("run", "sequences of different lengths: padded, packed, lengths"),
+    "gpu": ("gpu", "on a CUDA machine: gate, times, tests, tuning"),
+    "lesson": ("lessons.command", "an experiment of a course; without a name, the list"),
+    "compare": ("compare", "what became slower, wrong or larger between CSV files"),
+    "plot": ("plot", "draw a results folder"),
+    "report": ("report", "print a folder's table of speeds, or write it into a page"),
+    "references": ("references", "times of the named cases that others have published"),
+    "tune": ("tune", "find the fastest plans, as entries for kernels/plan.py"),
+    "distributed": ("distributed", "DDP and fully_shard beside one process"),
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit code: 0, 1 for a wrong result, 2 for an error of the user."""
-    parser = _parser()
-    options = parser.parse_args(argv)
+    argv = sys.argv[1:] if argv is None else argv
+    options = _parser(argv).parse_args(argv)
     try:
         _check(options)
         code = options.run(options)
@@ -78,7 +62,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 1
 
 
-def _parser() -> argparse.ArgumentParser:
+def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
+    """Returns the parser with the options of the commands in ``argv``."""
     parser = argparse.ArgumentParser(
         prog="python -m bench", description=__doc__.partition(": ")[2],
         epilog="Without a command: results, speed and training on IMDB and the series.",
@@ -86,21 +71,29 @@ def _parser() -> argparse.ArgumentParser:
     for name, settings in SHARED.items():
         parser.add_argument(f"--{name}", **settings)
     add = parser.add_argument_group("other cases").add_argument
-    add("--cases", metavar="NAMES", help="time every provider on these cases or groups")
+    add(
+        "--cases",
+        metavar="NAMES",
+        dest="names",
+        help="time every provider on these cases or groups",
+    )
     add("--providers", metavar="NAMES", help="of --cases: these beside torch.nn, or all (default)")
     add("--cells", metavar="NAMES", help="of --cases: lstm,gru,rnn (default)")
     add("--gate-only", action="store_true", help="of --cases: compare results, measure no time")
-    add("--resume", action="store_true", help="of --cases: continue the folder of --out")
+    add("--resume", action="store_true", help="continue the folder of --out")
     add("--list", action="store_true", help="print the cases")
     parser.set_defaults(run=_without_command, prog=parser.prog, command=None)
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", dest="command")
-    for name, module in COMMANDS.items():
-        sub = commands.add_parser(name, help=module.HELP, description=module.HELP)
-        for option in getattr(module, "OPTIONS", ()):
-            # An option before the command holds too, so there is no second default.
-            sub.add_argument(f"--{option}", **SHARED[option] | {"default": argparse.SUPPRESS})
-        module.add_arguments(sub)
-        sub.set_defaults(run=module.run, prog=sub.prog)
+    for name, (place, words) in COMMANDS.items():
+        sub = commands.add_parser(name, help=words, description=words)
+        if name in argv:
+            module = import_module(f".{place}", __package__)
+            entry = getattr(module, "JOBS", {}).get(name, module)
+            for option in getattr(entry, "OPTIONS", ()):
+                # An option before the command holds too, so there is no second default.
+                sub.add_argument(f"--{option}", **SHARED[option] | {"default": argparse.SUPPRESS})
+            entry.add_arguments(sub)
+            sub.set_defaults(run=entry.run, prog=sub.prog)
     return parser
 
 
@@ -109,17 +102,19 @@ def _without_command(options: argparse.Namespace) -> int:
         for w in every_case():
             print(f"{w.name:<28} {w.group:<12} {w.shape} {w.dtype} {', '.join(w.cells)}")
         return 0
-    return run.main_job(options) if options.cases is None else run.run_cases(options)
+    return run.main_job(options) if options.names is None else run.cases_job(options)
 
 
 def _check(options: argparse.Namespace) -> None:
     """Raises UserError for options that do not fit together, and settles the device."""
-    of_cases = ("cases", "providers", "cells", "gate_only", "resume", "list")
-    given = [name for name in of_cases if getattr(options, name)]
-    if options.command and given:
-        raise UserError(f"--{given[0].replace('_', '-')} cannot be used with {options.command}")
-    if given and not (options.cases is not None or options.list):
-        raise UserError(f"--{given[0].replace('_', '-')} needs --cases")
+    alone = {"--cases": options.names, "--list": options.list}
+    others = {"--providers": options.providers, "--cells": options.cells}
+    others["--gate-only"] = options.gate_only
+    for name, value in (alone | others).items():
+        if value and options.command:
+            raise UserError(f"{name} cannot be used with {options.command}")
+        if value and name in others and options.names is None:
+            raise UserError(f"{name} needs --cases")
     if options.minutes is not None and not 0 < options.minutes < math.inf:
         raise UserError(f"--minutes must be a number above 0, not {options.minutes:g}")
     if options.device == "cuda" and not torch.cuda.is_available():

@@ -5,15 +5,12 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
-from typing import Any
-
-import torch
+from itertools import product
 
 from . import UserError
 
 CELLS = ("lstm", "gru")
 EVERY_CELL = (*CELLS, "rnn")
-DTYPES = {"float16": "fp16", "float32": "fp32", "bfloat16": "bf16"}
 
 
 @dataclass(frozen=True)
@@ -21,15 +18,12 @@ class Workload:
     """The shape of an RNN, its task, and how long it is trained.
 
     Attributes:
-        name: unique; ``--cases`` takes it.
-        group: ``"imdb"``, ``"sine"``, ``"toy"``, ``"sweep"``, ``"kernelbench"`` or ``"deepbench"``.
+        name: unique; ``--cases`` takes it, or the name of the group.
         task: ``"one-hot"`` or ``"embedding"`` reviews, a forecast of ``"sine"`` or ``"price"``, or
-            ``"none"``, which is timed on random input and not trained.
-        cells: the cells it is run with.
+            ``"none"``: it is timed on random input and not trained.
         ragged: the input is a PackedSequence.
-        vocabulary: size of the vocabulary of reviews.
         train, test: number of reviews; a series is split 4 to 1 in order of time.
-        steps, gpu_steps: optimiser steps of the training on the CPU and on a GPU.
+        steps, gpu_steps: optimiser steps on the CPU and on a GPU.
     """
 
     name: str
@@ -58,14 +52,6 @@ class Workload:
         layers = f"x{self.layers}" if self.layers > 1 else ""
         return f"T{self.T} B{self.B} I{self.I} H{self.H}{layers}{'bi' * self.bidirectional}"
 
-    @property
-    def needs_input_grad(self) -> bool:
-        """Returns True unless the input is data, which needs no gradient."""
-        return self.task in ("embedding", "none")
-
-    def steps_on(self, device: torch.device) -> int:
-        return self.gpu_steps if device.type == "cuda" else self.steps
-
 
 ONE_HOT = Workload(
     "imdb-one-hot", "imdb", "one-hot", T=100, B=64, I=300, H=16, vocabulary=300,
@@ -81,35 +67,33 @@ SINE = tuple(
     Workload(f"sine-{T}", "sine", "sine", T=T, B=32, I=1, H=32, steps=100, gpu_steps=600)
     for T in (20, 10, 30, 50, 100)
 )
-PRICE = Workload(
-    "price-30", "sine", "price", T=30, B=32, I=1, H=50, layers=2, dropout=0.2,
-    steps=100, gpu_steps=600,
-)  # fmt: skip
-MANY_TO_ONE = Workload("many-to-one", "toy", "none", T=4, B=2, I=1, H=5)
-TOY_BOTH_WAYS = Workload("toy-both-ways", "toy", "none", T=10, B=16, I=32, H=64, bidirectional=True)
-#: One step of a character model.
-CHARACTER = Workload("character", "toy", "none", T=1, B=1, I=32, H=128)
-RAGGED = Workload("ragged", "ragged", "none", T=500, B=32, I=128, H=128, ragged=True)
-LONG = Workload("long", "toy", "none", T=500, B=16, I=64, H=64)
+PRICE = replace(SINE[2], name="price-30", task="price", H=50, layers=2, dropout=0.2)
 TRAINED = (ONE_HOT, EMBEDDING, *SINE, PRICE)
-LESSONS = (MANY_TO_ONE, TOY_BOTH_WAYS, *TRAINED, CHARACTER)
+#: A single step of a character model.
+CHARACTER = Workload("character", "toy", "none", T=1, B=1, I=32, H=128)
+LESSONS = (
+    Workload("many-to-one", "toy", "none", T=4, B=2, I=1, H=5),
+    Workload("toy-both-ways", "toy", "none", T=10, B=16, I=32, H=64, bidirectional=True),
+    *TRAINED,
+    CHARACTER,
+)
+LONG = Workload("long", "toy", "none", T=500, B=16, I=64, H=64)
+RAGGED = Workload("ragged", "ragged", "none", T=500, B=32, I=128, H=128, ragged=True)
 
 
-def _kernelbench(number: int, cell: str, bidirectional: bool = False) -> Workload:
-    return Workload(
-        f"kernelbench-{number}", "kernelbench", "none", T=512, B=10, I=128, H=256, layers=6,
-        bidirectional=bidirectional, cells=(cell,),
-    )  # fmt: skip
+def _kernelbench(number: int, cell: str, both: bool) -> Workload:
+    sizes = 512, 10, 128, 256, 6, both
+    return Workload(f"kernelbench-{number}", "kernelbench", "none", *sizes, cells=(cell,))
 
 
 def _deepbench(cell: str, H: int, B: int, T: int) -> Workload:
-    return Workload(f"deepbench-{cell}-{H}", "deepbench", "none", T=T, B=B, I=H, H=H, cells=(cell,))
+    return Workload(f"deepbench-{cell}-{H}", "deepbench", "none", T, B, H, H, cells=(cell,))
 
 
 #: Sizes that others have published times of (``bench/references.csv``).
 PUBLISHED = (
-    _kernelbench(35, "lstm"), _kernelbench(38, "lstm", True),
-    _kernelbench(39, "gru"), _kernelbench(41, "gru", True),
+    _kernelbench(35, "lstm", False), _kernelbench(38, "lstm", True),
+    _kernelbench(39, "gru", False), _kernelbench(41, "gru", True),
     _deepbench("lstm", 256, 16, 150), _deepbench("lstm", 512, 16, 25),
     _deepbench("lstm", 1024, 32, 25), _deepbench("lstm", 1536, 16, 50),
     _deepbench("gru", 1024, 32, 1500), _deepbench("gru", 1536, 32, 375),
@@ -117,23 +101,19 @@ PUBLISHED = (
 
 
 def sweep() -> Iterator[Workload]:
-    """Yields every H, B, dtype, T and kind of the sweep that fits into memory."""
-    kinds: dict[str, dict[str, Any]] = {
+    """Yields sizes, batches, dtypes, lengths and kinds; the usual ones first, for it may be cut."""
+    kinds: dict[str, dict] = {
         "": {}, "-packed": {"ragged": True}, "-bidirectional": {"bidirectional": True},
         "-stacked": {"layers": 2},
     }  # fmt: skip
-    # The usual values come first, because a run may be cut off.
-    for T in (512, 64, 1024, 256, 4096):
-        for kind, options in kinds.items():
-            for B in (16, 64, 1, 128, 256):
-                for H in (64, 256, 1024, 128, 512, 32, 16, 192, 384, 768, 2048):
-                    for dtype, short in DTYPES.items():
-                        name = f"H{H}-B{B}-{short}{'' if T == 512 else f'-T{T}'}{kind}"
-                        point = Workload(
-                            name, "sweep", "none", T=T, B=B, I=H, H=H, dtype=dtype, cells=CELLS
-                        )
-                        if T * B * H <= 2**28:
-                            yield replace(point, **options)
+    sizes = (64, 256, 1024, 128, 512, 32, 16, 192, 384, 768, 2048)
+    dtypes = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
+    lengths, batches = (512, 64, 1024, 256, 4096), (16, 64, 1, 128, 256)
+    for T, kind, B, H, dtype in product(lengths, kinds, batches, sizes, dtypes):
+        if T * B * H <= 2**28:  # or it does not fit into memory
+            name = f"H{H}-B{B}-{dtype}{'' if T == 512 else f'-T{T}'}{kind}"
+            point = Workload(name, "sweep", "none", T, B, H, H, dtype=dtypes[dtype], cells=CELLS)
+            yield replace(point, **kinds[kind])
 
 
 def every_case() -> tuple[Workload, ...]:
@@ -146,18 +126,18 @@ def named(names: str) -> tuple[Workload, ...]:
     Raises:
         UserError: a name is unknown; the message suggests similar ones.
     """
-    cases = every_case()
-    by_name = {w.name: (w,) for w in cases} | {"lessons": LESSONS}
-    for group in dict.fromkeys(w.group for w in cases if w.group not in by_name):
-        by_name[group] = tuple(w for w in cases if w.group == group)
-    found: dict[Workload, None] = {}  # an ordered set
+    by_name = {"lessons": LESSONS}
+    for workload in every_case():
+        by_name[workload.group] = (*by_name.get(workload.group, ()), workload)
+    by_name |= {w.name: (w,) for w in every_case()}
+    workloads: dict[Workload, None] = {}  # an ordered set
     for name in names.split(","):
         if name not in by_name:
             near = get_close_matches(name, by_name, n=4, cutoff=0.5)
             hint = f"similar names are {', '.join(near)}" if near else "--list prints all names"
             raise UserError(f"there is no case {name!r}; {hint}")
-        found |= dict.fromkeys(by_name[name])
-    return tuple(found)
+        workloads |= dict.fromkeys(by_name[name])
+    return tuple(workloads)
 
 
 def cut_down(workload: Workload) -> Workload:

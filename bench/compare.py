@@ -15,7 +15,6 @@ from pathlib import Path
 
 from . import UserError
 
-HELP = "what became slower, wrong or larger between results"
 KEYS = ["case", "cell", "pass", "provider"]
 NEEDED = [*KEYS, "gate", "x", "x_low", "x_high"]
 #: Bytes are counted and not timed, so little more is already a change.

@@ -23,7 +23,6 @@ import fusedrnn
 
 from . import UserError
 
-HELP = "DDP and fully_shard beside one process"
 STRATEGIES = ("ddp", "fsdp")
 WORDS, T, B = 500, 30, 16
 #: Of losses near 0.7 in fp64, whose gradients are summed in another order.
@@ -97,14 +96,7 @@ def _process(rank: int, world: int, folder: str, strategy: str, cell: str, steps
 
 
 def losses(cell: str, steps: int, strategy: str = "", device: torch.device | None = None) -> list:
-    """Returns the loss of each step, averaged over the processes.
-
-    Args:
-        cell: ``"lstm"``, ``"gru"`` or ``"rnn"``.
-        steps: how many.
-        strategy: ``"ddp"`` or ``"fsdp"`` within a process group, "" for one process.
-        device: of the model; default the CPU.
-    """
+    """Returns the loss of each step; ``strategy`` "" is without other processes."""
     torch.manual_seed(0)
     model: nn.Module = Sentiment(cell).to(device, torch.float64)
     rank, world = (dist.get_rank(), dist.get_world_size()) if strategy else (0, 1)
@@ -119,8 +111,8 @@ def losses(cell: str, steps: int, strategy: str = "", device: torch.device | Non
     optimiser = torch.optim.Adam(model.parameters(), lr=1e-2)
     found = []
     for step in range(steps):
-        batch = (tensor[step][..., rank::world].to(device) for tensor in (words, lengths, targets))
-        x, n, y = batch
+        rows = (data[step][..., rank::world].to(device) for data in (words, lengths, targets))
+        x, n, y = rows
         loss = nn.functional.binary_cross_entropy_with_logits(model(x, n), y)
         optimiser.zero_grad()
         loss.backward()

@@ -24,29 +24,30 @@ EPS = {"tf32": 2**-11}
 
 
 class Verdict(NamedTuple):
-    """The comparison of all tensors of a provider.
-
-    ``share`` is the largest error divided by what is allowed. ``error`` is the largest absolute
-    error of output and final states.
-    """
+    """The comparison of all tensors of a provider."""
 
     ok: bool
-    share: float
-    budgets: tuple[Budget, ...]
-    error: float
+    share: float  # the largest error divided by what is allowed
+    error: float  # the largest absolute error of output and final states
+    failures: list[str]
 
-    @property
-    def failures(self) -> list[str]:
-        return [str(budget) for budget in self.budgets if not budget.ok]
+    @classmethod
+    def of(cls, budgets: list[Budget]) -> Verdict:
+        pairs = [(b.max_err, b.allowed) for b in budgets] + [
+            (b.rms, b.rms_allowed) for b in budgets
+        ]
+        share = max(error / (allowed or 1e-300) for error, allowed in pairs)
+        error = max(b.max_err for b in budgets if b.name in ("output", "h_n", "c_n"))
+        failures = [str(budget) for budget in budgets if not budget.ok]
+        return cls(not failures, share, error, failures)
 
 
 @contextmanager
 def cudnn_in(precision: str) -> Iterator[None]:
-    """Makes torch.nn multiply fp32 in a precision, on CUDA; cuDNN has ieee and tf32."""
+    """Makes torch.nn multiply fp32 in a precision, on CUDA; ``""`` changes nothing."""
     rnns: Any = torch.backends.cudnn.rnn
     before = rnns.fp32_precision
-    if precision:
-        rnns.fp32_precision = "tf32" if precision == "tf32" else "ieee"
+    rnns.fp32_precision = {"": before, "tf32": "tf32"}.get(precision, "ieee")
     try:
         yield
     finally:
@@ -56,15 +57,15 @@ def cudnn_in(precision: str) -> Iterator[None]:
 class _Padded(nn.Module):
     """Gives every provider a padded input and output, so that all results can be compared."""
 
-    def __init__(self, rnn: nn.Module, case: BenchmarkCase, provider: str):
+    def __init__(self, rnn: Any, case: BenchmarkCase, provider: str):
         super().__init__()
         self.rnn, self.case, self.provider = rnn, case, provider
 
     def forward(self, x: Tensor, hx: Any) -> Any:
         if PROVIDERS[self.provider].step:
-            stream = self.rnn.stream(batch_size=len(x), hx=hx)
+            stream: Any = self.rnn.stream(batch_size=len(x), hx=hx)
             return torch.stack([stream(x_t) for x_t in x.unbind(1)], 1), ()
-        input, options = self.case.given(self.provider, x)
+        input, options = self.case.inputs(self.provider, x)
         output, final = self.rnn(input, hx, **options)
         if isinstance(output, PackedSequence):
             output, _ = pad_packed_sequence(output, batch_first=True)
@@ -75,19 +76,13 @@ class Gate:
     """The results of torch.nn for a case, in fp64 and in the tested dtype."""
 
     def __init__(self, case: BenchmarkCase):
-        self.case = case.shortened()
-        generator = torch.Generator().manual_seed(1)
-
-        def normal(*shape: int) -> Tensor:
-            return torch.randn(shape, generator=generator).to(case.x)
-
-        workload = case.workload
-        directions = 1 + workload.bidirectional
+        self.case, workload = case.shortened(), case.workload
+        generator, directions = torch.Generator().manual_seed(1), 1 + workload.bidirectional
         batch, steps = self.case.x.shape[:2]
         states = [(workload.layers * directions, batch, workload.H)] * (1 + (case.cell == "lstm"))
-        self.hx = tuple(normal(*shape) for shape in states)
-        output = (batch, steps, directions * workload.H)
-        self.cotangents = [normal(*shape) for shape in (output, *states)]
+        shapes = [*states, (batch, steps, directions * workload.H), *states]
+        tensors = [torch.randn(shape, generator=generator).to(case.x) for shape in shapes]
+        self.hx, self.cotangents = tensors[: len(states)], tensors[len(states) :]
         self.truth = self._run(TORCH, torch.float64)
         self.references: dict[str, dict[str, Tensor]] = {}
 
@@ -108,24 +103,18 @@ class Gate:
             with cudnn_in(precision):
                 self.references[precision] = self._run(TORCH, dtype)
         reference, eps = self.references[precision], EPS.get(precision)
-        budgets = tuple(
-            error_budget(name, got[name], reference[name], self.truth[name], eps=eps)
-            for name in got
+        return Verdict.of(
+            [error_budget(n, got[n], reference[n], self.truth[n], eps=eps) for n in got]
         )
-        error = max(b.max_err for b in budgets if b.name in ("output", "h_n", "c_n"))
-        return Verdict(all(b.ok for b in budgets), max(map(_share, budgets)), budgets, error)
 
     def _run(self, provider: str, dtype: torch.dtype, backward: bool = True) -> dict[str, Tensor]:
         # Dropout draws other numbers in fp64 and on a GPU, so the gate has none.
         rnn = self.case.rnn(provider, dtype, dropout=0.0).train(backward)
-        module = _Padded(rnn, self.case, provider)
-        hx = tuple(state.to(dtype) for state in self.hx)
-        cotangents = [tensor.to(dtype) for tensor in self.cotangents] if backward else None
+        hx, cotangents = ([t.to(dtype) for t in ts] for ts in (self.hx, self.cotangents))
         with PROVIDERS[provider].context(), torch.set_grad_enabled(backward):
-            given = hx if len(hx) == 2 else hx[0]
-            return run_module(module, self.case.x.to(dtype), given, cotangents)
-
-
-def _share(budget: Budget) -> float:
-    pairs = ((budget.max_err, budget.allowed), (budget.rms, budget.rms_allowed))
-    return max(error / (allowed or 1e-300) for error, allowed in pairs)
+            return run_module(
+                _Padded(rnn, self.case, provider),
+                self.case.x.to(dtype),
+                hx[0] if len(hx) == 1 else (hx[0], hx[1]),
+                cotangents if backward else None,
+            )

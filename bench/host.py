@@ -1,18 +1,21 @@
-"""Python's part of a call: the time from the call to the launch of the kernel.
+"""Measures Python's part of a call without a GPU: the launch of the kernel is a stub.
 
-It is measured without a GPU: the launch is replaced by a stub that reads the clock.
+``python -m bench.host CALLS`` prints the medians as JSON; ``python -m bench cpu`` runs it.
 """
 
 from __future__ import annotations
 
 import json
-import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from statistics import median
 from typing import Any
+
+import torch
+
+import fusedrnn
+from fusedrnn.kernels import resident
 
 T, B, I, H = 4, 2, 8, 16
 
@@ -30,52 +33,25 @@ class _Stub:
 
 
 def overhead(cell: str, calls: int) -> dict[str, Any]:
-    """Returns the medians of one cell in microseconds.
-
-    Raises:
-        AttributeError: the resident kernels do not have the expected names.
-    """
-    import torch
-
-    import fusedrnn
-    from fusedrnn.kernels import resident
-
-    names = "_resident_fwd_kernel", "_resident_bwd_kernel"
-    stub, kernels = _Stub(), [getattr(resident, name) for name in names]
-    try:
-        for name in names:
-            setattr(resident, name, stub)
-        module = getattr(fusedrnn, cell.upper())(I, H)
-        leaves, input = list(module.parameters()), torch.randn(T, B, I)
-        d_output, samples = torch.ones(T, B, H), []
-        with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
-            for _ in range(calls // 10 + calls):
-                begin = time.perf_counter()
-                output, _ = module(input)
-                launched, start = stub.at, time.perf_counter()
-                torch.autograd.grad(output, leaves, d_output)
-                samples.append((launched - begin, stub.at - start))
-    finally:
-        for name, kernel in zip(names, kernels, strict=True):
-            setattr(resident, name, kernel)
+    """Returns the microseconds from a call, and from ``grad``, to the launch."""
+    module, input = getattr(fusedrnn, cell.upper())(I, H), torch.randn(T, B, I)
+    leaves, d_output, samples = list(module.parameters()), torch.ones(T, B, H), []
+    for _ in range(calls // 10 + calls):
+        begin = time.perf_counter()
+        output, _ = module(input)
+        launched, start = stub.at, time.perf_counter()
+        torch.autograd.grad(output, leaves, d_output)
+        samples.append((launched - begin, stub.at - start))
     forward, backward = (1e6 * median(c) for c in zip(*samples[calls // 10 :], strict=True))
     return {"cell": cell, "forward us": round(forward, 1), "backward us": round(backward, 1)}
 
 
-def measured(calls: int) -> list[dict[str, Any]] | str:
-    """Returns a row for each cell, or a sentence that says why there are none."""
-    # Kernels take CPU tensors only if Triton interprets, which is chosen when it is imported.
-    child = subprocess.run(
-        [sys.executable, "-m", __name__, str(calls)],
-        env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True,
-    )  # fmt: skip
-    if child.returncode:
-        return f"not measured: {(child.stderr.strip() or 'no message').splitlines()[-1]}"
-    return json.loads(child.stdout)
-
-
 if __name__ == "__main__":
-    import torch
-
+    stub = _Stub()
+    for name in ("_resident_fwd_kernel", "_resident_bwd_kernel"):
+        if not hasattr(resident, name):
+            sys.exit(f"kernels/resident.py has no {name}")
+        setattr(resident, name, stub)
     torch.set_num_threads(1)
-    print(json.dumps([overhead(cell, int(sys.argv[1])) for cell in ("lstm", "gru", "rnn")]))
+    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
+        print(json.dumps([overhead(cell, int(sys.argv[1])) for cell in ("lstm", "gru", "rnn")]))

@@ -6,6 +6,7 @@ import multiprocessing
 import pickle
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from statistics import median
 from typing import Any, NamedTuple
@@ -19,7 +20,7 @@ import fusedrnn
 
 from .cases import Workload
 from .data import Corpus
-from .models import MODELS, Examples, examples_of
+from .models import MODELS, examples_of
 from .providers import PROVIDERS, TORCH, Adapter, build
 
 Call = Callable[[], object]
@@ -35,12 +36,6 @@ class Settings(NamedTuple):
     seed: int = 0
     seconds: float = 0.7
     least_rounds: int = 3
-
-    @classmethod
-    def of(cls, options: Any) -> Settings:
-        """The settings of a command line; ``--quick`` measures nothing."""
-        limits = {"seconds": 0.0, "least_rounds": 1} if options.quick else {}
-        return cls(torch.device(options.device), options.seed, **limits)
 
 
 class Times(NamedTuple):
@@ -62,18 +57,17 @@ class BenchmarkCase(NamedTuple):
     x: Tensor  # [B, T, I]
     lengths: Tensor | None  # [B], on the CPU
     start: dict[str, Tensor] | None = None  # of the whole model that is trained
-    examples: Examples | None = None
+    examples: Any = None  # models.Examples, of what is trained
 
     @classmethod
     def of(
         cls, workload: Workload, cell: str, settings: Settings, corpus: Corpus | None = None
     ) -> BenchmarkCase:
         torch.manual_seed(settings.seed)
-        dtype, device = getattr(torch, workload.dtype), settings.device
         start = examples = lengths = None
         rnn = build(TORCH, cell, workload)
         if workload.task == "none":
-            x = torch.randn(workload.B, workload.T, workload.I)
+            x: Any = torch.randn(workload.B, workload.T, workload.I)
             if workload.ragged:  # uniform in T/2 to T, the longest T
                 lengths = torch.randint((workload.T + 1) // 2, workload.T + 1, (workload.B,))
                 lengths[0] = workload.T
@@ -86,8 +80,9 @@ class BenchmarkCase(NamedTuple):
             if isinstance(x, PackedSequence):
                 x, lengths = pad_packed_sequence(x, batch_first=True)
         # Rounded to the tested dtype, so that the gate's fp64 truth starts from the same weights.
+        dtype = getattr(torch, workload.dtype)
         weights = {name: weight.to(dtype) for name, weight in rnn.state_dict().items()}
-        return cls(workload, cell, weights, x.to(device, dtype), lengths, start, examples)
+        return cls(workload, cell, weights, x.to(settings.device, dtype), lengths, start, examples)
 
     def shortened(self) -> BenchmarkCase:
         """The case that the gate runs."""
@@ -101,33 +96,32 @@ class BenchmarkCase(NamedTuple):
         rnn.load_state_dict(self.weights)
         return rnn.to(self.x.device, dtype or self.x.dtype)
 
-    def given(self, provider: str, x: Tensor) -> tuple[Any, dict[str, Any]]:
+    def inputs(self, provider: str, x: Tensor) -> tuple[Any, dict[str, Any]]:
         """Returns the input and the options of a provider's call for a padded ``x``."""
         layout = PROVIDERS[provider].layout
-        if self.lengths is None or layout == "padded":
-            return x, {}
-        if layout == "lengths":
-            return x, {"lengths": self.lengths.to(x.device)}
+        if self.lengths is None or layout:
+            return x, {"lengths": self.lengths} if layout == "lengths" else {}
         return pack_padded_sequence(x, self.lengths, batch_first=True, enforce_sorted=False), {}
 
     def prepared(self, provider: str, mode: str) -> tuple[Any, dict[str, Any], list[Tensor]]:
-        """Returns input, options, and of the input what ``mode`` differentiates."""
-        input, options = self.given(provider, self.x)
-        if mode == "forward" or not self.workload.needs_input_grad:
+        """Returns input, options, and what of the input is differentiated: data are not."""
+        input, options = self.inputs(provider, self.x)
+        if mode == "forward" or self.workload.task not in ("embedding", "none"):
             return input, options, []
         leaf = input.data.detach().clone().requires_grad_()
         packed = isinstance(input, PackedSequence)
         return input._replace(data=leaf) if packed else leaf, options, [leaf]
 
     def call(self, provider: str, mode: str) -> Call:
-        """Returns what is timed: ``"forward"`` in eval(), ``"training"`` with the gradients."""
-        rnn, context = self.rnn(provider), PROVIDERS[provider].context
+        """Returns what is timed: ``"forward"`` in eval(), or ``"training"`` with gradients."""
+        rnn = self.rnn(provider)
         if PROVIDERS[provider].step:
             stream, step = rnn.stream(batch_size=len(self.x)), self.x[:, 0]
             return lambda: stream(step)
-        fixed = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
+        weights = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
         input, options, leaves = self.prepared(provider, mode)
-        return chained(rnn, input, [*fixed, *leaves], mode, context, **options)
+        context = PROVIDERS[provider].context
+        return chained(rnn, input, [*weights, *leaves], mode, context, **options)
 
     def explain(self, provider: str, mode: str) -> Any:
         """Returns ``fusedrnn.explain`` of the timed call, or None for other implementations."""
@@ -140,25 +134,21 @@ class BenchmarkCase(NamedTuple):
 
     def kept_mb(self, provider: str) -> float:
         """Returns the MB that autograd keeps for backward, without weights and input."""
-        rnn = self.rnn(provider)
-        fixed = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
+        rnn = self.rnn(provider).train()
+        weights = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
         input, options, _ = self.prepared(provider, "training")
         sizes: dict[int, int] = {}
 
         def pack(tensor: Tensor) -> Tensor:
-            storage = tensor.untyped_storage()
-            sizes[storage.data_ptr()] = storage.nbytes()
+            sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
             return tensor
 
-        with (
-            PROVIDERS[provider].context(),
-            torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor),
-        ):
-            result = rnn.train()(input, **options)
-        for tensor in (input.data, *fixed):
-            sizes.pop(tensor.untyped_storage().data_ptr(), None)
+        hooks = torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor)
+        with PROVIDERS[provider].context(), hooks:
+            result = rnn(input, **options)  # kept until the sizes are known
+        known = {tensor.untyped_storage().data_ptr() for tensor in (input.data, *weights)}
         del result
-        return sum(sizes.values()) / 1e6
+        return sum(size for pointer, size in sizes.items() if pointer not in known) / 1e6
 
     def peak_mb(self, provider: str) -> float:
         """Returns the MB of CUDA memory that a training step adds."""
@@ -208,51 +198,51 @@ def chained(
 
 
 def interleaved(
-    calls: dict[str, Call],
-    device: torch.device,
-    *,
-    seconds: float,
-    least: int = 3,
-    graph: bool = False,
+    calls: dict[str, Call], device: torch.device, *, seconds: float, least: int = 3
 ) -> dict[str, Times]:
     """Times all calls once a round, beginning with another one each round.
 
     Args:
-        calls: by name; the first is the one that the others are compared with.
+        calls: by name; the others are compared with the first.
         device: on the CPU torch's Timer measures, on CUDA Triton's ``do_bench`` with a cold L2.
         seconds: when to stop, after ``least`` rounds.
-        graph: time the replay of a CUDA graph, which has no Python in it.
     """
-    names = list(calls)
+    names, samples = list(calls), {name: list[float]() for name in calls}
     slice = min(0.02, seconds / least)  # of a round for each call, filled with repetitions
     for call in calls.values():
         call()
-    samples: dict[str, list[float]] = {name: [] for name in names}
     deadline = time.perf_counter() + seconds
-    for round in range(1000):
-        if round >= least and time.perf_counter() > deadline:
-            break
-        first = round % len(names)
+    while len(samples[names[-1]]) < least or time.perf_counter() < deadline:
+        first = len(samples[names[-1]]) % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(_milliseconds(calls[name], device, slice, graph))
-    found = {}
+            samples[name].append(_milliseconds(calls[name], device, slice))
+    times = {}
     for name, taken in samples.items():
         p20, p50, p80 = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         x = median(a / b for a, b in zip(samples[names[0]], taken, strict=True))
-        found[name] = Times(p50, p20, p80, x, len(taken))
-    return found
+        times[name] = Times(p50, p20, p80, x, len(taken))
+    return times
 
 
-def _milliseconds(call: Call, device: torch.device, slice: float, graph: bool) -> float:
-    """Returns the median of repeated calls."""
+def _milliseconds(call: Call, device: torch.device, seconds: float) -> float:
+    """Returns the median of calls that are repeated for some seconds."""
     if device.type == "cpu":
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
-        return 1e3 * timer.blocked_autorange(min_run_time=max(slice, 1e-6)).median
-    from triton.testing import do_bench, do_bench_cudagraph
+        return 1e3 * timer.blocked_autorange(min_run_time=seconds).median
+    from triton.testing import do_bench
 
-    if graph:
-        return do_bench_cudagraph(call, rep=max(1, int(1e3 * slice)), return_mode="median")
-    return do_bench(call, warmup=5, rep=max(1, int(1e3 * slice)), return_mode="median")
+    return do_bench(call, warmup=5, rep=max(1, int(1e3 * seconds)), return_mode="median")
+
+
+def graph_ms(call: Call) -> float:
+    """Returns the time of a call in a CUDA graph, where no Python runs.
+
+    Raises:
+        RuntimeError: the call cannot be captured.
+    """
+    from triton.testing import do_bench_cudagraph
+
+    return do_bench_cudagraph(call, rep=20, return_mode="median")
 
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:
@@ -261,30 +251,16 @@ def in_fresh_process(function: Callable, *args: Any) -> Any:
     Raises:
         RuntimeError: the process ended without a result.
     """
-    methods = multiprocessing.get_all_start_methods()
-    context = multiprocessing.get_context("forkserver" if "forkserver" in methods else "spawn")
-    if "forkserver" in methods:  # as spawn, but torch is imported once
+    # A fork server is as clean as spawn, and imports torch only once.
+    has_server = "forkserver" in multiprocessing.get_all_start_methods()
+    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
+    if has_server:
         context.set_forkserver_preload([__name__])
-    receiver, sender = context.Pipe(duplex=False)
-    # Pickled here, because multiprocessing would move tensors to shared memory.
-    process = context.Process(target=_answer, args=(sender, pickle.dumps((function, args))))
-    process.start()
-    sender.close()
-    try:
-        ok, result = pickle.loads(receiver.recv_bytes())
-    except EOFError:
-        process.join()
-        raise RuntimeError(f"the process of {function.__name__} ended early") from None
-    process.join()
-    if not ok:
-        raise result
-    return result
+    with ProcessPoolExecutor(1, context) as pool:
+        # Pickled here, because multiprocessing would move tensors to shared memory.
+        return pool.submit(_call, pickle.dumps((function, args))).result()
 
 
-def _answer(sender: Any, pickled: bytes) -> None:
+def _call(pickled: bytes) -> Any:
     function, args = pickle.loads(pickled)
-    try:
-        result = True, function(*args)
-    except Exception as error:
-        result = False, error
-    sender.send_bytes(pickle.dumps(result))
+    return function(*args)

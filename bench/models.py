@@ -19,7 +19,7 @@ class Batch(NamedTuple):
 
 
 class Model(nn.Module):
-    """An RNN with a linear layer that gives one value; subclasses add ``features``."""
+    """An RNN and a linear layer with one output; ``features`` returns the RNN's input."""
 
     def __init__(self, rnn: nn.RNNBase, workload: Workload, directions: int = 1):
         super().__init__()
@@ -27,7 +27,6 @@ class Model(nn.Module):
         self.fc = nn.Linear(directions * workload.H, 1)
 
     def features(self, batch: Batch) -> Tensor | PackedSequence:
-        """Returns the input of the RNN."""
         return batch.inputs
 
 
@@ -121,7 +120,7 @@ def examples_of(workload: Workload, corpus: Corpus | None, seed: int) -> Example
     if corpus is None:
         raise ValueError(f"{workload.name} needs reviews")
     parts = []
-    for reviews, count in zip(corpus.splits, (workload.train, workload.test), strict=True):
+    for reviews, count in zip(corpus[:2], (workload.train, workload.test), strict=True):
         ids, lengths = padded(reviews, workload.vocabulary, workload.T)
         generator = torch.Generator().manual_seed(seed)
         rows = torch.randperm(len(lengths), generator=generator)[:count]

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from . import UserError
 
-HELP = "the pictures of a results folder"
 COLOURS = {"torch.nn": "#555555", "fusedrnn": "#d1495b", "fusedrnn torch": "#e8a33d"}
 OTHERS = ("#3b6ea5", "#5b8c5a", "#8e6c8a", "#2a9d8f", "#b5838d", "#6d6875", "#a98467")
 COLUMNS = 4
@@ -30,17 +29,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def draw(folder: Path) -> list[Path]:
-    """Writes speed.png, losses.png and axes.png where there are data for them.
-
-    Args:
-        folder: has results.csv, and losses.csv after a training.
-
-    Returns:
-        The files written.
+    """Writes speed.png, axes.png and losses.png where there are data for them; returns the files.
 
     Raises:
         ImportError: pandas or matplotlib is not installed.
-        KeyError, OSError, ValueError: a file is missing or has other columns.
+        KeyError, OSError, ValueError: results.csv is missing or has other columns.
     """
     import pandas
 
@@ -62,7 +55,7 @@ def draw(folder: Path) -> list[Path]:
 
 
 def colours(providers) -> dict[str, str]:
-    """Returns a colour for each provider, the same in every picture."""
+    """Returns a colour for each provider."""
     others = sorted(set(providers) - set(COLOURS))
     return COLOURS | {name: OTHERS[n % len(OTHERS)] for n, name in enumerate(others)}
 

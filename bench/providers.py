@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from importlib.metadata import version
 from importlib.util import find_spec
 from types import FunctionType
 from typing import Any, NamedTuple
@@ -12,7 +11,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.utils.rnn import PackedSequence
 
 import fusedrnn
 
@@ -24,69 +22,54 @@ Tensors = tuple[Tensor, ...]
 
 
 class Adapter(nn.RNNBase):
-    """Another implementation of one layer and direction, with the interface of torch.nn.
+    """One layer in one direction of another implementation, with torch.nn's interface.
 
-    It has torch.nn's parameters. The gate differentiates through ``convert``; for timing,
-    ``fix`` converts the weights once. Layers, directions and dropout are composed in ``forward``.
+    It has torch.nn's parameters. The gate differentiates through ``convert``, which lays them out
+    as the implementation wants them; for timing ``fix`` does so once.
 
     Raises:
-        NotImplementedError: the implementation does not support the cell, dtype, or sequences.
+        NotImplementedError: the implementation does not support a cell, dtype or layout.
     """
 
     modes: tuple[str, ...] = ("LSTM", "GRU")
     dtypes: tuple[torch.dtype, ...] = (torch.float32,)
 
     def __init__(self, mode: str, *sizes: Any, **options: Any):
+        super().__init__(mode, *sizes, **options)
+        self.fixed: Tensors = ()
         if mode not in self.modes:
             raise NotImplementedError(f"supports {' and '.join(self.modes)} only")
-        super().__init__(mode, *sizes, **options)
-        self.fixed: list[Tensors] | None = None
+        if self.num_layers > 1 or self.bidirectional:
+            raise NotImplementedError("is measured with one layer in one direction only")
 
     def convert(self, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensors:
-        """Returns the weights of a layer in the layout of the implementation."""
         return w_ih, w_hh, b_ih, b_hh
 
     def layer(self, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
         """Returns output ``[B, T, H]`` and final states ``[B, H]`` for ``x`` ``[B, T, I]``."""
         raise NotImplementedError
 
-    def _converted(self) -> list[Tensors]:
-        return [self.convert(*(getattr(self, n) for n in names)) for names in self._all_weights]
-
     def fix(self) -> list[Tensor]:
-        """Converts the weights once; returns the tensors that training differentiates."""
-        self.fixed = [
-            tuple(t.detach().clone().requires_grad_() for t in w) for w in self._converted()
-        ]
-        return [tensor for weights in self.fixed for tensor in weights]
+        """Converts the weights; returns what training differentiates from now on."""
+        weights = self.convert(*self._flat_weights)  # type: ignore[arg-type]
+        self.fixed = tuple(t.detach().clone().requires_grad_() for t in weights)
+        return list(self.fixed)
 
     def forward(self, input: Any, hx: Any = None) -> Any:
-        if isinstance(input, PackedSequence):
-            raise NotImplementedError("does not support packed sequences")
-        if input.dtype not in self.dtypes:
-            raise NotImplementedError(f"does not support {input.dtype}")
-        directions = 1 + self.bidirectional
+        if not isinstance(input, Tensor) or input.dtype not in self.dtypes:
+            raise NotImplementedError(f"does not support packed sequences or {input.data.dtype}")
         if hx is None:
-            zeros = input.new_zeros(self.num_layers * directions, len(input), self.hidden_size)
-            hx = (zeros, zeros) if self.mode == "LSTM" else zeros
-        given = hx if isinstance(hx, tuple) else (hx,)
-        x, weights, finals = input, self.fixed or self._converted(), []
-        for n in range(0, self.num_layers * directions, directions):
-            x = F.dropout(x, self.dropout, self.training) if n and self.dropout else x
-            outputs = []
-            for z in range(n, n + directions):
-                output, final = self.layer(
-                    weights[z], x.flip(1) if z > n else x, tuple(s[z] for s in given)
-                )
-                outputs.append(output.flip(1) if z > n else output)
-                finals.append(final)
-            x = torch.cat(outputs, -1) if directions == 2 else outputs[0]
-        states = tuple(torch.stack(parts) for parts in zip(*finals, strict=True))
-        return x, states if self.mode == "LSTM" else states[0]
+            hx = (input.new_zeros(1, len(input), self.hidden_size),) * 2
+            hx = hx if self.mode == "LSTM" else hx[0]
+        states = tuple(s[0] for s in (hx if isinstance(hx, tuple) else (hx,)))
+        weights = self.fixed or self.convert(*self._flat_weights)  # type: ignore[arg-type]
+        output, final = self.layer(weights, input, states)
+        states = tuple(state.unsqueeze(0) for state in final)
+        return output, states if self.mode == "LSTM" else states[0]
 
 
 def _loop(mode: str, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
-    cell = {"LSTM": torch.lstm_cell, "GRU": torch.gru_cell, "RNN_TANH": torch.rnn_tanh_cell}[mode]
+    cell: Any = {"LSTM": torch.lstm_cell, "GRU": torch.gru_cell}.get(mode, torch.rnn_tanh_cell)
     outputs = []
     for x_t in x.unbind(1):
         new = cell(x_t, states if mode == "LSTM" else states[0], *weights)
@@ -106,8 +89,6 @@ class EagerLoop(Adapter):
 class CompiledLoop(EagerLoop):
     """torch.compile of the loop, which Dynamo unrolls."""
 
-    longest = 30
-
     def __init__(self, mode: str, *sizes: Any, **options: Any):
         super().__init__(mode, *sizes, **options)
         # Dynamo limits the compilations of a code object, so each module gets its own.
@@ -115,13 +96,13 @@ class CompiledLoop(EagerLoop):
         self.compiled = torch.compile(own, fullgraph=True, dynamic=False)
 
     def layer(self, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
-        if x.shape[1] > self.longest:
-            raise NotImplementedError(f"is not compiled for T > {self.longest}: it is unrolled")
+        if x.shape[1] > 30:
+            raise NotImplementedError("is not compiled for T > 30, because it is unrolled")
         return self.compiled(self.mode, weights, x, states)
 
 
-def _reordered(tensor: Tensor, gates: int, order: tuple[int, ...]) -> Tensor:
-    parts = tensor.chunk(gates)
+def _reordered(tensor: Tensor, *order: int) -> Tensor:
+    parts = tensor.chunk(len(order))
     return torch.cat([parts[n] for n in order])
 
 
@@ -131,34 +112,31 @@ class FlashRNN(Adapter):
     dtypes = (torch.float16, torch.bfloat16, torch.float32)
 
     def convert(self, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensors:
-        H, gates = self.hidden_size, 4 if self.mode == "LSTM" else 3
-        bias = (b_ih + b_hh).view(4, H) if self.mode == "LSTM" else b_ih
+        H, gates = self.hidden_size, 4
+        bias = (b_ih + b_hh).view(-1, H)
         if self.mode == "GRU":  # g is the recurrent half of n, with its own bias
-            w_hh = _reordered(w_hh, 3, (2, 0, 1))
-            (r, z, n), (r_h, z_h, n_h) = b_ih.chunk(3), b_hh.chunk(3)
-            bias = torch.stack((n_h, r + r_h, z + z_h, n))
+            gates, w_hh = 3, _reordered(w_hh, 2, 0, 1)
+            n, n_h = b_ih.chunk(3)[2], b_hh.chunk(3)[2]
+            bias = torch.stack((n_h, bias[0], bias[1], n))
         return w_ih, w_hh.reshape(gates, 1, H, H), bias.unsqueeze(1)
 
     def layer(self, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
         from flashrnn import flashrnn
 
-        w_ih, recurrent, bias = weights
-        projected = F.linear(x, w_ih).unflatten(2, (-1, 1, self.hidden_size))
-        given = torch.stack(states)[:, :, None, None]
+        projected = F.linear(x, weights[0]).unflatten(2, (-1, 1, self.hidden_size))
+        stacked = torch.stack(states)[:, :, None, None]
+        kinds = {"function": self.mode.lower(), "dtype": str(x.dtype).removeprefix("torch.")}
         hidden, final = flashrnn(
-            projected, recurrent, bias, states=given, function=self.mode.lower(),
-            backend="cuda_fused", dtype=str(x.dtype).removeprefix("torch."),
-        )  # fmt: skip
+            projected, *weights[1:], states=stacked, backend="cuda_fused", **kinds
+        )
         return hidden[0, :, :, 0], tuple(final[:, :, -1, 0])
 
 
 class Haste(Adapter):
     """haste_pytorch 0.5: gates i, g, f, o and z, r, n; weights are transposed."""
 
-    names = ("kernel", "recurrent_kernel", "bias", "recurrent_bias")
-
     def convert(self, w_ih: Tensor, w_hh: Tensor, b_ih: Tensor, b_hh: Tensor) -> Tensors:
-        order = (4, (0, 2, 1, 3)) if self.mode == "LSTM" else (3, (1, 0, 2))
+        order = (0, 2, 1, 3) if self.mode == "LSTM" else (1, 0, 2)
         w_ih, w_hh, b_ih, b_hh = (_reordered(t, *order) for t in (w_ih, w_hh, b_ih, b_hh))
         biases = (b_ih + b_hh,) if self.mode == "LSTM" else (b_ih, b_hh)
         return w_ih.T.contiguous(), w_hh.T.contiguous(), *biases
@@ -166,15 +144,14 @@ class Haste(Adapter):
     def layer(self, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
         import haste_pytorch
 
-        made = self.__dict__.setdefault("made", {})  # a module for each input size
-        if (width := x.shape[2]) not in made:
-            rnn_class = getattr(haste_pytorch, self.mode)
-            made[width] = rnn_class(width, self.hidden_size, batch_first=True).to(x.device)
-            made[width]._parameters.clear()  # replaced by plain attributes below
-        rnn = made[width].train(self.training)
-        vars(rnn).update(zip(self.names, weights, strict=False))
-        given = tuple(state.unsqueeze(0) for state in states)
-        output, final = rnn(x, given if self.mode == "LSTM" else given[0])
+        if "made" not in vars(self):
+            made = getattr(haste_pytorch, self.mode)(x.shape[2], self.hidden_size, batch_first=True)
+            made._parameters.clear()  # replaced by plain attributes below
+            vars(self)["made"] = made.to(x.device)
+        made, names = vars(self)["made"], ("kernel", "recurrent_kernel", "bias", "recurrent_bias")
+        vars(made.train(self.training)).update(zip(names, weights, strict=False))
+        hx = tuple(state.unsqueeze(0) for state in states)
+        output, final = made(x, hx if self.mode == "LSTM" else hx[0])
         return output, tuple(s[0] for s in (final if self.mode == "LSTM" else (final,)))
 
 
@@ -185,16 +162,17 @@ class TorchRL(Adapter):
         from torchrl.modules.tensordict_module import _rnn_triton
 
         # It takes states for every step, and reads those of the first step and of resets.
-        given = [F.pad(state.unsqueeze(1), (0, 0, 0, x.shape[1] - 1)) for state in states]
+        padded = [F.pad(state.unsqueeze(1), (0, 0, 0, x.shape[1] - 1)) for state in states]
         resets = torch.zeros(x.shape[:2], dtype=torch.bool, device=x.device)
         run = getattr(_rnn_triton, f"{self.mode.lower()}_triton")
-        result = run(x, *given, *weights, resets, input_precision=rnn_fp32())
+        result = run(x, *padded, *weights, resets, input_precision=rnn_fp32())
         return result[0], tuple(result[-len(states) :])
 
 
 def rnn_fp32() -> str:
-    """Returns how cuDNN, fusedrnn and torchrl multiply fp32 by default on CUDA."""
-    return "ieee" if torch.backends.cudnn.rnn.fp32_precision == "ieee" else "tf32"  # type: ignore[attr-defined]
+    """Returns how cuDNN, fusedrnn and torchrl multiply fp32 on CUDA."""
+    rnns: Any = torch.backends.cudnn.rnn
+    return "ieee" if rnns.fp32_precision == "ieee" else "tf32"
 
 
 def matmul_fp32() -> str:
@@ -203,19 +181,13 @@ def matmul_fp32() -> str:
 
 @contextmanager
 def scheduled(name: str) -> Iterator[None]:
-    """Runs every layer inside by one schedule of the triton backend, each in its own launch.
+    """Runs every layer inside by one schedule of the triton backend, each in its own launch."""
+    from fusedrnn.kernels import plan as planning
 
-    Raises:
-        NotImplementedError: the schedule does not support a call, or cannot be forced.
-    """
-    from fusedrnn.kernels import plan
-
-    if not hasattr(plan, "forced"):
-        raise NotImplementedError("this version of fusedrnn cannot force a schedule")
+    plan: Any = planning
 
     def planner(problem: Any, chip: Any) -> tuple:
-        one = getattr(plan, name)(problem._replace(layers=1), chip)
-        return (one,) * problem.layers
+        return (getattr(plan, name)(problem._replace(layers=1), chip),) * problem.layers
 
     with fusedrnn.use_backend("triton"), plan.forced(planner):
         yield
@@ -227,7 +199,7 @@ class Provider(NamedTuple):
     Attributes:
         build: takes ``"LSTM"``, ``"GRU"`` or ``"RNN"`` and the arguments of torch's constructor.
         context: is entered around every call.
-        install: package and the line that installs it, for what may be absent.
+        install: the package and the line that installs it, if it may be absent.
         devices: where it computes.
         fp32: returns how it multiplies fp32 on CUDA.
         layout: ``"padded"`` or ``"lengths"``, if it is not given packed sequences.
@@ -236,75 +208,62 @@ class Provider(NamedTuple):
 
     build: Callable[..., Any]
     context: Callable[[], AbstractContextManager[Any]] = nullcontext
-    install: tuple[str, str] | None = None
+    install: tuple[str, str] = ("", "")
     devices: tuple[str, ...] = ("cpu", "cuda")
     fp32: Callable[[], str] = rnn_fp32
     layout: str = ""
     step: bool = False
 
 
-def _of(namespace: Any) -> Callable[..., nn.Module]:
-    return lambda cell, *sizes, **options: getattr(namespace, cell)(*sizes, **options)
+def _of(namespace: Any, **fixed: Any) -> Callable[..., nn.Module]:
+    return lambda cell, *sizes, **options: getattr(namespace, cell)(*sizes, **options, **fixed)
 
 
-def _ours(backend: str, *devices: str) -> Provider:
-    context = lambda: fusedrnn.use_backend(backend)  # noqa: E731
-    return Provider(_of(fusedrnn), context, devices=devices or ("cpu", "cuda"))
+def _adapted(adapter: type[Adapter], *install: str, fp32: Callable[[], str]) -> Provider:
+    def build(cell: str, *sizes: Any, **options: Any) -> Adapter:
+        return adapter("RNN_TANH" if cell == "RNN" else cell, *sizes, **options)
+
+    if not install:
+        return Provider(build, fp32=fp32)
+    package = install[0].partition(" ")[0]
+    return Provider(build, nullcontext, (package, f"pip install {install[0]}"), ("cuda",), fp32)
 
 
-def _forced(schedule: str) -> Provider:
-    return Provider(_of(fusedrnn), lambda: scheduled(schedule), devices=("cuda",))
-
-
-def _adapted(adapter: type[Adapter], install: tuple[str, str] | None = None, **options: Any):
-    def build(cell: str, *sizes: Any, **of_torch: Any) -> Adapter:
-        return adapter("RNN_TANH" if cell == "RNN" else cell, *sizes, **of_torch)
-
-    devices = ("cuda",) if install else ("cpu", "cuda")
-    return Provider(build, nullcontext, install, devices, **{"fp32": matmul_fp32} | options)
-
-
-def _recomputing(cell: str, *sizes: Any, **options: Any) -> nn.Module:
-    return getattr(fusedrnn, cell)(*sizes, recompute=True, **options)
-
-
+_OURS = Provider(_of(fusedrnn))
+_CUDA = _OURS._replace(devices=("cuda",))
 PROVIDERS = {
     TORCH: Provider(_of(nn)),
-    "fusedrnn": Provider(_of(fusedrnn)),
+    "fusedrnn": _OURS,
     "torch.nn padded": Provider(_of(nn), layout="padded"),
-    "fusedrnn lengths": Provider(_of(fusedrnn), layout="lengths"),
-    "fusedrnn stream": Provider(_of(fusedrnn), step=True),
-    "fusedrnn recompute": _ours("torch")._replace(build=_recomputing),
-    "fusedrnn torch": _ours("torch"),
-    "fusedrnn aten": _ours("aten"),
-    "fusedrnn triton": _ours("triton", "cuda"),
-    "fusedrnn resident": _forced("resident"),
-    "fusedrnn cooperative": _forced("cooperative"),
-    "fusedrnn stepwise": _forced("stepwise"),
-    "eager loop": _adapted(EagerLoop),
-    "compiled loop": _adapted(CompiledLoop),
-    # Its LSTM kernel has tf32 fragments only.
-    "flashrnn": _adapted(FlashRNN, ("flashrnn", "pip install flashrnn"), fp32=lambda: "tf32"),
-    # Its GRU lets cuBLAS round fp32 to fp16, which has as many fraction bits as tf32.
-    "haste": _adapted(Haste, ("haste_pytorch", "pip install haste_pytorch"), fp32=lambda: "tf32"),
-    "torchrl": _adapted(TorchRL, ("torchrl", "pip install torchrl tensordict"), fp32=rnn_fp32),
+    "fusedrnn lengths": _OURS._replace(layout="lengths"),
+    "fusedrnn stream": _OURS._replace(step=True),
+    "fusedrnn torch": _OURS._replace(context=lambda: fusedrnn.use_backend("torch")),
+    "fusedrnn recompute": Provider(
+        _of(fusedrnn, recompute=True), lambda: fusedrnn.use_backend("torch")
+    ),
+    "fusedrnn aten": _OURS._replace(context=lambda: fusedrnn.use_backend("aten")),
+    "fusedrnn triton": _CUDA._replace(context=lambda: fusedrnn.use_backend("triton")),
+    "fusedrnn resident": _CUDA._replace(context=lambda: scheduled("resident")),
+    "fusedrnn cooperative": _CUDA._replace(context=lambda: scheduled("cooperative")),
+    "fusedrnn stepwise": _CUDA._replace(context=lambda: scheduled("stepwise")),
+    "eager loop": _adapted(EagerLoop, fp32=matmul_fp32),
+    "compiled loop": _adapted(CompiledLoop, fp32=matmul_fp32),
+    # FlashRNN's LSTM has tf32 only; Haste's GRU lets cuBLAS round to fp16, which is as coarse.
+    "flashrnn": _adapted(FlashRNN, "flashrnn", fp32=lambda: "tf32"),
+    "haste": _adapted(Haste, "haste_pytorch", fp32=lambda: "tf32"),
+    "torchrl": _adapted(TorchRL, "torchrl tensordict", fp32=rnn_fp32),
 }
+
+
+PEERS = tuple(entry.install[0] for entry in PROVIDERS.values() if entry.install[0])
 
 
 def absent(provider: str, device: torch.device) -> str | None:
     """Returns why a provider cannot take part on a device, or None if it can."""
     entry = PROVIDERS[provider]
-    if device.type not in entry.devices:
-        return f"runs on {entry.devices[0]} only"
-    if entry.install and find_spec(entry.install[0]) is None:
+    if entry.install[0] and find_spec(entry.install[0]) is None:
         return f"not installed: {entry.install[1]}"
-    return None
-
-
-def peer_versions() -> dict[str, str]:
-    """Returns the versions of the other implementations that are installed."""
-    packages = [entry.install[0] for entry in PROVIDERS.values() if entry.install]
-    return {name: version(name) for name in packages if find_spec(name) is not None}
+    return None if device.type in entry.devices else f"runs on {entry.devices[0]} only"
 
 
 def build(provider: str, cell: str, workload: Workload, **options: Any) -> Any:

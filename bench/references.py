@@ -8,7 +8,6 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-HELP = "published times of the named cases"
 PATH = Path(__file__).with_name("references.csv")
 HEADER = f"{'case':<20} {'GPU':<27} {'dtype':<8} {'forward ms':>15} {'backward ms':>12}  library"
 NOTE = """Published by others, not measured here; sources and commits are in bench/references.csv.

@@ -10,9 +10,9 @@ import platform
 import re
 import subprocess
 import sys
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Any
 
@@ -26,11 +26,8 @@ except ImportError:  # measuring needs torch and triton only
     tqdm = None
 
 from . import UserError
-from .cases import Workload
-from .providers import TORCH, matmul_fp32, peer_versions, rnn_fp32
+from .providers import PEERS, TORCH, matmul_fp32, rnn_fp32
 
-HELP = "print the tables of a results folder, or write them into a Markdown file"
-OPTIONS: tuple[str, ...] = ()
 #: Of results.csv: one line for each case, cell, pass and provider.
 COLUMNS = (
     "case", "cell", "pass", "provider", "backend", "dtype", "precision", "layout",
@@ -38,75 +35,65 @@ COLUMNS = (
     "ms", "p20", "p80", "x", "x_low", "x_high", "rounds", "device_ms",
     "kept_mb", "peak_mb", "plan", "note",
 )  # fmt: skip
-#: Of losses.csv, and of training.csv.
 LOSSES = ("case", "cell", "provider", "step", "loss")
-TRAINING = ("case", "cell", "provider", "steps", "final_loss", "difference", "metric", "test")
-#: The table of the main job, and the widths of its columns.
+#: The columns of the two tables that runs print, and their widths.
 MAIN = {"case": 19, "backend": 7, "error": 5, "forward": 16, "training": 16, "loss": 15}
-LEGEND = """\
-Each row is fusedrnn beside torch.nn, from the same weights. error: the largest error of all outputs
-and gradients against fp64, as a part of what is allowed. forward, training: how many times as fast
-as torch.nn, and milliseconds. loss: at the end of the same training, and torch.nn's."""
+CASES = {"case": 22, "cell": 4, "provider": 20, "gate": 14, "forward": 22, "training": 22}
+LEGENDS = (
+    "gate: the largest error as a part of what is allowed; results.csv has a note on what was\n"
+    "refused or failed. forward, training: milliseconds, and how many times as fast as torch.nn,\n"
+    "which gets a PackedSequence where lengths differ.",
+    "Each row is fusedrnn beside torch.nn, from the same weights. error: the largest error of any\n"
+    "output or gradient against fp64, as a part of what is allowed. forward, training: how many\n"
+    "times as fast as torch.nn, and milliseconds. loss: after the same training, and torch.nn's.",
+)
 
 
 def environment(device: torch.device, data: str) -> dict[str, Any]:
     """Returns what a reader needs to judge or repeat the numbers."""
     cuda = device.type == "cuda"
+    cpu = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
+    name = f"CPU, {model[1] if model else platform.processor()}"
+    installed = {d.metadata["Name"]: d.version for d in distributions()}
     return {
-        "device": torch.cuda.get_device_name(device) if cuda else f"CPU, {_cpu_name()}",
+        "device": torch.cuda.get_device_name(device) if cuda else name,
         "data": data,
         "fusedrnn": fusedrnn.__version__,
         "torch": torch.__version__,
-        "triton": _version("triton"),
-        "cuda": torch.version.cuda if cuda else None,
+        "triton": installed.get("triton"),
         "cudnn": torch.backends.cudnn.version() if cuda else None,
         "python": platform.python_version(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "fp32": rnn_fp32() if cuda else "ieee",
         "matmul_fp32": matmul_fp32() if cuda else "ieee",
-        "peers": peer_versions(),
+        "peers": {n: installed[n] for n in PEERS if n in installed},
         "commit": _commit(),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
 
 
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _cpu_name() -> str:
-    info = Path("/proc/cpuinfo")
-    lines = info.read_text().splitlines() if info.exists() else []
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.processor() or platform.machine()
-
-
 def _commit() -> str | None:
     """Returns the commit of the measured package, if it is a checkout and git is there."""
-    folder = Path(fusedrnn.__file__).parent
-    command = ["git", "describe", "--always", "--dirty"]
+    folder, command = Path(fusedrnn.__file__).parent, ["git", "describe", "--always", "--dirty"]
     try:
-        found = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
+        git = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return found.stdout.strip() or None
+    return git.stdout.strip() or None
 
 
-def header(env: dict[str, Any]) -> str:
+def header(env: dict[str, Any], quick: bool = False) -> str:
     """Returns the lines above every table."""
     software = [f"{name} {env[name]}" for name in ("fusedrnn", "torch", "triton") if env[name]]
     software += [f"cuDNN {env['cudnn']}"] if env["cudnn"] else []
     threads = f"{env['threads']} of {env['cores']} CPU threads"
-    return (
-        f"device   {env['device']}; {threads}; fp32 as {env['fp32']}\n"
-        f"versions {', '.join(software)}, commit {env['commit']}\n"
-        f"data     {env['data']}"
-    )
+    lines = [f"device   {env['device']}; {threads}; fp32 as {env['fp32']}"]
+    lines += [f"versions {', '.join(software)}, commit {env['commit']}", f"data     {env['data']}"]
+    lines += ["quick    tiny sizes: the times mean nothing"] * quick
+    return "\n".join([*lines, ""])
 
 
 class Results:
@@ -119,37 +106,48 @@ class Results:
             UserError: it cannot be written.
         """
         self.folder = folder
-        files = {"results.csv": COLUMNS, "losses.csv": LOSSES, "training.csv": TRAINING}
         try:
             folder.mkdir(parents=True, exist_ok=True)
             (folder / "environment.json").write_text(json.dumps(env, indent=2) + "\n")
-            for name, columns in files.items():
+            for name, columns in (("results.csv", COLUMNS), ("losses.csv", LOSSES)):
                 if not (resume and (folder / name).exists()):
-                    with open(folder / name, "w", newline="") as file:
-                        csv.writer(file).writerow(columns)
+                    (folder / name).write_text(",".join(columns) + "\n")
+            if not resume:
+                (folder / "begun.txt").unlink(missing_ok=True)
         except OSError as error:
             raise UserError(f"no results can be written to {folder}: {error.strerror}") from error
 
-    def add(self, rows: Iterable[dict[str, Any]], name: str = "results.csv") -> None:
-        columns = {"losses.csv": LOSSES, "training.csv": TRAINING}.get(name, COLUMNS)
+    def begin(self, case: str, cell: str) -> None:
+        """Notes a case, so that a resumed run skips one that ended the process."""
+        with open(self.folder / "begun.txt", "a") as file:
+            file.write(f"{case} {cell}\n")
+
+    def add(self, rows: Iterable[dict[str, Any]], trainings: dict[str, Any] | None = None) -> None:
+        """Appends rows, and the losses of a case's trainings by provider."""
+        rows = list(rows)
+        self._append("results.csv", COLUMNS, rows)
+        for provider, training in (trainings or {}).items():
+            keys = {"case": rows[0]["case"], "cell": rows[0]["cell"], "provider": provider}
+            lines = [keys | {"step": n, "loss": x} for n, x in enumerate(training.losses)]
+            self._append("losses.csv", LOSSES, lines)
+
+    def _append(self, name: str, columns: tuple[str, ...], rows: list[dict[str, Any]]) -> None:
         with open(self.folder / name, "a", newline="") as file:
-            writer = csv.DictWriter(file, columns)
             for row in rows:
-                writer.writerow(
-                    {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
-                )
+                short = {k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()}
+                csv.DictWriter(file, columns, lineterminator="\n").writerow(short)
             file.flush()
             os.fsync(file.fileno())
 
 
-def row_of(workload: Workload, cell: str, mode: str, provider: str, **values: Any) -> dict:
-    """Returns a line of results.csv."""
+def row_of(case: Any, mode: str, provider: str) -> dict[str, Any]:
+    """Returns the first columns of a line of results.csv."""
+    w = case.workload
     return {
-        "case": workload.name, "cell": cell, "pass": mode, "provider": provider,
-        "dtype": workload.dtype, "layout": "packed" if workload.ragged else "padded",
-        "T": workload.T, "B": workload.B, "I": workload.I, "H": workload.H,
-        "layers": workload.layers, "directions": 1 + workload.bidirectional,
-    } | values  # fmt: skip
+        "case": w.name, "cell": case.cell, "pass": mode, "provider": provider, "dtype": w.dtype,
+        "layout": "packed" if w.ragged else "padded", "T": w.T, "B": w.B, "I": w.I, "H": w.H,
+        "layers": w.layers, "directions": 1 + w.bidirectional,
+    }  # fmt: skip
 
 
 def progress(items: Any) -> Any:
@@ -163,73 +161,82 @@ def say(line: str) -> None:
     sys.stdout.flush()
 
 
-def ms_text(ms: float) -> str:
-    return f"{ms:.3f}" if ms < 1 else f"{ms:.2f}" if ms < 10 else f"{ms:.1f}"
+def head(trains: bool) -> str:
+    widths = MAIN if trains else CASES
+    rule = "|".join("-" * (width + 2) for width in widths.values())
+    return f"{_line({name: name for name in widths}, widths)}\n|{rule}|"
 
 
-def main_line(rows: list[dict], trainings: list[dict]) -> dict[str, str]:
-    """Returns a row of the main table for one case and cell."""
-    ours = {r["pass"]: r for r in rows if r["provider"] == "fusedrnn"}
-    losses = {t["provider"]: t["final_loss"] for t in trainings}
-    forward, training = ours["forward"], ours["training"]
-
-    def speed(row: dict) -> str:
-        return f"{row['x']:.2f}x, {ms_text(row['ms'])} ms" if row.get("x") else row["gate"]
-
-    loss = [f"{losses[p]:.2g}" for p in ("fusedrnn", TORCH) if p in losses]
-    return {
-        "case": f"{forward['case']} {forward['cell']}", "backend": training["backend"] or "-",
-        "error": f"{training['share']:.2f}" if training.get("share") else "-",
-        "forward": speed(forward), "training": speed(training), "loss": ", ".join(loss) or "-",
-    }  # fmt: skip
-
-
-def table_line(cells: dict[str, str], widths: dict[str, int] = MAIN) -> str:
+def _line(cells: dict[str, str], widths: dict[str, int]) -> str:
     return f"| {' | '.join(cells[name].ljust(width) for name, width in widths.items())} |"
 
 
-def table_head(widths: dict[str, int] = MAIN) -> str:
-    rule = "|".join("-" * (width + 2) for width in widths.values())
-    return f"{table_line(dict.fromkeys(widths) | {n: n for n in widths}, widths)}\n|{rule}|"
+def _ms(ms: float) -> str:
+    return f"{ms:.3f} ms" if ms < 1 else f"{ms:.2f} ms" if ms < 10 else f"{ms:.1f} ms"
 
 
-def speed_table(frame: Any) -> str:
-    """Returns torch.nn's time divided by each provider's; above 1 is faster than torch.nn."""
-    frame = frame[frame.provider != TORCH].dropna(subset=["x"])
-    several = frame.provider.nunique() > 1
-    columns = (["provider"] if several else []) + ["cell", "pass"]
-    wide = frame.pivot_table(index="case", columns=columns, values="x", sort=False)
-    wide.columns = [" ".join(name) for name in wide.columns]
-    return wide.to_markdown(floatfmt=".2f")
+def main_lines(rows: dict, trainings: dict) -> Iterator[str]:
+    """Yields the line of the main table for one case and cell."""
+    forward, training = (rows["fusedrnn", mode] for mode in ("forward", "training"))
+
+    def speed(row: dict) -> str:
+        return f"{row['x']:.2f}x, {_ms(row['ms'])}" if row.get("x") else row["gate"]
+
+    losses = [f"{trainings[p].final_loss:.3g}" for p in ("fusedrnn", TORCH) if p in trainings]
+    share = f"{training['share']:.2f}" if "share" in training else "-"
+    cells = {
+        "case": f"{forward['case']} {forward['cell']}",
+        "backend": training.get("backend", "-"),
+    }
+    cells |= {"error": share, "forward": speed(forward), "training": speed(training)}
+    yield _line(cells | {"loss": ", ".join(losses)}, MAIN)
+
+
+def case_lines(rows: dict, trainings: dict) -> Iterator[str]:
+    """Yields a line for each provider of a case."""
+    for provider in dict.fromkeys(p for p, _ in rows):
+        passes = {mode: row for (p, mode), row in rows.items() if p == provider}
+        first, shares = next(iter(passes.values())), [r.get("share", 0) for r in passes.values()]
+        gate = next((r["gate"] for r in passes.values() if r["gate"] != "ok"), "ok")
+        cells = {"case": first["case"], "cell": first["cell"], "provider": provider}
+        cells["gate"] = f"{gate} {max(shares):.2f}" if max(shares) else gate
+        for mode in ("forward", "training"):
+            row = passes.get(mode, {})
+            ms = _ms(row["ms"]) if row.get("ms") else "-"
+            cells[mode] = f"{ms}, {row['x']:.2f}x" if row.get("x") else ms
+        yield _line(cells, CASES)
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, help="a folder with results.csv")
-    parser.add_argument(
-        "--into", type=Path, metavar="FILE",
-        help="replace what is between <!-- bench FOLDER --> and <!-- end --> in this file",
-    )  # fmt: skip
+    words = "replace what is between <!-- bench FOLDER --> and <!-- end --> in this file"
+    parser.add_argument("--into", type=Path, metavar="FILE", help=words)
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table of speeds, or writes it into a file."""
+    """Prints torch.nn's time divided by each provider's, or writes the table into a file."""
     import pandas
 
     try:
         frame = pandas.read_csv(options.folder / "results.csv")
         env = json.loads((options.folder / "environment.json").read_text())
-        table = speed_table(frame)
+        frame = frame[frame.provider != TORCH].dropna(subset=["x"])
+        wide = frame.pivot_table(
+            index=["case", "provider"], columns=["cell", "pass"], values="x", sort=False
+        ).reset_index()
+        wide.columns = [" ".join(name).strip() for name in wide.columns]
         caption = f"{env['device']}, {env['threads']} threads, torch {env['torch']}, {env['date']}"
+        page = options.into.read_text() if options.into else ""
     except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{options.folder} holds no readable results: {error}") from error
-    text = f"{table}\n\n{caption}: `{env.get('command', '')}`"
+        raise UserError(f"{options.folder} has no results that can be read: {error}") from error
+    table = wide.to_markdown(index=False, floatfmt=".2f", missingval="-")
+    text = f"{table}\n\n{caption}: `{env['command']}`"
     if options.into is None:
         print(text)
         return 0
     begin = f"<!-- bench {options.folder.as_posix()} -->"
-    page = options.into.read_text() if options.into.exists() else ""
-    pattern = re.compile(f"({re.escape(begin)}\n).*?(\n<!-- end -->)", re.DOTALL)
-    if not pattern.search(page):
+    region = re.compile(f"({re.escape(begin)}\n).*?(\n<!-- end -->)", re.DOTALL)
+    if not region.search(page):
         raise UserError(f"{options.into} has no region that begins with {begin}")
-    options.into.write_text(pattern.sub(lambda m: m[1] + text + m[2], page))
+    options.into.write_text(region.sub(lambda m: m[1] + text + m[2], page))
     return 0

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
@@ -18,7 +17,6 @@ class Training(NamedTuple):
 
     losses: list[float]
     metric: float  # accuracy of reviews, root mean square error of forecasts
-    seconds: float
 
     @property
     def final_loss(self) -> float:
@@ -45,11 +43,10 @@ def train(
 ) -> Training:
     """Trains with Adam, tests, and calls ``tick`` after every step."""
     torch.manual_seed(seed)  # of dropout
-    classifies = metric_name(workload) == "accuracy"
+    classifies = workload.vocabulary > 0
     criterion = nn.BCEWithLogitsLoss() if classifies else nn.MSELoss()
     optimiser = torch.optim.Adam(model.parameters(), lr=workload.learning_rate)
     losses = []
-    start = time.perf_counter()
     model.train()
     for _, rows in zip(range(steps), _batches(examples.known, workload.B, seed), strict=False):
         batch = examples.batch(rows, device)
@@ -61,17 +58,12 @@ def train(
         losses.append(loss.detach())  # .item() would synchronise with the GPU
         tick()
     curve = torch.stack(losses).tolist()
-    seconds = time.perf_counter() - start
-    found, targets = predict(model, examples, device)
+    values, targets = predict(model, examples, device)
     if classifies:
-        metric = ((found > 0) == (targets > 0.5)).double().mean()
+        metric = ((values > 0) == (targets > 0.5)).double().mean()
     else:
-        metric = (found - targets).square().mean().sqrt()
-    return Training(curve, metric.item(), seconds)
-
-
-def metric_name(workload: Workload) -> str:
-    return "accuracy" if workload.vocabulary else "rmse"
+        metric = (values - targets).square().mean().sqrt()
+    return Training(curve, metric.item())
 
 
 def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:

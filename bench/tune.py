@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import os
 import time
+from collections.abc import Callable
 from datetime import datetime, timezone
 from itertools import islice
 
@@ -16,7 +17,7 @@ import torch
 
 from fusedrnn import dispatch
 from fusedrnn.kernels import plan as planning
-from fusedrnn.kernels.plan import Measured, Problem, chip_of
+from fusedrnn.kernels.plan import Chip, Measured, Plan, Problem, chip_of
 
 from . import DEFAULT_FOLDER, UserError
 from .cases import named
@@ -25,7 +26,6 @@ from .gpu import append
 from .measure import PASSES, BenchmarkCase, Settings, Times, interleaved
 from .providers import TORCH
 
-HELP = "the fastest plans here, as entries for kernels/plan.py"
 OPTIONS = ("out", "device", "seed")
 #: Candidates of a problem; each takes seconds to compile, and the model's best come first.
 MOST = 8
@@ -85,7 +85,7 @@ def tune(case: BenchmarkCase, mode: str, settings: Settings) -> tuple[list[tuple
     for plan in islice(planning.candidates(problem, chip), MOST):
         times: dict[str, Times] = {}
         # The plan is forced around all calls, not in each, so that calls cost what they do.
-        with planning.forced(lambda problem, chip, plan=plan: (plan,)):
+        with planning.forced(_always(plan)):
             try:
                 verdict = gate.judge(TRITON, precision, backward=mode == "training")
             except (RuntimeError, ValueError) as error:
@@ -116,3 +116,7 @@ def problem_of(case: BenchmarkCase, needs_grad: bool) -> Problem:
     D = 2 if case.workload.bidirectional else 1
     sizes = case.workload.H, case.workload.B, D
     return Problem(cell, *sizes, case.x.dtype, dispatch.precision(), needs_grad)
+
+
+def _always(plan: Plan) -> Callable[[Problem, Chip], tuple[Plan, ...]]:
+    return lambda problem, chip: (plan,)

@@ -9,7 +9,7 @@ are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
 from importlib import import_module
@@ -112,24 +112,19 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
         rows: the steps of the call.
     """
     D, (columns, H) = config.directions, layers.w_hh[0].shape
-    biases: Sequence[Tensor | None] = layers.b_ih or (None,) * D
+    biases: Sequence[Any] = layers.b_ih or (None,) * D
     if plan is not None:
         gx = x.new_empty(D, rows.total, columns)
+        layers = layers._replace(gx=gx, origins=rows.origins, starts=rows.starts)
         with gemm_precision(config.precision, x):
             _input_products(x, layers.w_ih[:D], biases[:D], gx)
-            schedule = _schedule(plan.schedule)
-            schedule.forward(
-                config.cell,
-                plan,
-                layers._replace(gx=gx, origins=rows.origins, starts=rows.starts),
-                rows,
-            )
+            _schedule(plan.schedule).forward(config.cell, plan, layers, rows)
         return
     room = layers.gates
     if room is None or not room.shape[-1]:
         room = x.new_empty(D, rows.total, loop.workspace_tiles(config.cell) * H)
-    if layers.b_ih is not None and layers.b_hh is not None:
-        pairs = zip(layers.b_ih, layers.b_hh, strict=True)
+    if layers.b_hh is not None:
+        pairs = zip(biases, layers.b_hh, strict=True)
         biases = [loop.folded_bias(config.cell, *pair) for pair in pairs]
     _input_products(x, layers.w_ih, biases, room[..., :columns])
     loop.forward(config.cell, layers._replace(gx=room), rows)
@@ -178,101 +173,83 @@ def backward(
         dx ``[R, I]`` of the first layer or None, and the gradients of the weights in torch's order
         or an empty list.
     """
-    if layers.gates is not None:
-        dx = layers.h_0.new_empty(rows.total, xs[0].shape[-1]) if needs_input else None
-        return dx, _backward(config, plan, xs, layers, grads, rows, dx, needs_params)
-    x = xs[0].reshape(-1, xs[0].shape[-1])
-    dx, total = torch.empty_like(x) if needs_input else None, list[Tensor]()
-    for own, part, part_grads, part_rows in _segments(config, x, layers, grads, rows):
-        part_dx = None if dx is None else dx[own]
-        found = _backward(
-            config, plan, [x[own]], part, part_grads, part_rows, part_dx, needs_params
-        )
+    D, (Z, _, H) = config.directions, layers.h_0.shape
+    parts: Iterable[_Segment] = [_Segment(slice(None), layers, grads, rows)]
+    if layers.gates is None:
+        xs = [xs[0].reshape(-1, xs[0].shape[-1])]
+        parts = _segments(config, xs[0], layers, grads, rows)
+    dx = layers.h_0.new_empty(rows.total, xs[0].shape[-1]) if needs_input else None
+    total: list[Tensor] = []
+    for own, part, part_grads, part_rows in parts:
+        shape = Z, part_rows.total, config.spec.grad_tiles * H
+        part_grads = part_grads._replace(gates=empty_grads(layers.h_0, shape, rows))
+        with gemm_precision(config.precision, layers.h_0):
+            if plan is None:
+                loop.backward(config.cell, part, part_grads, part_rows)
+            else:
+                part = part._replace(origins=rows.origins, starts=rows.starts)
+                run = _schedule(plan.schedule).backward
+                run(config.cell, plan, part, part_grads, part_rows)
+            dgates = part_grads.gates
+            if dx is not None:
+                input_grad(dgates[:D], layers.w_ih[:D], dx[own])
+            found: list[Tensor] = []
+            for z in range(Z) if needs_params else ():
+                x = xs[z // D][own]
+                found += weight_grads(config.cell, z, x, part, dgates[z], part_rows)
         total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else found
     return dx, total
 
 
-def _backward(
-    config: StackConfig,
-    plan: Plan | None,
-    xs: Sequence[Tensor],
-    layers: Layers,
-    grads: Grads,
-    rows: Rows,
-    dx: Tensor | None,
-    needs_params: bool,
-) -> list[Tensor]:
-    """Runs the layers of one launch backwards from their gates; fills dx where it is given."""
-    D, (Z, _, H) = config.directions, layers.h_0.shape
-    shape = Z, rows.total, config.spec.grad_tiles * H
-    grads = grads._replace(gates=empty_grads(layers.h_0, shape, rows))
-    with gemm_precision(config.precision, layers.h_0):
-        if plan is None:
-            loop.backward(config.cell, layers, grads, rows)
-        else:
-            layers = layers._replace(origins=rows.origins, starts=rows.starts)
-            _schedule(plan.schedule).backward(config.cell, plan, layers, grads, rows)
-        if dx is not None:
-            input_grad(grads.gates[:D], layers.w_ih[:D], dx)
-        found: list[Tensor] = []
-        for z in range(Z) if needs_params else ():
-            found += weight_grads(config.cell, z, xs[z // D], layers, grads.gates[z], rows)
-    return found
+class _Segment(NamedTuple):
+    """Some rows of a layer as a layer by themselves."""
+
+    own: slice
+    layers: Layers
+    grads: Grads
+    rows: Rows
 
 
 def _segments(
     config: StackConfig, x: Tensor, layers: Layers, grads: Grads, rows: Rows
-) -> Iterator[tuple[slice, Layers, Grads, Rows]]:
-    """Yields segments of the steps of a layer, the last first, with their gates.
+) -> Iterator[_Segment]:
+    """Yields the segments of a layer with their gates, the last steps first.
 
-    Dense rows of one direction are cut in time; all others are one segment, because a slice of rows
-    does not hold the same steps of both directions, or of all sequences.
+    Dense rows of one direction are cut in time. All others are one segment, because a slice of rows
+    does not hold the same steps of both directions or of all sequences.
     """
     D, B, H = layers.h_0.shape
     left = layers.out[0].unflatten(1, (D, H)).transpose(0, 1)
-    if D == 2 or rows.origins is not None:
-        tables = [previous_rows(rows, d, x.device) for d in range(D)]
-        states = [_all_entering(tables, layers.h_0, left)]
-        states += [] if layers.cs is None else [_all_entering(tables, layers.c_0, layers.cs)]
-        gates = _gates(config, x, layers, states)
-        yield slice(None), layers._replace(gates=gates), grads, rows
-        return
+    pairs = [(layers.h_0, left)] + ([] if layers.cs is None else [(layers.c_0, layers.cs)])
+    tables = [previous_rows(rows, d, x.device) for d in range(D)]
+    states = [
+        torch.stack([entering(table, *of) for table, *of in zip(tables, *pair, strict=True)])
+        for pair in pairs
+    ]
     size = _SEGMENT_ON_GPU if x.is_cuda else _SEGMENT
-    steps = max(size // max(B * config.spec.gates * H, 1), 1)
-    for stop in range(rows.T, 0, -steps):
-        first = max(stop - steps, 0)
-        own = slice(first * B, stop * B)
-        states = [_shifted(layers.h_0, left, own)]
-        states += [] if layers.cs is None else [_shifted(layers.c_0, layers.cs, own)]
+    most = max(size // max(config.spec.gates * H * B, 1), 1) * max(B, 1)
+    if is_whole := D == 2 or rows.origins is not None:
+        most = max(rows.total, 1)
+    for stop in range(max(rows.total, 1), 0, -most):
+        own = slice(max(stop - most, 0), stop)
+        of_own = [state[:, own] for state in states]
+        first = [layers.h_0, layers.c_0] if is_whole else [*(s[:, :B] for s in of_own), None]
         part = layers._replace(
-            h_0=states[0][:, :B],
-            c_0=states[1][:, :B] if layers.cs is not None else None,
-            out=(layers.out[0][own],),
-            gates=_gates(config, x[own], layers, states),
+            h_0=first[0],
+            c_0=first[1],
+            out=(layers.out[0][own],) * D,
+            gates=_gates(config, x[own], layers, of_own),
             cs=None if layers.cs is None else layers.cs[:, own],
         )
-        cut = grads._replace(
+        part_grads = grads._replace(
             out=None if grads.out is None else grads.out[own],
             cs=None if grads.cs is None else grads.cs[:, own],
         )
-        yield own, part, cut, Rows(stop - first, B)
-        # The gradients that leave this segment reach the one before it.
-        grads = grads._replace(
-            h_n=grads.h_0.clone(), c_n=grads.c_0 if grads.c_0 is None else grads.c_0.clone()
-        )
-
-
-def _all_entering(tables: Sequence[Tensor], initial: Tensor, left: Tensor) -> Tensor:
-    """Returns the states ``[D, R, H]`` that entered all rows."""
-    return torch.stack([entering(t, initial[d], left[d]) for d, t in enumerate(tables)])
-
-
-def _shifted(initial: Tensor, left: Tensor, own: slice) -> Tensor:
-    """Returns the states ``[1, r, H]`` that entered dense rows of one direction."""
-    B = initial.shape[1]
-    if own.start:
-        return left[:, own.start - B : own.stop - B]
-    return torch.cat([initial, left[:, : own.stop - B]], 1)
+        part_rows = rows if is_whole else Rows((stop - own.start) // B, B)
+        yield _Segment(own, part, part_grads, part_rows)
+        # What leaves this segment reaches the one before it.
+        c_n = None if grads.c_0 is None else grads.c_0.clone()
+        grads = grads._replace(h_n=grads.h_0.clone(), c_n=c_n)
 
 
 def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tensor]) -> Tensor:
@@ -281,13 +258,16 @@ def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tens
     states: h, and c of a cell that has it, which entered the rows, ``[D, r, H]`` each.
     """
     D, r, H = states[0].shape
-    ends = [torch.empty_like(state) for state in states]
+    h_0, *c_0 = (state.contiguous() for state in states)
     step = layers._replace(
-        h_0=states[0].contiguous(), h_n=ends[0], out=(x.new_empty(r, D * H),) * D,
-        gates=x.new_empty(D, r, config.spec.saved * H), cs=None,
-    )  # fmt: skip
-    if len(states) == 2:
-        step = step._replace(c_0=states[1].contiguous(), c_n=ends[1])
+        h_0=h_0,
+        c_0=c_0[0] if c_0 else None,
+        h_n=torch.empty_like(h_0),
+        c_n=torch.empty_like(h_0) if c_0 else None,
+        out=(x.new_empty(r, D * H),) * D,
+        gates=x.new_empty(D, r, config.spec.saved * H),
+        cs=None,
+    )
     plan = None
     if config.backend != "torch":
         problem = planning.Problem(config.cell, H, r, D, x.dtype, config.precision, True)

@@ -1,13 +1,12 @@
 """The layout of a call: the grid of steps and sequences, and the rows that the layers compute.
 
-``kernels/rows.py`` defines rows and origins. They follow from ``lengths`` and ``reset``, or from the
+``kernels/rows.py`` defines rows and origins. They follow from ``lengths`` and ``reset`` or from the
 ``batch_sizes`` of a PackedSequence; without these the rows are dense. On the CPU, where reading
 lengths costs no synchronisation, lengths are packed too, so that missing steps cost nothing.
 """
 
 from __future__ import annotations
 
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -78,11 +77,6 @@ class Layout(NamedTuple):
         return buffer.flatten()[: torch.Size(shape).numel()].view(shape)
 
 
-@lru_cache
-def _dense(T: int, B: int) -> Layout:
-    return Layout(Rows(T, B))
-
-
 def layout_of(input: Tensor, B: int, D: int, sequences: Sequences, compact: bool) -> Layout:
     """Returns the layout of a call with ``input [T, B, I]``, or packed ``[R, I]``.
 
@@ -93,8 +87,7 @@ def layout_of(input: Tensor, B: int, D: int, sequences: Sequences, compact: bool
         return Layout(packed_rows(batch_sizes, D, input.device, None))
     T = input.shape[0]
     if lengths is None and reset is None:
-        # A compiler warns of caches.
-        return Layout(Rows(T, B)) if torch.compiler.is_compiling() else _dense(T, B)
+        return Layout(Rows(T, B))
     if lengths is None or not compact or B == 0:
         return Layout(Rows(T, B, origins_of(T, B, D, input.device, lengths, reset)))
     known, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)
@@ -176,9 +169,9 @@ def empty_grads(like: Tensor, shape: tuple[int, int, int], rows: Rows) -> Tensor
 
 
 def rows_by_sequence(x: Tensor, columns: int) -> Tensor | None:
-    """Returns ``[T, B, I]`` that lies in memory by sequence as its rows ``[B*T, I]``, else None.
+    """Returns x ``[T, B, I]`` as its rows ``[B*T, I]`` if it lies in memory by sequence, else None.
 
-    None too where ``I <= columns``, the width of the other factor: copying x costs less then.
+    None too if x is no wider than the other factor of a product: copying x costs less.
     """
     if x.dim() != 3 or x.shape[-1] <= columns or x.is_contiguous():
         return None

@@ -128,7 +128,8 @@ def forward(cell: str, layers: Layers, rows: Rows) -> None:
 
 def _run_steps(steps: _Steps, step: Any, on: Forward, h_0: Tensor, c_0: Any) -> None:
     """Runs the steps of one direction in their order."""
-    h_left, c_left = h_0, c_0
+    c_left: Any = c_0
+    h_left = h_0
     if steps.is_dense:
         for t in steps.order:
             step(t, h_left, c_left)

@@ -214,10 +214,7 @@ def _rnn_backward(a: Backward, slope: Callable) -> Callable:
 
 
 class Cell(NamedTuple):
-    """The two functions of a cell; each binds its tensors and returns the function of one step.
-
-    Before, backward fills dgates with all that dh and dc are multiplied by.
-    """
+    """The two functions of a cell. Each binds its tensors and returns the function of one step."""
 
     forward: Callable[[Forward], Callable]
     backward: Callable[[Backward], Callable]

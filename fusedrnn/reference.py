@@ -1,9 +1,8 @@
 """The recurrences in plain torch, step by step: the oracle of the kernels and of the loop.
 
-Written from the equations and from the words of the documentation, not from the kernels, and
-proved first: against ``torch.nn`` in fp64 and by gradcheck. Autograd can differentiate it as often
-as it likes, hence second derivatives come from here. Any dtype, any device. Axes: T time, B batch,
-R rows, H hidden, G gates, D directions. Gates stand in torch's order.
+Written from the equations and from the documentation of torch, not from the kernels. Autograd can
+differentiate it any number of times, hence second derivatives come from it. Any dtype, any device;
+gates are in torch's order.
 """
 
 from __future__ import annotations
@@ -73,44 +72,22 @@ _CELLS: dict[str, Callable] = {
 }
 
 
-#: What an LSTM's and a GRU's saved tiles are called.
+#: The names of the saved tiles of an LSTM and a GRU.
 _GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 
 
 def gates_of(cell: str, gx: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
-    """The activated gates of many steps at once, by name.
+    """Returns the activated gates of many steps at once, by name.
 
-    gx: ``[R, G*H]``, the input's part; h: ``[R, P]``, the state that entered each step.
+    Args:
+        cell: the name of a cell.
+        gx: ``x W_ih^T + b_ih``, ``[R, G*H]``.
+        h: the state that entered each step, ``[R, P]``.
+        w: the weights.
     """
     any_c = gx.new_zeros(())  # no gate depends on it
     _, _, saved = _CELLS[cell](gx, h, any_c, w)
     return dict(zip(_GATES.get(cell, ""), saved, strict=False))
-
-
-def _project(h: Tensor, w: Weights) -> Tensor:
-    return h if w.w_hr is None else F.linear(h, w.w_hr)
-
-
-def _projected(x: Tensor, w: Weights, d: int) -> Tensor:
-    """gx of direction d, of an input that holds ``x W_ih^T`` of all directions side by side."""
-    columns = w.w_hh.shape[0]
-    x = x[..., d * columns : (d + 1) * columns]
-    return x if w.b_ih is None else x + w.b_ih
-
-
-def one_step(cell: str, x: Tensor, h: Tensor, c: State, w: Weights) -> tuple[Tensor, State]:
-    """The states after one step with the input ``[B, I]``."""
-    h, c, _ = step_of_gx(cell, F.linear(x, w.w_ih, w.b_ih), h, c, w)
-    return h, c
-
-
-def step_of_gx(cell: str, gx: Tensor, h: Tensor, c: State, w: Weights):
-    """The states after one step of which the input's part is known, and the tiles that are saved.
-
-    gx: ``[B, G*H]``; tiles: S times ``[B, H]``.
-    """
-    h, c, tiles = _CELLS[cell](gx, h, c, w)
-    return _project(h, w), c, tiles
 
 
 def differentiable_stack(
@@ -122,26 +99,26 @@ def differentiable_stack(
     dropout_masks: Sequence[Tensor],
     sequences: Sequences = Sequences(),  # noqa: B008, it is immutable
 ) -> tuple[Tensor, Tensor, State, State]:
-    """A whole stack of layers out of operations autograd knows, so derivatives of any order exist.
+    """Runs a stack of layers by operations of autograd, so derivatives of any order exist.
 
     Args:
         cell: the name of a cell.
         input: ``[T, B, I]``, packed ``[R, I]``.
-        h_0: ``[L*D, B, H]``.
+        h_0: ``[L*D, B, P]``; P is H without a projection.
         c_0: ``[L*D, B, H]``, or None for a cell without c.
         weights: ``weights[layer][direction]``.
-        dropout_masks: for each layer but the last ``[T, B, D*H]``, packed ``[R, D*H]``, scaled; or
-            none at all.
+        dropout_masks: of each layer but the last ``[T, B, D*P]``, packed ``[R, D*P]``, scaled; or
+            empty.
         sequences: lengths and resets, or the batch sizes of packed input.
 
     Returns:
-        output ``[T, B, D*H]``, h_n ``[L*D, B, H]``, c_n or None, and c of every step or None,
-        ``[L*D, R, H]``.
+        output ``[T, B, D*P]``, h_n ``[L*D, B, P]``, c_n or None, and c of every step
+        ``[L*D, R, H]`` or None.
     """
     packing = _packing(sequences.batch_sizes, input.device)
     input, dropout_masks = packing.to_grid(input), [packing.to_grid(mask) for mask in dropout_masks]
     steps = _Steps(sequences, input.shape[0], input.shape[1], input.device)
-    # What stands beyond the end may be NaN, and 0 * NaN would reach the gradient of W_ih.
+    # Padding may be NaN, and 0 * NaN would reach the gradient of W_ih.
     input = torch.where(steps.there.unsqueeze(-1), input, 0.0)
     h_n: list[Tensor] = []
     c_n: list[State] = []
@@ -171,7 +148,8 @@ class _Steps:
     def __init__(self, sequences: Sequences, T: int, B: int, device: torch.device):
         lengths, reset = sequences.lengths, sequences.reset
         if sequences.batch_sizes is not None:
-            lengths = (sequences.batch_sizes.unsqueeze(1) > torch.arange(B)).sum(0)
+            sizes = sequences.batch_sizes.unsqueeze(1)
+            lengths = (sizes > torch.arange(B, device=sizes.device)).sum(0)
         every = torch.ones(T, B, dtype=torch.bool, device=device)
         times = torch.arange(T, device=device).unsqueeze(1)
         self.there = every if lengths is None else every & (times < lengths.to(device))
@@ -183,9 +161,8 @@ class _Steps:
 def _one_direction(
     step: Callable, x: Tensor, h: Tensor, c: State, w: Weights, d: int, steps: _Steps
 ):
-    """Outputs of every step, the final states, and c of every step or None."""
-    is_projected = x.shape[-1] > 0 and not w.w_ih.shape[1]
-    gx = _projected(x, w, d) if is_projected else F.linear(x, w.w_ih, w.b_ih)
+    """Runs one direction of a layer: h of every step, the final states, c of every step or None."""
+    gx = F.linear(x, w.w_ih, w.b_ih)
     hs: list[Tensor] = [h] * len(gx)
     cs: list[State] = [c] * len(gx)
     for t in range(len(gx)) if d == 0 else range(len(gx) - 1, -1, -1):
@@ -193,7 +170,7 @@ def _one_direction(
         h_in = torch.where(cut, 0.0, h)
         c_in = None if c is None else torch.where(cut, 0.0, c)
         h_out, c_out, _ = step(gx[t], h_in, c_in, w)
-        h = torch.where(there, _project(h_out, w), h)
+        h = torch.where(there, h_out if w.w_hr is None else F.linear(h_out, w.w_hr), h)
         hs[t] = torch.where(there, h, 0.0)
         if c is not None:
             c = torch.where(there, c_out, c)
@@ -202,9 +179,9 @@ def _one_direction(
 
 
 def _packing(batch_sizes: Tensor | None, device: torch.device) -> Layout:
-    """The way from packed rows to ``[T, B]`` and back."""
+    """Returns the layout of packed rows in the grid ``[T, B]``."""
     if batch_sizes is None:
         return Layout(Rows(0, 0))
     rows = packed_rows(batch_sizes, 1, device)
-    there = torch.arange(rows.B) < batch_sizes.unsqueeze(1)
+    there = torch.arange(rows.B, device=batch_sizes.device) < batch_sizes.unsqueeze(1)
     return with_index(rows, there.flatten().nonzero().squeeze(1), device)

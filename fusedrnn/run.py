@@ -28,7 +28,7 @@ def run(target: str, arguments: Sequence[str], as_module: bool) -> None:
     When the process ends, one line on stderr says how many modules ran on which backend.
     """
     for kind in (modules._Stack, modules._SingleStep):
-        kind.forward = _counting(kind.forward)  # type: ignore[attr-defined, method-assign]
+        kind.forward = _counting(kind.forward)  # type: ignore[method-assign]
     patching.patch()
     atexit.register(_report, os.getpid())
     sys.argv = [target, *arguments]

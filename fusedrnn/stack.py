@@ -9,7 +9,8 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from functools import wraps
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -19,6 +20,8 @@ from .kernels.plan import LaunchRefused, refuse_cooperation
 from .kernels.tensors import Grads, Layers
 from .layer import Launch, StackConfig, group_weights, launches_of
 from .layout import Layout, Sequences, layout_of, without_padding
+
+_Run = TypeVar("_Run", bound=Callable)
 
 __all__ = ["StackConfig", "StackGrads", "StackInputs", "StackOutputs", "backward", "forward"]
 
@@ -57,55 +60,34 @@ class StackGrads(NamedTuple):
     cs: Tensor | None
 
 
+def _retried_without_cooperation(run: _Run) -> _Run:
+    """Makes ``run`` plan again, without cooperative launches, where the device refuses one.
+
+    The plan allows for the whole device; under MPS or in a green context there is less of it.
+    """
+
+    @wraps(run)
+    def call(inputs: StackInputs, *arguments: Any, **named: Any) -> Any:
+        try:
+            return run(inputs, *arguments, **named)
+        except LaunchRefused as refusal:
+            device = inputs.input.device
+            refuse_cooperation(device)
+            message = (
+                f"{device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
+                "the schedules that need none"
+            )
+            warnings.warn(message, RuntimeWarning, stacklevel=2)
+            return run(inputs, *arguments, **named)
+
+    return cast(_Run, call)
+
+
+@_retried_without_cooperation
 def forward(
     inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
 ) -> StackOutputs:
     """Runs all layers; with ``save`` keeps what backward needs."""
-    return _retry_without_cooperation(_forward, inputs, sequences, config, save)
-
-
-def backward(
-    inputs: StackInputs,
-    outputs: StackOutputs,
-    grads: StackGrads,
-    sequences: Sequences,
-    config: StackConfig,
-    needs_input: bool,
-    needs_params: bool,
-) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
-    """Runs all layers backwards.
-
-    Returns:
-        d_input or None unless it is needed, d_h_0, d_c_0 or None, and the gradients of the
-        parameters or an empty list.
-    """
-    return _retry_without_cooperation(
-        _backward, inputs, outputs, grads, sequences, config, needs_input, needs_params
-    )
-
-
-def _retry_without_cooperation(run: Callable, inputs: StackInputs, *arguments: Any) -> Any:
-    """Runs ``run``; again without cooperative launches where the device refuses one.
-
-    The plan allows for the whole device; under MPS or in a green context there is less of it.
-    """
-    try:
-        return run(inputs, *arguments)
-    except LaunchRefused as refusal:
-        device = inputs.input.device
-        refuse_cooperation(device)
-        warnings.warn(
-            f"{device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
-            "the schedules that need none",
-            RuntimeWarning,
-            stacklevel=3,
-        )
-        return run(inputs, *arguments)
-
-
-def _forward(
-    inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
-) -> StackOutputs:
     input, L, D, H = inputs.input, config.num_layers, config.directions, inputs.h_0.shape[-1]
     layout = layout_of(input, inputs.h_0.shape[1], D, sequences, config.compact)
     rows, grid, empty, tiles = layout.rows, input.shape[:-1], input.new_empty, config.spec.saved
@@ -149,7 +131,8 @@ def _forward(
     )
 
 
-def _backward(
+@_retried_without_cooperation
+def backward(
     inputs: StackInputs,
     outputs: StackOutputs,
     grads: StackGrads,
@@ -158,6 +141,12 @@ def _backward(
     needs_input: bool,
     needs_params: bool,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    """Runs all layers backwards.
+
+    Returns:
+        d_input or None unless it is needed, d_h_0, d_c_0 or None, and the gradients of the
+        parameters or an empty list.
+    """
     input, L, D, H = inputs.input, config.num_layers, config.directions, inputs.h_0.shape[-1]
     layout = layout_of(input, inputs.h_0.shape[1], D, sequences, config.compact)
     rows = layout.rows
@@ -171,8 +160,7 @@ def _backward(
     whole_grads = Grads(
         cs=_each(layout.trim, grads.cs),
         h_n=torch.zeros_like(h_0) if grads.h_n is None else layout.sort_states(grads.h_n),
-        c_n=_each(layout.sort_states, grads.c_n) if grads.c_n is not None or c_0 is None
-        else torch.zeros_like(c_0),
+        c_n=_each(torch.zeros_like, c_0) if grads.c_n is None else layout.sort_states(grads.c_n),
         h_0=torch.empty_like(h_0),
         c_0=_each(torch.empty_like, c_0),
     )  # fmt: skip
@@ -182,8 +170,10 @@ def _backward(
         d_out = layout.to_rows(grads.output).reshape(-1, D * H).contiguous()
     d_params: list[Tensor] = []
     for launch in reversed(launches_of(config, h_0, True, rows)):
-        xs = [x if n == 0 else _dropped(hidden[n - 1], masks, n) for n in launch.layers]
         first = launch.layers[0]
+        below = [(hidden[n - 1], masks[n - 1] if masks else None) for n in launch.layers if n]
+        xs = [h if mask is None else h * mask for h, mask in below]
+        xs = xs if first else [x, *xs]
         d_out, found = layer.backward(
             config, launch.plan, xs, _part(whole, launch, config),
             _part(whole_grads, launch, config)._replace(out=d_out), rows,
@@ -200,11 +190,6 @@ def _backward(
 def _each(change: Callable[[Tensor], Tensor], tensor: Tensor | None) -> Any:
     """Returns ``change(tensor)``, None for None."""
     return None if tensor is None else change(tensor)
-
-
-def _dropped(below: Tensor, masks: Sequence[Tensor], n: int) -> Tensor:
-    """Returns the input of layer n: the output below it after dropout."""
-    return below * masks[n - 1] if masks else below
 
 
 def _layers(

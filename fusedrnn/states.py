@@ -66,7 +66,7 @@ def run(call: Call, wants_gates: bool) -> States:
         out, final, cs = rnn_stack(inputs, call.sequences, config, keep_states=True)
         finals.append(final)
         h.append(out.chunk(D, -1))
-        if c_0 is not None:
+        if cs is not None:
             c.append([of_d.view(*out.shape[:-1], H) for of_d in cs.unbind()])
         if wants_gates:
             (weights,) = group_weights(own, config)

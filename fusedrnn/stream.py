@@ -22,11 +22,9 @@ class Stream:
     """A stack that runs one step per call and carries its state; made by ``module.stream()``.
 
     The results are those of one call of the module over the whole sequence, without gradients and
-    as in ``eval()``. Each call uses the module's present weights, and the state follows a module
-    that is cast or moved. The module's forward pre-hooks run before a step with the input
-    ``[B, I]``, because ``weight_norm`` and pruning compute weights in one; what they return is
-    ignored, and forward hooks do not run. ``use_backend`` and ``torch.autocast`` apply to each
-    call; under autocast the state keeps the dtype of the weights.
+    as in ``eval()``. Each call uses the module's present weights, and runs the forward pre-hooks
+    with which ``weight_norm`` and pruning compute some; the state follows a module that is cast or
+    moved. ``use_backend`` and ``torch.autocast`` apply; the state keeps the dtype of the weights.
 
     Args:
         module: a ``fusedrnn`` LSTM, GRU or RNN in one direction; ``batch_first`` has no effect.
@@ -37,11 +35,10 @@ class Stream:
     Raises:
         ValueError: the module is bidirectional, or ``batch_size`` is not a positive integer.
         RuntimeError, TypeError, AttributeError, IndexError: ``hx`` is wrong, as for the module.
-
-    Example:
-        >>> stream = fusedrnn.LSTM(3, 4).stream(batch_size=2)
-        >>> outputs = torch.stack([stream(input) for input in torch.randn(7, 2, 3)])
     """
+
+    _facts: arguments.Facts
+    _states: _States
 
     def __init__(self, module: Any, batch_size: int = 1, hx: Any = None) -> None:
         if module.bidirectional:
@@ -77,17 +74,13 @@ class Stream:
             first, held = weights[0], self._states[0][0]
             autocast = first.device.type != "meta" and torch.is_autocast_enabled(first.device.type)
             self._check_input(input, first, autocast)
-            states = self._states
             if held.dtype != first.dtype or held.device != first.device:
-                states = [[s.to(first) for s in layers] for layers in states]
+                self._states = [[s.to(first) for s in layers] for layers in self._states]
                 self._facts = self._facts._replace(dtype=first.dtype, device=first.device)
-            if not autocast and self._runs_by_cells():
-                output, states = self._by_cells(input, states, weights)
-            else:
-                output, states = self._by_stack(input, states, weights)
-            self._states = states
+            step = self._by_cells if not autocast and self._runs_by_cells() else self._by_stack
+            output, self._states = step(input, self._states, weights)
             # The caller may write into the output, but not into the state.
-            return output.clone() if output is states[0][-1] else output
+            return output.clone() if output is self._states[0][-1] else output
 
     @property
     def state(self) -> Any:
@@ -116,19 +109,12 @@ class Stream:
             ValueError: ``rows`` has another shape.
             IndexError: an index is outside the batch (on CUDA a device assertion).
         """
+        B, kind = self._shape[0], getattr(rows, "dtype", type(rows).__name__)
         if rows is not None:
-            if not isinstance(rows, Tensor) or rows.dtype not in (
-                torch.bool,
-                torch.int32,
-                torch.long,
-            ):
-                kind = rows.dtype if isinstance(rows, Tensor) else type(rows).__name__
+            if kind not in (torch.bool, torch.int32, torch.int64):
                 raise TypeError(f"rows is {kind}; expected a tensor: a bool mask, or int64 indices")
-            B = self._shape[0]
-            if rows.dim() != 1 or (rows.dtype == torch.bool and len(rows) != B):
-                raise ValueError(
-                    f"rows has shape {list(rows.shape)}; expected [{B}] or 1-D indices"
-                )
+            if rows.dim() != 1 or (kind == torch.bool and len(rows) != B):
+                raise ValueError(f"rows has shape {list(rows.shape)}; expected [{B}] or indices")
         self._states = [[_zeroed(s, rows) for s in layers] for layers in self._states]
 
     def _set(self, hx: Any) -> None:
@@ -138,7 +124,7 @@ class Stream:
         with torch.no_grad():
             call = module._prepare(module._params()[0].new_zeros(size), hx)
             self._facts = call.facts._replace(autocast=None)
-            self._states: _States = [list(state.clone().unbind(0)) for state in call.states]
+            self._states = [list(state.clone().unbind(0)) for state in call.states]
 
     def _weights(self, input: Any) -> list[Tensor]:
         """Returns the present weights, after the hooks that may compute them."""
@@ -191,7 +177,6 @@ def _zeroed(state: Tensor, rows: Tensor | None) -> Tensor:
     if rows is None:
         return torch.zeros_like(state)
     rows = rows.to(state.device, non_blocking=True)
-    is_mask = rows.dtype == torch.bool
-    return (
-        state.masked_fill(rows.unsqueeze(1), 0) if is_mask else state.index_fill(0, rows.long(), 0)
-    )
+    if rows.dtype == torch.bool:
+        return state.masked_fill(rows.unsqueeze(1), 0)
+    return state.index_fill(0, rows.long(), 0)

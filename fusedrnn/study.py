@@ -72,8 +72,10 @@ def run(options: Namespace) -> Iterator[str]:
     yield "\n".join(["3. Instructions of one warp, each once", *_mix_lines(compiling, kernels)])
     times = _time_lines(kernels, problem, o.arch, folder)
     yield "\n".join(["4. Time of a step (kernels/steptime.py)", *times])
-    names = [name for name, kernel in kernels.items() for name in _dump(folder, name, kernel)]
-    yield "\n".join([f"5. Files in {folder}", *textwrap.wrap(" ".join(names), 100)])
+    for name, kernel in kernels.items():
+        _dump(folder, name, kernel)
+    names = " ".join(sorted(path.name for path in folder.iterdir()))
+    yield "\n".join([f"5. Files in {folder}", *textwrap.wrap(names, 100)])
 
 
 def _compiler() -> Any:
@@ -147,11 +149,11 @@ def _kernels(
 
 
 def _resource_lines(kernels: dict[str, Any], chip: Chip) -> Iterator[str]:
-    rows = [("", "warps", "registers", "spilled", "shared", "grid", "programs", "launches")]
+    heads = "", "warps", "registers", "spilled", "shared", "programs", "launches", "grid"
+    rows: list[tuple[str, ...]] = [heads]
     for name, k in kernels.items():
-        grid, programs = " x ".join(map(str, k.grid)), math.prod(k.grid)
-        numbers = (k.tiles.num_warps, k.registers, k.spills, k.shared_bytes, grid, programs)
-        rows.append((name, *map(str, (*numbers, k.launches))))
+        numbers = k.tiles.num_warps, k.registers, k.spills, k.shared_bytes, math.prod(k.grid)
+        rows.append((name, *map(str, (*numbers, k.launches)), " x ".join(map(str, k.grid))))
     yield from _table(rows)
     yield f"   registers, spilled bytes: of a thread; shared: bytes of a program; {chip.sms} SMs"
 
@@ -198,13 +200,12 @@ def _folder_name(options: Namespace) -> str:
     return f"{o.cell}-{sizes}-{o.dtype}{products}-{o.arch}{schedule}"
 
 
-def _dump(folder: Path, name: str, kernel: Any) -> Iterator[str]:
-    """Writes every stage of a kernel and yields the names of the files."""
+def _dump(folder: Path, name: str, kernel: Any) -> None:
+    """Writes every stage of a kernel: ``forward.ptx``, ``forward.cubin`` and so on."""
     sass = "".join(f"{one.address:#06x} {one}\n" for one in kernel.instructions)
     for stage, content in {**kernel.binary.asm, "sass": sass}.items():
         data = content if isinstance(content, bytes) else str(content).encode()
         (folder / f"{name}.{stage}").write_bytes(data)
-        yield f"{name}.{stage}"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

@@ -105,7 +105,7 @@ def compile_plan(
 
 
 class _Driver:
-    """What Triton asks of a driver before it loads a binary."""
+    """The part of a driver that Triton calls before it loads a binary."""
 
     def __init__(self, arch: str):
         self.capability = int(arch.removeprefix("sm_"))

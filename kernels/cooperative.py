@@ -242,7 +242,7 @@ def _cooperative_fwd_kernel(
     state = load_state(layers.h_0, layers.c_0, program, mask_b, H)
 
     for step in range(T):
-        published = partners * P * step  # each step publishes h, and every operand that is not h
+        published = partners * P * step  # a step publishes h and each operand that is not h
         t = time_of(step, program)
         first = first_row(layers, program, t)
         row = z * R + first
@@ -264,12 +264,11 @@ def _cooperative_fwd_kernel(
                 wait(counter, published, patience)
                 u = _load_h(layers, program, step, origins, TILE)
             else:
-                slot = (z * 2 + step % 2) * (P - 1) + p - 1
-                slots = row_ptrs(shared.slots, slot * B, program, H)
-                store(slots, mask_b, cols, (CELL.operand(p, gx, gh, entering),), H)
+                slot = row_ptrs(shared.slots, (z * (P - 1) + p - 1) * B, program, H)
+                store(slot, mask_b, cols, (CELL.operand(p, gx, gh, entering),), H)
                 publish(counter)
                 wait(counter, published + partners * p, patience)
-                u = _load_operand(slots, mask_b, TILE)
+                u = _load_operand(slot, mask_b, TILE)
             gh = gh + _products(u, w_hh, b_hh, CELL, p, TILE)
         state, saved = CELL.forward(gx, gh, entering)
         state = leaving_state(layers, state, entering, origins)

@@ -14,10 +14,9 @@ A program that has waited sees the data, by the PTX memory model:
    its value to the other threads orders all later loads of the program after it.
 3. Loads of exchanged data bypass L1 (``cache_modifier=".cg"``), which is not coherent.
 
-Nothing is overwritten too early. Rows of ``out`` and ``dgates`` are written once in a call. The
-operands that are not h have no row of their own and alternate between two slots: slot ``step % 2``
-is written again two steps later, after a wait for a publication that every partner made after it
-had read the slot.
+Nothing is overwritten too early. Rows of ``out`` and ``dgates`` are written once in a call. An
+operand that is not h has no row there but a slot, which is written again in the next step: after a
+wait for h, which every partner published after it had read the slot.
 
 A wait is bounded: after ``patience`` polls it traps, so that a lost program gives a "device-side
 assert triggered" with the message below and not a hung GPU.
@@ -56,7 +55,7 @@ class Workspace(NamedTuple):
     """The memory that the programs of one call share besides its results."""
 
     counters: torch.Tensor  # [Z, batch tiles], int32, zero
-    slots: torch.Tensor | None  # [Z, 2, P - 1, B, H] for P phases; None if h alone is multiplied
+    slots: torch.Tensor | None  # [Z, P - 1, B, H] for P phases; None if h alone is multiplied
 
 
 def workspace(cell: str, like: torch.Tensor, Z: int, tiles: int, B: int, H: int) -> Workspace:
@@ -67,4 +66,4 @@ def workspace(cell: str, like: torch.Tensor, Z: int, tiles: int, B: int, H: int)
     """
     counters = torch.zeros(Z, tiles, dtype=torch.int32, device=like.device)
     operands = len(SPECS[cell].phases) - 1
-    return Workspace(counters, like.new_empty(Z, 2, operands, B, H) if operands else None)
+    return Workspace(counters, like.new_empty(Z, operands, B, H) if operands else None)

@@ -1,4 +1,4 @@
-"""How much of W_hh one program holds: the sizes beyond which the compiled kernels spill registers.
+"""The part of W_hh that one program holds: larger ones spill registers, as compiled.
 
 ``tests/compile_all.py`` compiles what stays within and fails if a binary spills more than 64 bytes
 a thread, or asks for more shared memory than estimated. "Gates" are the number of gates of the
@@ -36,7 +36,7 @@ def padded_units(H: int) -> int:
 def holds_slice(
     kind: str, gates: int, layers: int, ragged: bool, units: int, rows: int, columns: int
 ) -> bool:
-    """Whether a cooperative program holds ``units`` times ``columns`` of W_hh in its registers."""
+    """Returns whether a cooperative program holds ``units`` times ``columns`` of W_hh."""
     most, few_rows, many_rows = LARGEST_SLICE[kind][gates]
     room = few_rows if rows == 16 else many_rows
     if layers > 1:  # W_ih beside W_hh
@@ -75,7 +75,7 @@ def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
 def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:
     """An upper bound: W_hh, and the operands of every dot on their way through shared memory."""
     itemsize = 2 if kind == "16-bit" else 4
-    operands = max(rows, 16) * (gates + 1) * units * 4
+    operands = max(rows, 16) * (gates + 1) * units * itemsize
     return (gates * units * units * itemsize + operands) * (2 if kind == "tf32x3" else 1)
 
 

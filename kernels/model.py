@@ -8,7 +8,7 @@ the hop from one program's store to another's load.
 Figures of sm_90 (H100, H200) by source: 24 cycles from mma to dependent mma, 63 % of the tensor
 peak within reach of mma.sync, L2 latency 263 cycles (Luo et al., arXiv 2402.13499); 16
 special-function operations and 128 shared-memory bytes a cycle and SM (NVIDIA's tables); 0.65 us
-from a releasing add to the acquiring poll that sees it, 1.3 us for a kernel in a graph (public
+from a releasing add to the acquiring poll that sees it, 1.3 us from kernel to kernel (public
 probes of an H100). sm_80 has its own clock and peaks; other chips are modelled as sm_90.
 """
 
@@ -30,7 +30,7 @@ SHARED_BYTES_A_CYCLE = 128
 
 
 class Speeds(NamedTuple):
-    """What one architecture does in a microsecond."""
+    """The throughput of one architecture in a microsecond."""
 
     cycles: float  # of the clock, i.e. MHz
     flops: dict[str, float]  # of one SM, by kind of product
@@ -40,8 +40,8 @@ class Speeds(NamedTuple):
     launch: float  # microseconds a kernel
 
 
-_SM_90 = {"16-bit": 4.5e6, "tf32": 2.26e6, "tf32x3": 0.75e6, "ieee": 0.45e6}
-_SM_80 = {"16-bit": 2.9e6, "tf32": 1.45e6, "tf32x3": 0.48e6, "ieee": 0.18e6}
+_SM_90 = {"16-bit": 4.5e6, "tf32": 2.26e6, "tf32x3": 0.75e6, "ieee": 0.45e6, "fp64": 0.45e6}
+_SM_80 = {"16-bit": 2.9e6, "tf32": 1.45e6, "tf32x3": 0.48e6, "ieee": 0.18e6, "fp64": 0.18e6}
 SPEEDS = {
     "sm_90": Speeds(1755.0, _SM_90, 5.5e6, 0.15, 0.65, 1.3),
     "sm_80": Speeds(1410.0, _SM_80, 4.4e6, 0.19, 0.65, 1.6),
@@ -95,7 +95,7 @@ def dots_per_accumulator(problem: Problem, kind: str, tiles: Tiles, forward: boo
 
 
 def _mma_of_chunks(kind: str, tiles: Tiles) -> list[int]:
-    """How deep the dot of each chunk of H is, in mma instructions of one piece."""
+    """Returns the depth of the dot of each chunk of H, in mma instructions of one piece."""
     deep = 16 if kind == "16-bit" else 8  # columns of one instruction
     return [-(-width // deep) for *_, width in tiles.k_chunks or ((0, 1, tiles.block_h),)]
 

@@ -84,7 +84,6 @@ class Plan:
 #: be one of ``candidates``.
 MEASURED: dict[tuple[str, int, Problem], Measured] = {}
 
-
 #: Forget what was decided by another planner; ``forced`` calls them.
 CACHES: list[Callable[[], object]] = []
 _forced: Callable[[Problem, Chip], tuple[Plan, ...]] | None = None
@@ -93,16 +92,19 @@ _forced: Callable[[Problem, Chip], tuple[Plan, ...]] | None = None
 @contextmanager
 def forced(planner: Callable[[Problem, Chip], tuple[Plan, ...]]) -> Iterator[None]:
     """Within the context ``plan_stack`` is ``planner``; for tests and benchmarks."""
-    global _forced
-    before, _forced = _forced, planner
+    before = _forced
     try:
-        for forget in CACHES:
-            forget()
+        _use(planner)
         yield
     finally:
-        _forced = before
-        for forget in CACHES:
-            forget()
+        _use(before)
+
+
+def _use(planner: Callable[[Problem, Chip], tuple[Plan, ...]] | None) -> None:
+    global _forced
+    _forced = planner
+    for forget in CACHES:
+        forget()
 
 
 def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
@@ -185,13 +187,6 @@ def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
     return tuple(waves)
 
 
-def _need_dots(problem: Problem) -> None:
-    if problem.dtype not in (torch.float32, torch.float16, torch.bfloat16):
-        raise NoPlan(
-            f"products in the kernels are of float32, float16 or bfloat16, not {problem.dtype}"
-        )
-
-
 @lru_cache(maxsize=4096)
 def resident(problem: Problem, chip: Chip) -> Plan:
     """Plans schedule *resident*: one program holds W_hh.
@@ -200,7 +195,8 @@ def resident(problem: Problem, chip: Chip) -> Plan:
         NoPlan: W_hh is too large, or the dtype has no products.
     """
     spec, kind, amd = problem.spec, problem.kind(chip), chip.warp_size == 64
-    _need_dots(problem)
+    if kind not in LARGEST_H:
+        raise NoPlan(f"schedule resident has no products of {problem.dtype}")
     H, largest = problem.hidden_size, LARGEST_H[kind][spec.gates] // (2 if amd else 1)
     if largest < H:
         raise NoPlan(
@@ -235,13 +231,12 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
         NoPlan: no slice of W_hh fits, or the programs cannot exchange h.
     """
     kind = problem.kind(chip)
-    _need_dots(problem)
     if not chip.cooperates:
         raise NoPlan(f"{chip.name} has refused a cooperative launch")
     if chip.warp_size == 64:
         raise NoPlan(f"schedule cooperative needs NVIDIA's tensor cores, which {chip.name} lacks")
     if kind not in LARGEST_SLICE:
-        raise NoPlan(f"schedule cooperative has no tiles for fp32 in {kind}")
+        raise NoPlan(f"schedule cooperative has no products in {kind}")
     if problem.layers > 1 and problem.directions > 1:
         raise NoPlan("a wavefront has one direction; the other needs the whole layer below")
     best = []
@@ -258,12 +253,8 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
 
 def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float, int, int, Tiles]]:
     """Everything that fits: its modelled time, its size for ties, and the tiles."""
-    H, kind, gates, L = (
-        problem.hidden_size,
-        problem.kind(chip),
-        problem.spec.gates,
-        problem.layers,
-    )
+    H, L, gates = problem.hidden_size, problem.layers, problem.spec.gates
+    kind = problem.kind(chip)
     chunks = k_chunks(H, kind)
     columns = sum(pieces * width for _, pieces, width in chunks)
     for units, rows in product((8, 16, 32, 64), (16, 32)):

@@ -73,7 +73,7 @@ def _chip_of(device: torch.device) -> Chip:
 
 
 class Problem(NamedTuple):
-    """What a plan depends on. T is left out: no binary and no choice depends on it."""
+    """The sizes that a plan depends on. T is left out: no binary and no choice depends on it."""
 
     cell: str
     hidden_size: int
@@ -98,11 +98,10 @@ class Problem(NamedTuple):
         return SPECS[self.cell]
 
     def kind(self, chip: Chip) -> str:
-        """How products are made: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 on the FMA units)."""
-        if self.dtype.itemsize == 2:
-            return "16-bit"
-        amd = chip.warp_size == 64  # whose matrix units have no tf32
-        return "ieee" if amd or self.dtype == torch.float64 else self.precision
+        """Returns the kind of products: "16-bit", "tf32", "tf32x3", "ieee" (fp32) or "fp64"."""
+        if self.dtype != torch.float32:
+            return "16-bit" if self.dtype in (torch.float16, torch.bfloat16) else "fp64"
+        return "ieee" if chip.warp_size == 64 else self.precision  # AMD's have no tf32
 
 
 @dataclass(frozen=True)

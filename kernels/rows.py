@@ -1,24 +1,24 @@
-"""Which sequence has a step at which time, in which row it stands, and where its state comes from.
+"""The rows of a call: the address of each step of each sequence, and the state it continues from.
 
-The one mechanism behind ``lengths``, ``reset`` and packed input, in every schedule and in the
-plain-torch loop. Axes: T time, B batch, D directions, R rows.
+This is the one mechanism behind ``lengths``, ``reset`` and packed input, in every schedule and in
+the CPU's loop.
 
-A *row* is one step of one sequence. What has a row for each step (gx, out, gates, cs, dgates) is
-dense, with row ``t * B + b`` and R = T * B; or packed as torch packs: sequences by falling length,
-step t of those that have one in rows ``starts[t] .. starts[t] + sizes[t]``, and R is their sum.
+A *row* is one step of one sequence. Tensors with a row for each step (gx, out, gates, cs, dgates)
+are dense, with row ``t * B + b`` and R = T * B; or packed as in torch, with the sequences by
+falling length: step t of the sequences that have one is in rows ``starts[t] .. starts[t] +
+sizes[t]``, and R is the sum of the sizes.
 
-``origins [D, T, B]`` says for each direction, step and sequence where the state comes from that
-enters the step:
+``origins [D, T, B]`` says for each direction, step and sequence which state enters the step:
 
-- ``SKIPPED``: there is no such step. The state stays what it is, the row's outputs are 0 (dense)
-  or absent (packed), and no gradient enters or leaves.
-- ``PREVIOUS``: the step before, in the order of the direction.
-- ``ZERO``: a new sequence begins here: the state is 0, and its gradient ends here.
-- ``INITIAL``: the given h_0 and c_0: the first step that the sequence has.
+- ``SKIPPED``: none, there is no such step. The state stays as it is, the row's results are 0
+  (dense) or absent (packed), and no gradient enters or leaves.
+- ``PREVIOUS``: the state that left the step before, in the order of the direction.
+- ``ZERO``: zero, because a new sequence begins. The gradient of the state ends at this step.
+- ``INITIAL``: h_0 and c_0, because this is the first step of the sequence.
 
-A direction that runs backwards begins at each sequence's own end, since what it skips comes first.
-A sequence that begins at t (``reset[t]``) is cut off from t - 1 in both directions: forward the
-state is 0 before step t, backward before step t - 1.
+The reverse direction begins at the end of each sequence: the steps before it are skipped. A
+sequence that begins at t (``reset[t]``) is cut off from t - 1 in both directions: the state is 0
+before step t forward, and before step t - 1 in reverse.
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ import torch
 from torch import Tensor
 
 SKIPPED, PREVIOUS, ZERO, INITIAL = range(4)
-#: Rows behind packed dgates: a step's tile of rows reads as many as it has, whether or not all of
-#: them are the step's. A mask instead spilled up to 48 bytes of registers at H = 512 to 1024.
+#: Rows of memory behind packed dgates. Schedule cooperative reads whole tiles of rows, the last of
+#: which may end behind the last step; a mask for them would cost registers that it lacks.
 SLACK = 32
 
 
 class Rows(NamedTuple):
-    """The steps of one call. Without tensors: all sequences have all steps, densely."""
+    """The steps of one call. Without tensors, every sequence has every step, densely."""
 
     T: int
     B: int
@@ -58,11 +58,6 @@ class Rows(NamedTuple):
         ends = list(accumulate(sizes))
         return [slice(end - size, end) for end, size in zip(ends, sizes, strict=True)]
 
-    @property
-    def switches(self) -> dict[str, bool]:
-        """The compile-time arguments of every kernel that depend on the form of the rows."""
-        return {"RAGGED": self.origins is not None, "PACKED": self.sizes is not None}
-
 
 def origins_of(
     T: int,
@@ -72,9 +67,9 @@ def origins_of(
     lengths: Tensor | None = None,
     reset: Tensor | None = None,
 ) -> Tensor:
-    """``origins [D, T, B]`` of lengths ``[B]`` (None: all T) and reset, bool ``[T, B]`` (None: no).
+    """Returns ``origins [D, T, B]`` for lengths ``[B]`` and reset, bool ``[T, B]``, or None.
 
-    Without a look at the values: nothing here waits for the device. Lengths beyond T count as T,
+    It reads no value on the host, so it does not wait for a GPU. Lengths beyond T count as T,
     negative ones as 0, and resets after the end of a sequence are ignored.
     """
     ones = torch.ones(T + 1, B, dtype=torch.bool, device=device)
@@ -101,10 +96,11 @@ def packed_rows(
     reset: Tensor | None = None,
     B: int | None = None,
 ) -> Rows:
-    """The rows of packed input, whose ``batch_sizes [T]`` are on the CPU as torch has them.
+    """Returns the rows of packed input with ``batch_sizes [T]``, which are on the CPU as in torch.
 
-    reset: bool ``[T, B]``, its sequences by falling length, or None; B: how many sequences there
-    are, if some have no step at all.
+    Args:
+        reset: bool ``[T, B]``, with the sequences by falling length, or None.
+        B: the number of sequences, if some have no step at all.
     """
     T, B = len(batch_sizes), int(batch_sizes[0]) if B is None else B
     lengths = (batch_sizes.unsqueeze(1) > torch.arange(B)).sum(0)

@@ -12,8 +12,6 @@ from dataclasses import dataclass
 from functools import cached_property
 from itertools import groupby
 
-from .tensors import Weights  # noqa: F401, until nothing imports it from this file
-
 
 @dataclass(frozen=True)
 class CellSpec:

@@ -57,7 +57,7 @@ from .tiles import (
 
 
 class Carried(NamedTuple):
-    """What one launch or product leaves to the next."""
+    """The tensors that one launch or product leaves to the next."""
 
     h: Any  # [D, B, H] in fp32 or fp64: the state, backward its gradient
     c: Any  # the same; None if the cell has no c

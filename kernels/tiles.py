@@ -199,13 +199,13 @@ def load_matrix(w_ptr, cols, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: 
     """``w[gate]`` of a whole W_hh ``[G*H, H]``, or its transpose: tiles ``[BLOCK_H, BLOCK_H]``."""
     H: tl.constexpr = TILE.H
     inside = (cols < H)[:, None] & (cols < H)[None, :]
+    if TRANSPOSE:
+        ptrs = w_ptr + cols[None, :] * H + cols[:, None]
+    else:
+        ptrs = w_ptr + cols[:, None] * H + cols[None, :]
     w = ()
     for g in tl.static_range(len(CELL.gates)):
-        if TRANSPOSE:
-            ptrs = w_ptr + (g * H + cols)[None, :] * H + cols[:, None]
-        else:
-            ptrs = w_ptr + (g * H + cols)[:, None] * H + cols[None, :]
-        w = w + (tl.load(ptrs, mask=inside, other=0.0),)
+        w = w + (tl.load(ptrs + g * H * H, mask=inside, other=0.0),)
     return w
 
 
@@ -214,10 +214,9 @@ def load_bias(b_ptr, cols, CELL: tl.constexpr, H: tl.constexpr):
     """``b[gate]``, rows ``[1, BLOCK_H]``; zeros without a bias."""
     b = ()
     for g in tl.static_range(len(CELL.gates)):
+        row = tl.zeros_like(cols).to(tl.float32)
         if b_ptr is not None:
             row = widen(tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0))
-        else:
-            row = tl.zeros_like(cols).to(tl.float32)
         b = b + (row[None, :],)
     return b
 
@@ -246,10 +245,7 @@ def time_of(step, program):
 @triton.jit
 def first_row(layers, program, t):
     """The row of sequence 0 at time t: t * B if the rows are dense, starts[t] if packed."""
-    if layers.starts is not None:
-        return tl.load(layers.starts + t)
-    else:
-        return t * program.B
+    return tl.load(layers.starts + t) if layers.starts is not None else t * program.B
 
 
 @triton.jit
@@ -265,46 +261,31 @@ def load_origins(layers, program, t):
 @triton.jit
 def is_present(layers, program, origins):
     """The sequences that have the step. In memory, other steps may hold anything, even NaN."""
-    if layers.origins is not None:
-        return origins != SKIPPED
-    else:
-        return program.mask_b
+    return origins != SKIPPED if layers.origins is not None else program.mask_b
 
 
 @triton.jit
 def is_stored(layers, program, origins):
     """The sequences whose results are stored: a skipped step writes zeros, if it has a row."""
-    if layers.starts is not None:
-        return origins != SKIPPED
-    else:
-        return program.mask_b
+    return origins != SKIPPED if layers.starts is not None else program.mask_b
 
 
 @triton.jit
 def entering_state(layers, state, origins):
     """The state that enters a step: zero where a new sequence begins."""
-    if layers.origins is not None:
-        return zero_where(origins == ZERO, state)
-    else:
-        return state
+    return zero_where(origins == ZERO, state) if layers.origins is not None else state
 
 
 @triton.jit
 def leaving_state(layers, state, entering, origins):
     """The state that leaves a step: a skipped step leaves it as it was."""
-    if layers.origins is not None:
-        return where(origins == SKIPPED, entering, state)
-    else:
-        return state
+    return where(origins == SKIPPED, entering, state) if layers.origins is not None else state
 
 
 @triton.jit
 def visible(layers, tiles, origins):
     """The results of a step: zero where it is skipped."""
-    if layers.origins is not None:
-        return zero_where(origins == SKIPPED, tiles)
-    else:
-        return tiles
+    return zero_where(origins == SKIPPED, tiles) if layers.origins is not None else tiles
 
 
 @triton.jit

@@ -13,7 +13,7 @@ from fusedrnn.kernels.spec import SPECS
 from fusedrnn.kernels.tensors import Grads, Layers, Weights
 from fusedrnn.layout import Sequences
 from fusedrnn.reference import differentiable_stack
-from fusedrnn.testing import assert_budget
+from fusedrnn.testing import error_budget
 
 CPU = torch.device("cpu")
 
@@ -55,6 +55,11 @@ def resident_plan(H: int, block_b: int = 16, precision: str = "ieee") -> Plan:
     block_h = max(16, 1 << (H - 1).bit_length())
     tiles = Tiles(block_b, block_h, 4, None, precision, 0)
     return Plan("resident", tiles, tiles)
+
+
+def stepwise_plan() -> Plan:
+    tiles = Tiles(16, 32, 4, None, "ieee", 0)
+    return Plan("stepwise", tiles, tiles)
 
 
 def cooperative_plan(shape: Shape) -> Plan:
@@ -210,8 +215,8 @@ def differences(cell: str, shape: Shape, data: Data) -> list[str]:
     got = results(cell, shape, data)
     assert got.keys() == truth.keys()
     for name, value in got.items():
-        try:
-            assert_budget(name, value, ref[name], truth[name])
-        except AssertionError as error:
-            found.append(str(error))
+        budget = error_budget(name, value, ref[name], truth[name])
+        # In fp64 the truth is no more exact than the result, so the relative RMS alone is bounded.
+        exact = value.dtype == torch.float64 and budget.rms <= budget.rms_allowed
+        found += [] if budget.ok or exact else [str(budget)]
     return found

@@ -7,6 +7,8 @@ import pytest
 
 from bench import UserError, compare
 
+pytest.importorskip("pandas", reason="pandas is not installed")
+
 HEADER = "case,cell,pass,provider,gate,ms,x,x_low,x_high,kept_mb\n"
 OLD = "a,lstm,forward,fusedrnn,ok,1.0,2.0,1.9,2.1,10.0\n"
 
@@ -66,7 +68,7 @@ def test_the_last_row_of_a_case_counts(write):
     assert run(write("old", OLD), write("new", red + OLD)) == 0
 
 
-def test_cases_of_one_file_and_environments_are_told(write, capsys):
+def test_cases_of_one_file_and_environments_are_printed(write, capsys):
     old = write("old", OLD, torch="2.12", commit="a")
     new = write("new", OLD.replace("a,lstm", "b,lstm"), torch="2.13", commit="a")
     assert run(old, new) == 0

@@ -18,7 +18,7 @@ def test_ddp_and_fully_shard_have_the_losses_of_one_process(capsys):
     assert len(set(alone.split()[2:])) == 3
 
 
-def test_a_loss_that_differs_is_told(monkeypatch, capsys):
+def test_a_loss_that_differs_is_printed(monkeypatch, capsys):
     def spawn(function, arguments, nprocs):
         _, folder, *_ = arguments
         with open(f"{folder}/losses.json", "w") as file:

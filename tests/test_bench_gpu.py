@@ -68,7 +68,7 @@ def test_a_step_with_restarts_goes_on_after_a_crash(tmp_path):
     assert log.read_text() == "xxx"
 
 
-def test_a_step_is_told_the_folder_and_its_minutes(tmp_path):
+def test_a_step_gets_the_folder_and_its_minutes(tmp_path):
     command = (*PYTHON, "import sys; print(sys.argv[1:])", "{out}/a", "{minutes}")
     run_steps([Step("told", 1, command)], tmp_path, 130)
     folder, minutes = eval(outcomes(tmp_path)["told"]["last_line"])
@@ -87,6 +87,15 @@ def test_the_summary_has_red_gates_and_the_mean_gain(tmp_path):
     text = summary(tmp_path)
     assert "forward lstm: 4.00 times torch.nn's speed in 2 cases" in text
     assert "gate red: c gru 2 tensors" in text
+
+
+def test_the_summary_names_red_tests_also_of_a_run_that_was_cut_off(tmp_path):
+    printed = "tests/test_a.py::test_b[c] FAILED [ 5%]\\n[gw1] [ 9%] FAILED tests/test_a.py::test_d"
+    code = f"import time; print('{printed}', flush=True); time.sleep(60)"
+    run_steps([Step("tests", 1, (*PYTHON, code))], tmp_path, 1.5)
+    lines = summary(tmp_path).splitlines()
+    assert "  red test: tests/test_a.py::test_b[c]" in lines
+    assert "  red test: tests/test_a.py::test_d" in lines
 
 
 def test_dry_run_prints_every_step_and_needs_no_gpu(capsys):
@@ -115,5 +124,9 @@ def test_without_a_gpu_nothing_is_run(monkeypatch):
         gpu.run(options())
 
 
-def test_the_folder_is_named_after_the_gpu():
-    assert gpu.default_folder("NVIDIA H200 (MIG)").name.startswith("nvidia-h200-mig-20")
+@pytest.mark.parametrize(("name", "code"), [("true", 0), ("no-such-program", 0), ("false", 1)])
+def test_the_exit_code(monkeypatch, tmp_path, name, code):
+    monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.signal, "signal", lambda number, handler: None)
+    monkeypatch.setattr(gpu, "steps", lambda: [Step("one", 1, (name,))])
+    assert gpu.run(options(out=tmp_path)) == code

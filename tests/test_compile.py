@@ -1,105 +1,113 @@
-"""Ring 3: kernels compiled for GPUs that are not there; a covering subset of `make compile-all`."""
+"""Kernels compiled for GPUs that are absent: a subset, and in `make test-all` every plan."""
 
-import csv
-import json
 from collections import Counter
-from itertools import groupby
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-from compile_all import about, compile_jobs, faults, run_script
-from compiling import every_job, plan_of
+from compile_all import run_script, summary
+from compiling import COMPILED_CHIPS, covering, every_job, faults, longest_chain
+from compiling import job as one_job
 
+from fusedrnn.kernels.compile import count_kinds, loop_over_time
 from fusedrnn.kernels.plan import CHIPS
+from fusedrnn.kernels.sass import Instruction
+from fusedrnn.kernels.spec import SPECS
 
-TABLE = Path(__file__).parent.parent / "docs" / "compiled.csv"
-
-
-def covering(chip: str, every: int, ragged: tuple[bool, ...] = (False, True)):
-    """The largest H of each cell, precision and form of rows, both kernels; one in ``every``."""
-
-    def kind(job):
-        p = job.problem
-        schedule = plan_of(p, CHIPS[job.chip]).schedule
-        rows = p.ragged, p.members
-        return schedule, job.direction, job.launch, p.cell, str(p.dtype), p.precision, rows
-
-    def weight(job):
-        # The widest tile of rows and, for the forward, the input projected in the kernel.
-        p = job.problem
-        return p.hidden_size, p.batch, p.layers, -p.input_size
-
-    jobs = sorted((job for job in every_job(chip) if job.problem.ragged in ragged), key=kind)
-    largest = [max(group, key=weight) for _, group in groupby(jobs, kind)]
-    return largest[::every]
+PARTS = [("sm_90", name) for name in ("resident", "cooperative", "stepwise")]
+PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident", "cooperative")]
 
 
-def check(jobs, triton_dir=None):
-    usages = compile_jobs(jobs, triton_dir)
-    found = [(job, usage) for job, usage in zip(jobs, usages, strict=True) if faults(job, usage)]
-    assert not found, "\n".join(f"{faults(*pair)}: {pair}" for pair in found)
-    return usages
+@pytest.mark.parametrize(("chip", "schedule"), PARTS)
+def test_the_covering_subset(chip, schedule):
+    options = "--covering", "--workers", "1", "--chips", chip, "--schedules", schedule
+    assert " 0 with faults" in run_script("compile_all.py", *options)
 
 
-def test_hopper():
-    """By the Triton of this environment: every second, of ragged rows every fourth."""
-    dense, ragged = covering("sm_90", 2, (False,)), covering("sm_90", 4, (True,))
-    assert len(check(dense + ragged)) >= 90
+def test_the_subset_covers():
+    """Every schedule with every cell, form of rows and chip it has; every kind of product."""
+    jobs = covering()
+    plans = [(job.plan.schedule, job.problem, job.chip) for job in jobs]
+    assert {(chip, schedule) for schedule, _, chip in plans} == set(PARTS)
+    for schedule in ("resident", "cooperative"):
+        of_schedule = [problem for name, problem, _ in plans if name == schedule]
+        assert {problem.cell for problem in of_schedule} == SPECS.keys()
+        assert {problem.ragged for problem in of_schedule} == {False, True}
+        assert {problem.directions for problem in of_schedule} == {1, 2}
+        assert {problem.needs_grad for problem in of_schedule} == {False, True}
+    kinds = Counter(problem.kind(CHIPS[chip]) for _, problem, chip in plans)
+    assert kinds.keys() == {"16-bit", "tf32", "tf32x3", "ieee", "fp64"}
+    assert {problem.layers for _, problem, _ in plans} == {1, 2, 3}
 
 
-@pytest.mark.parametrize("chip", CHIPS)
-def test_every_chip_by_newest_and_oldest_triton(chip, triton_dir):
-    usages = check(covering(chip, 9), triton_dir)
+@pytest.mark.slow
+@pytest.mark.parametrize("chip", COMPILED_CHIPS)
+def test_every_plan(chip):
+    assert len(list(every_job(chip))) > 300
+    assert " 0 with faults" in run_script("compile_all.py", "--chips", chip)
+
+
+@pytest.mark.slow
+def test_other_tritons(triton_dir):
     version = (Path(triton_dir) / "triton" / "__init__.py").read_text()
-    assert all(f"'{usage['triton']}'" in version for usage in usages)
+    done = run_script("compile_all.py", "--covering", triton_dir=triton_dir)
+    assert " 0 with faults" in done
+    assert f"'{done.split()[1]}'" in version
 
 
-def test_row_offsets_are_64_bits_wide():
-    """T * B * H beyond 2**31 elements: seen in the compiler's own intermediate form."""
-    jobs = [j for j in every_job("sm_90") if j.problem.batch == 8 and j.problem.hidden_size == 16]
-    assert {usage["narrow"] for usage in check(jobs[::7])} == {0}
+def kernel(ttgir="", ptx="", ttir="", **changes):
+    """Something like a compiled kernel, of which nothing is right."""
+    asm = {"ttgir": ttgir, "ptx": ptx, "ttir": ttir}
+    binary = SimpleNamespace(asm=asm, metadata=SimpleNamespace(launch_cooperative_grid=False))
+    given = {"spills": 72, "shared_bytes": 10**6, "direction": "forward", "binary": binary}
+    return SimpleNamespace(**given | changes)
 
 
 def test_faults_are_seen():
-    job = covering("sm_90", 1)[0]
-    usage = {"shared": 10**6, "spills": 8, "registers": 255, "mma": 0, "narrow": 1}
-    usage |= {"early": 1, "scalar": 1, "endless": 1, "apart": True, "chain": 99}
-    assert [f.split()[1:3] for f in faults(job, usage)] == [
-        ["bytes", "spilled"],
-        ["bytes", "shared,"],
-        ["row", "offsets"],
-        ["loads", "of"],
-        ["loads", "of"],
-        ["waits", "without"],
-        ["cooperative", "launch"],
-        ["dependent", "mma,"],
-        ["tensor-core", "instruction"],
+    job = one_job("lstm", 512)
+    narrow = "%5 = tt.addptr %4, %x : tensor<8x!tt.ptr<bf16>>, tensor<8xi32>"
+    tiles = SimpleNamespace(**vars(job.plan.forward) | {"block_b": 8})
+    ttgir = "tt.load %a cacheModifier = cg\n atomic_rmw add, acquire\n atomic_rmw add, acquire"
+    found = faults(job, kernel(ttgir, "ld.global.cg.b16", narrow, tiles=tiles))
+    assert [fault.split()[-1] for fault in found] == [
+        "spilled", "allowed", "bits", "constant", "instruction", "modelled",
+        "wait", "element", "limit", "once",
+    ]  # fmt: skip
+    assert "no load of exchanged data" in faults(job, kernel("acquire", tiles=tiles))[-3]
+
+
+def test_the_longest_chain_goes_through_accumulators_and_sums():
+    dot = "%{} = tt.dot %a, %b, %{} : tensor<16x32xbf16, #ttg.dot_op<{{opIdx = 0, x}}>> * y\n"
+    text = dot.format("c", "zero") + dot.format("d", "c") + dot.format("e", "zero")
+    text += "%f = arith.addf %d, %e : tensor<16x8xf32>\n" + dot.format("g", "f")
+    assert longest_chain(text, 16) == 6
+    assert longest_chain(dot.format("h", "zero"), 8) == 4
+
+
+def test_the_loop_over_time_is_the_longest_one():
+    """Not the loop that polls inside it, nor a shorter one behind it, nor the last branch."""
+    names = "MOV LDG.E.128 LD.E.STRONG BRA HMMA.16816 MUFU.EX2 FFMA BRA SHFL.BFLY BRA BRA"
+    targets = {3: 2, 7: 1, 9: 8, 10: 10}
+    every = [Instruction(i, name, target=targets.get(i)) for i, name in enumerate(names.split())]
+    loop = loop_over_time(every)
+    assert (loop[0].name, len(loop)) == ("LDG.E.128", 7)
+    counts = count_kinds(loop)
+    assert {kind: n for kind, n in counts.items() if n} == {
+        "tensor core": 1, "MUFU": 1, "global load": 2, "FMA unit": 1, "other": 2, "total": 7,
+    }  # fmt: skip
+    assert loop_over_time(every[:3]) == ()
+
+
+def test_the_summary_has_a_line_for_each_chip_schedule_and_direction():
+    from compile_all import Row
+
+    rows = [
+        Row("sm_90", "resident", "lstm", "forward", 100, 0, 1024, [], ""),
+        Row("sm_90", "resident", "gru", "forward", 255, 8, 4096, [], ""),
+        Row("sm_80", "resident", "gru", "forward", 90, 0, 1024, [], ""),
     ]
-
-
-def test_the_table_holds_exactly_these_kernels():
-    """What `make compile-all` would compile now is what docs/compiled.csv was made of, by keys."""
-    with TABLE.open(newline="") as file:
-        rows = list(csv.DictReader(file))
-    tritons = {row["triton"] for row in rows}
-    jobs = [about(job) for chip in CHIPS for job in every_job(chip)]
-    now = Counter((triton, *map(str, job.values())) for triton in tritons for job in jobs)
-    table = Counter(tuple(row[name] for name in ("triton", *jobs[0])) for row in rows)
-    assert len(tritons) == 2
-    assert not now - table, "kernels are missing from the table: run `make compile-all`"
-    assert not table - now, "nobody would compile some kernels of the table any more"
-
-
-def test_the_launchers_own_arguments(triton_dir):
-    """Everything up to the launch, through the launchers: for each cell five forward and backward
-    calls, of which those with another T and B compile nothing new, though both are 1."""
-    done = run_script("launching.py", triton_dir)
-    names, distinct, counts = map(json.loads, done.splitlines())
-    resident, together = ([f"_{name}_{d}_kernel" for d in ("fwd", "bwd")]
-                          for name in ("resident", "cooperative"))  # fmt: skip
-    stepwise = ["_stepwise_fwd_kernel"] * 2 + ["_stepwise_bwd_kernel"] * 2
-    assert names == (resident * 3 + together * 2) * 5 + stepwise
-    assert distinct == 5 * 6 + 4
-    for is_aligned, (first, *more) in counts:
-        # Else one binary for each set of parts that are aligned to 16 bytes.
-        assert (set(more) == {first}) == is_aligned
+    _, _, *lines = summary(rows).splitlines()
+    assert lines == [
+        "| sm_80 | resident | forward | 1 | 90-90 | 0 | 0 | 1 |",
+        "| sm_90 | resident | forward | 2 | 100-255 | 1 | 8 | 4 |",
+    ]

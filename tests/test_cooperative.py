@@ -1,10 +1,6 @@
-"""Ring 2: the cooperative schedule, each program in a process of its own, against the reference."""
+"""Schedule cooperative, each program in a process of its own, against the reference."""
 
 from __future__ import annotations
-
-import inspect
-import tempfile
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,17 +12,15 @@ from cooperative_setup import (
     Shape,
     check,
     differences,
-    flat,
     launches,
     prepared,
     run,
     workspace,
 )
+from kernel_cases import results
+from mutants import rewritten
 
-from fusedrnn.kernels import cells, cooperative, cooperative_launch, exchange
-from fusedrnn.kernels.common import pick
-from fusedrnn.kernels.spec import SPECS
-from fusedrnn.testing import assert_budget
+from fusedrnn.kernels import cooperative, exchange
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the processes share the CPU's memory"),
@@ -34,104 +28,87 @@ pytestmark = [
     pytest.mark.xdist_group("processes"),
 ]
 
-#: 2 to 4 programs each: slices, directions, batch tiles, layers, and slices that stick out.
-SHAPES = {
-    "two slices": Shape(4, 3, 32, 16),
-    "three slices, the last one not full": Shape(5, 2, 41, 16),
-    "four slices": Shape(3, 5, 50, 16),
-    "two slices, two directions": Shape(4, 3, 20, 16, D=2),
-    "two slices, two batch tiles": Shape(3, 17, 20, 16),
-    "two slices, two batch tiles in two rounds": Shape(3, 17, 20, 16, at_once=1),
-    "two slices, two layers": Shape(4, 3, 20, 16, L=2),
-    "two slices, two layers with dropout": Shape(4, 3, 20, 16, L=2, mask=True),
-    "one slice, four layers": Shape(5, 3, 16, 16, L=4, mask=True),
-    "one step": Shape(1, 1, 17, 16),
-    "two slices, ragged": Shape(6, 5, 20, 16, rows="ragged"),
-    "two slices, two directions, ragged": Shape(6, 5, 20, 16, D=2, rows="ragged"),
-    "two slices, two layers, ragged": Shape(6, 5, 20, 16, L=2, mask=True, rows="ragged"),
-    "two slices, two batch tiles, packed": Shape(4, 18, 41, 32, rows="packed"),
-    "two slices, two directions, packed": Shape(6, 5, 20, 16, D=2, rows="packed"),
-    "two slices, an accumulator a dot": Shape(3, 2, 41, 32, folded=1),
-    "two slices, an accumulator for two dots": Shape(3, 2, 41, 32, folded=2),
-    "two slices, two layers, an accumulator for three": Shape(3, 2, 20, 16, L=2, folded=3),
-    "two slices, two members": Shape(3, 6, 20, 16, members=2),
-    "one slice, two members of two batch tiles": Shape(3, 34, 12, 16, at_once=4, members=2),
-    "two slices, three members in rounds, ragged": Shape(
-        4, 9, 20, 16, at_once=1, rows="ragged", members=3
-    ),
-    "two slices, two layers, two members, one by one": Shape(
-        3, 6, 20, 16, L=2, mask=True, at_once=1, members=2
-    ),
-    "one slice, two directions, two members": Shape(4, 6, 12, 16, D=2, members=2),
-    "two slices, two layers, packed": Shape(6, 5, 20, 16, L=2, mask=True, rows="packed"),
+SLICES = Shape(3, 3, 20)
+LAYERS = Shape(2, 3, 20, L=2, masks=True)
+BOTH = ("lstm", "gru_reset_before")  # two states; two exchanges a step
+CASES = {
+    "three slices, the last one not full": (BOTH, Shape(4, 2, 41)),
+    "directions": (BOTH, Shape(3, 3, 20, D=2, bias=False)),
+    "two batch tiles": (("gru_reset_before",), Shape(2, 17, 20)),
+    "two batch tiles in two rounds": (BOTH, Shape(2, 17, 20, at_once=1)),
+    "layers with dropout": (("lstm", "gru", "gru_reset_before", "rnn_tanh"), LAYERS),
+    "four layers": (("lstm",), Shape(4, 3, 16, L=4)),
+    "one step": (("gru",), Shape(1, 1, 17)),
+    "directions, ragged": (BOTH, Shape(4, 5, 20, D=2, rows="ragged")),
+    "layers, ragged": (("lstm",), Shape(4, 5, 20, L=2, masks=True, rows="ragged")),
+    "two batch tiles, packed": (BOTH, Shape(3, 18, 41, 32, rows="packed")),
+    "layers, packed": (("gru",), Shape(4, 5, 20, L=2, masks=True, rows="packed")),
+    "an accumulator a product": (("gru_reset_before",), Shape(2, 2, 41, 32, folded=1)),
+    "an accumulator for three products": (("lstm",), Shape(2, 2, 41, 32, L=2, folded=3)),
 }
+RUNS = [(cell, name) for name, (cells, _) in CASES.items() for cell in cells]
 
 
-@pytest.mark.parametrize("name", SHAPES)
-@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
+@pytest.mark.parametrize(("cell", "name"), RUNS)
 def test_equals_the_reference(cell, name):
-    """One cell with two states, and one with two exchanges a step."""
-    check(cell, SHAPES[name], seed=len(name))
-
-
-@pytest.mark.parametrize("cell", SPECS)
-def test_every_cell(cell):
-    check(cell, SHAPES["two slices, two layers with dropout"])
-    check(cell, SHAPES["two slices, two directions"])
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_no_pattern_of_delays_changes_a_bit(seed):
-    """The order of every sum is fixed: results under other pauses are equal bit for bit."""
-    shape = SHAPES["two slices, two layers with dropout"]
-    first = prepared("gru", shape)
-    second = shared({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in first.items()})
-    second["outs"] = shared([out.clone() for out in first["outs"]])
-    assert not run("gru", shape, first, seed=seed, delay=0.004)
-    assert not run("gru", shape, second, seed=seed + 10, delay=0.0)
-    pairs = zip(flat(first).items(), flat(second).values(), strict=True)
-    assert not [name for (name, one), other in pairs if not torch.equal(one, other)]
+    check(cell, CASES[name][1], seed=len(name))
 
 
 def test_half_precision():
-    """Operands and what is handed round are rounded to fp16; the state stays in fp32."""
-    shape = SHAPES["two slices, two layers"]
-    data = prepared("lstm", shape, torch.float16)
-    assert not run("lstm", shape, data)
-    assert not differences("lstm", shape, data)
+    """Operands and what is exchanged are rounded to fp16; the state stays in fp32."""
+    check("lstm", LAYERS, torch.float16)
+
+
+def copied(data):
+    """The same tensors in other memory; the directions of a layer have one output."""
+    layers, grads = data
+    out = {id(o): o.clone() for o in layers.out}
+
+    def copy(tree):
+        if isinstance(tree, torch.Tensor):
+            return tree.clone()
+        return tree if tree is None else tuple(map(copy, tree))
+
+    fresh = layers._make(map(copy, layers))._replace(out=tuple(out[id(o)] for o in layers.out))
+    return shared(data._replace(layers=fresh, grads=grads._make(map(copy, grads))))
+
+
+def test_no_pattern_of_delays_changes_a_bit():
+    """The order of every sum is fixed: results under other pauses are equal bit for bit."""
+    first = prepared("gru", LAYERS)
+    second = copied(first)
+    assert not run("gru", LAYERS, first, seed=1, delay=0.004)
+    assert not run("gru", LAYERS, second, seed=2, delay=0.0)
+    one, other = (results("gru", LAYERS, data) for data in (first, second))
+    assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
 def test_calls_back_to_back():
     """A process may be in the second call while another is still in the first."""
-    shape = SHAPES["two slices"]
-    datas = [prepared("lstm", shape) for _ in range(3)]
-    calls = [launches("lstm", shape, d, [workspace("lstm", shape, d["gx"])] * 2) for d in datas]
+    datas = [prepared("lstm", SLICES) for _ in range(2)]
+    works = [[workspace("lstm", SLICES) for _ in range(2)] for _ in datas]
+    calls = [launches("lstm", SLICES, *pair) for pair in zip(datas, works, strict=True)]
 
     def one_after_the_other():
-        for forward, _ in calls:
-            forward()
+        for both in calls:
+            for call in both:
+                call()
 
-    assert not run_concurrently([one_after_the_other], shape.programs, delay=DELAY)
+    assert not run_concurrently([one_after_the_other], SLICES.programs, delay=DELAY)
     for data in datas:
-        assert not run_concurrently(
-            [launches("lstm", shape, data, [None, workspace("lstm", shape, data["gx"])])[1]],
-            shape.programs,
-        )
-        assert not differences("lstm", shape, data)
+        assert not differences("lstm", SLICES, data)
 
 
 def test_calls_on_two_streams():
     """Two calls at the same time, each with a workspace of its own."""
-    shape = SHAPES["two slices"]
-    datas = [prepared("gru_reset_before", shape) for _ in range(2)]
-    works = [[workspace("gru_reset_before", shape, d["gx"]) for _ in range(2)] for d in datas]
-    for each in zip(
-        *(launches("gru_reset_before", shape, *pair) for pair in zip(datas, works, strict=True)),
-        strict=True,
-    ):
-        assert not run_concurrently(each, shape.programs, delay=DELAY)
+    cell = "gru_reset_before"
+    datas = [prepared(cell, SLICES) for _ in range(2)]
+    works = [[workspace(cell, SLICES) for _ in range(2)] for _ in datas]
+    calls = (launches(cell, SLICES, *pair) for pair in zip(datas, works, strict=True))
+    for each in zip(*calls, strict=True):
+        assert not run_concurrently(each, SLICES.programs, delay=DELAY)
     for data in datas:
-        assert not differences("gru_reset_before", shape, data)
+        assert not differences(cell, SLICES, data)
 
 
 @triton.jit
@@ -141,19 +118,18 @@ def publish_but_the_second(counter_ptr):
 
 
 def test_a_lost_partner_is_an_error_and_no_hang(monkeypatch):
-    """The wait ends with one clear sentence, and the next call is none the worse for it."""
-    shape = SHAPES["two slices"]
-    data = prepared("lstm", shape)
+    """The wait ends with one clear sentence, and the next call is right."""
+    data = prepared("lstm", SLICES)
     with monkeypatch.context() as lost:
         lost.setattr(cooperative, "publish", publish_but_the_second)
-        failed = run("lstm", shape, data, patience=50)
+        failed = run("lstm", SLICES, data, patience=50)
     assert failed
     assert all("a program waited in vain for its partners" in text for text in failed)
-    assert not run("lstm", shape, data)
-    assert not differences("lstm", shape, data)
+    assert not run("lstm", SLICES, data)
+    assert not differences("lstm", SLICES, data)
 
 
-# The protocol, broken in every way that a slip of the hand would break it.
+# The protocol, broken in every way that a slip would break it.
 
 
 @triton.jit
@@ -166,26 +142,15 @@ def wait_for_all_but_one(counter_ptr, target, patience):
     exchange.wait(counter_ptr, target - 1, patience)
 
 
-def rewritten(kernel: triton.JITFunction, old: str, new: str) -> triton.JITFunction:
-    """A kernel with one passage of its source replaced."""
-    source = inspect.getsource(kernel.fn)
-    assert source.count(old) == 1
-    namespace = dict(vars(cooperative))
-    path = Path(tempfile.mkdtemp()) / "mutant.py"
-    path.write_text(source.replace(old, new))
-    exec(compile(path.read_text(), str(path), "exec"), namespace)
-    return namespace[kernel.fn.__name__]
+STORE_H = "        store(out_rows(program, first, TILE), here, cols, (result[0],), H)\n"
+STORE_SLOT = "store(slot, mask_b, cols, (CELL.operand(p, gx, gh, entering),), H)\n"
+STORE_DGATES = "store(tiles, here, cols, dgates, H)\n"
 
 
-STORE_H = (
-    "        store_rows(out_ptr + row * (D * H) + pid_d * H, here, start, "
-    "only(out, 0), 0, H, BLOCKS)\n"
-)
-STORE_DGATES = (
-    "            store_rows(rows, here, start, grads, FIRST_TILE[P - 1 - p], H, BLOCKS)\n"
-)
-STORE_SLOT = "                store_rows(slots, mask_b, start, only((u,), 0), 0, H, BLOCKS)\n"
-PUBLISH = "publish(counter_ptr)\n"
+def publishes_first(patch, kernel, store, indent):
+    before, publish = " " * indent + store.lstrip(), " " * indent + "publish(counter)\n"
+    old = getattr(cooperative, kernel)
+    patch.setattr(cooperative, kernel, rewritten(old, before + publish, publish + before))
 
 
 def break_nothing(patch):
@@ -201,142 +166,63 @@ def break_counter_target(patch):
 
 
 def break_flag_before_h(patch):
-    late = rewritten(
-        cooperative._cooperative_fwd_kernel,
-        STORE_H + " " * 8 + PUBLISH,
-        " " * 8 + PUBLISH + STORE_H,
-    )
-    patch.setattr(cooperative_launch, "_cooperative_fwd_kernel", late)
-
-
-def break_flag_before_dgates(patch):
-    late = rewritten(
-        cooperative._cooperative_bwd_kernel,
-        STORE_DGATES + " " * 12 + PUBLISH,
-        " " * 12 + PUBLISH + STORE_DGATES,
-    )
-    patch.setattr(cooperative_launch, "_cooperative_bwd_kernel", late)
+    publishes_first(patch, "_cooperative_fwd_kernel", STORE_H, 8)
 
 
 def break_flag_before_slot(patch):
-    late = rewritten(
-        cooperative._cooperative_fwd_kernel,
-        STORE_SLOT + " " * 16 + PUBLISH,
-        " " * 16 + PUBLISH + STORE_SLOT,
+    publishes_first(patch, "_cooperative_fwd_kernel", STORE_SLOT, 16)
+
+
+def break_flag_before_dgates(patch):
+    publishes_first(patch, "_cooperative_bwd_kernel", STORE_DGATES, 12)
+
+
+def break_wait_for_the_layer_below(patch):
+    kernel, wait = (
+        "_cooperative_fwd_kernel",
+        "wait(counter_below, published + partners * P, patience)",
     )
-    patch.setattr(cooperative_launch, "_cooperative_fwd_kernel", late)
-
-
-def break_turns_of_slots(patch):
-    one = rewritten(cooperative._cooperative_fwd_kernel, "pid_z * 2 + step % 2", "pid_z * 2")
-    patch.setattr(cooperative_launch, "_cooperative_fwd_kernel", one)
-
-
-MUTANTS = [break_wait_dropped, break_counter_target, break_flag_before_h, break_flag_before_dgates]
-
-
-@pytest.mark.parametrize("mutate", [break_nothing, *MUTANTS])
-def test_a_broken_protocol_is_found(mutate, monkeypatch):
-    shape = SHAPES["two slices, two layers"]
-    data = prepared("lstm", shape)
-    mutate(monkeypatch)
-    # One program lags, so that whoever does not wait for it reads what is not there yet.
-    failed = run("lstm", shape, data, delay=0.01, slow=1)
-    assert not failed
-    assert bool(differences("lstm", shape, data)) == (mutate is not break_nothing)
+    patch.setattr(cooperative, kernel, rewritten(getattr(cooperative, kernel), wait, "pass"))
 
 
 @pytest.mark.parametrize(
-    ("mutate", "is_found"),
+    ("cell", "shape", "mutate"),
     [
-        (break_nothing, False),
-        (break_flag_before_slot, True),
-        (break_flag_before_dgates, True),
-        # With h exchanged too, one slot does: whoever stores into it again has waited for an h that
-        # everyone published after reading the slot. The next test has a cell without that wait.
-        (break_turns_of_slots, False),
+        ("lstm", LAYERS, break_nothing),
+        ("lstm", LAYERS, break_wait_dropped),
+        ("lstm", LAYERS, break_counter_target),
+        ("lstm", SLICES, break_flag_before_h),
+        ("lstm", SLICES, break_flag_before_dgates),
+        ("lstm", LAYERS, break_wait_for_the_layer_below),
+        ("gru_reset_before", SLICES, break_nothing),
+        ("gru_reset_before", SLICES, break_flag_before_slot),
+        ("gru_reset_before", SLICES, break_flag_before_dgates),
     ],
 )
-def test_a_broken_exchange_of_operands_is_found(mutate, is_found, monkeypatch):
-    shape = SHAPES["two slices"]
-    data = prepared("gru_reset_before", shape)
+def test_a_broken_protocol_is_found(cell, shape, mutate, monkeypatch):
+    data = prepared(cell, shape)
     mutate(monkeypatch)
-    failed = run("gru_reset_before", shape, data, delay=0.02, slow=1)
+    # One program lags, so that a program that does not wait for it reads what is not there yet.
+    failed = run(cell, shape, data, delay=0.02, slow=1)
     assert not failed
-    assert bool(differences("gru_reset_before", shape, data)) == is_found
-
-
-@pytest.mark.parametrize("mutate", [break_nothing, break_flag_before_slot, break_turns_of_slots])
-def test_a_broken_exchange_of_operands_alone_is_found(mutate, dropped, monkeypatch):
-    """Where h itself goes round nowhere, beside results of the same launch unbroken."""
-    shape = SHAPES["two slices"]
-    data = prepared(dropped, shape)
-    broken = shared({k: v.clone() if isinstance(v, torch.Tensor) else v for k, v in data.items()})
-    broken["outs"] = shared([out.clone() for out in data["outs"]])
-    aux = shared((torch.rand(shape.B, shape.H) > 0.3) / 0.7)
-    assert not run(dropped, shape, data, aux=aux)
-    mutate(monkeypatch)
-    assert not run(dropped, shape, broken, aux=aux, delay=0.05, slow=1)
-    is_right = torch.equal(data["outs"][0], broken["outs"][0])
-    assert is_right == (mutate is break_nothing)
+    assert bool(differences(cell, shape, data)) == (mutate is not break_nothing)
 
 
 def test_counters_that_were_not_cleared_are_found():
-    shape = SHAPES["two slices"]
-    used = [workspace("lstm", shape, torch.empty(0)) for _ in range(2)]
-    assert not run("lstm", shape, prepared("lstm", shape), works=used)
-    data = prepared("lstm", shape)
-    assert not run("lstm", shape, data, works=used, delay=0.01, slow=1)
-    assert differences("lstm", shape, data)
+    used = [workspace("lstm", SLICES) for _ in range(2)]
+    assert not run("lstm", SLICES, prepared("lstm", SLICES), works=used)
+    data = prepared("lstm", SLICES)
+    assert not run("lstm", SLICES, data, works=used, delay=0.01, slow=1)
+    assert differences("lstm", SLICES, data)
 
 
-# A cell of which not h but an operand of its own is multiplied, as under recurrent dropout.
+@pytest.mark.parametrize("L", [1, 3])
+def test_a_launch_allocates_its_own_workspace(L):
+    """One program a layer, which the interpreter can run one after the other."""
+    from kernel_cases import cooperative_plan, rows_of, tensors
 
-
-@triton.jit
-def masked_operand(PHASE: tl.constexpr, ctx, gx, gh, state):
-    aux_ptr, _, offs_b, mask_b, H, cols = ctx
-    ptrs = aux_ptr + offs_b[:, None] * H + cols[0][None, :]
-    mask = tl.load(ptrs, mask=mask_b[:, None] & (cols[0] < H)[None, :], other=0.0)
-    return (pick(state, 0)[0] * mask,)
-
-
-@triton.jit
-def masked_fold(ctx, d_state, du):
-    return ((d_state[0][0] + masked_operand(0, ctx, (), (), (du,))[0],),)
-
-
-@pytest.fixture
-def dropped(monkeypatch):
-    """h' = tanh(gx + W (m * h) + b): the operand goes round through slots, and h through none."""
-    like = cells.CELLS["rnn_tanh"]
-    spec = SPECS["rnn_tanh"].__class__(1, 1, 0, ((0,),), ((0,),), (0,), operands=("m*h",))
-    monkeypatch.setitem(SPECS, "dropped", spec)
-    monkeypatch.setitem(
-        cells.CELLS,
-        "dropped",
-        cells.Cell(spec, masked_operand, like.forward, like.adjoint, masked_fold),
-    )
-    return "dropped"
-
-
-def test_an_operand_that_is_not_h(dropped):
-    shape = SHAPES["three slices, the last one not full"]
-    data = prepared(dropped, shape)
-    aux = shared((torch.rand(shape.B, shape.H) > 0.3) / 0.7)
-    assert not run(dropped, shape, data, aux=aux)
-
-    results = {}
-    for name, dtype in (("ref", torch.float32), ("truth", torch.float64)):
-        gx, h_0 = (data[key][0].to(dtype).requires_grad_() for key in ("gx", "h_0"))
-        w, h, hs = data["weights"][0], h_0, []
-        for t in range(shape.T):
-            h = torch.tanh(gx[t] + (aux.to(dtype) * h) @ w.w_hh.to(dtype).T + w.b_hh.to(dtype))
-            hs.append(h)
-        out = torch.stack(hs)
-        cotangents = data["d_out"].to(dtype), data["d_h_n"][0].to(dtype)
-        grads = torch.autograd.grad((out, h), (gx, h_0), cotangents)
-        results[name] = out.detach(), *grads
-    got = data["outs"][0], data["dgates"][0], data["d_h_0"][0]
-    for name, *each in zip(("out", "d_gx", "d_h_0"), got, *results.values(), strict=True):
-        assert_budget(name, *each)
+    shape = Shape(3, 4, 16, L=L)
+    data = tensors("gru_reset_before", shape)
+    cooperative.forward("gru_reset_before", cooperative_plan(shape), data.layers, rows_of(shape))
+    cooperative.backward("gru_reset_before", cooperative_plan(shape), *data, rows_of(shape))
+    assert not differences("gru_reset_before", shape, data)

@@ -15,7 +15,7 @@ TEXTS = {page: page.read_text() for page in PAGES}
 TARGET = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)|<img[^>]*\ssrc=\"([^\"]+)\"")
 FILE = re.compile(r"`([\w./-]+\.py)`")
 FOLDERS = ("", "fusedrnn", "kernels", "bench", "bench/lessons", "tests", "docs")
-VERB = re.compile(r"\bmake ([a-z-]+)(?= [A-Z]+=|`|\n|  )")
+VERB = re.compile(r"(?:`|^ *|^\$ )make ([a-z-]+)", re.MULTILINE)
 VERBS = re.findall(r"^([a-z-]+):.*## ", (ROOT / "Makefile").read_text(), re.MULTILINE)
 every_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
 

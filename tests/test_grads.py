@@ -25,22 +25,22 @@ def test_outer_is_the_product(rows, M, N):
 
 
 def test_a_long_sum_is_made_of_parts():
-    """One sum over the rows would err more: each part starts from zero."""
-    left, right = torch.rand(3200, 8) + 1, torch.rand(3200, 8) + 1
+    """One product over all rows errs more, how much depends on the library and the processor."""
+    left, right = torch.rand(100_000, 24) + 1, torch.rand(100_000, 9) + 1
     truth = left.double().t() @ right.double()
-    error = (grads.outer(left, right).double() - truth).abs().max()
-    total = torch.zeros(8, 8)
-    for row in range(3200):
-        total.addr_(left[row], right[row])
-    assert error < (total.double() - truth).abs().max() / 2
+    ours, theirs = (
+        (found - truth).abs().max() for found in (grads.outer(left, right), left.t() @ right)
+    )
+    assert ours < theirs / 1.5
 
 
 @pytest.mark.parametrize("layout", ["dense", "packed"])
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
 def test_sums_over_many_rows_are_as_exact_as_torchs(kind, layout):
     """One product over all 3200 rows leaves the error budget."""
-    modules = [getattr(torch.nn, kind)(8, 8).double() for _ in range(2)]
-    modules += [getattr(fusedrnn, kind)(8, 8)]
+    options = {} if layout == "packed" else {"num_layers": 2, "bidirectional": True}
+    modules = [getattr(torch.nn, kind)(8, 8, **options).double() for _ in range(2)]
+    modules += [getattr(fusedrnn, kind)(8, 8, **options)]
     for module in modules[:2]:
         module.load_state_dict(modules[2].state_dict())
     modules[1].float()

@@ -35,9 +35,11 @@ def layers_of(D=1):
     def randn(*shape):
         return torch.randn(*shape, dtype=torch.float64)
 
+    w_ih, w_hh, b_ih, b_hh = (
+        tuple(randn(4 * H, *more) for _ in range(D)) for more in ((I,), (H,), (), ())
+    )
     return Layers(
-        w_ih=tuple(randn(4 * H, I) for _ in range(D)), w_hh=tuple(randn(4 * H, H) for _ in range(D)),
-        b_ih=tuple(randn(4 * H) for _ in range(D)), b_hh=tuple(randn(4 * H) for _ in range(D)),
+        w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh,
         h_0=randn(D, B, H), c_0=randn(D, B, H), out=(randn(T * B, D * H),) * D,
         gates=randn(D, T * B, 4 * H), cs=randn(D, T * B, H),
     )  # fmt: skip
@@ -119,6 +121,12 @@ def test_launches_follow_the_plan(monkeypatch):
     ]
 
 
+def fail_within(context, seen):
+    with context:
+        seen.append(torch.backends.cuda.matmul.fp32_precision)
+        raise KeyError
+
+
 def test_precision_of_gemms_is_set_and_put_back(monkeypatch):
     """torch has one switch for the process; fp32 on CUDA alone needs it."""
     matmul = torch.backends.cuda.matmul
@@ -128,9 +136,9 @@ def test_precision_of_gemms_is_set_and_put_back(monkeypatch):
         assert matmul.fp32_precision == before
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     for precision, want in (("tf32", "tf32"), ("tf32x3", "ieee"), ("ieee", "ieee")):
-        with pytest.raises(KeyError), gemm_precision(precision, x):
-            assert matmul.fp32_precision == want
-            raise KeyError
-        assert matmul.fp32_precision == before
+        seen = []
+        with pytest.raises(KeyError):
+            fail_within(gemm_precision(precision, x), seen)
+        assert (seen, matmul.fp32_precision) == ([want], before)
     with gemm_precision("tf32", x.half()):
         assert matmul.fp32_precision == before

@@ -40,11 +40,10 @@ def test_rows_of_packed_input():
     assert rows.origins[1].tolist() == [[1, 1, 3], [1, 1, 0], [1, 3, 0], [3, 0, 0]]
 
 
-def test_dense_rows_have_no_tables_and_one_layout():
+def test_dense_rows_have_no_tables():
     x = torch.zeros(T, B, 5)
     layout = layout_of(x, B, D, Sequences(), True)
     assert layout == (Rows(T, B), None, None, None)
-    assert layout_of(x, B, D, Sequences(), True) is layout
     assert layout.to_rows(x) is x
     assert layout.to_grid(x) is x
     assert layout.sort_states(x) is x

@@ -3,44 +3,37 @@
 import pytest
 import torch
 
-from fusedrnn.kernels.model import (
-    Floors,
-    cudnn_step,
-    dependent_mma,
-    floors_on_chip,
-    floors_stepwise,
-    kind_of,
-)
-from fusedrnn.kernels.plan import CHIPS, Problem, Tiles, cooperative, k_chunks, resident
+from fusedrnn.kernels.model import Floors, cudnn_step, dependent_mma, floors_of
+from fusedrnn.kernels.plan import CHIPS, Problem, Tiles, cooperative, resident
 
 CHIP = CHIPS["sm_90"]
-LSTM = Problem("lstm", 1024, 1024, 16, 1, torch.bfloat16, "ieee", True)
+LSTM = Problem("lstm", 1024, 16, 1, torch.bfloat16, "ieee", True)
 
 
-def tiles(units=16, at_once=2, **changes) -> Tiles:
-    chunks = k_chunks(1024, "16-bit", 1024)
-    settings = {"block_b": 16, "blocks": ((0, units),), "num_warps": 8, "max_registers": None,
-                "input_precision": "ieee", "shared_bytes": 0, "k_chunks": chunks,
-                "at_once": at_once}  # fmt: skip
-    return Tiles(**settings | changes)
+def tiles(units=16, at_once=2, chunks=((0, 8, 128),), folded=0) -> Tiles:
+    return Tiles(16, units, 8, None, "ieee", 0, chunks, at_once, folded)
+
+
+def floors(problem=LSTM, forward=True, **changes) -> Floors:
+    return floors_of("cooperative", problem, CHIP, tiles(**changes), forward)
 
 
 def test_a_step_of_an_lstm_worked_out_by_hand():
     """H = 1024 in bf16 on 64 programs of 16 units each, a batch of 16 rows."""
-    floors = floors_on_chip(LSTM, CHIP, tiles(), 1, "forward")
+    found = floors()
     weights = 4 * 16 * 1024  # of one program
-    assert floors.products == pytest.approx(2 * 16 * weights / 4.5e6)
-    assert floors.shared == pytest.approx(weights * 2 / 128 / 1755)
-    assert floors.specials == pytest.approx(16 * 16 * 10 / 16 / 1755)
-    assert floors.l2 == pytest.approx(64 * 16 * 1024 * 2 / 5.5e6)
-    assert floors.mma == pytest.approx(8 * 24 / 1755)  # 128 columns, 16 an instruction
-    assert floors.chain == pytest.approx((100 + 150) / 1755)
-    assert floors.sync == pytest.approx(0.65 + 0.15)
-    assert floors.step == pytest.approx(floors.shared + floors.chain + floors.sync)
+    assert found.products == pytest.approx(2 * 16 * weights / 4.5e6)
+    assert found.shared == pytest.approx(weights * 2 / 128 / 1755)
+    assert found.specials == pytest.approx(16 * 16 * 10 / 16 / 1755)
+    assert found.l2 == pytest.approx(64 * 16 * 1024 * 2 / 5.5e6)
+    assert found.mma == pytest.approx(8 * 24 / 1755)  # 128 columns, 16 an instruction
+    assert found.chain == pytest.approx((100 + 150) / 1755)
+    assert found.sync == pytest.approx(0.65 + 0.15)
+    assert found.step == pytest.approx(found.shared + found.chain + found.sync)
 
 
 def test_backward_reads_every_gate_and_activates_little():
-    forward, backward = (floors_on_chip(LSTM, CHIP, tiles(), 1, d) for d in ("forward", "backward"))
+    forward, backward = floors(), floors(forward=False)
     assert backward.l2 == pytest.approx(4 * forward.l2)
     assert backward.specials == pytest.approx(forward.specials / 5)
     assert backward.products == forward.products
@@ -50,87 +43,55 @@ TWO = ((0, 8, 64), (512, 8, 32))  # chunks of H = 768
 
 
 @pytest.mark.parametrize(
-    ("cell", "kind", "chunks", "layers", "direction", "chains"),
+    ("cell", "kind", "chunks", "layers", "forward", "chains"),
     [
-        ("lstm", "16-bit", ((0, 8, 64),), 1, "forward", (4,)),  # 64 columns, 16 an instruction
-        ("lstm", "16-bit", ((0, 8, 64),), 1, "backward", (16,)),  # all four gates
-        ("lstm", "16-bit", TWO, 1, "forward", (6,)),  # both chunks
-        ("lstm", "16-bit", TWO, 1, "backward", (16,)),  # of all gates the longer chunk
-        ("rnn_tanh", "16-bit", TWO, 1, "backward", (6,)),  # one gate: both chunks
-        ("gru_reset_before", "16-bit", TWO, 1, "backward", (8, 6)),  # two gates, then one
-        ("gru_reset_before", "16-bit", TWO, 1, "forward", (6, 6)),
-        ("lstm", "tf32", ((0, 8, 64),), 1, "backward", (32,)),  # 8 columns an instruction
-        ("lstm", "tf32x3", TWO, 1, "backward", (24,)),  # three products of 64 columns
-        ("lstm", "16-bit", ((0, 8, 64),), 2, "forward", (4,)),
-        ("gru", "16-bit", ((0, 8, 64),), 2, "backward", (12, 12)),  # the layer above as well
+        ("lstm", "16-bit", ((0, 8, 64),), 1, True, (4,)),  # 64 columns, 16 an instruction
+        ("lstm", "16-bit", ((0, 8, 64),), 1, False, (16,)),  # all four gates
+        ("lstm", "16-bit", TWO, 1, True, (6,)),  # both chunks
+        ("lstm", "16-bit", TWO, 1, False, (16,)),  # the longer chunk of all gates
+        ("rnn_tanh", "16-bit", TWO, 1, False, (6,)),  # one gate: both chunks
+        ("gru_reset_before", "16-bit", TWO, 1, False, (8, 4 + 2)),  # two gates, then one
+        ("lstm", "tf32", ((0, 8, 64),), 1, False, (32,)),  # 8 columns an instruction
+        ("gru", "16-bit", ((0, 8, 64),), 2, False, (12, 12)),  # the layer above as well
+        ("lstm", "16-bit", (), 1, False, (4,)),  # resident with 16 units: four gates
+        ("lstm", "tf32x3", (), 1, True, (6,)),  # three products of 16 columns
     ],
 )
-def test_chains_of_a_slice(cell, kind, chunks, layers, direction, chains):
-    found = dependent_mma(LSTM._replace(cell=cell), kind, tiles(k_chunks=chunks), layers, direction)
-    assert found == chains
+def test_chains(cell, kind, chunks, layers, forward, chains):
+    problem = LSTM._replace(cell=cell, layers=layers)
+    assert dependent_mma(problem, kind, tiles(chunks=chunks), forward) == chains
 
 
-@pytest.mark.parametrize(
-    ("cell", "kind", "blocks", "direction", "chains"),
-    [
-        ("lstm", "16-bit", ((0, 128),), "forward", (8,)),
-        ("lstm", "16-bit", ((0, 128),), "backward", (32,)),  # all four gates
-        ("lstm", "16-bit", ((0, 64), (64, 32)), "forward", (6,)),  # both blocks
-        ("lstm", "16-bit", ((0, 64), (64, 32)), "backward", (6,)),  # likewise, for each gate
-        ("gru_reset_before", "tf32", ((0, 64),), "backward", (16, 8)),
-        ("gru", "tf32x3", ((0, 64), (64, 32)), "backward", (24,)),
-    ],
-)
-def test_chains_of_a_whole_row(cell, kind, blocks, direction, chains):
-    whole = tiles(k_chunks=(), blocks=blocks)
-    assert dependent_mma(LSTM._replace(cell=cell), kind, whole, 1, direction) == chains
-
-
-def test_the_longest_chain_of_mma_runs_beside_the_throughputs():
-    whole = tiles(units=64, k_chunks=())
-    floors = floors_on_chip(LSTM._replace(hidden_size=64), CHIP, whole, 1, "backward")
-    assert floors.mma == pytest.approx(4 * 4 * 24 / 1755)  # of four gates 64 columns each
-    assert floors.mma > max(floors[:4])
-    assert floors.step == pytest.approx(floors.mma + floors.chain + floors.sync)
+def test_dots_that_share_an_accumulator_are_a_chain():
+    assert dependent_mma(LSTM, "16-bit", tiles(chunks=((0, 8, 64),), folded=2), False) == (8,)
 
 
 def test_rounds_of_batch_tiles_add_up():
-    one = floors_on_chip(LSTM._replace(batch=32), CHIP, tiles(at_once=2), 1, "forward")
-    three = floors_on_chip(LSTM._replace(batch=96), CHIP, tiles(at_once=2), 1, "forward")
+    one, three = floors(LSTM._replace(batch=32)), floors(LSTM._replace(batch=96))
     assert three == pytest.approx(Floors(*(3 * floor for floor in one)))
 
 
 def test_a_layer_above_the_first_multiplies_twice():
-    one = floors_on_chip(LSTM, CHIP, tiles(units=8), 1, "forward")
-    two = floors_on_chip(LSTM, CHIP, tiles(units=8), 2, "forward")
+    one, two = floors(units=8), floors(LSTM._replace(layers=2), units=8)
     assert two.products == pytest.approx(2 * one.products)
     assert two.l2 == pytest.approx(4 * one.l2)  # twice the programs, twice the operands
-    assert two.sync == one.sync  # the layers wait at the same time
+    assert two.sync == one.sync  # the layers exchange at the same time
 
 
 def test_a_second_phase_is_a_second_hop():
-    gru = LSTM._replace(cell="gru_reset_before")
-    floors = floors_on_chip(gru, CHIP, tiles(), 1, "forward")
-    assert floors.sync == pytest.approx(2 * 0.8)
+    assert floors(LSTM._replace(cell="gru_reset_before")).sync == pytest.approx(2 * 0.8)
 
 
-def test_a_resident_program_waits_for_nobody():
+def test_a_resident_program_exchanges_nothing():
     plan = resident(LSTM._replace(hidden_size=64), CHIP)
     assert all(floors.sync == floors.l2 == 0 for floors in plan.floors)
 
 
 def test_stepwise_reads_the_weights_from_l2_and_launches():
-    floors = floors_stepwise(LSTM._replace(hidden_size=2048), CHIP, "forward")
-    assert floors.l2 == pytest.approx(4 * 2048 * 2048 * 2 / 5.5e6)
-    assert floors.sync == pytest.approx(2 * 1.3)  # a GEMM and a cell
-
-
-def test_kinds_of_products():
-    wide = LSTM._replace(dtype=torch.float32, precision="tf32x3")
-    assert kind_of(LSTM, CHIP) == "16-bit"
-    assert kind_of(wide, CHIP) == "tf32x3"
-    assert kind_of(wide, CHIPS["gfx942"]) == "ieee"
-    assert kind_of(wide._replace(dtype=torch.float64, precision="tf32"), CHIP) == "ieee"
+    large = LSTM._replace(hidden_size=2048)
+    found = floors_of("stepwise", large, CHIP, tiles(), True)
+    assert found.l2 == pytest.approx(4 * 2048 * 2048 * 2 / 5.5e6)
+    assert found.sync == pytest.approx(2 * 1.3)  # a GEMM and a cell
 
 
 @pytest.mark.parametrize("arch", ["sm_80", "sm_90"])
@@ -142,13 +103,20 @@ def test_more_of_anything_is_never_faster(arch):
     assert steps == sorted(steps)
 
 
-def test_what_is_reported_for_cudnn():
+def test_reports_for_cudnn():
     assert cudnn_step(LSTM) == 15.5
     assert cudnn_step(LSTM._replace(dtype=torch.float16)) == 5.1  # its one persistent kernel
     assert cudnn_step(LSTM._replace(dtype=torch.float16, cell="gru")) == 15.5
     assert cudnn_step(LSTM._replace(needs_grad=False, layers=3)) == 19.5
-    assert cudnn_step(LSTM._replace(dtype=torch.float32)) is None  # ieee: nobody says
+    assert cudnn_step(LSTM._replace(dtype=torch.float32)) is None  # in ieee there is no report
     assert cudnn_step(LSTM._replace(dtype=torch.float64, precision="tf32")) is None
+
+
+def test_kinds_of_products():
+    wide, amd = LSTM._replace(dtype=torch.float32, precision="tf32"), CHIP._replace(warp_size=64)
+    assert LSTM.kind(CHIP) == "16-bit"
+    assert (wide.kind(CHIP), wide.kind(amd)) == ("tf32", "ieee")
+    assert wide._replace(dtype=torch.float64).kind(CHIP) == "fp64"
 
 
 def test_floors_print_what_is_not_zero():

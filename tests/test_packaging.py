@@ -1,7 +1,4 @@
-"""Tests of the wheel and the sdist, which are built from a copy of the checkout without network.
-
-The wheel is built from the sdist.
-"""
+"""Tests of the wheel and the sdist, which are built from a copy of the checkout without network."""
 
 from __future__ import annotations
 
@@ -23,13 +20,12 @@ import fusedrnn
 ROOT = Path(__file__).parent.parent
 # Under pytest-xdist one group runs in one process, which builds once.
 pytestmark = pytest.mark.xdist_group("packaging")
-
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
 USE = """
 import importlib.metadata, torch, fusedrnn
 import fusedrnn.kernels.plan
 print(fusedrnn.__file__)
-print(importlib.metadata.version("fusedrnn"), fusedrnn.__version__)
+print(importlib.metadata.version("fusedrnn"))
 print(tuple(fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))[0].shape))
 """
 
@@ -37,15 +33,14 @@ print(tuple(fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))[0].shape))
 def run(*command: object, cwd: Path) -> str:
     """Runs without this process's PYTHONPATH, which would find the checkout."""
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    done = subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=environment, capture_output=True, text=True
-    )
+    words = [str(word) for word in command]
+    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
 def build(kind: str, source: Path, target: Path) -> Path:
-    """Builds "wheel" or "sdist" of a source tree by setuptools' own hook."""
+    """Builds "wheel" or "sdist" of a source tree with setuptools."""
     target.mkdir()
     run(sys.executable, "-c", BUILD.format(kind), target, cwd=source)
     (made,) = target.iterdir()
@@ -62,6 +57,7 @@ def sdist(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def wheel(sdist, tmp_path_factory) -> Path:
+    """The wheel that is built from the sdist."""
     folder = tmp_path_factory.mktemp("wheel")
     with tarfile.open(sdist) as archive:
         archive.extractall(folder, filter="data")
@@ -69,30 +65,23 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 
 def modules() -> set[str]:
-    """Every module of the checkout, by the name it is imported from."""
-    found = {f"fusedrnn/{path.name}" for path in (ROOT / "fusedrnn").glob("*.py")}
-    return found | {f"fusedrnn/kernels/{path.name}" for path in (ROOT / "kernels").glob("*.py")}
+    """Returns every module of the checkout by the path it has in a wheel."""
+    paths = [*(ROOT / "fusedrnn").glob("*.py"), *(ROOT / "fusedrnn" / "kernels").glob("*.py")]
+    return {path.relative_to(ROOT).as_posix() for path in paths}
 
 
-def test_wheel_holds_the_package_and_nothing_else(wheel):
+def test_wheel_holds_the_package_and_needs_torch_alone(wheel):
     with zipfile.ZipFile(wheel) as archive:
-        names = {name for name in archive.namelist() if ".dist-info/" not in name}
-        texts = {name: archive.read(name) for name in names}
-        licenses = [name for name in archive.namelist() if name.endswith("/licenses/LICENSE")]
-    assert names == modules() | {"fusedrnn/py.typed"}
-    assert texts == {name: (ROOT / name).read_bytes() for name in names}
-    assert len(licenses) == 1
+        texts = {name: archive.read(name) for name in archive.namelist()}
+    package = {name: text for name, text in texts.items() if ".dist-info/" not in name}
+    assert package.keys() == modules() | {"fusedrnn/py.typed"}
+    assert package == {name: (ROOT / name).read_bytes() for name in package}
     assert wheel.name == f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"
-
-
-def test_wheel_needs_torch_alone(wheel):
-    with zipfile.ZipFile(wheel) as archive:
-        (name,) = [name for name in archive.namelist() if name.endswith(".dist-info/METADATA")]
-        metadata = HeaderParser().parsestr(archive.read(name).decode())
+    assert any(name.endswith("/licenses/LICENSE") for name in texts)
+    (name,) = [name for name in texts if name.endswith(".dist-info/METADATA")]
+    metadata = HeaderParser().parsestr(texts[name].decode())
     always = [need for need in metadata.get_all("Requires-Dist") if "extra ==" not in need]
     assert [need.partition(">=")[0] for need in always] == ["torch"]
-    assert metadata["Version"] == fusedrnn.__version__
-    assert metadata["License-Expression"] == "Apache-2.0"
 
 
 def test_sdist_holds_kernels_as_files_and_no_tests(sdist):
@@ -105,21 +94,15 @@ def test_sdist_holds_kernels_as_files_and_no_tests(sdist):
 
 
 def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
-    """A new virtual environment, which borrows this one's torch and nothing of its fusedrnn."""
+    """The new environment borrows torch, but nothing of this one's fusedrnn."""
     venv.create(tmp_path / "venv", with_pip=False)
     python = tmp_path / "venv" / "bin" / "python"
-    site = Path(
-        run(python, "-c", "import site; print(site.getsitepackages()[0])", cwd=tmp_path).strip()
-    )
-    borrowed = sysconfig.get_path("purelib")
-
+    where = "import site; print(site.getsitepackages()[0])"
+    site = Path(run(python, "-c", where, cwd=tmp_path).strip())
     pip = [sys.executable, "-m", "pip", "--python", python]
     run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=tmp_path)
     # A line in a .pth file adds the folder, but not what the .pth files in that folder add.
-    (site / "borrowed.pth").write_text(borrowed + "\n")
-    where, versions, shape = run(python, "-c", USE, cwd=tmp_path).splitlines()
-
-    assert where == str(site / "fusedrnn" / "__init__.py")
-    assert versions.split() == [fusedrnn.__version__] * 2
-    assert shape == "(5, 2, 4)"
-    assert not (site / "fusedrnn" / "kernels").is_symlink()
+    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    place, version, shape = run(python, "-c", USE, cwd=tmp_path).splitlines()
+    assert place == str(site / "fusedrnn" / "__init__.py")
+    assert (version, shape) == (fusedrnn.__version__, "(5, 2, 4)")

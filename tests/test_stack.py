@@ -8,7 +8,9 @@ import torch
 from fusedrnn import layer, stack
 from fusedrnn.kernels.plan import LaunchRefused, Plan
 from fusedrnn.kernels.spec import SPECS
+from fusedrnn.layer import group_weights
 from fusedrnn.layout import Sequences
+from fusedrnn.reference import differentiable_stack
 from fusedrnn.stack import StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
@@ -37,6 +39,29 @@ def backward(inputs, outputs, config, needs=(True, True), sequences=Sequences())
     c_n = None if outputs.c_n is None else torch.ones_like(outputs.c_n)
     grads = StackGrads(torch.ones(T, B, H, dtype=torch.float64), None, c_n, None)
     return stack.backward(inputs, outputs, grads, sequences, config, *needs)
+
+
+@pytest.mark.parametrize("sequences", [Sequences(), Sequences(torch.tensor([2, 5, 1]))])
+@pytest.mark.parametrize("cell", SPECS)
+def test_dropout_between_layers_equals_the_reference(cell, sequences):
+    config = config_of(cell, bidirectional=True, compact=True)
+    inputs = inputs_of(config)
+    leaves = [t.requires_grad_() for t in (*inputs[:3], *inputs.params) if t is not None]
+    weights = group_weights(inputs.params, config)
+    want = differentiable_stack(cell, *inputs[:3], weights, inputs.dropout_masks, sequences)
+    arriving = StackGrads(*(None if t is None else torch.randn_like(t) for t in want))
+    if sequences.lengths is not None:  # c of compact rows is in another order
+        want, arriving = (*want[:3], None), arriving._replace(cs=None)
+    pairs = [(t, g) for t, g in zip(want, arriving, strict=True) if t is not None]
+    outputs, given = zip(*pairs, strict=True)
+    d_want = torch.autograd.grad(outputs, leaves, given)
+    with torch.no_grad():
+        found = stack.forward(inputs, sequences, config, True)
+        got = stack.backward(inputs, found, arriving, sequences, config, True, True)
+    torch.testing.assert_close(found.output, want[0])
+    d_states = [d for d in got[:3] if d is not None]
+    for d, expected in zip([*d_states, *got[3]], d_want, strict=True):
+        torch.testing.assert_close(d, expected, rtol=1e-11, atol=1e-11)
 
 
 @pytest.mark.parametrize("cell", SPECS)

@@ -11,7 +11,6 @@ from .. import DEFAULT_FOLDER, UserError
 from . import by_hand, gates, lengths, parameters, reviews, sine, temperature, vanishing
 from .lesson import Lesson
 
-HELP = "an experiment of a course; without a name, the list"
 OPTIONS = ("imdb", "download", "out", "seed", "quick")
 LESSONS: dict[str, Lesson] = {
     "by-hand": by_hand.LESSON,

@@ -30,10 +30,7 @@ def confusion(logits: Tensor, targets: Tensor) -> list[list[int]]:
 
 
 def scores(matrix: list[list[int]]) -> dict[str, float]:
-    """Returns accuracy, precision and recall, with good reviews as the positive ones.
-
-    Precision is NaN if no review was predicted to be good, recall if none is.
-    """
+    """Returns accuracy, precision and recall of good reviews; NaN is undefined."""
     (tn, fp), (fn, tp) = matrix
     return {
         "accuracy": (tn + tp) / (tn + fp + fn + tp),

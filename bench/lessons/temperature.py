@@ -1,7 +1,6 @@
 """A character model that writes at three temperatures.
 
-The text comes from a small grammar, so that what is written can be judged: animals, whose number
-the verb must agree with, and the weather of four winds.
+The text comes from a small grammar, in which the verb agrees with the number of the animals.
 """
 
 from __future__ import annotations
@@ -21,15 +20,10 @@ ANIMALS = {"cat": "cats", "fox": "foxes", "goose": "geese", "mouse": "mice", "wo
 COLOUR_WORDS = ("black", "brown", "grey", "old", "red", "small", "white", "young")
 VERBS = {"drink": "drinks", "eat": "eats", "play": "plays", "rest": "rests", "sleep": "sleeps"}
 PLACES = ("barn", "forest", "garden", "meadow", "river", "valley", "village")
-WINDS = {"north": "snow", "east": "frost", "south": "sunshine", "west": "rain"}
-DAYS = ("monday", "tuesday", "wednesday", "thursday", "friday", "saturday", "sunday")
 
 
 def sentence(draw: random.Random) -> str:
     """Returns a random sentence, as "three red foxes sleep near the river."."""
-    if draw.random() < 0.4:
-        wind, weather = draw.choice(list(WINDS.items()))
-        return f"on {draw.choice(DAYS)} the wind from the {wind} brings {weather}."
     one, many = draw.choice(list(ANIMALS.items()))
     plain, third = draw.choice(list(VERBS.items()))
     tail = f"{draw.choice(('in', 'near', 'behind'))} the {draw.choice(PLACES)}."

@@ -1,10 +1,9 @@
 """The part of the gradient at the last step that arrives at the first.
 
-The loss is a random linear function of h_T. One step back multiplies the gradient by
-dh_t/dh_{t-1}: in an RNN by W_hh and the slope of tanh, in an LSTM along c by the forget gate f, in
-a GRU mainly by the update gate z. Bengio et al., "Learning long-term dependencies with gradient
-descent is difficult", 1994; Jozefowicz et al., "An empirical exploration of recurrent network
-architectures", 2015 (the bias of f).
+One step back multiplies the gradient by dh_t/dh_{t-1}: in an RNN by W_hh and the slope of tanh, in
+an LSTM along c by the forget gate, in a GRU mainly by the update gate. Bengio et al., "Learning
+long-term dependencies with gradient descent is difficult", 1994; Jozefowicz et al., "An empirical
+exploration of recurrent network architectures", 2015 (the bias of the forget gate).
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ STARTS = (
 
 
 def gradient_norms(rnn: nn.RNNBase, T: int, seed: int) -> list[float]:
-    """Returns ``|d loss_T / d x_t|`` for t = 1 to T, the mean of B random sequences."""
+    """Returns ``|d loss / d x_t|`` for t = 1 to T and a loss that is linear in h_T."""
     generator = torch.Generator().manual_seed(seed)
     x = torch.randn(T, B, I, generator=generator).requires_grad_()
     direction = torch.randn(H, generator=generator)

@@ -1,0 +1,81 @@
+"""The device functions that every kernel shares."""
+
+import numpy as np
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fusedrnn.kernels import tiles
+
+
+@triton.jit
+def tanh_kernel(x_ptr, y_ptr, N: tl.constexpr):
+    offs = tl.arange(0, N)
+    tl.store(y_ptr + offs, tiles.tanh(tl.load(x_ptr + offs)))
+
+
+def tanh(x):
+    y = torch.empty_like(x)
+    tanh_kernel[1,](x, y, len(x))
+    return y
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_tanh_errs_by_less_than_two_ulp(dtype, device):
+    """Between tiny and saturated, and on both sides of 0.625, where the formula changes."""
+    spread = torch.logspace(-20, 1.3, 1 << 13, dtype=torch.float64)
+    x = torch.cat((spread, torch.linspace(0.55, 4.0, 1 << 13, dtype=torch.float64))).to(dtype)
+    x = torch.cat((x, -x))
+    exact = np.tanh(x.numpy().astype(np.longdouble))
+    ulp = torch.finfo(dtype).eps * 2.0 ** np.floor(np.log2(np.abs(exact)))
+    error = np.abs(tanh(x.to(device)).cpu().numpy() - exact) / ulp
+    assert error.max() < 2.0, (error.max(), x[error.argmax()])
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
+@pytest.mark.filterwarnings("ignore::RuntimeWarning:numpy")
+def test_tanh_of_numbers_at_the_end(device):
+    x = torch.tensor([0.0, 50.0, -50.0, 1e38, -1e38, torch.inf, -torch.inf, torch.nan])
+    want = torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, torch.nan])
+    torch.testing.assert_close(tanh(x.to(device)).cpu(), want, rtol=0, atol=0, equal_nan=True)
+
+
+@triton.jit
+def copy_kernel(x_ptr, y_ptr, B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
+    offs_b, cols = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_H)
+    program = tiles.Program(0, 0, x_ptr, 1, B, B, offs_b, offs_b < B, cols)
+    x = tiles.load(tiles.row_ptrs(x_ptr, 0, program, 2 * H), program.mask_b, cols, 2, H)
+    x = tiles.zero_where(offs_b == 1, x)
+    x = tiles.where(offs_b == 2, (x[1], x[0]), x)
+    x = tiles.add_to(x, 1, tl.sum(x[0]) * 0.0 + 1.0)
+    tiles.store(tiles.row_ptrs(y_ptr, 0, program, 2 * H), program.mask_b, cols, x, H)
+
+
+def test_tiles_are_loaded_masked_and_stored(device):
+    """Nothing outside ``[B, 2H]`` is read (else the sum is NaN) or written; zero replaces a NaN."""
+    B, H = 5, 12
+    whole = torch.full((B + 1, 2 * H), torch.nan, device=device)
+    whole[:B] = torch.randn(B, 2 * H)
+    whole[1, 3] = torch.nan
+    out = torch.full_like(whole, 7.0)
+    copy_kernel[1,](whole, out, B, H, 16, 16)
+    want = whole[:B].clone()
+    want[1] = 0.0
+    want[2] = want[2].roll(H)
+    want[:, H:] += 1.0
+    assert torch.equal(out[:B], want)
+    assert (out[B] == 7.0).all()
+
+
+@triton.jit
+def choose_kernel(pointers, y_ptr):
+    index = tl.program_id(0)
+    tl.store(y_ptr + index, tl.load(tiles.choose(pointers, index)))
+
+
+def test_pointers_are_chosen_at_run_time(device):
+    each = tuple(torch.tensor([float(n)], device=device) for n in (3, 1, 2))
+    y = torch.empty(3, device=device)
+    choose_kernel[3,](each, y)
+    assert y.tolist() == [3.0, 1.0, 2.0]
