@@ -26,22 +26,20 @@ SHARED: dict[str, dict[str, Any]] = {
     "quick": {"action": "store_true", "help": "tiny sizes: tests the program, measures nothing"},
     "minutes": {"type": float, "help": "begin no case after this time"},
 }
-
-
-#: The modules of the commands, which are imported when they are called, and their help.
+#: Of each command the module, which is imported when it is called, the function, and the help.
 COMMANDS = {
-    "imdb": ("run", "the part of the main job on reviews"),
-    "sine": ("run", "the part of the main job on a sine and a price"),
-    "cpu": ("cpu", "all workloads on the CPU, in new processes (8 minutes)"),
-    "ragged": ("run", "sequences of different lengths: padded, packed, lengths"),
-    "gpu": ("gpu", "on a CUDA machine: gate, times, tests, tuning"),
-    "lesson": ("lessons.command", "an experiment of a course; without a name, the list"),
-    "compare": ("compare", "what became slower, wrong or larger between CSV files"),
-    "plot": ("plot", "draw a results folder"),
-    "report": ("report", "print a folder's table of speeds, or write it into a page"),
-    "references": ("references", "times of the named cases that others have published"),
-    "tune": ("tune", "find the fastest plans, as entries for kernels/plan.py"),
-    "distributed": ("distributed", "DDP and fully_shard beside one process"),
+    "imdb": ("run.main_job", "the part of the main job on reviews"),
+    "sine": ("run.main_job", "the part of the main job on a sine and a price"),
+    "cpu": ("cpu.run", "all workloads on the CPU, in new processes (8 minutes)"),
+    "ragged": ("run.ragged_job", "different lengths: padded, packed, with lengths"),
+    "gpu": ("gpu.run", "on a CUDA machine: gate, times, tests, tuning"),
+    "lesson": ("lessons.command.run", "an experiment of a course; without a name, the list"),
+    "compare": ("compare.run", "what became slower, wrong or larger between CSV files"),
+    "plot": ("plot.run", "draw a results folder"),
+    "report": ("report.run", "a folder's table of speeds, printed or into a page"),
+    "references": ("references.run", "times of the named cases that others have published"),
+    "tune": ("tune.run", "find the fastest plans, as entries for kernels/plan.py"),
+    "distributed": ("distributed.run", "DDP and fully_shard beside one process"),
 }
 
 
@@ -87,13 +85,15 @@ def _parser(argv: Sequence[str]) -> argparse.ArgumentParser:
     for name, (place, words) in COMMANDS.items():
         sub = commands.add_parser(name, help=words, description=words)
         if name in argv:
-            module = import_module(f".{place}", __package__)
-            entry = getattr(module, "JOBS", {}).get(name, module)
-            for option in getattr(entry, "OPTIONS", ()):
+            path, _, function = place.rpartition(".")
+            module = import_module(f".{path}", __package__)
+            of_module = getattr(module, "OPTIONS", ())
+            for option in SHARED if function == "main_job" else of_module:
                 # An option before the command holds too, so there is no second default.
                 sub.add_argument(f"--{option}", **SHARED[option] | {"default": argparse.SUPPRESS})
-            entry.add_arguments(sub)
-            sub.set_defaults(run=entry.run, prog=sub.prog)
+            if path != "run":
+                module.add_arguments(sub)
+            sub.set_defaults(run=getattr(module, function), prog=sub.prog)
     return parser
 
 

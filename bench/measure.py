@@ -23,7 +23,6 @@ from .data import Corpus
 from .models import MODELS, examples_of
 from .providers import PROVIDERS, TORCH, Adapter, build
 
-Call = Callable[[], object]
 PASSES = ("forward", "training")
 #: Steps that the gate compares in cases that are only timed: kernels do not depend on T.
 _GATED_STEPS = 64
@@ -36,6 +35,17 @@ class Settings(NamedTuple):
     seed: int = 0
     seconds: float = 0.7
     least_rounds: int = 3
+
+
+class Call(NamedTuple):
+    """A function that is timed, and the context that is entered before the clock starts."""
+
+    run: Callable[[], object]
+    context: Callable[[], AbstractContextManager[Any]] = nullcontext
+
+    def __call__(self) -> object:
+        with self.context():
+            return self.run()
 
 
 class Times(NamedTuple):
@@ -114,14 +124,13 @@ class BenchmarkCase(NamedTuple):
 
     def call(self, provider: str, mode: str) -> Call:
         """Returns what is timed: ``"forward"`` in eval(), or ``"training"`` with gradients."""
-        rnn = self.rnn(provider)
+        rnn, context = self.rnn(provider), PROVIDERS[provider].context
         if PROVIDERS[provider].step:
             stream, step = rnn.stream(batch_size=len(self.x)), self.x[:, 0]
-            return lambda: stream(step)
+            return Call(lambda: stream(step), context)
         weights = rnn.fix() if isinstance(rnn, Adapter) else list(rnn.parameters())
         input, options, leaves = self.prepared(provider, mode)
-        context = PROVIDERS[provider].context
-        return chained(rnn, input, [*weights, *leaves], mode, context, **options)
+        return Call(chained(rnn, input, [*weights, *leaves], mode, **options), context)
 
     def explain(self, provider: str, mode: str) -> Any:
         """Returns ``fusedrnn.explain`` of the timed call, or None for other implementations."""
@@ -165,10 +174,9 @@ def chained(
     input: Any,
     wanted: Sequence[Tensor],
     mode: str,
-    context: Callable[[], AbstractContextManager] = nullcontext,
     **options: Any,
-) -> Call:
-    """Returns a call that starts from the final state of the call before.
+) -> Callable[[], object]:
+    """Returns a function that starts from the final state of the call before.
 
     So no call can be left out, or overlap with the one before. ``wanted`` is differentiated.
     """
@@ -178,19 +186,18 @@ def chained(
 
     def forward() -> object:
         nonlocal state
-        with context(), torch.no_grad():
+        with torch.no_grad():
             output, state = rnn(input, state, **options)
         return output
 
     def training() -> object:
         nonlocal state
-        with context():
-            output, final = rnn(input, state, **options)
-            outputs = [output.data if isinstance(output, PackedSequence) else output]
-            outputs += [final] if isinstance(final, Tensor) else final
-            if not cotangents:
-                cotangents.extend(torch.randn_like(tensor) for tensor in outputs)
-            gradients = torch.autograd.grad(outputs, wanted, cotangents)
+        output, final = rnn(input, state, **options)
+        outputs = [output.data if isinstance(output, PackedSequence) else output]
+        outputs += [final] if isinstance(final, Tensor) else final
+        if not cotangents:
+            cotangents.extend(torch.randn_like(tensor) for tensor in outputs)
+        gradients = torch.autograd.grad(outputs, wanted, cotangents)
         state = final.detach() if isinstance(final, Tensor) else tuple(s.detach() for s in final)
         return gradients
 
@@ -203,19 +210,18 @@ def interleaved(
     """Times all calls once a round, beginning with another one each round.
 
     Args:
-        calls: by name; the others are compared with the first.
+        calls: by name, and called before; the others are compared with the first.
         device: on the CPU torch's Timer measures, on CUDA Triton's ``do_bench`` with a cold L2.
         seconds: when to stop, after ``least`` rounds.
     """
     names, samples = list(calls), {name: list[float]() for name in calls}
     slice = min(0.02, seconds / least)  # of a round for each call, filled with repetitions
-    for call in calls.values():
-        call()
     deadline = time.perf_counter() + seconds
     while len(samples[names[-1]]) < least or time.perf_counter() < deadline:
         first = len(samples[names[-1]]) % len(names)
         for name in names[first:] + names[:first]:
-            samples[name].append(_milliseconds(calls[name], device, slice))
+            with calls[name].context():
+                samples[name].append(_milliseconds(calls[name].run, device, slice))
     times = {}
     for name, taken in samples.items():
         p20, p50, p80 = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
@@ -224,7 +230,7 @@ def interleaved(
     return times
 
 
-def _milliseconds(call: Call, device: torch.device, seconds: float) -> float:
+def _milliseconds(call: Callable, device: torch.device, seconds: float) -> float:
     """Returns the median of calls that are repeated for some seconds."""
     if device.type == "cpu":
         timer = Timer("call()", globals={"call": call}, num_threads=torch.get_num_threads())
@@ -242,7 +248,8 @@ def graph_ms(call: Call) -> float:
     """
     from triton.testing import do_bench_cudagraph
 
-    return do_bench_cudagraph(call, rep=20, return_mode="median")
+    with call.context():
+        return do_bench_cudagraph(call.run, rep=20, return_mode="median")
 
 
 def in_fresh_process(function: Callable, *args: Any) -> Any:

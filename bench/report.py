@@ -37,7 +37,7 @@ COLUMNS = (
 )  # fmt: skip
 LOSSES = ("case", "cell", "provider", "step", "loss")
 #: The columns of the two tables that runs print, and their widths.
-MAIN = {"case": 19, "backend": 7, "error": 5, "forward": 16, "training": 16, "loss": 15}
+MAIN = {"case": 19, "backend": 7, "error": 5, "forward": 16, "training": 16, "loss": 18}
 CASES = {"case": 22, "cell": 4, "provider": 20, "gate": 14, "forward": 22, "training": 22}
 LEGENDS = (
     "gate: the largest error as a part of what is allowed; results.csv has a note on what was\n"

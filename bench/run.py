@@ -6,9 +6,9 @@ import argparse
 import csv
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
@@ -22,6 +22,7 @@ from .providers import PROVIDERS, TORCH, absent, build, matmul_fp32
 from .report import Results
 from .train import Training, train
 
+OPTIONS = ("device", "out", "seed", "quick")  # of ragged; the main job has all
 Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
 Plan = Sequence[tuple[Workload, Sequence[str]]]  # workloads, each with its providers
 
@@ -245,18 +246,3 @@ def ragged_job(options: argparse.Namespace) -> int:
     """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
     plan = [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))]
     return run(options, plan)[1]
-
-
-class Job(NamedTuple):
-    """A command of this file, as ``__main__`` wants it."""
-
-    run: Callable[[argparse.Namespace], int]
-    OPTIONS: tuple[str, ...]
-
-    def add_arguments(self, parser: argparse.ArgumentParser) -> None:
-        """It has no options but the shared ones."""
-
-
-_MAIN = Job(main_job, ("device", "imdb", "download", "out", "seed", "quick", "minutes"))
-JOBS = {"imdb": _MAIN, "sine": _MAIN}
-JOBS["ragged"] = Job(ragged_job, ("device", "out", "seed", "quick"))

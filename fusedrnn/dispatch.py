@@ -352,17 +352,15 @@ def _loop_is_faster(facts: Facts) -> str | None:
     ``python -m bench cpu`` measures these rules.
     """
     T, B, I, H = facts.steps, facts.batch, facts.input_size, facts.hidden_size
-    if facts.dtype != torch.float32 or facts.autocast or facts.proj_size:
+    if not facts.needs_grad or facts.dtype != torch.float32 or facts.autocast or facts.proj_size:
         return None
-    if facts.needs_grad and "packed" in facts.ragged:
-        return "torch's operator trains packed input more slowly" if T >= 10 else None
-    if facts.needs_grad and facts.cell == "lstm":
+    if "packed" in facts.ragged:
+        return "torch's operator trains packed input more slowly" if T >= 50 and B > 1 else None
+    if facts.cell == "lstm":
         is_wide = I >= 4 * H and T * B * I >= 1_600_000 and facts.layers.num_layers == 1
         return "torch's LSTM trains on so wide an input more slowly" if is_wide else None
-    if facts.needs_grad:
-        return "torch's operator trains so many steps more slowly" if T >= 10 else None
-    is_small = facts.cell == "gru" and T >= 200 and H <= 64 and not facts.ragged
-    return "torch's GRU runs so many small steps more slowly" if is_small else None
+    least = 10 if facts.cell == "gru" else 20
+    return "torch's operator trains so many steps more slowly" if least <= T else None
 
 
 def _torch_refusal(facts: Facts) -> str | None:

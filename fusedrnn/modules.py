@@ -42,7 +42,6 @@ class _Stack(torch.nn.RNNBase):
 
     # As class attributes for modules that began as torch's (replace_modules, pickles).
     recompute: bool = False
-    _flat_weight_refs: Any = ()
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
 
     @property
@@ -69,6 +68,9 @@ class _Stack(torch.nn.RNNBase):
 
     def flatten_parameters(self) -> None:
         """Does nothing: no backend needs one buffer. Code written for ``nn.LSTM`` calls it."""
+
+    def _update_flat_weights(self) -> None:
+        """Does nothing: there is no list to update."""
 
     def _prepare(
         self,
@@ -136,17 +138,16 @@ class _Stack(torch.nn.RNNBase):
 
     def __setattr__(self, name: str, value: Any) -> None:
         super(torch.nn.RNNBase, self).__setattr__(name, value)
-        if self._assigned and name in self._assigned:
-            del self._assigned[name]
+        if self._assigned and name in self._flat_weights_names:
+            self._init_flat_weights()
 
     def _replicate_for_data_parallel(self):
         return super(torch.nn.RNNBase, self)._replicate_for_data_parallel()
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super(torch.nn.RNNBase, self).__setstate__(state)
-        # A module that was pickled as torch's and is loaded under patch() brings its lists along.
-        for name in ("_flat_weights", "_flat_weight_refs"):
-            self.__dict__.pop(name, None)
+        # A module that was pickled as torch's and is loaded under patch() brings its list along.
+        self.__dict__.pop("_flat_weights", None)
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for pickle and deepcopy, which refuse tensors that have a history.
@@ -155,10 +156,9 @@ class _Stack(torch.nn.RNNBase):
         computes it anew.
         """
         state = self.__dict__.copy()
-        for name in (*self._flat_weights_names, "_flat_weight_refs"):
+        for name in self._flat_weights_names:
             if isinstance(state.get(name), Tensor):
                 state[name] = state[name].detach()
-        state.pop("_flat_weight_refs", None)
         return state
 
 

@@ -19,12 +19,8 @@ import torch
 from .kernels import plan as planning
 from .kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem
 
-DTYPES = {
-    "fp32": torch.float32,
-    "fp16": torch.float16,
-    "bf16": torch.bfloat16,
-    "fp64": torch.float64,
-}
+DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
+DTYPES["fp64"] = torch.float64  # for schedule stepwise alone
 PRECISIONS = ("tf32", "ieee", "tf32x3")
 SCHEDULES = tuple(planning.SCHEDULES)
 #: Bytes. No GPU of the architectures in ``CHIPS`` is sold with more.
@@ -42,7 +38,7 @@ def run(options: Namespace) -> Iterator[str]:
         UsageError: there is no plan, no triton, or no folder for the files.
     """
     compiling = _compiler()
-    chip, o = CHIPS[options.arch], options
+    o, chip = options, CHIPS[options.arch]
     problem = Problem(
         o.cell, o.hidden, o.batch, o.directions, DTYPES[o.dtype], o.precision, True, o.layers
     )
@@ -63,19 +59,17 @@ def run(options: Namespace) -> Iterator[str]:
         "memory each. Compiled for an absent GPU: nothing here is measured."
     )
     yield "\n".join(["1. Plan (kernels/plan.py)", *_plan_lines(problem, chip, plans)])
-    kernels = {
-        name: kernel
-        for plan in plans
-        for name, kernel in _kernels(compiling, problem, plan, chip, len(plans) > 1).items()
-    }
+    kernels: dict[str, Any] = {}
+    for plan in plans:
+        kernels |= _kernels(compiling, problem, plan, plans, chip)
     yield "\n".join(["2. Resources, by the compiler", *_resource_lines(kernels, chip)])
     yield "\n".join(["3. Instructions of one warp, each once", *_mix_lines(compiling, kernels)])
-    times = _time_lines(kernels, problem, o.arch, folder)
-    yield "\n".join(["4. Time of a step (kernels/steptime.py)", *times])
+    times = _time_lines(kernels, plans, problem, o.arch, folder)
+    yield "\n".join(["4. Microseconds of a step (kernels/model.py, kernels/steptime.py)", *times])
     for name, kernel in kernels.items():
         _dump(folder, name, kernel)
     names = " ".join(sorted(path.name for path in folder.iterdir()))
-    yield "\n".join([f"5. Files in {folder}", *textwrap.wrap(names, 100)])
+    yield "\n".join([f"5. Files in {folder}", *textwrap.wrap(names, 100, break_on_hyphens=False)])
 
 
 def _compiler() -> Any:
@@ -96,19 +90,16 @@ def _compiler() -> Any:
 
 
 def _check_memory(problem: Problem, input_size: int) -> None:
-    """Raises UsageError if the weights or one step's tensors are larger than any memory."""
-    p, G, H, D = problem, problem.spec.gates, problem.hidden_size, problem.directions
-    sizes = {
-        "weights": D * G * H * (input_size + H + (p.layers - 1) * (D * H + H)),
-        "inputs and gates of one step": p.batch * (input_size + p.layers * D * G * H),
-    }
-    for name, values in sizes.items():
-        size = values * p.dtype.itemsize
-        if size > LARGEST_MEMORY:
-            raise UsageError(
-                f"no plan: the {name} alone are {size / 2**30:,.0f} GiB, and no GPU has more than "
-                f"{LARGEST_MEMORY >> 30}"
-            )
+    """Raises UsageError if the weights and the tensors of one step are larger than any memory."""
+    p, units = problem, problem.directions * problem.hidden_size
+    columns = input_size + p.hidden_size + (p.layers - 1) * (units + p.hidden_size)
+    step = p.batch * (input_size + p.layers * p.spec.gates * units)
+    size = (p.spec.gates * units * columns + step) * p.dtype.itemsize
+    if size > LARGEST_MEMORY:
+        raise UsageError(
+            f"no plan: the weights and one step of the batch are {size >> 30:,} GiB, and no GPU "
+            f"has more than {LARGEST_MEMORY >> 30}"
+        )
 
 
 def _plans(problem: Problem, chip: Chip, schedule: str | None) -> list[Plan]:
@@ -126,9 +117,10 @@ def _plan_lines(problem: Problem, chip: Chip, plans: Sequence[Plan]) -> Iterator
         for schedule, choose in planning.SCHEDULES.items():
             if schedule == plan.schedule:
                 continue
+            layers = plan.layers if schedule == "cooperative" else 1
             try:
-                other = choose(problem._replace(layers=plan.layers), chip)
-                reason = f"possible: {other.step:.2f} us a step, this {plan.step:.2f} us (modelled)"
+                step = choose(problem._replace(layers=layers), chip).step * plan.layers / layers
+                reason = f"possible: {step:.2f} us a step, this {plan.step:.2f} us (modelled)"
             except NoPlan as refusal:
                 reason = str(refusal)
             text = f"why not {schedule}: {reason}"
@@ -136,15 +128,14 @@ def _plan_lines(problem: Problem, chip: Chip, plans: Sequence[Plan]) -> Iterator
 
 
 def _kernels(
-    compiling: Any, problem: Problem, plan: Plan, chip: Chip, several: bool
+    compiling: Any, problem: Problem, plan: Plan, plans: Sequence[Plan], chip: Chip
 ) -> dict[str, Any]:
     """The compiled kernels by name; in schedule stepwise there are several a direction."""
     found: dict[str, Any] = {}
-    prefix = f"{plan.layers}-layers-" if several else ""
     for kernel in compiling.compile_plan(problem._replace(layers=plan.layers), plan, chip):
-        of_direction = [name for name in found if kernel.direction in name]
-        number = f"-{len(of_direction)}" if plan.schedule == "stepwise" else ""
-        found[f"{prefix}{kernel.direction}{number}"] = kernel
+        name = _name(plan, kernel.direction, plans)
+        number = sum(each.startswith(name) for each in found)
+        found[f"{name}-{number}" if plan.schedule == "stepwise" else name] = kernel
     return found
 
 
@@ -160,22 +151,18 @@ def _resource_lines(kernels: dict[str, Any], chip: Chip) -> Iterator[str]:
 
 def _mix_lines(compiling: Any, kernels: dict[str, Any]) -> Iterator[str]:
     """A column for the loop over T of each kernel, or for all of it where the host has the loop."""
-    mixes = {}
+    columns = [("", *compiling.count_kinds(()))]
     for name, kernel in kernels.items():
         loop = compiling.loop_over_time(kernel.instructions)
-        mixes[f"{name}: loop" if loop else name] = compiling.count_kinds(
-            loop or kernel.instructions
-        )
-    kinds = next(iter(mixes.values()))
-    yield from _table(
-        [("", *mixes), *((kind, *(str(mix[kind]) for mix in mixes.values())) for kind in kinds)]
-    )
+        counts = compiling.count_kinds(loop or kernel.instructions)
+        columns.append((f"{name}: loop" if loop else name, *map(str, counts.values())))
+    yield from _table(list(zip(*columns, strict=True)))
 
 
 def _time_lines(
-    kernels: dict[str, Any], problem: Problem, arch: str, folder: Path
+    kernels: dict[str, Any], plans: Sequence[Plan], problem: Problem, arch: str, folder: Path
 ) -> Iterator[str]:
-    """A simulation of the instructions of each loop over T, written to steptime.json as well."""
+    """The floor of each kernel beside a simulation of its loop over T (steptime.json)."""
     from .kernels import steptime
     from .kernels.sass import loops, trace
 
@@ -185,11 +172,26 @@ def _time_lines(
             hops = len(problem.spec.phases) if kernel.tiles.k_chunks else 0
             warps, path = kernel.tiles.num_warps, trace(kernel.instructions)
             predictions[name] = steptime.predict(path, arch, warps, hops=hops)
-            yield textwrap.indent(f"{name}: {predictions[name].report(3)}", "   ")
+    rows = [("", "floor", "predicted", "measured")]
+    for plan in plans:
+        for direction, floors in zip(("forward", "backward"), plan.floors, strict=True):
+            name = _name(plan, direction, plans)
+            predicted = f"{predictions[name].us:.2f}" if name in predictions else "-"
+            rows.append((name, f"{floors.step:.2f}", predicted, "-"))
+        if plan.measured:
+            step, us = plan.step, plan.measured.us
+            rows.append((_name(plan, "both", plans), f"{step:.2f}", "-", f"{us:.2f}"))
+    yield from _table(rows)
+    for name, prediction in predictions.items():
+        yield textwrap.indent(f"{name}: {prediction.report(3)}", "   ")
     if predictions:
         steptime.write_json(folder / "steptime.json", predictions)
     else:
         yield "   no kernel has the loop over T: the host runs it"
+
+
+def _name(plan: Plan, direction: str, plans: Sequence[Plan]) -> str:
+    return f"{plan.layers}-layers-{direction}" if len(plans) > 1 else direction
 
 
 def _folder_name(options: Namespace) -> str:

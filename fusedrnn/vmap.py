@@ -93,12 +93,12 @@ def map_forward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any
 
 
 def map_backward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-    """Maps ``rnn_backward``, as one call where forward was one and no weight needs a gradient."""
+    """Maps ``rnn_backward``, as one call unless weights need a gradient or are mapped."""
     backward = torch.ops.fusedrnn.rnn_backward
     d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, masks, *rest = arguments
     output, gates, cs, hidden, lengths, reset, batch_sizes, *config, needs_params = rest
     dims = in_dims
-    if batch_sizes is not None or needs_params or _any_mapped(dims[7]) or dims[9] is None:
+    if batch_sizes is not None or needs_params or _any_mapped(dims[7]):
         return _one_by_one(backward, info.batch_size, in_dims, arguments)
     fold = _fold(info, input, dims[4])
     results = backward(

@@ -1,23 +1,24 @@
 """The cells: one step of each recurrence and its adjoint, on tiles.
 
-A cell has three functions, on tuples of tiles (``tiles.py``). They contain no pointers and no loop
-over time, so one text serves every schedule. With gates in torch's order and the state ``(h,)``
-or ``(h, c)``:
+A cell is three functions on tuples of tiles (``tiles.py``). They contain no pointers and no loop
+over time, so one text serves every schedule. The gates are in torch's order, and a state is
+``(h,)`` or ``(h, c)``.
 
 ``operand(PHASE, gx, gh, state) -> u``
-    The operand of a phase's recurrent product: h in phase 0. ``gh`` holds the products so far.
+    The operand of a phase's recurrent product, which in phase 0 is h. ``gh`` holds the products
+    of the phases before it.
 ``forward(gx, gh, state) -> state, saved``
     The step. ``gx[gate] = W_ih x + b_ih`` and ``gh[gate] = W_hh u + b_hh``; ``saved`` are the tiles
     that the adjoint needs. With MERGED, ``gh`` holds the sums of both, except where they are not
-    just added: the n of ``gru``.
-``adjoint(PHASE, d_state, du, saved, entered, left, carry) -> dgates, d_state, carry``
-    The step backwards, called for the phases in reverse order. ``entered`` and ``left`` are the
-    states before and after the step. First, ``d_state`` is the gradient of the new state. In the
-    next phase, ``du`` is the gradient of the operand of the phase just called, and ``d_state`` and
-    ``carry`` are what that call returned. ``dgates`` are the tiles ``CellSpec.grads[PHASE]``. The
-    schedule adds the gradient of phase 0's operand to that of h.
+    just added: in the n of ``gru``.
+``adjoint(PHASE, d_state, du, saved, before, after, carry) -> dgates, d_state, carry``
+    The step backwards, called for the phases in reverse order. ``before`` and ``after`` are the
+    states that enter and leave the step. In the first call, ``d_state`` is the gradient of
+    ``after``. In the next one, ``du`` is the gradient of the operand of the phase just called, and
+    ``d_state`` and ``carry`` are what that call returned. ``dgates`` are the gradient tiles
+    ``CellSpec.grads[PHASE]``. The schedule adds the gradient of phase 0's operand to that of h.
 
-``squash`` computes the non-linearities of several tiles; a schedule may replace it by a faster one.
+``squash`` computes non-linearities of several tiles; a schedule may replace it by a faster one.
 
 Equations: LSTM of Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; GRU of
 Cho et al. 2014 (arXiv 1406.1078) as ``gru_reset_before``, and with the reset after the product, as
@@ -61,14 +62,14 @@ def lstm_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.conste
 
 @triton.jit
 def lstm_adjoint(
-    PHASE: tl.constexpr, d_state, du, saved, entered, left, carry, SQUASH: tl.constexpr = squash
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
 ):
     i, f, g, o = saved
     dh, dc = d_state
-    (tanh_c,) = SQUASH((left[1],), (TANH,))
+    (tanh_c,) = SQUASH((after[1],), (TANH,))
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
     di = dc * g * i * (1.0 - i)
-    df = dc * entered[1] * f * (1.0 - f)
+    df = dc * before[1] * f * (1.0 - f)
     dg = dc * i * (1.0 - g * g)
     do = dh * tanh_c * o * (1.0 - o)
     return (di, df, dg, do), (zeros_like(dh), dc * f), ()
@@ -83,12 +84,12 @@ def gru_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constex
 
 @triton.jit
 def gru_adjoint(
-    PHASE: tl.constexpr, d_state, du, saved, entered, left, carry, SQUASH: tl.constexpr = squash
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
 ):
     r, z, n, hn = saved
     dh = d_state[0]
     dn = dh * (1.0 - z) * (1.0 - n * n)
-    dz = dh * (entered[0] - n) * z * (1.0 - z)
+    dz = dh * (before[0] - n) * z * (1.0 - z)
     dr = dn * hn * r * (1.0 - r)
     return (dr, dz, dn, dn * r), (dh * z,), ()
 
@@ -115,10 +116,10 @@ def gru_reset_before_forward(
 
 @triton.jit
 def gru_reset_before_adjoint(
-    PHASE: tl.constexpr, d_state, du, saved, entered, left, carry, SQUASH: tl.constexpr = squash
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
 ):
     r, z, n = saved
-    h, dh = entered[0], d_state[0]
+    h, dh = before[0], d_state[0]
     if PHASE == 1:
         dn = dh * (1.0 - z) * (1.0 - n * n)
         dz = dh * (h - n) * z * (1.0 - z)
@@ -135,10 +136,10 @@ def rnn_tanh_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.co
 
 @triton.jit
 def rnn_tanh_adjoint(
-    PHASE: tl.constexpr, d_state, du, saved, entered, left, carry, SQUASH: tl.constexpr = squash
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
 ):
     dh = d_state[0]
-    return (dh * (1.0 - left[0] * left[0]),), (zeros_like(dh),), ()
+    return (dh * (1.0 - after[0] * after[0]),), (zeros_like(dh),), ()
 
 
 @triton.jit
@@ -149,10 +150,10 @@ def rnn_relu_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.co
 
 @triton.jit
 def rnn_relu_adjoint(
-    PHASE: tl.constexpr, d_state, du, saved, entered, left, carry, SQUASH: tl.constexpr = squash
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
 ):
     dh = d_state[0]
-    return (tl.where(left[0] > 0.0, dh, 0.0),), (zeros_like(dh),), ()
+    return (tl.where(after[0] > 0.0, dh, 0.0),), (zeros_like(dh),), ()
 
 
 class Cell(NamedTuple):

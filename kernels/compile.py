@@ -62,12 +62,12 @@ class Kernel:
 
     @property
     def registers(self) -> int:
-        """Of a thread."""
+        """The registers of a thread."""
         return self._usage["REG"]
 
     @property
     def spills(self) -> int:
-        """Bytes of a thread in local memory."""
+        """The bytes of a thread in local memory."""
         return self._usage["STACK"] + self._usage["LOCAL"]
 
     @cached_property
@@ -180,7 +180,7 @@ def loop_over_time(instructions: Sequence[Instruction]) -> Sequence[Instruction]
 
 
 def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
-    """How many there are of each kind, of no kind ("other"), and of all ("total")."""
+    """Counts the instructions of each kind, of no kind ("other"), and all ("total")."""
     counts = dict.fromkeys((*KINDS, "other"), 0)
     for instruction in instructions:
         of = (kind for kind, names in KINDS.items() if re.match(names, instruction.name))

@@ -135,13 +135,13 @@ def _load_h(layers, program, step, origins, TILE: tl.constexpr):
     """``u[chunk]``, whole rows of the h that enters a step."""
     if layers.origins is not None:
         t_before = time_of(tl.maximum(step - 1, 0), program)
-        left_rows = out_rows(program, first_row(layers, program, t_before), TILE)
+        previous_rows = out_rows(program, first_row(layers, program, t_before), TILE)
         initial_rows = row_ptrs(layers.h_0, program.z * program.B, program, TILE.H)
         u = ()
         for n in tl.static_range(len(TILE.chunks)):
-            left = _load_chunk(left_rows, origins == PREVIOUS, n, TILE)
+            previous = _load_chunk(previous_rows, origins == PREVIOUS, n, TILE)
             initial = _load_chunk(initial_rows, origins == INITIAL, n, TILE)
-            u = u + (left + initial,)  # at most one of them is not zero
+            u = u + (previous + initial,)  # at most one of them is not zero
         return u
     else:
         rows = h_rows_before(layers, program, step, TILE)
@@ -308,7 +308,7 @@ def _cooperative_bwd_kernel(
         above = tl.minimum(z + 1, LAST)
         w_ih = _load_slice(choose(layers.w_ih, above), cols, False, CELL, TILE)
     d_state = load_state(grads.h_n, grads.c_n, program, mask_b, H)
-    left = load_state_after(layers, program, time_of(T - 1, program), TILE)
+    after = load_state_after(layers, program, time_of(T - 1, program), TILE)
     loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
 
     for back in range(T):
@@ -316,7 +316,7 @@ def _cooperative_bwd_kernel(
         published = partners * P * back
         # Loaded while this step waits for its partners.
         loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
-        saved, entered, left_before, d_out, d_cs, origins = loaded
+        saved, before, after_previous, d_out, d_cs, origins = loaded
         first = first_row(layers, program, time_of(step, program))
         here = is_stored(layers, program, origins)
         rows = row_ptrs(grads.gates, z * R + first, program, N * H)
@@ -338,7 +338,7 @@ def _cooperative_bwd_kernel(
         d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])
         for p in tl.static_range(P - 1, -1, -1):
-            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
+            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
             dgates = visible(layers, dgates, origins)
             tiles = rows + CELL.grads[p][0] * H
             store(tiles, here, cols, dgates, H)
@@ -347,7 +347,7 @@ def _cooperative_bwd_kernel(
             du = _product_sum(tiles, mask_b, w_hh, CELL, p, TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
-        left, loaded = left_before, loaded_next
+        after, loaded = after_previous, loaded_next
 
     store_state(grads.h_0, grads.c_0, program, d_state, H)
 

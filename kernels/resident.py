@@ -118,13 +118,13 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
 
     w_hh = load_matrix(choose(layers.w_hh, d), cols, False, CELL, TILE)
     d_state = load_state(grads.h_n, grads.c_n, program, program.mask_b, H)
-    left = load_state_after(layers, program, time_of(T - 1, program), TILE)
+    after = load_state_after(layers, program, time_of(T - 1, program), TILE)
     loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
 
     for back in range(T):
         step = T - 1 - back
         loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
-        saved, entered, left_before, d_out, d_cs, origins = loaded
+        saved, before, after_previous, d_out, d_cs, origins = loaded
 
         if grads.out is not None:
             d_state = add_to(d_state, 0, d_out[0])
@@ -136,13 +136,13 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
         first = d * R + first_row(layers, program, time_of(step, program))
         rows = row_ptrs(grads.gates, first, program, N * H)
         for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
-            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
+            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
             dgates = visible(layers, dgates, origins)
             store(rows + CELL.grads[p][0] * H, here, cols, dgates, H)
             du = product_sum(dgates, w_hh, CELL, p, TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
-        left, loaded = left_before, loaded_next
+        after, loaded = after_previous, loaded_next
 
     store_state(grads.h_0, grads.c_0, program, d_state, H)
 

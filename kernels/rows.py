@@ -103,7 +103,7 @@ def packed_rows(
         B: the number of sequences, if some have no step at all.
     """
     T, B = len(batch_sizes), int(batch_sizes[0]) if B is None else B
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(B)).sum(0)
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
     starts = batch_sizes.cumsum(0) - batch_sizes
     origins = origins_of(T, B, D, device, lengths, reset)
     return Rows(T, B, origins, batch_sizes, starts.to(device))

@@ -144,10 +144,8 @@ def _stepwise_bwd_kernel(
 
     if PHASE >= 0:
         t = time_of(step, program)
-        saved, entered, _, d_out, d_cs, origins = load_step(
-            layers, grads, program, step, CELL, TILE
-        )
-        left = load_state_after(layers, program, t, TILE)
+        saved, before, _, d_out, d_cs, origins = load_step(layers, grads, program, step, CELL, TILE)
+        after = load_state_after(layers, program, t, TILE)
         if grads.out is not None:
             d_state = add_to(d_state, 0, d_out[0])
         if grads.cs is not None:
@@ -157,7 +155,7 @@ def _stepwise_bwd_kernel(
             if p < P - 1:
                 du_rows = row_ptrs(carried.u, ((p + 1) * TILE.D + d) * B, program, H)
                 du = load(du_rows, mask_b, cols, 1, H)[0]
-            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry)
+            dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
         # A skipped step leaves the gradient as it was.
         d_state = leaving_state(layers, d_state, d_leaving, origins)
         dgates_rows = row_ptrs(grads.gates, d * R + first_row(layers, program, t), program, N * H)

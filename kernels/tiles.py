@@ -339,9 +339,9 @@ def load_state_before(layers, program, step, origins, TILE: tl.constexpr):
     H: tl.constexpr = TILE.H
     t_before = time_of(tl.maximum(step - 1, 0), program)
     if layers.origins is not None:
-        left = load_state_after(layers, program, t_before, TILE)
+        previous = load_state_after(layers, program, t_before, TILE)
         initial = load_state(layers.h_0, layers.c_0, program, origins == INITIAL, H)
-        return where(origins == PREVIOUS, left, initial), left
+        return where(origins == PREVIOUS, previous, initial), previous
     else:
         h_rows = h_rows_before(layers, program, step, TILE)
         state = load(h_rows, program.mask_b, program.cols, 1, H)
@@ -367,7 +367,7 @@ def load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constex
     here, cols = is_present(layers, program, origins), program.cols
     first = first_row(layers, program, t)
     row = program.z * program.R + first
-    entered, left = load_state_before(layers, program, step, origins, TILE)
+    before, after_previous = load_state_before(layers, program, step, origins, TILE)
     saved, d_out, d_cs = (), (), ()
     if S > 0:
         saved = load(row_ptrs(layers.gates, row, program, S * H), here, cols, S, H)
@@ -376,4 +376,4 @@ def load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constex
         d_out = load(d_rows, here, cols, 1, H)
     if grads.cs is not None:
         d_cs = load(row_ptrs(grads.cs, row, program, H), here, cols, 1, H)
-    return saved, entered, left, d_out, d_cs, origins
+    return saved, before, after_previous, d_out, d_cs, origins

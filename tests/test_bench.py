@@ -14,7 +14,7 @@ import torch
 from bench import UserError, cpu, report, run
 from bench.__main__ import COMMANDS, _check, _parser, main
 from bench.cases import LESSONS, every_case, named
-from bench.measure import BenchmarkCase, Settings, in_fresh_process, interleaved
+from bench.measure import BenchmarkCase, Call, Settings, in_fresh_process, interleaved
 from bench.providers import PROVIDERS, Adapter, absent
 from bench.report import COLUMNS, Results
 
@@ -216,7 +216,7 @@ def test_times_are_interleaved_and_compared_with_the_first():
 
         return call
 
-    calls = {"slow": waits("slow", 200_000), "fast": waits("fast", 20_000)}
+    calls = {"slow": Call(waits("slow", 200_000)), "fast": Call(waits("fast", 20_000))}
     times = interleaved(calls, torch.device("cpu"), seconds=0.05, least=4)
     assert times["slow"].x == 1
     assert times["fast"].x > 2

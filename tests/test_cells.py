@@ -35,14 +35,14 @@ def test_runs_of_neighbouring_tiles():
 
 BUGS = [
     ("lstm", "forward", "f * state[1]", "i * state[1]"),
-    ("lstm", "adjoint", "dc * entered[1] * f", "dc * left[1] * f"),
+    ("lstm", "adjoint", "dc * before[1] * f", "dc * after[1] * f"),
     ("lstm", "adjoint", "(1.0 - tanh_c * tanh_c)", "(1.0 - tanh_c)"),
     ("gru", "forward", "r * gh[2]", "gh[2]"),
     ("gru", "adjoint", "dn * r)", "dn)"),
     ("gru_reset_before", "operand", "tl.sigmoid(gx[0] + gh[0])", "tl.sigmoid(gh[0])"),
     ("gru_reset_before", "adjoint", "dh + du * r", "dh"),
-    ("rnn_tanh", "adjoint", "left[0] * left[0]", "left[0]"),
-    ("rnn_relu", "adjoint", "left[0] > 0.0", "left[0] >= 0.0"),
+    ("rnn_tanh", "adjoint", "after[0] * after[0]", "after[0]"),
+    ("rnn_relu", "adjoint", "after[0] > 0.0", "after[0] >= 0.0"),
 ]
 
 

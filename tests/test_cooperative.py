@@ -17,10 +17,11 @@ from cooperative_setup import (
     run,
     workspace,
 )
-from kernel_cases import results
+from kernel_cases import cooperative_plan, results
 from mutants import rewritten
 
-from fusedrnn.kernels import cooperative, exchange
+import fusedrnn
+from fusedrnn.kernels import cooperative, exchange, plan
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the processes share the CPU's memory"),
@@ -216,13 +217,22 @@ def test_counters_that_were_not_cleared_are_found():
     assert differences("lstm", SLICES, data)
 
 
-@pytest.mark.parametrize("L", [1, 3])
-def test_a_launch_allocates_its_own_workspace(L):
-    """One program a layer, which the interpreter can run one after the other."""
-    from kernel_cases import cooperative_plan, rows_of, tensors
+def one_slice(problem, chip):
+    """A wavefront with one program a layer, which the interpreter can run one after the other."""
+    return (cooperative_plan(Shape(1, 1, problem.hidden_size, L=problem.layers)),)
 
-    shape = Shape(3, 4, 16, L=L)
-    data = tensors("gru_reset_before", shape)
-    cooperative.forward("gru_reset_before", cooperative_plan(shape), data.layers, rows_of(shape))
-    cooperative.backward("gru_reset_before", cooperative_plan(shape), *data, rows_of(shape))
-    assert not differences("gru_reset_before", shape, data)
+
+@pytest.mark.parametrize("options", [{}, {"lengths": torch.tensor([3, 0, 2])}], ids=["", "lengths"])
+@pytest.mark.parametrize("module", [fusedrnn.LSTM(3, 16, 3, dropout=0.4), fusedrnn.GRU(3, 16, 2)])
+def test_a_wavefront_through_the_module(module, options):
+    """The stack gives the launch its layers, which allocates its workspace."""
+    found = []
+    for backend in ("triton", "torch"):
+        torch.manual_seed(0)  # of the dropout masks
+        x = torch.randn(3, 3, 3, requires_grad=True)
+        with fusedrnn.use_backend(backend), plan.forced(one_slice):
+            output, _ = module(x, **options)
+            gradients = torch.autograd.grad(output.sin().sum(), (x, *module.parameters()))
+        found.append((output, *gradients))
+    for kernels, loop in zip(*found, strict=True):
+        torch.testing.assert_close(kernels, loop, atol=1e-5, rtol=1e-5)

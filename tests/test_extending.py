@@ -60,10 +60,10 @@ def ugrnn_forward(gx, gh, state):
 
 
 @triton.jit
-def ugrnn_adjoint(PHASE: tl.constexpr, d_state, du, saved, entered, left, carry):
+def ugrnn_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, after, carry):
     g, c = saved
     dh = d_state[0]
-    dg = dh * (entered[0] - c) * g * (1.0 - g)
+    dg = dh * (before[0] - c) * g * (1.0 - g)
     dc = dh * (1.0 - g) * (1.0 - c * c)
     return (dg, dc), (dh * g,), ()
 

@@ -7,6 +7,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from torch.nn import functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import fusedrnn
 from fusedrnn import loop, loop_cells
@@ -212,6 +213,45 @@ def test_small_signals_keep_their_relative_precision():
     got, ref, truth = run(case), oracle(case, torch.float32), oracle(case)
     for name in ("out", "cs"):
         assert_budget(name, got[name], ref[name], truth[name])
+
+
+class Counter(TorchDispatchMode):
+    """Counts the operators that are no views."""
+
+    calls = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        views = any(value.alias_info is not None for value in func._schema.returns)
+        self.calls += func._schema.is_mutable or not views
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("cell", "most"), [("lstm", 14), ("gru", 10), ("gru_reset_before", 14), ("rnn_tanh", 5)]
+)
+def test_calls_of_a_step(cell, most):
+    """Of small batches the time is that of the calls: forward and backward, with d_out."""
+    counts = []
+    for steps in (20, 30):
+        case = case_of(cell, 1, "dense", T=steps, B=3)
+        case.grads = case.grads._replace(cs=None)
+        with Counter() as counter:
+            run(case)
+        counts.append(counter.calls)
+    assert (counts[1] - counts[0]) / 10 <= most
+
+
+def test_packed_rows_cost_no_call_a_step():
+    """Tables are made of all steps at once, before the first."""
+    counts = []
+    for steps in (20, 30):
+        with Counter() as counter:
+            rows = packed_rows(torch.full((steps,), 3), 1, CPU)
+            steps_of = loop._Steps(rows, 0)
+            left = steps_of.all_entering(torch.ones(3, H), torch.ones(rows.total, H))
+            steps_of.final(torch.ones(3, H), left)
+        counts.append(counter.calls)
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])

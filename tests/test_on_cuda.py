@@ -1,28 +1,25 @@
-"""What only a CUDA device shows: graphs, streams, waits, its generator, autocast, two runs alike.
+"""Behaviour of a CUDA device: graphs, streams, waits, its generator, autocast, two runs alike.
 
-`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. What of them the CPU can show is in
-`test_no_sync.py`, `test_graphs.py`, `test_dropout.py` and `test_autocast.py`. Equal means bit for
-bit: the same kernels run on the same numbers.
+`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. The CPU's part of them is in
+`test_no_sync.py`, `test_dropout.py` and `test_autocast.py`. Equal means bit for bit: the same
+kernels run on the same numbers.
 """
 
 from __future__ import annotations
 
-import copy
 from contextlib import contextmanager
 
 import pytest
 import torch
-from test_modules_inputs import leaves
-from test_ragged import as_hx, build, states_for
-from torch import Tensor
-from torch.func import functional_call, grad_and_value, vmap
+from pairs import leaves
+from test_equivalence import build, states_for
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
+from fusedrnn.arguments import as_hx
 from fusedrnn.kernels.plan import Problem, chip_of, plan_stack
-from fusedrnn.testing import assert_budget
 
-T, B, I = 70, 6, 3  # two pieces that stepwise captures itself (GRAPH_STEPS), and some more
+T, B, I = 70, 6, 3
 #: Each schedule by a size and dtype that bring it about; the loop takes any.
 ROUTES = {
     "resident": (16, torch.float32, "triton"),
@@ -33,20 +30,22 @@ ROUTES = {
 OPTIONS = ("dense", "lengths", "reset", "both")
 
 routes = pytest.mark.parametrize("route", ROUTES)
+#: The loop reads lengths on the host.
+kernels = pytest.mark.parametrize("route", [r for r in ROUTES if r != "loop"])
 
 
 @pytest.fixture(autouse=True)
 def _on_cuda(device):
     if device.type != "cuda":
-        pytest.skip("says something on a CUDA device only")
+        pytest.skip("needs a CUDA device")
 
 
 def make(route, device, cell="lstm", layers=2, **kwargs):
     H, dtype, backend = ROUTES[route]
     if backend == "triton":
-        problem = Problem(cell, I, H, B, 1, dtype, "ieee", True, layers)
+        problem = Problem(cell, H, B, 1, dtype, "ieee", True, layers)
         assert {plan.schedule for plan in plan_stack(problem, chip_of(device))} == {route}
-    return build(cell, layers, 1, dtype, H=H, **kwargs).to(device)
+    return build(cell, layers, 1, dtype, I, H, **kwargs).to(device)
 
 
 def given(module, device, option="dense"):
@@ -87,7 +86,7 @@ def warmed_up(run):
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels compile, cuBLAS makes its handles, stepwise its own graphs
+        for _ in range(3):  # kernels compile, cuBLAS makes its handles
             results = run()
     torch.cuda.current_stream().wait_stream(stream)
     return results
@@ -100,26 +99,7 @@ def captured(run):
     return graph, results
 
 
-@routes
-@pytest.mark.parametrize("option", OPTIONS)
-def test_a_users_graph_of_forward(route, option, device):
-    """Captured once, replayed on other inputs: equal to eager calls."""
-    module = make(route, device, "gru")
-    x, hx, options = given(module, device, option)
-    with on_route(route), torch.no_grad():
-        run = lambda: leaves(module(x, hx, **options))  # noqa: E731
-        warmed_up(run)
-        graph, results = captured(run)
-        for _ in range(2):
-            for static in (x, *leaves(hx)):
-                static.copy_(torch.randn_like(static))
-            for static in options.values():
-                static.copy_(static.roll(1, -1))
-            graph.replay()
-            assert_same(results, run())
-
-
-@routes
+@kernels
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_users_graph_of_a_training_step(route, option, recompute, device):
@@ -138,7 +118,7 @@ def test_a_users_graph_of_a_training_step(route, option, recompute, device):
             assert_same(results, run())
 
 
-@routes
+@kernels
 @pytest.mark.parametrize("option", [*OPTIONS, "packed"])
 def test_nothing_waits_for_the_device(route, option, device):
     module = make(route, device, dropout=0.3)
@@ -158,16 +138,6 @@ def test_nothing_waits_for_the_device(route, option, device):
             run()
         finally:
             torch.cuda.set_sync_debug_mode("default")
-
-
-def test_waiting_would_be_noticed(device):
-    """What the test above stands on."""
-    torch.cuda.set_sync_debug_mode("error")
-    try:
-        with pytest.raises(RuntimeError, match="synchron"):
-            torch.ones(1, device=device).item()
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
 
 
 def masked(module, x):
@@ -195,41 +165,6 @@ def test_a_restored_generator_gives_the_same_masks(route, device):
         assert torch.equal(masked(module, x), first)
 
 
-def test_the_masks_of_both_backends_are_those_of_torchs_dropout(device):
-    """Philox's seed and offset are advanced alike, so what is drawn afterwards is alike too."""
-    found = []
-    for route in ("resident", "loop"):
-        torch.manual_seed(0)
-        module = make(route, device, dropout=0.5)
-        x = torch.ones(T, B, I, device=device)
-        with on_route(route):
-            torch.manual_seed(11)
-            found.append((masked(module, x), torch.rand(3, device=device)))
-    (left, after), (right, after_too) = found
-    assert torch.equal(after, after_too)
-    torch.testing.assert_close(left, right)  # another mask would be another output altogether
-
-
-@pytest.mark.parametrize("route", ["resident", "loop"])
-def test_a_replay_draws_new_masks(route, device):
-    """In a graph the generator's offset advances with each replay, and a seed starts it again."""
-    module = make(route, device, dropout=0.5)
-    x, _, _ = given(module, device)
-    with on_route(route), torch.no_grad():
-        run = lambda: module(x)[0]  # noqa: E731
-        warmed_up(run)
-        graph, output = captured(run)
-        found = []
-        for _ in range(2):
-            torch.manual_seed(5)
-            for _ in range(2):
-                graph.replay()
-                found.append(output.clone())
-        assert not torch.equal(found[0], found[1])
-        assert torch.equal(found[0], found[2])
-        assert torch.equal(found[1], found[3])
-
-
 @routes
 @pytest.mark.parametrize("option", OPTIONS)
 def test_two_runs_have_the_same_bits(route, option, device):
@@ -242,46 +177,6 @@ def test_two_runs_have_the_same_bits(route, option, device):
         finally:
             torch.use_deterministic_algorithms(False)
     assert_same(first, second)
-
-
-@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("backend", ["triton", "torch"])
-@pytest.mark.parametrize("cell", ["lstm", "gru", "gru_reset_before"])
-def test_autocast(cell, backend, half, device):
-    """Bit for bit the module in that dtype; gradients arrive in fp32."""
-    module = make("resident", device, cell)
-    low = copy.deepcopy(module).to(half)
-    x, hx, _ = given(module, device)
-    low_hx = as_hx([h.to(half) for h in leaves(hx)])
-    with fusedrnn.use_backend(backend):
-        want = train(low, x.to(half), low_hx, {})
-        with torch.autocast("cuda", half):
-            got = train(module, x, hx, {})
-    count = 1 + len(leaves(hx))
-    assert all(t.dtype == half for t in got[:count])
-    assert all(t.dtype == torch.float32 for t in got[count:])
-    assert_same(got, [*want[:count], *(t.float() for t in want[count:])])
-
-
-def test_gradient_scaling(device):
-    """Steps under fp16 and a scaler: an overflow is skipped, the others take the scale out."""
-    module = make("resident", device)
-    x, hx, _ = given(module, device)
-    optimizer = torch.optim.SGD(module.parameters(), lr=0.1)
-    scaler = torch.amp.GradScaler("cuda", init_scale=2.0**40)
-    before = [p.detach().clone() for p in module.parameters()]
-    for step in range(40):
-        optimizer.zero_grad()
-        with fusedrnn.use_backend("triton"), torch.autocast("cuda", torch.float16):
-            loss = module(x, hx)[0].float().square().mean()
-        scaler.scale(loss).backward()
-        scaler.step(optimizer)
-        scaler.update()
-        if step == 0:
-            assert_same([p.detach() for p in module.parameters()], before)
-    assert scaler.get_scale() < 2.0**40
-    assert all(p.isfinite().all() for p in module.parameters())
-    assert not any(map(torch.equal, before, module.parameters()))
 
 
 @routes
@@ -300,55 +195,3 @@ def test_a_side_stream(route, device):
             got = train(module, late, hx, options)
         torch.cuda.current_stream().wait_stream(stream)
         assert_same(got, want)
-
-
-@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two CUDA devices")
-@routes
-def test_a_device_that_is_not_the_current_one(route, device):
-    module = make(route, torch.device("cuda:0"))
-    x, hx, options = given(module, torch.device("cuda:0"))
-    other = copy.deepcopy(module).to("cuda:1")
-    there = as_hx([h.to("cuda:1") for h in leaves(hx)])
-    with on_route(route), torch.cuda.device(0):
-        want = train(module, x, hx, options)
-        got = train(other, x.to("cuda:1"), there, options)
-        assert torch.cuda.current_device() == 0
-    assert all(t.device == torch.device("cuda:1") for t in got)
-    truth = train(
-        copy.deepcopy(module).double(), x.double(), as_hx([h.double() for h in leaves(hx)]), {}
-    )
-    for i, (g, w, t) in enumerate(zip(got, want, truth, strict=True)):
-        assert_budget(f"result {i}", g.cpu(), w.cpu(), t.cpu())
-
-
-@pytest.mark.parametrize("route", ["resident", "cooperative", "stepwise"])
-def test_an_ensemble_is_its_members(route, device):
-    """Weights of their own in one launch: values and gradients as of each member alone."""
-    module, (H, dtype, _) = make(route, device, layers=1), ROUTES[route]
-    xs = torch.randn(3, T, B, I, device=device).to(dtype)
-    params = {
-        name: torch.randn(3, *p.shape, device=device).to(dtype) / H**0.5
-        for name, p in module.named_parameters()
-    }
-    double = copy.deepcopy(module).double()
-
-    def total(model):
-        def of_member(p, x):
-            output, _ = functional_call(model, p, (x,))
-            return output.float().square().mean() if dtype.itemsize == 2 else output.square().mean()
-
-        return grad_and_value(of_member)
-
-    def one_by_one(model, cast):
-        each = [
-            total(model)({k: cast(p[n]) for k, p in params.items()}, cast(xs[n])) for n in range(3)
-        ]
-        return {k: torch.stack([grads[k] for grads, _ in each]) for k in params}
-
-    with on_route(route):
-        got, _ = vmap(total(module))(params, xs)
-        ref = one_by_one(module, lambda t: t)
-    with fusedrnn.use_backend("torch"):
-        truth = one_by_one(double, Tensor.double)
-    for name in params:
-        assert_budget(name, got[name], ref[name], truth[name])

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sys
+
 import pytest
 import torch
 
@@ -14,6 +16,8 @@ from fusedrnn.reference import differentiable_stack
 from fusedrnn.stack import StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
+#: Calls of functions, Python's and C's, before a forward and a backward launch.
+MOST = 140, 145
 
 
 def config_of(cell, **options):
@@ -184,6 +188,39 @@ def test_a_refused_launch_is_planned_again(monkeypatch):
     assert not outputs.output.any()
     assert refused == [torch.device("cpu")]
     assert (schedules["cooperative"].calls, schedules["stepwise"].calls) == (1, L)
+
+
+def test_python_calls_before_a_launch(monkeypatch):
+    """The host's part of a launch: calls of functions from stack to schedule, one layer."""
+    counts: list[int] = []
+
+    class Launched:
+        def forward(self, *_):
+            counts.append(calls)
+
+        backward = forward
+
+    def count(frame, event, arg):
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    launched = Launched()
+    monkeypatch.setattr(layer, "_schedule", lambda name: launched)
+    config = config_of("lstm", backend="triton", num_layers=1)
+    inputs = inputs_of(config, torch.float32)._replace(dropout_masks=[])
+    inputs = inputs._replace(h_0=inputs.h_0[:1], c_0=inputs.c_0[:1], params=inputs.params[:4])
+    for is_warm in (False, True):
+        calls = 0
+        sys.setprofile(count if is_warm else None)
+        outputs = stack.forward(inputs, Sequences(), config, True)
+        sys.setprofile(None)
+        grads = StackGrads(outputs.output, None, None, None)
+        calls = 0
+        sys.setprofile(count if is_warm else None)
+        stack.backward(inputs, outputs, grads, Sequences(), config, True, True)
+        sys.setprofile(None)
+    assert counts[2] <= MOST[0]
+    assert counts[3] <= MOST[1]
 
 
 def test_other_errors_of_a_launch_are_no_refusals(monkeypatch):

@@ -124,8 +124,11 @@ def test_the_protocol_is_compiled_as_its_proof_has_it(reports, direction):
     [
         (("--hidden", "0"), "--hidden: 0 is not positive"),
         (("--hidden", "4096", "--schedule", "resident"), "no plan: "),
-        (("--hidden", "99999999"), "no plan: the weights alone are 149,011,609 GiB, and no GPU"),
-        (("--hidden", "64", "--batch", "999999999999"), "the inputs and gates of one step"),
+        (
+            ("--hidden", "99999999"),
+            "149,011,623 GiB, and no GPU has more than 256",
+        ),
+        (("--hidden", "64", "--batch", "999999999999"), "the weights and one step of the batch"),
     ],
 )
 def test_a_study_that_is_impossible_is_one_sentence(options, message, tmp_path):

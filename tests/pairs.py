@@ -1,0 +1,88 @@
+"""Pairs of torch's module and ours with the same weights, and runs that are compared."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fusedrnn
+
+T, B, I, H = 4, 3, 3, 5
+NAMES = ("LSTM", "GRU", "RNN")
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+LENGTHS = torch.tensor([4, 1, 3])
+RESET = torch.tensor(
+    [[False, True, False], [True, False, False], [False, False, True], [False, False, False]]
+)
+
+
+def build(name: str, dtype: torch.dtype = torch.float64, **kwargs) -> tuple[nn.Module, nn.Module]:
+    """Returns torch's module and ours; name may end with a nonlinearity."""
+    name, *nonlinearity = name.split()
+    kwargs |= {"nonlinearity": nonlinearity[0]} if nonlinearity else {}
+    theirs = getattr(nn, name)(I, H, dtype=dtype, **kwargs)
+    ours = getattr(fusedrnn, name)(I, H, dtype=dtype, **kwargs)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs, ours
+
+
+def batch(*middle: int, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(T, *(middle or (B,)), I, dtype=dtype)
+
+
+def packed(enforce_sorted: bool = False, lengths=(3, 4, 1), dtype=torch.float64) -> PackedSequence:
+    lengths = sorted(lengths, reverse=True) if enforce_sorted else lengths
+    sequences = [torch.randn(length, I, dtype=dtype) for length in lengths]
+    return pack_sequence(sequences, enforce_sorted=enforce_sorted)
+
+
+def states_for(module: nn.Module, *middle: int) -> Tensor | tuple[Tensor, Tensor]:
+    """Returns a random hx, with ``middle`` between layers and columns."""
+    rows = module.num_layers * (2 if module.bidirectional else 1)
+    dtype = module.weight_hh_l0.dtype
+    h = torch.randn(rows, *middle, module.proj_size or module.hidden_size, dtype=dtype)
+    if module.mode != "LSTM":
+        return h
+    return h, torch.randn(rows, *middle, module.hidden_size, dtype=dtype)
+
+
+def leaves(tree) -> list[Tensor]:
+    """Returns the tensors of an input, hx or result."""
+    if tree is None:
+        return []
+    if isinstance(tree, PackedSequence):
+        return [tree.data]
+    return [tree] if isinstance(tree, Tensor) else [t for part in tree for t in leaves(part)]
+
+
+def gradients(results, sources) -> list[Tensor]:
+    """Pulls random gradients back, the same for every dtype."""
+    generator = torch.Generator().manual_seed(4)
+    arriving = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
+    return list(torch.autograd.grad(results, sources, arriving, allow_unused=True))
+
+
+def run(module: nn.Module, input, hx=None, **options) -> list[Tensor]:
+    """Returns outputs, states, and the gradients of input, hx and weights."""
+    sources = [*leaves(input), *leaves(hx), *module.parameters()]
+    for source in sources:
+        source.requires_grad_()
+    with torch.random.fork_rng():
+        torch.manual_seed(3)  # of the dropout masks
+        results = leaves(module(input, hx, **options))
+    return results + gradients(results, sources)
+
+
+def assert_close(got, want, tolerance: float = 1e-12) -> None:
+    for g, w in zip(got, want, strict=True):
+        torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
+
+
+def assert_same(backend: str, theirs: nn.Module, ours: nn.Module, input, hx=None) -> None:
+    """Compares a run: bit for bit on torch's operator, else to 1e-12 in fp64."""
+    expected = run(theirs, input, hx)
+    with fusedrnn.use_backend(backend):
+        got = run(ours, input, hx)
+    assert_close(got, expected, 0 if backend == "aten" else 1e-12)
+    assert got[0].stride() == expected[0].stride()

@@ -1,0 +1,300 @@
+"""Bad input: the exception type of torch's module, and a sentence that names the argument.
+
+Every case runs both modules. Cases that torch lets pass, or fails on far from the cause, are
+separate, with the type that its other modules raise.
+"""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+import torch
+from pairs import LENGTHS, RESET, packed
+from torch import nn, zeros
+from torch.nn.utils.rnn import PackedSequence, pack_sequence
+
+import fusedrnn
+
+
+def wrap(name, h):
+    """Returns hx made of h alone, as the module wants it."""
+    return (h, h.clone()) if name.startswith("LSTM") else h
+
+
+def zero_packed(*shapes, dtype=torch.float32):
+    return pack_sequence([zeros(shape, dtype=dtype) for shape in shapes], enforce_sorted=False)
+
+
+#: The arguments of a call of ``(3, 4, num_layers=2)`` by the module's name, and our message.
+SEQUENCE = {
+    "input a list": (lambda n: ([1, 2],), "input is a list; expected a tensor"),
+    "input None": (lambda n: (None,), "input is a NoneType"),
+    "input 0-D": (lambda n: (zeros(()),), "input is 0-D; expected 2-D or 3-D"),
+    "input 4-D": (lambda n: (zeros(1, 2, 2, 3),), "input is 4-D"),
+    "features": (lambda n: (zeros(5, 2, 7),), "input has 7 features .* input_size, 3"),
+    "dtype": (lambda n: (zeros(5, 2, 3).double(),), "input is torch.float64, the weights are"),
+    "device": (lambda n: (zeros(5, 2, 3, device="meta"),), r"params\[0\] is on cpu; expected meta"),
+    "no step": (lambda n: (zeros(0, 2, 3),), "larger than 0 in RNN: input has no time step"),
+    "hx 2-D": (lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 4))), r"hx.* \(2, 4\); .* \(2, 2, 4\)"),
+    "hx 3-D unbatched": (
+        lambda n: (zeros(5, 3), wrap(n, zeros(2, 1, 4))),
+        r"hx.* has shape \(2, 1, 4\); expected \(2, 4\)",
+    ),
+    "hx columns": (lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 2, 5))), r"expected \(2, 2, 4\)"),
+    "hx dtype": (
+        lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 2, 4).double())),
+        "hx.* is torch.float64; expected torch.float32",
+    ),
+    "hx device": (
+        lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 2, 4, device="meta"))),
+        "hx.* is on meta; expected cpu",
+    ),
+    "hx a number": (lambda n: (zeros(5, 2, 3), 3), "hx is a int; expected a t"),
+    "hx of one": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4),)), "hx is a tuple"),
+    "hx of three": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4),) * 3), "hx is a tuple"),
+    "hx with None": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4), None)), "hx.* is a "),
+    "packed data 3-D": (lambda n: (zero_packed((3, 3, 3)),), "packed input's data is 3-D"),
+    "packed hx columns": (
+        lambda n: (zero_packed((3, 3), (2, 3)), wrap(n, zeros(2, 2, 5))),
+        r"expected \(2, 2, 4\)",
+    ),
+}
+
+#: The arguments of a call of a cell ``(3, 4)``; the messages are torch's.
+CELL = {
+    "input a list": lambda n: ([1, 2],),
+    "input 3-D": lambda n: (zeros(2, 2, 3),),
+    "features": lambda n: (zeros(2, 5),),
+    "dtype": lambda n: (zeros(2, 3).double(),),
+    "hx 3-D": lambda n: (zeros(2, 3), wrap(n, zeros(1, 2, 4))),
+    "hx 2-D unbatched": lambda n: (zeros(3), wrap(n, zeros(1, 4))),
+    "hx columns": lambda n: (zeros(2, 3), wrap(n, zeros(2, 5))),
+    "hx dtype": lambda n: (zeros(2, 3), wrap(n, zeros(2, 4).double())),
+    "hx a number": lambda n: (zeros(2, 3), 3),
+    "hx of one": lambda n: (zeros(2, 3), (zeros(2, 4),)),
+    "hx with None": lambda n: (zeros(2, 3), (zeros(2, 4), None)),
+}
+
+BAD_CONSTRUCTORS = [
+    ("LSTM", (3,), {}),
+    ("LSTM", (3, 4), {"no_such": 1}),
+    ("LSTM", (3, 4), {"dropout": 1.5}),
+    ("LSTM", (3, 4), {"dropout": True}),
+    ("LSTM", (3, 4), {"bias": 1}),
+    ("LSTM", (3.0, 4), {}),
+    ("LSTM", (0, 4), {}),
+    ("LSTM", (3, 4, 0), {}),
+    ("LSTM", (3, 4), {"proj_size": 4}),
+    ("GRU", (3, 4), {"proj_size": 2}),
+    ("GRU", (3, 4, 1, True, False, 0.0, False, "cpu"), {}),
+    ("RNN", (3, 4), {"proj_size": 2}),
+    ("RNN", (3, 4), {"nonlinearity": "gelu"}),
+    ("RNN", (3, 4, 1, "gelu"), {}),
+    ("RNN", (3, 4, 1, "tanh"), {"nonlinearity": "relu"}),
+    ("GRUCell", (3, 4, True, None, None, False), {}),
+    ("RNNCell", (3, 4), {"num_layers": 2}),
+]
+
+
+def error_of(function, *args, **kwargs) -> Exception:
+    """Returns the error that a call raises."""
+    try:
+        function(*args, **kwargs)
+    except Exception as error:
+        return error
+    raise AssertionError("nothing was raised")
+
+
+def assert_same_error(theirs, ours, arguments, message):
+    expected, raised = error_of(theirs, *arguments), error_of(ours, *arguments)
+    assert type(raised) is type(expected), f"torch says {expected!r}, ours {raised!r}"
+    assert re.search(message, str(raised))
+    assert "\n" not in str(raised)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "kwargs"),
+    BAD_CONSTRUCTORS,
+    ids=[f"{name}-{args}-{kwargs}" for name, args, kwargs in BAD_CONSTRUCTORS],
+)
+def test_bad_constructor(name, args, kwargs):
+    expected = error_of(getattr(nn, name), *args, **kwargs)
+    raised = error_of(getattr(fusedrnn, name), *args, **kwargs)
+    assert type(raised) is type(expected), f"torch says {expected!r}, ours {raised!r}"
+
+
+def test_the_texts_that_pytorchs_own_tests_match():
+    for name, args in (("GRU", ()), ("RNN", ("tanh",))):
+        with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+            getattr(fusedrnn, name)(3, 4, 1, *args, True, False, 0.0, False, 2)
+    with pytest.raises(ValueError, match="Unknown nonlinearity"):
+        fusedrnn.RNN(3, 4, nonlinearity="gelu")
+    with pytest.raises(RuntimeError, match="Unknown nonlinearity"):
+        fusedrnn.RNNCell(3, 4, nonlinearity="gelu")(zeros(2, 3))
+    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
+        fusedrnn.GRU(3, 4)(zeros(0, 2, 3))
+
+
+@pytest.mark.parametrize("case", SEQUENCE)
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_bad_call_of_a_sequence_module(name, case):
+    arguments, message = SEQUENCE[case]
+    modules = getattr(nn, name)(3, 4, 2), getattr(fusedrnn, name)(3, 4, 2)
+    assert_same_error(*modules, arguments(name), message)
+
+
+@pytest.mark.parametrize("case", CELL)
+@pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
+def test_bad_call_of_a_cell(name, case):
+    theirs, ours = getattr(nn, name)(3, 4), getattr(fusedrnn, name)(3, 4)
+    given = CELL[case](name)
+    expected, raised = error_of(theirs, *given), error_of(ours, *given)
+    assert (type(raised), str(raised)) == (type(expected), str(expected))
+    with fusedrnn.use_backend("torch"):
+        raised = error_of(ours, *given)
+    assert isinstance(raised, (ValueError, RuntimeError, TypeError, AttributeError))
+    assert not isinstance(raised, NotImplementedError)
+
+
+def test_states_of_an_lstm():
+    modules, x = (nn.LSTM(3, 4, 2), fusedrnn.LSTM(3, 4, 2)), zeros(5, 2, 3)
+    for given in (x, pack_sequence([zeros(3, 3), zeros(2, 3)])):
+        assert_same_error(*modules, (given, zeros(2, 2, 4)), r"hx is a tensor; .* \(h_0, c_0\)")
+    hx = zeros(2, 2, 4), zeros(2, 2, 5)
+    assert_same_error(*modules, (x, hx), r"hx\[1\] has shape \(2, 2, 5\)")
+    hx = zeros(2, 2, 4), zeros(2, 2, 4).double()
+    assert_same_error(*modules, (x, hx), r"hx\[1\] is torch.float64")
+    projected = nn.LSTM(3, 4, 2, proj_size=2), fusedrnn.LSTM(3, 4, 2, proj_size=2)
+    hx = zeros(2, 2, 4), zeros(2, 2, 4)
+    assert_same_error(*projected, (x, hx), r"hx\[0\] .* expected \(2, 2, 2\)")
+
+
+def test_a_tuple_for_one_state_of_a_shape_that_is_known():
+    theirs, ours, x, hx = nn.GRU(3, 4), fusedrnn.GRU(3, 4), zeros(5, 2, 3), zeros(1, 2, 4)
+    for _ in range(2):
+        assert_same_error(theirs, ours, (x, (hx,)), r"hx is a tuple; expected a tensor, h_0")
+        ours(x, hx)
+
+
+#: By name of a weight of ``LSTM(3, 4, 2, bidirectional)`` a replacement and our message.
+WEIGHTS = {
+    "weight_hh_l0": (zeros(1, 3000), r"\(1, 3000\); expected \(16, 4\)"),
+    "weight_ih_l0": (zeros(15, 3), r"\(15, 3\); expected \(4 \* hidden_size, input_size\)"),
+    "weight_ih_l0_reverse": (zeros(16, 5), r"\(16, 5\); expected \(16, 3\)"),
+    "weight_ih_l1": (zeros(16, 4), r"\(16, 4\); expected \(16, 8\)"),
+    "bias_ih_l1_reverse": (zeros(4), r"\(4,\); expected \(16,\)"),
+    "bias_hh_l0": (zeros(16, 1), r"\(16, 1\); expected \(16,\)"),
+}
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+@pytest.mark.parametrize("name", WEIGHTS)
+def test_a_weight_of_another_shape(name, backend):
+    """In the first call of a shape and in every later one."""
+    module, x = fusedrnn.LSTM(3, 4, 2, bidirectional=True), zeros(5, 2, 3)
+    weight, message = WEIGHTS[name]
+    with fusedrnn.use_backend(backend):
+        for _ in range(2):
+            right = getattr(module, name)
+            setattr(module, name, nn.Parameter(weight))
+            with pytest.raises(RuntimeError, match=f"^{name} has shape {message}$"):
+                module(x)
+            setattr(module, name, right)
+            module(x)
+
+
+def test_weights_of_functions():
+    params = list(nn.LSTM(3, 4).parameters())
+    with pytest.raises(TypeError, match="bias_hh_l0 is a NoneType; expected a tensor"):
+        fusedrnn.lstm(zeros(5, 2, 3), None, [*params[:3], None])
+    with pytest.raises(RuntimeError, match=r"weight_hr_l0 has shape \(16,\)"):
+        fusedrnn.lstm(zeros(5, 2, 3), None, [*params, params[3]])
+    with pytest.raises(ValueError, match="params has 4 tensors; expected 8, 4 for each"):
+        fusedrnn.lstm(zeros(5, 2, 3), None, params, num_layers=2)
+    with pytest.raises(ValueError, match="params has 4 tensors; expected 2"):
+        fusedrnn.gru(zeros(5, 2, 3), None, params, bias=False)
+    with pytest.raises(ValueError, match="params has 0 tensors"):
+        fusedrnn.lstm(zeros(5, 2, 3), None, [])
+    with pytest.raises(ValueError, match=r"dropout is 1\.5; expected a probability"):
+        fusedrnn.lstm(zeros(5, 2, 3), None, params, dropout=1.5)
+    modules = nn.GRU(3, 4), fusedrnn.GRU(3, 4)
+    for module in modules:
+        module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.double())
+    assert_same_error(*modules, (zeros(5, 2, 3),), r"params\[1\] is torch.float64")
+
+
+def test_packed_input_that_torch_lets_pass():
+    """nn.LSTM reads wrong numbers of features as other steps. These are the types of nn.GRU."""
+    module = fusedrnn.LSTM(3, 4, 2)
+    with pytest.raises(RuntimeError, match="input has 7 features"):
+        module(zero_packed((3, 7)))
+    with pytest.raises(RuntimeError, match="packed input's data is 1-D; expected 2-D"):
+        module(zero_packed((3,)))
+    with pytest.raises(ValueError, match=r"input is torch\.float64"):
+        module(zero_packed((3, 3), dtype=torch.float64))
+    with pytest.raises(RuntimeError, match=r"hx has shape \(2, 3, 4\); expected \(2, 2, 4\)"):
+        fusedrnn.GRU(3, 4, 2)(zero_packed((2, 3), (3, 3)), zeros(2, 3, 4))
+    with pytest.raises(RuntimeError, match=r"has 4 rows; expected 3, the sum of its batch_sizes"):
+        module(PackedSequence(zeros(4, 3), torch.tensor([2, 1])))
+
+
+BAD = {
+    "lengths a number": ({"lengths": 3}, TypeError, "lengths is a int; expected a tensor or a"),
+    "lengths a text": ({"lengths": "ab"}, TypeError, "lengths is a str"),
+    "lengths a dict": ({"lengths": {0: 1}}, TypeError, "lengths is a dict"),
+    "lengths with None": ({"lengths": [4, None, 1]}, ValueError, r"lengths\[1\] is None"),
+    "lengths of floats": ({"lengths": LENGTHS.double()}, ValueError, "lengths is torch.float64"),
+    "lengths of bools": ({"lengths": LENGTHS > 1}, ValueError, "lengths is torch.bool"),
+    "lengths too few": ({"lengths": [4, 1]}, ValueError, r"has shape \(2,\); expected \(3,\)"),
+    "lengths negative": ({"lengths": LENGTHS - 2}, ValueError, "lengths has -1"),
+    "lengths too large": ({"lengths": LENGTHS + 1}, ValueError, "has 5; the input has 4 steps"),
+    "reset of integers": ({"reset": RESET.int()}, ValueError, "reset is torch.int32"),
+    "reset no tensor": ({"reset": [True]}, ValueError, "reset is a list"),
+    "reset transposed": ({"reset": RESET.t()}, ValueError, r"shape \(3, 4\); expected \(4, 3\)"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_lengths_and_resets(case):
+    options, kind, message = BAD[case]
+    with pytest.raises(kind, match=message):
+        fusedrnn.GRU(3, 4)(zeros(4, 3, 3), **options)
+
+
+def test_input_with_lengths_of_its_own_takes_no_others():
+    for name, value in (("lengths", torch.tensor([1, 1])), ("reset", RESET)):
+        with pytest.raises(ValueError, match=f"{name} was given with an input that has lengths"):
+            fusedrnn.LSTM(3, 4)(zero_packed((3, 3), (2, 3)), **{name: value})
+    with pytest.raises(ValueError, match="lengths was given with an input without a batch"):
+        fusedrnn.LSTM(3, 4)(zeros(4, 3), lengths=torch.tensor([1]))
+    nested = torch.nested.nested_tensor([zeros(2, 3), zeros(0, 3)], layout=torch.jagged)
+    with pytest.raises(ValueError, match="an empty sequence"):
+        fusedrnn.LSTM(3, 4)(nested)
+
+
+def test_lengths_of_every_kind():
+    module, x = fusedrnn.GRU(3, 4), torch.randn(4, 3, 3)
+    want, _ = module(x, lengths=LENGTHS)
+    for lengths in ([4, 1, 3], (4, 1, 3), range(2, 5), LENGTHS.to(torch.uint8)):
+        got, _ = module(x, lengths=lengths)
+        assert torch.equal(got, want) != isinstance(lengths, range)
+
+
+def test_every_factory_names_its_device():
+    """Under a default device that none of the tensors is on."""
+    module, x = fusedrnn.LSTM(3, 4, 2, bidirectional=True), torch.randn(4, 3, 3)
+    rows, jagged = packed(dtype=torch.float32), [torch.randn(n, 3) for n in (2, 4)]
+    nested = torch.nested.nested_tensor(jagged, layout=torch.jagged)
+    torch.set_default_device("meta")
+    try:
+        for backend in ("auto", "torch"):
+            with fusedrnn.use_backend(backend):
+                module(x)[0].sum().backward()
+                module(rows)[0].data.sum().backward()
+                module(nested)[0].values().sum().backward()
+                if backend == "auto":
+                    module(x, lengths=LENGTHS, reset=RESET)[0].sum().backward()
+                    module(x, lengths=[4, 1, 3])[0].sum().backward()
+    finally:
+        torch.set_default_device(None)

@@ -1,0 +1,219 @@
+"""Every form of input through every backend, against torch's modules on the same weights."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from models import LoopGRU
+from pairs import (
+    CELLS,
+    LENGTHS,
+    NAMES,
+    RESET,
+    B,
+    H,
+    I,
+    T,
+    assert_close,
+    assert_same,
+    batch,
+    build,
+    leaves,
+    packed,
+    run,
+    states_for,
+)
+from torch.nn.utils.rnn import unpack_sequence
+
+import fusedrnn
+from fusedrnn.testing import assert_budget
+
+BACKENDS = ("aten", "torch")
+STACKS = {
+    "one layer": {},
+    "bidirectional": {"num_layers": 2, "bidirectional": True, "bias": False},
+    "batch first": {"batch_first": True, "num_layers": 2},
+}
+backends = pytest.mark.parametrize("backend", BACKENDS)
+stacks = pytest.mark.parametrize("stack", STACKS)
+names = pytest.mark.parametrize("name", [*NAMES, "RNN relu"])
+
+
+@backends
+@stacks
+@names
+def test_dense_and_unbatched_input(backend, stack, name):
+    theirs, ours = build(name, **STACKS[stack])
+    shape = (B, T) if theirs.batch_first else (T, B)
+    x, one = (torch.randn(*size, I, dtype=torch.float64) for size in (shape, (T,)))
+    for hx, alone in ((None, None), (states_for(ours, B), states_for(ours))):
+        assert_same(backend, theirs, ours, x, hx)
+        assert_same(backend, theirs, ours, one, alone)
+
+
+@backends
+@stacks
+@names
+def test_packed_input(backend, stack, name):
+    theirs, ours = build(name, **STACKS[stack])
+    for enforce_sorted in (False, True):
+        input = packed(enforce_sorted)
+        assert_same(backend, theirs, ours, input)
+        assert_same(backend, theirs, ours, input, states_for(ours, 3))
+        with fusedrnn.use_backend(backend):
+            output, _ = ours(input)
+        assert output.batch_sizes is input.batch_sizes
+        assert output.sorted_indices is input.sorted_indices
+        assert output.unsorted_indices is input.unsorted_indices
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_jagged_input_is_each_sequence_alone(name):
+    _, ours = build(name, num_layers=2, bidirectional=True)
+    sequences = [torch.randn(n, I, dtype=torch.float64) for n in (2, 4, 1)]
+    hx = states_for(ours, 3)
+    output, states = ours(torch.nested.nested_tensor(sequences, layout=torch.jagged), hx)
+    assert output.is_nested
+    alone = [ours(s.unsqueeze(1), pick(hx, i)) for i, s in enumerate(sequences)]
+    assert_close(output.unbind(), [out.squeeze(1) for out, _ in alone])
+    for i, (_, want) in enumerate(alone):
+        assert_close(leaves(pick(states, i)), leaves(want))
+
+
+def pick(states, i):
+    if isinstance(states, tuple):
+        return tuple(pick(state, i) for state in states)
+    return states[:, i : i + 1].contiguous()
+
+
+def test_the_older_gru_equals_a_loop_of_its_equations():
+    kwargs = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
+    loop, ours = LoopGRU(I, H, **kwargs), fusedrnn.GRU(I, H, reset_after=False, **kwargs)
+    ours.load_state_dict(loop.state_dict())
+    input, hx = packed(), states_for(ours, 3)
+    output, h_n = ours(input, hx)
+    for i, (got, s) in enumerate(zip(unpack_sequence(output), unpack_sequence(input), strict=True)):
+        want, last = loop(s.unsqueeze(1), hx[:, i : i + 1])
+        assert_close((got, h_n[:, i : i + 1]), (want.squeeze(1), last))
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
+@backends
+def test_projection(backend, bias):
+    """By torch's operator, or by the reference."""
+    theirs, ours = build("LSTM", num_layers=2, bidirectional=True, proj_size=2, bias=bias)
+    for input in (packed(), batch()):
+        assert_same(backend, theirs, ours, input)
+        assert_same(backend, theirs, ours, input, states_for(ours, 3))
+
+
+def test_projection_with_lengths_and_reset():
+    _, ours = build("LSTM", num_layers=2, proj_size=2)
+    x = batch()
+    assert fusedrnn.explain(ours, x, lengths=LENGTHS).backend == "torch"
+    output, (h_n, c_n) = ours(x, lengths=LENGTHS)
+    for b, n in enumerate(LENGTHS):
+        want, states = ours(x[:n, b : b + 1])
+        assert_close((output[:n, b], h_n[:, b], c_n[:, b]), [t[:, 0] for t in (want, *states)])
+    cut, _ = ours(x, reset=RESET)
+    assert_close([cut[1:2, 0]], [ours(x[1:2, :1])[0][:, 0]])
+    with fusedrnn.use_backend("triton"), pytest.raises(NotImplementedError, match="no projection"):
+        ours(x)
+
+
+@backends
+@pytest.mark.parametrize("name", NAMES)
+def test_empty_batch(backend, name):
+    theirs, ours = build(name, num_layers=2, bidirectional=True)
+    assert_same(backend, theirs, ours, batch(0))
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_functions_are_the_modules(name):
+    kwargs = {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}
+    _, module = build(name, torch.float32, **kwargs)
+    x = torch.randn(B, T, I)
+    got = getattr(fusedrnn, name.lower())(x, None, list(module.parameters()), **kwargs)
+    assert all(map(torch.equal, leaves(got), leaves(module(x))))
+
+
+def test_functions_take_the_equations():
+    x = batch(dtype=torch.float32)
+    relu, before = fusedrnn.RNN(I, H, nonlinearity="relu"), fusedrnn.GRU(I, H, reset_after=False)
+    got = fusedrnn.rnn(x, None, list(relu.parameters()), nonlinearity="relu")
+    assert torch.equal(got[0], relu(x)[0])
+    got = fusedrnn.gru(x, None, list(before.parameters()), reset_after=False)
+    assert torch.equal(got[0], before(x)[0])
+    with pytest.raises(ValueError, match="nonlinearity is 'gelu'"):
+        fusedrnn.rnn(x, None, [], nonlinearity="gelu")
+    with pytest.raises(TypeError, match="no_such"):
+        fusedrnn.gru(x, None, [], no_such=1)
+
+
+@pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", [*CELLS, "RNNCell relu"])
+def test_cells(backend, bias, name):
+    theirs, ours = build(name, bias=bias)
+    for size in ((6,), (0,), ()):
+        x, h, c = (torch.randn(*size, n, dtype=torch.float64) for n in (I, H, H))
+        for hx in (None, (h, c) if name == "LSTMCell" else h):
+            assert_same("torch" if backend == "auto" else backend, theirs, ours, x, hx)
+            if backend == "auto":
+                assert all(map(torch.equal, run(ours, x, hx), run(theirs, x, hx)))
+
+
+def test_the_older_gru_cell_is_one_step_of_the_gru():
+    gru, cell = fusedrnn.GRU(I, H, reset_after=False), fusedrnn.GRUCell(I, H, reset_after=False)
+    cell.load_state_dict({n.removesuffix("_l0"): p for n, p in gru.state_dict().items()})
+    x, h = torch.randn(6, I), torch.randn(6, H)
+    assert torch.equal(cell(x, h), gru(x.unsqueeze(0), h.unsqueeze(0))[0][0])
+
+
+@backends
+def test_backward_works_in_eval(backend):
+    theirs, ours = build("LSTM", num_layers=2)
+    assert_same(backend, theirs.eval(), ours.eval(), batch())
+
+
+def spread(x):
+    room = torch.full((2 * T, B + 2, 2 * I), torch.nan, dtype=x.dtype)
+    view = room[1::2, 1:-1, ::2]
+    view.copy_(x)
+    return view
+
+
+#: The same numbers in other places; what is expanded has the first sequence's.
+LAYOUTS = {
+    "features first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
+    "spread": spread,
+    "one sequence": lambda x: x[:, :1].expand_as(x),
+    "one step": lambda x: x[:1].expand_as(x),
+}
+
+
+@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
+@pytest.mark.parametrize("lay", LAYOUTS)
+@backends
+def test_inputs_of_every_layout(backend, lay, batch_first):
+    theirs, ours = build("LSTM", batch_first=batch_first, num_layers=2)
+    x = LAYOUTS[lay](batch())
+    x = x.transpose(0, 1) if batch_first else x
+    assert_same(backend, theirs, ours, x, states_for(ours, B))
+
+
+KERNELS = [("LSTM", False), ("GRU", False), ("RNN relu", False), ("LSTM", True)]
+
+
+@pytest.mark.parametrize(("name", "is_packed"), KERNELS)
+def test_modules_on_the_kernels(name, is_packed, device):
+    theirs, ours = build(name, torch.float32, num_layers=2, bidirectional=True)
+    input = packed(False, (1, 3, 3)) if is_packed else batch()
+    input = input.to(device, torch.float32)
+    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
+        got = run(ours.to(device), input)
+    ref = run(theirs, input.to("cpu"))
+    truth = run(theirs.double(), input.to("cpu", torch.float64))
+    for i, tensors in enumerate(zip(got, ref, truth, strict=True)):
+        assert_budget(f"tensor {i}", *tensors)

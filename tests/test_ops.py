@@ -1,0 +1,281 @@
+"""The operators: schema, fake kernels, autograd of every order, and programs that contain them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from pairs import (
+    LENGTHS,
+    NAMES,
+    RESET,
+    B,
+    H,
+    I,
+    T,
+    assert_close,
+    batch,
+    build,
+    leaves,
+)
+from torch import nn
+from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import make_fx
+
+import fusedrnn
+from fusedrnn import reference
+from fusedrnn.layout import Sequences
+from fusedrnn.stack import StackConfig
+
+# torch itself imports it for forward-mode derivatives.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
+
+CELLS = ("lstm", "gru", "gru_reset_before", "rnn_tanh")
+FORMS = {
+    "dense": Sequences(),
+    "lengths": Sequences(lengths=LENGTHS, reset=RESET),
+    "packed": Sequences(batch_sizes=torch.tensor([3, 2, 2, 1])),
+}
+
+
+def arguments(cell, form="dense", backend="torch", layers=2, recompute=False, requires_grad=True):
+    """Returns the arguments of ``rnn_forward`` without ``save``."""
+    G = {"lstm": 4, "rnn_tanh": 1}.get(cell, 3)
+    rows = (8,) if form == "packed" else (T, B)
+
+    def randn(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
+
+    params = []
+    for layer in range(layers):
+        params += [randn(G * H, I if layer == 0 else H), randn(G * H, H), randn(G * H)]
+        params += [randn(G * H)]
+    c_0 = randn(layers, B, H) if cell == "lstm" else None
+    masks = [torch.rand(*rows, H, dtype=torch.float64) for _ in range(layers - 1)]
+    config = StackConfig(cell, backend, True, layers, False, "ieee", False, recompute)
+    return randn(*rows, I), randn(layers, B, H), c_0, params, masks, *FORMS[form], *config
+
+
+def backward_arguments(cell, form, recompute=False):
+    """Returns the arguments of ``rnn_backward`` after a forward."""
+    given = arguments(cell, form, requires_grad=False, recompute=recompute)
+    output, h_n, c_n, gates, cs, hidden = torch.ops.fusedrnn.rnn_forward(*given, True)
+    is_lstm = cell == "lstm"
+    grads = torch.ones_like(output), torch.ones_like(h_n), torch.ones_like(c_n) * is_lstm
+    d_c_n, d_cs = (grads[2], torch.ones_like(cs)) if is_lstm else (None, None)
+    saved = output, gates, cs, hidden
+    return *grads[:2], d_c_n, d_cs, *given[:5], *saved, *given[5:], True, True
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_opcheck(cell, form):
+    """Schemas, fake kernels and autograd agree with the operators on real tensors."""
+    torch.library.opcheck(torch.ops.fusedrnn.rnn_forward, (*arguments(cell, form), True))
+    checks = ("test_schema", "test_faketensor")
+    torch.library.opcheck(
+        torch.ops.fusedrnn.rnn_backward, backward_arguments(cell, form), test_utils=checks
+    )
+
+
+@pytest.mark.parametrize(
+    ("backend", "recompute", "save"),
+    [("torch", False, True), ("torch", True, True), ("torch", False, False), ("aten", False, True)],
+)
+def test_fake_results_have_the_real_shapes(backend, recompute, save):
+    given = arguments("lstm", backend=backend, recompute=recompute, requires_grad=False)
+    found = torch.ops.fusedrnn.rnn_forward(*given, save)
+    with torch._subclasses.FakeTensorMode() as mode:
+        fake = [
+            mode.from_tensor(a)
+            if isinstance(a, torch.Tensor)
+            else [mode.from_tensor(t) for t in a]
+            if isinstance(a, list)
+            else a
+            for a in given
+        ]
+        shapes = [t.shape for t in torch.ops.fusedrnn.rnn_forward(*fake, save)]
+    assert shapes == [t.shape for t in found]
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("cell", CELLS)
+def test_gradgradcheck(cell, form):
+    """The gradients, and the gradients of the gradients, are those of finite differences."""
+    (input, h_0, c_0, params, masks), rest = (given := arguments(cell, form))[:5], given[5:]
+    masks = [mask.detach() for mask in masks]
+
+    def f(input, h_0, w_hh, b_ih, *c_0):
+        own = [params[0], params[1], b_ih, params[3], params[4], w_hh, *params[6:]]
+        found = torch.ops.fusedrnn.rnn_forward(
+            input, h_0, *(c_0 or (None,)), own, masks, *rest, True
+        )
+        return found[0], found[1], *([found[2], found[4]] if c_0 else [])
+
+    sources = input, h_0, params[5], params[2], *([c_0] if c_0 is not None else [])
+    assert torch.autograd.gradcheck(f, sources, fast_mode=True)
+    assert torch.autograd.gradgradcheck(f, sources, fast_mode=True)
+
+
+def penalised(loss, sources, order):
+    """Returns the gradients of a loss that sums gradients of the former order."""
+    for _ in range(order - 1):
+        grads = torch.autograd.grad(loss, sources, create_graph=True, materialize_grads=True)
+        loss = sum(g.sin().sum() for g in grads)
+    return torch.autograd.grad(loss, sources, materialize_grads=True)
+
+
+def loss_of(results):
+    return sum(result.sin().sum() for result in leaves(results))
+
+
+@pytest.mark.parametrize("order", [2, 3])
+@pytest.mark.parametrize("name", NAMES)
+def test_derivatives_of_higher_order_are_torchs(name, order):
+    theirs, ours = build(name, num_layers=2, bidirectional=True)
+    x, found = batch()[:2], []
+    for module in (theirs, ours):
+        given = x.clone().requires_grad_()
+        with fusedrnn.use_backend("torch"):
+            loss = loss_of(module(given))
+        found.append(penalised(loss, [given, *module.parameters()], order))
+    assert_close(found[1], found[0], 1e-9)
+
+
+def carried(module, x):
+    """The state of one call enters the next, with the same weights."""
+    _, hx = module(x)
+    return module(x.flip(0), hx)
+
+
+def encoded(module, x):
+    """The first state is a function of the input."""
+    h = nn.functional.pad(x.mean(0), (0, H - I)).expand(module.num_layers, B, H)
+    return module(x, (h, h.sin()) if module.mode == "LSTM" else h)
+
+
+def tied(module, x):
+    """One parameter is two arguments of one call."""
+    module.bias_hh_l0 = module.bias_ih_l0
+    return module(x)
+
+
+@pytest.mark.parametrize("order", [1, 2])
+@pytest.mark.parametrize("compose", [carried, encoded, tied])
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+def test_arguments_that_depend_on_each_other(backend, compose, order):
+    """What reaches a weight through hx or the input is counted once, at every order."""
+    x, found = batch()[:2].requires_grad_(), []
+    for module in build("LSTM"):
+        with fusedrnn.use_backend(backend):
+            loss = loss_of(compose(module, x))
+            found.append(penalised(loss, [x, *module.parameters()], order))
+    assert_close(found[1], found[0], 1e-10)
+
+
+def test_gradients_through_training_steps():
+    """Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400), of second order."""
+    tasks, found = [batch() for _ in range(3)], []
+    for module in build("GRU", num_layers=2):
+        weights = dict(module.named_parameters())
+        with fusedrnn.use_backend("torch"):
+            for x in tasks[1:]:
+                loss = loss_of(torch.func.functional_call(module, weights, (x,)))
+                grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
+                pairs = zip(weights.items(), grads, strict=True)
+                weights = {n: w - 0.1 * g for (n, w), g in pairs}
+            loss = loss_of(torch.func.functional_call(module, weights, (tasks[0],)))
+        found.append(torch.autograd.grad(loss, list(module.parameters())))
+    assert_close(found[1], found[0], 1e-10)
+
+
+def test_a_wrong_second_derivative_is_found(monkeypatch):
+    """The comparison above fails where the reference loses a bias."""
+    real = reference._linear_hh
+    monkeypatch.setattr(
+        reference, "_linear_hh", lambda h, w, *a: real(h, w._replace(b_hh=None), *a)
+    )
+    with pytest.raises(AssertionError):
+        test_derivatives_of_higher_order_are_torchs("GRU", 2)
+
+
+def test_parameters_whose_data_is_replaced_before_backward():
+    _, ours = build("GRU")
+    with fusedrnn.use_backend("torch"):
+        loss = ours(batch())[0].sum()
+    sources = list(ours.parameters())
+    want = torch.autograd.grad(loss, sources, retain_graph=True)
+    for p in sources:
+        p.data = torch.randn_like(p)
+    assert_close(torch.autograd.grad(loss, sources), want, 0)
+
+
+@pytest.mark.parametrize("steps", [3, 30])
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_outputs_may_be_modified_in_place(name, steps):
+    theirs, ours = build(name, torch.float32, num_layers=2)
+    x, found = torch.randn(steps, B, I), []
+    for module in (theirs, ours):
+        output, h_n = module(x)
+        output += 1
+        output[0] = 0
+        nn.functional.relu(output, inplace=True)
+        h_n.mul_(2)
+        found.append(torch.autograd.grad(output.sum() + h_n.sum(), list(module.parameters())))
+    assert_close(found[1], found[0], 1e-4)
+
+
+@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
+@pytest.mark.parametrize(
+    ("name", "kwargs"), [("GRU", {}), ("LSTM", {"num_layers": 2}), ("LSTM", {"proj_size": 2})]
+)
+def test_programs_exported_without_gradients_can_be_differentiated(name, kwargs):
+    _, module = build(name, **kwargs)
+    x = batch()
+    with torch.no_grad():
+        program = torch.export.export(module, (x,)).module()
+    found = []
+    for run in (module, program):
+        given = x.clone().requires_grad_()
+        loss = loss_of(run(given))
+        found.append(torch.autograd.grad(loss, [given, *run.parameters()]))
+    assert_close(found[1], found[0])
+
+
+def test_a_traced_graph_contains_both_operators():
+    module, x = build("GRU")[1], batch().requires_grad_()
+
+    def step(x):
+        return torch.autograd.grad(module(x)[0].sum(), x)[0]
+
+    with fusedrnn.use_backend("torch"):
+        graph = make_fx(step)(x)
+        names = [str(n.target) for n in graph.graph.nodes if "fusedrnn" in str(n.target)]
+        assert names == ["fusedrnn.rnn_forward.default", "fusedrnn.rnn_backward.default"]
+        assert_close([graph(x)], [step(x)])
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+def test_foreign_tangents_are_refused(create_graph):
+    """A gradient with a tangent reaches a graph that was built without: an error, and no zero."""
+    _, module = build("GRU")
+    x = batch().requires_grad_()
+    with fusedrnn.use_backend("torch"):
+        output, _ = module(x)
+    arriving = torch.ones_like(output)
+    (want,) = torch.autograd.grad(output, x, arriving, retain_graph=True)
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(arriving, arriving)
+        with pytest.raises(NotImplementedError, match=r"forward mode AD|carry no tangents"):
+            torch.autograd.grad(output, x, dual, retain_graph=True, create_graph=create_graph)
+        assert_close(torch.autograd.grad(output, x, arriving), [want])
+
+
+def test_eager_calls_skip_the_dispatcher(monkeypatch):
+    """Unless a mode, a profiler, a subclass or a transform must see the operator."""
+    module, x = build("GRU")[1], batch()
+    with fusedrnn.use_backend("torch"):
+        with torch.profiler.profile() as profile:
+            module(x)
+        assert "fusedrnn::rnn_forward" in {event.name for event in profile.events()}
+        monkeypatch.setattr(torch.ops.fusedrnn, "rnn_forward", None)
+        module(x)[0].sum().backward()
