@@ -207,8 +207,6 @@ def _forward_step(
     S: tl.constexpr = len(CELL.saved)
     origins, origins_next = _origins(program, places[0]), _origins(program, places[1])
     gx = widened(gx)
-    gx_later = _load_gx(layers, program, step + 2, places[2], CELL, TILE)
-    later = (places[1], places[2], _place(layers, program, step + 3))
     entering, gh = state, ()
     for p in tl.static_range(len(CELL.phases)):
         if p > 0:
@@ -224,6 +222,9 @@ def _forward_step(
     state = entering_state(layers, result, origins_next)
     share(write, state[0])
 
+    # Behind the exchange, which the next step waits for.
+    gx_later = _load_gx(layers, program, step + 2, places[2], CELL, TILE)
+    later = (places[1], places[2], _place(layers, program, step + 3))
     if layers.starts is None:  # skipped steps have no row if rows are packed
         result = visible(layers, result, origins)
     here = is_stored(layers, program, origins)
