@@ -254,8 +254,10 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
             reason = _triton_refusal(facts, requested, kernels)
         elif backend == "aten":
             reason = _aten_refusal(facts, requested)
+        elif facts.device.type in ("cpu", "cuda", "meta"):
+            reason = None
         else:
-            reason = _torch_refusal(facts)
+            reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
             return backend, tuple(refused)
         refused.append((backend, reason))
@@ -363,25 +365,12 @@ def _loop_is_faster(facts: Facts) -> str | None:
     return "torch's operator trains so many steps more slowly" if least <= T else None
 
 
-def _torch_refusal(facts: Facts) -> str | None:
-    if facts.device.type not in ("cpu", "cuda", "meta"):
-        return f"the operators are registered for the CPU and CUDA, not for {facts.device}"
-    return None
-
-
 def _problem(facts: Facts, precision: str) -> Problem:
-    return Problem(
-        facts.cell,
-        facts.hidden_size,
-        _COMPILED_BATCH if facts.compiled else facts.batch,
-        facts.layers.directions,
-        facts.dtype,
-        precision,
-        facts.needs_grad,
-        1 if facts.states else facts.layers.num_layers,
-        bool(facts.ragged),
-        facts.recompute,
-    )
+    batch = _COMPILED_BATCH if facts.compiled else facts.batch
+    layers = 1 if facts.states else facts.layers.num_layers
+    sizes = facts.hidden_size, batch, facts.layers.directions, facts.dtype, precision
+    settings = facts.needs_grad, layers, bool(facts.ragged), facts.recompute
+    return Problem(facts.cell, *sizes, *settings)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

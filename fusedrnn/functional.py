@@ -263,16 +263,10 @@ def config_of(call: Call, backend: str) -> StackConfig:
     facts, layers = call.facts, call.facts.layers
     # Where the host can read lengths without a transfer, the loop skips the missing steps.
     compact = backend == "torch" and facts.device.type == "cpu" and "lengths" in facts.ragged
-    return StackConfig(
-        facts.cell,
-        backend,
-        layers.bias,
-        layers.num_layers,
-        bool(layers.bidirectional),
-        dispatch.precision() if backend == "triton" else "ieee",
-        compact and not facts.states and not facts.transformed,
-        facts.recompute,
-    )
+    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+    precision = dispatch.precision() if backend == "triton" else "ieee"
+    compact = compact and not (facts.states or facts.transformed)
+    return StackConfig(facts.cell, backend, *sizes, precision, compact, facts.recompute)
 
 
 def dropout_masks(input: Tensor, columns: int, layers: Layers) -> list[Tensor]:

@@ -18,6 +18,10 @@ from .layout import entering, previous_rows, rows_by_sequence
 #: On the CPU a sum over rows is made of so many parts, each of at least so many rows, as long as
 #: their results together have at most so many numbers.
 _PARTS, _ROWS_OF_A_PART, _PARTS_SIZE = 8, 400, 1 << 20
+#: Up to so many multiplications one product of all tiles of a GRU is faster than two of some.
+_LITTLE = 1 << 24
+#: Up to so many numbers of h are copied to be multiplied at once.
+_COPIED = 1 << 14
 #: On the CPU results with so few columns are computed as their transposes, which is faster in MKL.
 _NARROW = range(2, 16)
 
@@ -27,13 +31,8 @@ def weight_grads(
 ) -> list[Tensor]:
     """Returns dW_ih, dW_hh and, with biases, db_ih, db_hh of one layer and direction.
 
-    Args:
-        cell: the name of the cell.
-        z: the index of the layer and direction among the Z of the launch.
-        x: the input of the layer, ``[R, I]``, or dense ``[T, B, I]`` of any strides.
-        layers: the tensors of the launch.
-        dgates: ``[R, N*H]``.
-        rows: the steps of the call.
+    ``z`` is the index of the layer and direction among those of the launch. ``x`` is its input,
+    ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates`` is ``[R, N*H]``.
     """
     spec, (columns, H) = SPECS[cell], layers.w_hh[z].shape
     grads = [_input_weight_grad(dgates[:, :columns], x)]
@@ -64,25 +63,34 @@ def _input_weight_grad(dgx: Tensor, x: Tensor) -> Tensor:
 def _recurrent_weight_grad(
     spec: CellSpec, z: int, layers: Layers, dgates: Tensor, rows: Rows
 ) -> Tensor:
-    """Returns dW_hh."""
+    """Returns dW_hh; of little on the CPU by one product of all tiles."""
     H, pieces = layers.w_hh[z].shape[1], _entering(z, layers, rows)
-    parts = []
-    for phase, operand in zip(spec.phases, spec.operands, strict=True):
-        for _, tile, count in runs_of(phase, spec.recurrent):
-            products = []
-            for own, h in pieces:
-                left = dgates[own, tile * H : (tile + count) * H]
-                right = layers.gates[z][own, :H] * h if operand == "r*h" else h
-                products.append(outer(left, right))
-            parts.append(products[0] if len(products) == 1 else products[0].add_(products[1]))
-    return parts[0] if len(parts) == 1 else torch.cat(parts)
+
+    def product(tiles: slice, operand: str) -> Tensor:
+        found = []
+        for own, h in pieces:
+            right = layers.gates[z][own, :H] * h if operand == "r*h" else h
+            found.append(outer(dgates[own, tiles], right))
+        return found[0] if len(found) == 1 else found[0].add_(found[1])
+
+    runs = [
+        (slice(tile * H, (tile + count) * H), operand)
+        for phase, operand in zip(spec.phases, spec.operands, strict=True)
+        for _, tile, count in runs_of(phase, spec.recurrent)
+    ]
+    if len(runs) == 1:
+        return product(*runs[0])
+    if len(spec.phases) == 1 and not dgates.is_cuda and dgates.numel() * H <= _LITTLE:
+        total = product(slice(None), "h")
+        return torch.cat([total[tiles] for tiles, _ in runs])
+    return torch.cat([product(*run) for run in runs])
 
 
 def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
     """Returns the h that entered each row, as pairs of rows and their h.
 
-    Dense rows make two pairs. One sum that goes on from the terms of h_0, which are often large,
-    would round all others to their size.
+    Dense rows make two pairs, unless copying them costs less than another product. One long sum
+    that goes on from the terms of h_0, which are often large, would round all others to their size.
     """
     H, B, d = layers.h_0.shape[2], rows.B, z % (layers.out[z].shape[1] // layers.h_0.shape[2])
     h_0, left = layers.h_0[z], layers.out[z][:, d * H : (d + 1) * H]
@@ -91,6 +99,8 @@ def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
     rest = max(left.shape[0] - B, 0)
     first = (slice(0, B), h_0) if d == 0 else (slice(rest, None), h_0)
     others = (slice(B, None), left[:rest]) if d == 0 else (slice(0, rest), left[B:])
+    if left.numel() <= _COPIED and rest:
+        return [(slice(None), torch.cat([h_0, left[:rest]] if d == 0 else [left[B:], h_0]))]
     return [first, others] if rest else [first]
 
 

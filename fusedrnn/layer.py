@@ -104,12 +104,8 @@ def _schedule(name: str) -> Any:
 def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, rows: Rows) -> None:
     """Runs the layers of one launch: fills out, h_n, c_n and, where given, gates and cs.
 
-    Args:
-        config: the configuration of the stack.
-        plan: the plan of the launch, None for the loop.
-        x: the input of the first layer, ``[R, I]``, or dense ``[T, B, I]`` of any strides.
-        layers: the tensors of the launch, without gx.
-        rows: the steps of the call.
+    ``x [R, I]``, or dense ``[T, B, I]`` of any strides, is the input of the first layer. ``layers``
+    has no gx yet.
     """
     D, (columns, H) = config.directions, layers.w_hh[0].shape
     biases: Sequence[Any] = layers.b_ih or (None,) * D
@@ -159,19 +155,12 @@ def backward(
 ) -> tuple[Tensor | None, list[Tensor]]:
     """Runs the layers of one launch backwards.
 
-    Args:
-        config: the configuration of the stack.
-        plan: the plan of the launch, None for the loop.
-        xs: the input of each layer, as of ``forward``.
-        layers: the tensors of the launch; gates are None if they are computed again.
-        grads: the gradients of out, cs, h_n and c_n; h_0 and c_0 are filled.
-        rows: the steps of the call.
-        needs_input: whether dx is needed.
-        needs_params: whether the gradients of the weights are needed.
+    ``xs`` has the input of each layer, as of ``forward``; ``layers.gates`` is None if they are
+    computed again. ``grads`` has the gradients of out, cs, h_n and c_n; h_0 and c_0 are filled.
 
     Returns:
-        dx ``[R, I]`` of the first layer or None, and the gradients of the weights in torch's order
-        or an empty list.
+        dx ``[R, I]`` of the first layer, None unless it is needed, and the gradients of the weights
+        in torch's order, an empty list unless they are needed.
     """
     D, (Z, _, H) = config.directions, layers.h_0.shape
     parts: Iterable[_Segment] = [_Segment(slice(None), layers, grads, rows)]

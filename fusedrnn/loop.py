@@ -119,7 +119,8 @@ def forward(cell: str, layers: Layers, rows: Rows) -> None:
                 cs = c_0.new_empty(rows.total, H) if layers.cs is None else layers.cs[d]
                 c = steps.split(cs)
             b_hh = None if layers.b_hh is None else layers.b_hh[d]
-            operands = Forward(layers.gx[d], steps.split(hs), c, w_hh, b_hh, steps.split)
+            scratch = steps.prefix(torch.empty_like(h_0))
+            operands = Forward(layers.gx[d], steps.split(hs), c, w_hh, b_hh, scratch, steps.split)
             _run_steps(steps, CELLS[cell].forward(operands), operands, h_0, c_0)
             layers.h_n[d] = steps.final(h_0, hs)
             if c_0 is not None:
@@ -165,7 +166,8 @@ def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
                 arriving += [] if grads.cs is None else [(dc, grads.cs[d])]
             operands = Backward(
                 layers.gates[d], grads.gates[d], hs, c, before, steps.prefix(dh),
-                None if dc is None else steps.prefix(dc), w_hh, steps.split,
+                None if dc is None else steps.prefix(dc), w_hh,
+                steps.prefix(torch.empty_like(dh)), steps.split,
             )  # fmt: skip
             states = [dh] if dc is None else [dh, dc]
             _run_steps_back(steps, CELLS[cell].backward(operands), operands, arriving, states)

@@ -28,6 +28,7 @@ class Forward(NamedTuple):
     c: Any  # of each step [n, H], None in a cell without c
     w_hh: Tensor  # [G*H, H]
     b_hh: Tensor | None  # [G*H], of which gx has all but a GRU's b_hn
+    scratch: Sequence[Tensor]  # of each step [n, H], room that all steps share
     split: Split
 
 
@@ -42,6 +43,7 @@ class Backward(NamedTuple):
     dh: Sequence[Tensor]  # of each step [n, H], the gradient of h, carried in place
     dc: Any  # of each step [n, H], None in a cell without c
     w_hh: Tensor
+    scratch: Sequence[Tensor]  # of each step [n, H], room that all steps share
     split: Split
 
 
@@ -62,7 +64,7 @@ def _lstm_forward(a: Forward) -> Callable:
 
     def step(t: int, h: Tensor, c: Tensor) -> None:
         gates[t].addmm_(h, w_hh)
-        candidate = g[t].tanh()
+        candidate = torch.tanh(g[t], out=a.scratch[t])
         gates[t].sigmoid_()  # g too, for nothing: cheaper than two calls for i, f and o
         g[t].copy_(candidate)
         torch.mul(f[t], c, out=a.c[t]).addcmul_(i[t], candidate)
@@ -119,7 +121,7 @@ def _gru_forward(a: Forward) -> Callable:
         for tiles, w in products:
             tiles[t].addmm_(h, w)
         rz[t].sigmoid_()
-        candidate = torch.addcmul(n[t], r[t], hn[t]).tanh_()
+        candidate = torch.addcmul(n[t], r[t], hn[t], out=a.scratch[t]).tanh_()
         n[t].copy_(candidate)
         torch.lerp(candidate, h, z[t], out=a.h[t])
 
@@ -147,7 +149,7 @@ def _gru_backward(a: Backward) -> Callable:
         dh = a.dh[t]
         d_all[t].mul_(dh.unsqueeze(1))
         # Added to dh z term by term, the product would round each to the size of dh.
-        product = torch.mm(first[t], w_first)
+        product = torch.mm(first[t], w_first, out=a.scratch[t])
         for grads, w in more:
             product.addmm_(grads[t], w)
         torch.addcmul(product, dh, z_t[t], out=dh)

@@ -72,23 +72,9 @@ class _Stack(torch.nn.RNNBase):
     def _update_flat_weights(self) -> None:
         """Does nothing: there is no list to update."""
 
-    def _prepare(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Tensor | tuple[Tensor, Tensor] | None = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
-    ) -> arguments.Call:
-        layers = arguments.Layers(
-            self.num_layers,
-            self.bias,
-            self.batch_first,
-            self.dropout,
-            self.training,
-            bool(self.bidirectional),
-            self.recompute,
-        )
+    def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
+        sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
+        layers = arguments.Layers(*sizes, bool(self.bidirectional), self.recompute)
         return arguments.prepare(self._cell, input, hx, self._params(), layers, lengths, reset)
 
     def _params(self) -> list[Tensor]:
@@ -197,23 +183,8 @@ class LSTM(_Stack):
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
-    def __init__(
-        self,
-        input_size: int,
-        hidden_size: int,
-        num_layers: int = 1,
-        bias: bool = True,
-        batch_first: bool = False,
-        dropout: float = 0.0,
-        bidirectional: bool = False,
-        proj_size: int = 0,
-        device: torch.device | str | None = None,
-        dtype: torch.dtype | None = None,
-        *,
-        recompute: bool = False,
-    ) -> None:
-        sizes = input_size, hidden_size, num_layers, bias, batch_first, dropout, bidirectional
-        super().__init__("LSTM", *sizes, proj_size, device, dtype)
+    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        super().__init__("LSTM", *args, **kwargs)
         if recompute:  # else the class says so, also in modules that began as torch's
             self.recompute = True
 
@@ -236,9 +207,8 @@ class GRU(_Stack):
     reset_after: bool = True
 
     # torch's signature: by position proj_size keeps its place between bidirectional and device.
-    def __init__(
-        self, *args: Any, reset_after: bool = True, recompute: bool = False, **kwargs: Any
-    ) -> None:
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        recompute = kwargs.pop("recompute", False)
         _refuse_proj_size(args[7:8], kwargs)
         super().__init__("GRU", *args, **kwargs)
         self.reset_after = reset_after
