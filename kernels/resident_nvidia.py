@@ -61,6 +61,9 @@ from .tiles import (
     zero_where,
 )
 
+#: Steps in one turn of the loop over time.
+STEPS = 2
+
 
 @gluon.jit
 def _program(layers, T, B, R, TILE: tl.constexpr):
