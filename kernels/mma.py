@@ -149,6 +149,17 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
 
 
 @gluon.jit
+def load_bias(b_ptr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``b[gate]``, rows ``[1, BLOCK_H]``, or nothing without a bias."""
+    cols, b = units(TILE), ()
+    if b_ptr is not None:
+        for g in tl.static_range(len(CELL.gates)):
+            row = tl.load(b_ptr + g * TILE.H + cols, mask=cols < TILE.H, other=0.0)
+            b = b + (row.to(tl.float32)[None, :],)
+    return b
+
+
+@gluon.jit
 def shared_tiles(N: tl.constexpr, COUNT: tl.constexpr, dtype: tl.constexpr, TILE: tl.constexpr):
     """COUNT tiles in shared memory, of which those behind the first N are the last of them."""
     out = ()
@@ -183,6 +194,30 @@ def multiply(weight, u, acc):
 @gluon.jit
 def zero_acc(TILE: tl.constexpr):
     return gl.full([TILE.block_h, TILE.block_b], 0.0, tl.float32, TILE.acc)
+
+
+@gluon.jit
+def start_of(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr):
+    """What the product of a gate is added to."""
+    if CELL.merged[g]:
+        return to_acc(gx[g] + b[g] if len(b) > 0 else gx[g], TILE)
+    elif len(b) > 0:
+        return to_acc(tl.where(gx[g] == gx[g], b[g], b[g]), TILE)
+    else:
+        return zero_acc(TILE)
+
+
+@gluon.jit
+def sum_of(terms):
+    """The sum of one to four accumulators, in pairs."""
+    if len(terms) == 1:
+        return terms[0]
+    elif len(terms) == 2:
+        return terms[0] + terms[1]
+    elif len(terms) == 3:
+        return terms[0] + terms[1] + terms[2]
+    else:
+        return (terms[0] + terms[1]) + (terms[2] + terms[3])
 
 
 @gluon.jit

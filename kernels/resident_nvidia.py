@@ -14,7 +14,7 @@ H is padded to a power of two of at least 16.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
@@ -24,6 +24,7 @@ from .cells import CELLS, Cell
 from .launch import cdiv, on_device, options_of
 from .mma import (
     Tile,
+    load_bias,
     load_weights,
     multiply,
     operand,
@@ -31,8 +32,9 @@ from .mma import (
     share,
     shared_tiles,
     squash,
+    start_of,
+    sum_of,
     tile_of,
-    to_acc,
     to_tile,
     units,
     widened,
@@ -45,7 +47,6 @@ from .tensors import Grads, Layers
 from .tiles import (
     INITIAL,
     PREVIOUS,
-    Program,
     add_to,
     choose,
     entering_state,
@@ -57,7 +58,6 @@ from .tiles import (
     time_of,
     visible,
     where,
-    widen,
     zero_where,
 )
 
@@ -65,20 +65,45 @@ from .tiles import (
 STEPS = 2
 
 
+class Part(NamedTuple):
+    """The share of a launch that one program computes, as a ``tiles.Program`` of all units."""
+
+    d: Any  # the direction
+    out: Any  # pointer to the layer's output
+    T: Any
+    B: Any
+    R: Any
+    first_b: Any  # the first sequence
+    offs_b: Any  # [BLOCK_B], the sequences, the last one again in place of those beyond B
+    mask_b: Any  # [BLOCK_B], those of them that exist
+    cols: Any  # [BLOCK_H], the hidden units
+
+
 @gluon.jit
 def _program(layers, T, B, R, TILE: tl.constexpr):
-    """The sequences and the direction of this program, and all hidden units."""
+    """The sequences and the direction of this program."""
     d = tl.program_id(1) * (TILE.D - 1)  # of a single direction a constant
-    offs_b = tl.program_id(0) * TILE.block_b + sequences(TILE)
-    cols = units(TILE)
-    return Program(d, d, layers.out[0], T, B, R, tl.minimum(offs_b, B - 1), offs_b < B, cols)
+    first_b = tl.program_id(0) * TILE.block_b
+    offs_b = first_b + sequences(TILE)
+    last = tl.minimum(offs_b, B - 1)
+    return Part(d, layers.out[0], T, B, R, first_b, last, offs_b < B, units(TILE))
+
+
+@triton.jit
+def _pointers(base, program, W):
+    """Pointers to the first tile of rows of W values, the row of sequence 0 at base.
+
+    Inside of a program offsets have 32 bits, up to its first row 64.
+    """
+    base += program.first_b.to(tl.int64) * W
+    return base + (((program.offs_b - program.first_b) * W)[:, None] + program.cols[None, :])
 
 
 @triton.jit
 def _load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr):
-    """N tiles from rows of W values, the first at base; zero beyond H and where a mask is not."""
+    """N tiles from rows of W values; zero beyond H and where a mask is not."""
     H: tl.constexpr = TILE.H
-    ptrs = base + ((program.offs_b * W)[:, None] + program.cols[None, :])
+    ptrs = _pointers(base, program, W)
     tiles = ()
     for n in tl.static_range(N):
         if len(masks) > 0:
@@ -94,8 +119,8 @@ def _load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr):
 
 @triton.jit
 def _store(base, program, mask, tiles, W: tl.constexpr, TILE: tl.constexpr):
-    """Stores tiles into rows of W values, the first at base."""
-    ptrs = base + ((program.offs_b * W)[:, None] + program.cols[None, :])
+    """Stores tiles into rows of W values."""
+    ptrs = _pointers(base, program, W)
     inside = mask[:, None] & (program.cols < TILE.H)[None, :]
     for n in tl.static_range(len(tiles)):
         tl.store(ptrs + n * TILE.H, tiles[n].to(base.dtype.element_ty), mask=inside)
@@ -109,7 +134,7 @@ def _place(layers, program, step):
     """
     place = ()
     if layers.origins is not None:
-        t = time_of(tl.minimum(tl.maximum(step, 0), program.T - 1), program)
+        t = time_of(tl.minimum(tl.maximum(step, 0), program.T - 1), program).to(tl.int64)
         place = (load_origins(layers, program, t),)
         if layers.starts is not None:
             place = place + (tl.load(layers.starts + t),)
@@ -173,29 +198,6 @@ def _load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexp
 
 
 @gluon.jit
-def _load_bias(b_ptr, program, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``b[gate]``, rows ``[1, BLOCK_H]``, or nothing without a bias."""
-    b = ()
-    if b_ptr is not None:
-        for g in tl.static_range(len(CELL.gates)):
-            inside = program.cols < TILE.H
-            row = tl.load(b_ptr + g * TILE.H + program.cols, mask=inside, other=0.0)
-            b = b + (widen(row)[None, :],)
-    return b
-
-
-@gluon.jit
-def _start(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr):
-    """What the product of a gate is added to."""
-    if CELL.merged[g]:
-        return to_acc(gx[g] + b[g] if len(b) > 0 else gx[g], TILE)
-    elif len(b) > 0:
-        return to_acc(tl.where(gx[g] == gx[g], b[g], b[g]), TILE)
-    else:
-        return zero_acc(TILE)
-
-
-@gluon.jit
 def _forward_step(
     layers, program, step, w, b, state, gx, places, read, write, inner,
     CELL: tl.constexpr, TILE: tl.constexpr,
@@ -216,7 +218,7 @@ def _forward_step(
             share(inner, CELL.operand(p, gx, gh, entering, squash, True))
         u = operand(read if p == 0 else inner, TILE)
         for i in tl.static_range(len(CELL.phases[p])):
-            start = _start(CELL.phases[p][i], gx, b, CELL, TILE)
+            start = start_of(CELL.phases[p][i], gx, b, CELL, TILE)
             gh = gh + (to_tile(multiply(w[CELL.phases[p][i]], u, start), TILE),)
     state, saved = CELL.forward(gx, gh, entering, squash, True)
     result = leaving_state(layers, state, entering, origins)
@@ -246,7 +248,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
     w = load_weights(choose(layers.w_hh, program.d), False, CELL, TILE)
-    b = _load_bias(choose(layers.b_hh, program.d), program, CELL, TILE)
+    b = load_bias(choose(layers.b_hh, program.d), CELL, TILE)
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (
@@ -323,19 +325,6 @@ def _load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: t
     return saved, left, d_out, d_cs
 
 
-@triton.jit
-def _sum(terms):
-    """The sum of one to four accumulators, in pairs."""
-    if len(terms) == 1:
-        return terms[0]
-    elif len(terms) == 2:
-        return terms[0] + terms[1]
-    elif len(terms) == 3:
-        return terms[0] + terms[1] + terms[2]
-    else:
-        return (terms[0] + terms[1]) + (terms[2] + terms[3])
-
-
 @gluon.jit
 def _backward_step(
     layers, grads, program, step, w, initial, d_state, left, now, places, buffers,
@@ -378,7 +367,7 @@ def _backward_step(
             u = operand(buffers[CELL.phases[p][i]], TILE)
             term = multiply(w[CELL.phases[p][i]], u, zero_acc(TILE))
             terms = terms + (term,)
-        du = to_tile(_sum(terms), TILE)
+        du = to_tile(sum_of(terms), TILE)
     d_state = add_to(d_state, 0, du)
     d_state = gradient_before(layers, d_state, d_leaving, origins)
     if TILE.is_full:  # of registers, so that they are taken later

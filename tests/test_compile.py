@@ -14,8 +14,9 @@ from fusedrnn.kernels.plan import CHIPS
 from fusedrnn.kernels.sass import Instruction
 from fusedrnn.kernels.spec import SPECS
 
-PARTS = [("sm_90", name) for name in ("resident", "cooperative", "stepwise")]
-PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident", "cooperative")]
+NAMES = ("resident_nvidia", "resident", "cooperative")
+PARTS = [("sm_90", name) for name in (*NAMES, "stepwise")]
+PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident_nvidia", NAMES[-1])]
 
 
 @pytest.mark.parametrize(("chip", "schedule"), PARTS)
@@ -29,7 +30,7 @@ def test_the_subset_covers():
     jobs = covering()
     plans = [(job.plan.schedule, job.problem, job.chip) for job in jobs]
     assert {(chip, schedule) for schedule, _, chip in plans} == set(PARTS)
-    for schedule in ("resident", "cooperative"):
+    for schedule in ("resident_nvidia", "cooperative"):
         of_schedule = [problem for name, problem, _ in plans if name == schedule]
         assert {problem.cell for problem in of_schedule} == SPECS.keys()
         assert {problem.ragged for problem in of_schedule} == {False, True}
