@@ -19,6 +19,10 @@ plan and its reasons, the resources of each binary, the instructions of its loop
 modelled time of a step. docs/kernels.md explains how to read it."""
 
 
+_CHECK = """Prints a page about this machine: versions, which kernels compile, whether each schedule
+computes what torch.nn does, and what auto chooses. Ends with code 1 if something is wrong."""
+
+
 def main(arguments: Sequence[str]) -> None:
     """Runs a command line (without ``python -m fusedrnn``).
 
@@ -35,6 +39,8 @@ def main(arguments: Sequence[str]) -> None:
     add = commands.add_parser("study", help="show a layer's kernels", description=_STUDY)
     _add_study(add)
     add.set_defaults(command=_study, fail=add.error)
+    add = commands.add_parser("check", help="check this machine", description=_CHECK)
+    add.set_defaults(command=_check)
     options = parser.parse_args(arguments)
     options.command(options)
 
@@ -45,6 +51,17 @@ def _run(options: argparse.Namespace) -> None:
     if not options.as_module and not os.access(options.target, os.R_OK):
         options.fail(f"cannot read the file {options.target!r}")
     run.run(options.target, options.arguments, options.as_module)
+
+
+def _check(options: argparse.Namespace) -> None:
+    from . import check
+
+    wrong = 0
+    for line in check.run():
+        wrong += line.startswith("WRONG")
+        sys.stdout.write(f"{line}\n")
+        sys.stdout.flush()
+    sys.exit(wrong > 0)
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:

@@ -237,9 +237,13 @@ def runs_as_one_node(facts: Facts) -> bool:
     return not (facts.needs_grad or drops_out or "packed" in facts.ragged)
 
 
+def _is_gpu(device: torch.device) -> bool:
+    return device.type == "cuda"
+
+
 def _kernels(facts: Facts, requested: str) -> _Kernels | None:
     """Returns the settings of the kernels, None where no kernel can run."""
-    if not _HAS_TRITON or (facts.device.type != "cuda" and requested != "triton"):
+    if not _HAS_TRITON or not (_is_gpu(facts.device) or requested == "triton"):
         return None
     # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
     chip = None if facts.compiled else chip_of(facts.device)
@@ -273,7 +277,7 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     device = facts.device
     if not _HAS_TRITON:
         return "the package triton is not installed"
-    runs = device.type == "cuda" or (device.type == "cpu" and kernels and kernels.interpreted)
+    runs = _is_gpu(device) or (device.type == "cpu" and kernels and kernels.interpreted)
     if kernels is None or not runs:
         hint = " (TRITON_INTERPRET=1 and a named backend run CPU tensors)"
         hint = hint if device.type == "cpu" else ""
@@ -337,7 +341,7 @@ def _aten_refusal(facts: Facts, requested: str) -> str | None:
     if is_auto and facts.compiled and not runs_as_one_node(facts):
         # And AOTAutograd fails on what oneDNN's LSTM saves for its backward (torch 2.11 to 2.13).
         return "torch.compile unrolls torch's operator over T, and would for each T again"
-    if facts.device.type != "cpu":
+    if facts.device.type != "cpu" or _is_gpu(facts.device):
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
     if facts.autocast == facts.dtype and facts.cell == "lstm" and not facts.single_step:

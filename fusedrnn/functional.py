@@ -266,6 +266,7 @@ def config_of(call: Call, backend: str) -> StackConfig:
     sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
     precision = dispatch.precision() if backend == "triton" else "ieee"
     compact = compact and not (facts.states or facts.transformed)
+    backend = "auto" if backend == "triton" and dispatch.is_auto() else backend
     return StackConfig(facts.cell, backend, *sizes, precision, compact, facts.recompute)
 
 

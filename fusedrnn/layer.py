@@ -9,6 +9,7 @@ are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import cache
@@ -22,7 +23,7 @@ from torch.nn import functional as F
 from . import loop
 from .grads import input_grad, weight_grads
 from .kernels import plan as planning
-from .kernels.plan import Plan
+from .kernels.plan import KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
 from .kernels.spec import SPECS, CellSpec
 from .kernels.tensors import Grads, Layers, Weights
@@ -31,13 +32,24 @@ from .layout import empty_grads, entering, previous_rows, rows_by_sequence
 #: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
 #: launches cost more.
 _SEGMENT, _SEGMENT_ON_GPU = 1 << 21, 1 << 24
+#: The fields that a launch writes.
+_WRITTEN = {
+    "forward": ("out", "h_n", "c_n", "gates", "cs"),
+    "backward": ("gates", "h_0", "c_0"),
+}
+#: The errors after which a CUDA context takes no more calls.
+_STICKY = re.compile(
+    r"illegal|misaligned|assert|launch failure|timed out|ECC|hardware stack|invalid address space"
+    r"|program counter|context is destroyed|NVLink"
+)
 
 
 class StackConfig(NamedTuple):
     """The configuration of a stack: all that is not a tensor."""
 
     cell: str
-    backend: str  # "triton" or "torch"
+    #: "triton" or "torch"; "auto" is triton and, where the kernels fail, the loop "instead".
+    backend: str
     has_bias: bool
     num_layers: int
     bidirectional: bool
@@ -52,6 +64,10 @@ class StackConfig(NamedTuple):
     @property
     def spec(self) -> CellSpec:
         return SPECS[self.cell]
+
+    @property
+    def is_loop(self) -> bool:
+        return self.backend in ("torch", "instead")
 
     @property
     def hidden_layers(self) -> int:
@@ -81,7 +97,7 @@ def group_weights(params: Sequence[Tensor], config: StackConfig) -> list[list[We
 
 def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> list[Launch]:
     """Returns the launches of a stack, from the first layer up."""
-    if config.backend == "torch":
+    if config.is_loop:
         return [Launch(range(n, n + 1), None) for n in range(config.num_layers)]
     _, B, H = h_0.shape
     problem = planning.Problem(
@@ -101,6 +117,61 @@ def _schedule(name: str) -> Any:
     return import_module(f".kernels.{name}", __package__)
 
 
+def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows: Rows) -> None:
+    """Runs a schedule on Layers and, backward, Grads.
+
+    Raises:
+        KernelFailed: its kernels did not compile or launch, for whatever reason. A lack of memory,
+            and errors after which the device takes no more calls, are raised as they are.
+        LaunchRefused: the device does not hold all programs of a cooperative launch at once.
+    """
+    *read, written = tensors
+    aligned, pairs = _aligned(written)
+    try:
+        run = getattr(_schedule(plan.schedule), direction)
+        run(cell, plan, *(_aligned(part)[0] for part in read), aligned, rows)
+    except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
+        raise
+    except Exception as error:
+        if isinstance(error, RuntimeError) and _STICKY.search(str(error)):
+            raise
+        lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+        raise KernelFailed(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
+    for name, tensor, copy in pairs:
+        if name in _WRITTEN[direction]:
+            tensor.copy_(copy)
+
+
+def _aligned(tensors: Any) -> tuple[Any, list[tuple[str, Tensor, Tensor]]]:
+    """Copies the tensors that begin at other than multiples of 16 bytes.
+
+    A kernel is compiled for aligned pointers, and again for every mixture of these and others. The
+    parts of a buffer, one for each layer, would be such a mixture, which depends on T and B.
+
+    Returns:
+        The tensors with the copies in their place, and the copied ones by field.
+    """
+    addresses = 0
+    for value in tensors:
+        for tensor in value if type(value) is tuple else (value,):
+            if tensor is not None:
+                addresses |= tensor.data_ptr()
+    if addresses % 16 == 0:
+        return tensors, []
+    copies: dict[int, tuple[str, Tensor, Tensor]] = {}
+
+    def own(name: str, tensor: Any) -> Any:
+        if tensor is None or tensor.data_ptr() % 16 == 0:
+            return tensor
+        if id(tensor) not in copies:
+            copies[id(tensor)] = name, tensor, tensor.clone()
+        return copies[id(tensor)][2]
+
+    fields = zip(tensors._fields, tensors, strict=True)
+    of = [tuple(own(n, t) for t in v) if type(v) is tuple else own(n, v) for n, v in fields]
+    return tensors._make(of), list(copies.values())
+
+
 def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, rows: Rows) -> None:
     """Runs the layers of one launch: fills out, h_n, c_n and, where given, gates and cs.
 
@@ -114,7 +185,7 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
         layers = layers._replace(gx=gx, origins=rows.origins, starts=rows.starts)
         with gemm_precision(config.precision, x):
             _input_products(x, layers.w_ih[:D], biases[:D], gx)
-            _schedule(plan.schedule).forward(config.cell, plan, layers, rows)
+            _launch(plan, "forward", config.cell, (layers,), rows)
         return
     room = layers.gates
     if room is None or not room.shape[-1]:
@@ -177,8 +248,7 @@ def backward(
                 loop.backward(config.cell, part, part_grads, part_rows)
             else:
                 part = part._replace(origins=rows.origins, starts=rows.starts)
-                run = _schedule(plan.schedule).backward
-                run(config.cell, plan, part, part_grads, part_rows)
+                _launch(plan, "backward", config.cell, (part, part_grads), part_rows)
             dgates = part_grads.gates
             if dx is not None:
                 input_grad(dgates[:D], layers.w_ih[:D], dx[own])
@@ -258,7 +328,7 @@ def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tens
         cs=None,
     )
     plan = None
-    if config.backend != "torch":
+    if not config.is_loop:
         problem = planning.Problem(config.cell, H, r, D, x.dtype, config.precision, True)
         plan = planning.stepwise(problem, planning.chip_of(x.device))
     forward(config, plan, x, step, Rows(1, r))

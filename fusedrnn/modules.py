@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, dispatch, functional, states
@@ -267,16 +267,18 @@ class _SingleStep(torch.nn.RNNCellBase):
     def forward(self, input: Tensor, hx: Any = None):
         """Runs one step; see the class for shapes and errors."""
         op, p = ATEN_CELL.get(self._cell), self._parameters
-        if is_transformed() or not (dispatch.is_auto() and op):
-            if op is None or is_transformed() or dispatch.requested_backend()[0] != "aten":
-                return functional.run_cell(self._prepare(input, hx))
-        elif hx is not None:
-            try:
-                if input.dim() == 2:
-                    biases = p["bias_ih"], p["bias_hh"]
-                    return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
-            except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
-                pass  # torch's own forward raises its own error, or reads computed weights
+        backend = "auto" if dispatch.is_auto() else dispatch.requested_backend()[0]
+        if op is None or backend in ("triton", "torch") or is_transformed():
+            return functional.run_cell(self._prepare(input, hx))
+        try:
+            if input.dim() == 2:
+                if hx is None:
+                    h_0 = input.new_zeros(input.shape[0], self.hidden_size)
+                    hx = (h_0, h_0) if op is _VF.lstm_cell else h_0
+                biases = p["bias_ih"], p["bias_hh"]
+                return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
+        except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
+            pass  # torch's own forward raises its own error, or reads computed weights
         return super().forward(input, hx)
 
 

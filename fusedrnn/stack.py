@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import layer
-from .kernels.plan import LaunchRefused, refuse_cooperation
+from .kernels.plan import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
 from .kernels.tensors import Grads, Layers
 from .layer import Launch, StackConfig, group_weights, launches_of
 from .layout import Layout, Sequences, layout_of, without_padding
@@ -60,30 +60,49 @@ class StackGrads(NamedTuple):
     cs: Tensor | None
 
 
-def _retried_without_cooperation(run: _Run) -> _Run:
-    """Makes ``run`` plan again, without cooperative launches, where the device refuses one.
+def _fail_safe(run: _Run) -> _Run:
+    """Makes ``run`` answer where its kernels do not.
 
-    The plan allows for the whole device; under MPS or in a green context there is less of it.
+    After a refused cooperative launch it plans again without those: the plan allows for the whole
+    device, and under MPS or in a green context there is less of it. If ``auto`` chose the kernels
+    and they fail, the loop answers this call, and later ones are planned without them.
     """
 
     @wraps(run)
-    def call(inputs: StackInputs, *arguments: Any, **named: Any) -> Any:
+    def call(inputs: StackInputs, *arguments: Any) -> Any:
+        config = next(a for a in arguments if isinstance(a, StackConfig))
+        h_0, device = inputs.h_0, inputs.input.device
         try:
-            return run(inputs, *arguments, **named)
+            return run(inputs, *arguments)
         except LaunchRefused as refusal:
-            device = inputs.input.device
             refuse_cooperation(device)
-            message = (
+            _warn(
                 f"{device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
                 "the schedules that need none"
             )
-            warnings.warn(message, RuntimeWarning, stacklevel=2)
-            return run(inputs, *arguments, **named)
+            return call(inputs, *arguments)
+        except NoPlan:  # of a program that was compiled before the kernels failed
+            if config.backend != "auto":
+                raise
+        except KernelFailed as cause:
+            if config.backend != "auto":
+                raise KernelFailed(f"the kernels failed on {device}: {cause}") from cause
+            give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
+            _warn(
+                f"fusedrnn's kernels failed on {device} ({cause}); from now on torch's operator, "
+                "or plain torch where that cannot, runs such layers"
+            )
+        other = config._replace(backend="instead", precision="ieee")
+        return run(inputs, *(other if a is config else a for a in arguments))
 
     return cast(_Run, call)
 
 
-@_retried_without_cooperation
+def _warn(message: str) -> None:
+    warnings.warn(message, RuntimeWarning, stacklevel=4)
+
+
+@_fail_safe
 def forward(
     inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
 ) -> StackOutputs:
@@ -131,7 +150,7 @@ def forward(
     )
 
 
-@_retried_without_cooperation
+@_fail_safe
 def backward(
     inputs: StackInputs,
     outputs: StackOutputs,

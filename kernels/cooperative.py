@@ -37,6 +37,7 @@ from .tiles import (
     INITIAL,
     PREVIOUS,
     Program,
+    add_gradients,
     add_to,
     choose,
     entering_state,
@@ -55,6 +56,8 @@ from .tiles import (
     out_rows,
     row_ptrs,
     store,
+    store_h,
+    store_saved,
     store_state,
     time_of,
     visible,
@@ -219,13 +222,29 @@ def _product_sum(rows, mask_b, w, CELL: tl.constexpr, PART: tl.constexpr, TILE: 
     return tl.sum(total, 0)
 
 
+@triton.jit
+def _gradient_above(
+    layers, grads, program, first, origins, w_ih, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """The gradient of this layer's output, computed from the dgates of the layer above."""
+    P: tl.constexpr = len(CELL.phases)
+    N: tl.constexpr = len(CELL.tiles)
+    row = (program.z + 1) * program.R + first
+    rows = row_ptrs(grads.gates, row, program, N * TILE.H)
+    dy = _product_sum(rows, program.mask_b, w_ih, CELL, P, TILE)
+    if layers.masks is not None:
+        masks = row_ptrs(choose(layers.masks, program.z + 1), first, program, TILE.H)
+        here = is_stored(layers, program, origins)
+        dy *= load(masks, here, program.cols, 1, TILE.H)[0]
+    return visible(layers, (dy,), origins)[0]
+
+
 @triton.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
 def _cooperative_fwd_kernel(
     layers, shared, T, B, R, first_tile, patience, CELL: tl.constexpr, TILE: tl.constexpr
 ):
     H: tl.constexpr = TILE.H
     G: tl.constexpr = len(CELL.gates)
-    S: tl.constexpr = len(CELL.saved)
     P: tl.constexpr = len(CELL.phases)
     z = tl.program_id(2).to(tl.int64)
     program = _program(layers, z, T, B, R, first_tile, TILE)
@@ -245,7 +264,6 @@ def _cooperative_fwd_kernel(
         published = partners * P * step  # a step publishes h and each operand that is not h
         t = time_of(step, program)
         first = first_row(layers, program, t)
-        row = z * R + first
         origins = load_origins(layers, program, t)
         here = is_present(layers, program, origins)
         reads_gx = here & (program.offs_b < tl.where(z < TILE.D, B, 0))  # the first layer alone
@@ -273,16 +291,10 @@ def _cooperative_fwd_kernel(
         state, saved = CELL.forward(gx, gh, entering)
         state = leaving_state(layers, state, entering, origins)
 
-        result = visible(layers, state, origins)
-        here = is_stored(layers, program, origins)
-        store(out_rows(program, first, TILE), here, cols, (result[0],), H)
+        store_h(layers, program, first, origins, state, TILE)
         publish(counter)
-        # Stored after publishing, because no other program reads them.
-        if layers.gates is not None:
-            saved = visible(layers, saved, origins)
-            store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
-        if layers.cs is not None:
-            store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
+        # Stored after publishing, because no other program reads it.
+        store_saved(layers, program, first, origins, state, saved, CELL, TILE)
 
     store_state(layers.h_n, layers.c_n, program, state, H)
 
@@ -305,8 +317,7 @@ def _cooperative_bwd_kernel(
 
     w_hh = _load_slice(choose(layers.w_hh, z), cols, False, CELL, TILE)
     if TILE.L > 1:
-        above = tl.minimum(z + 1, LAST)
-        w_ih = _load_slice(choose(layers.w_ih, above), cols, False, CELL, TILE)
+        w_ih = _load_slice(choose(layers.w_ih, tl.minimum(z + 1, LAST)), cols, False, CELL, TILE)
     d_state = load_state(grads.h_n, grads.c_n, program, mask_b, H)
     after = load_state_after(layers, program, time_of(T - 1, program), TILE)
     loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
@@ -321,19 +332,12 @@ def _cooperative_bwd_kernel(
         here = is_stored(layers, program, origins)
         rows = row_ptrs(grads.gates, z * R + first, program, N * H)
 
-        if grads.out is not None:  # of the last layer
-            d_state = add_to(d_state, 0, tl.where(z > LAST - TILE.D, d_out[0], 0.0))
-        if grads.cs is not None:
-            d_state = add_to(d_state, 1, d_cs[0])
+        d_state = add_gradients(d_state, d_out, d_cs)
         if TILE.L > 1:
             if z < LAST:
                 wait(counter_above, published + partners * P, patience)
-                rows_above = rows + R.to(tl.int64) * (N * H)
-                dy = _product_sum(rows_above, mask_b, w_ih, CELL, P, TILE)
-                if layers.masks is not None:
-                    masks = row_ptrs(choose(layers.masks, above), first, program, H)
-                    dy *= load(masks, here, cols, 1, H)[0]
-                d_state = add_to(d_state, 0, visible(layers, (dy,), origins)[0])
+                dy = _gradient_above(layers, grads, program, first, origins, w_ih, CELL, TILE)
+                d_state = add_to(d_state, 0, dy)
 
         d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])

@@ -28,11 +28,13 @@ from .model import Floors, dots_per_accumulator, floors_of
 from .problem import (  # noqa: F401, re-exported
     CHIPS,
     Chip,
+    KernelFailed,
     LaunchRefused,
     NoPlan,
     Problem,
     Tiles,
     chip_of,
+    give_up,
     refuse_cooperation,
 )
 
@@ -116,6 +118,9 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
+    failed = dict(chip.failed).get((problem.cell, problem.hidden_size, problem.dtype))
+    if reason := chip.unsupported or failed:
+        raise NoPlan(reason)
     return (_forced or _plan_stack)(problem, chip)
 
 

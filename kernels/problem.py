@@ -19,6 +19,10 @@ class LaunchRefused(RuntimeError):  # noqa: N818, as above
     """The device does not hold all programs of a cooperative launch at once; nothing has run."""
 
 
+class KernelFailed(RuntimeError):  # noqa: N818, as above
+    """The kernels of a schedule did not compile or launch; the message is the cause."""
+
+
 class Chip(NamedTuple):
     """The limits of a GPU that a plan must respect."""
 
@@ -29,6 +33,18 @@ class Chip(NamedTuple):
     warp_size: int = 32
     concurrent: bool = True  # False in Triton's interpreter: one program after the other
     cooperates: bool = True  # False once the device has refused a cooperative launch
+    #: What ``give_up`` was told: cell, H and dtype, and the cause.
+    failed: tuple[tuple[tuple, str], ...] = ()
+
+    @property
+    def unsupported(self) -> str | None:
+        """Returns why no kernel runs on the chip, or None."""
+        if self.arch.startswith("gfx"):
+            waves = f"AMD's GPUs with waves of 64 threads; {self.name} has {self.warp_size}"
+            return f"the kernels are made for {waves}" if self.warp_size != 64 else None
+        if int(self.arch.removeprefix("sm_")) < 80:
+            return f"Triton has no tensor-core products below sm_80; {self.name} is {self.arch}"
+        return None
 
 
 CHIPS = {
@@ -44,6 +60,7 @@ CHIPS = {
 }
 
 _REFUSING: set[torch.device] = set()
+_FAILED: dict[torch.device, dict[tuple, str]] = {}
 
 
 def refuse_cooperation(device: torch.device) -> None:
@@ -54,9 +71,16 @@ def refuse_cooperation(device: torch.device) -> None:
     _REFUSING.add(device)
 
 
+def give_up(device: torch.device, cell: str, H: int, dtype: torch.dtype, cause: str) -> None:
+    """Excludes the kernels from all later plans for such a layer on this device."""
+    _FAILED.setdefault(device, {})[cell, H, dtype] = cause
+
+
 def chip_of(device: torch.device) -> Chip:
     """Returns the chip behind a device, as far as this process may use it."""
     chip = _chip_of(device)
+    if device in _FAILED:
+        chip = chip._replace(failed=tuple(_FAILED[device].items()))
     return chip._replace(cooperates=False) if device in _REFUSING else chip
 
 
@@ -67,7 +91,7 @@ def _chip_of(device: torch.device) -> Chip:
     found = torch.cuda.get_device_properties(device)
     shared = getattr(found, "shared_memory_per_block_optin", 0) or found.shared_memory_per_block
     arch = f"sm_{found.major}{found.minor}"
-    if found.warp_size == 64:
+    if torch.version.hip is not None:
         arch = found.gcnArchName.partition(":")[0]
     return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size)
 

@@ -24,6 +24,7 @@ from .rows import Rows
 from .tensors import Grads, Layers
 from .tiles import (
     Program,
+    add_gradients,
     add_to,
     choose,
     entering_state,
@@ -39,11 +40,12 @@ from .tiles import (
     load_state,
     load_state_after,
     load_step,
-    out_rows,
     product_sum,
     products,
     row_ptrs,
     store,
+    store_h,
+    store_saved,
     store_state,
     time_of,
     visible,
@@ -74,7 +76,6 @@ def _load_gx(layers, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
 @triton.jit(do_not_specialize=["T", "B", "R"])
 def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
     H: tl.constexpr = TILE.H
-    S: tl.constexpr = len(CELL.saved)
     program = _program(layers, T, B, R, TILE)
     d, cols = program.d, program.cols
 
@@ -94,16 +95,9 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
         state, saved = CELL.forward(gx, gh, entering)
         state = leaving_state(layers, state, entering, origins)
 
-        result = visible(layers, state, origins)
-        here = is_stored(layers, program, origins)
         first = first_row(layers, program, time_of(step, program))
-        row = d * R + first
-        store(out_rows(program, first, TILE), here, cols, (result[0],), H)
-        if layers.gates is not None:
-            saved = visible(layers, saved, origins)
-            store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
-        if layers.cs is not None:
-            store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
+        store_h(layers, program, first, origins, state, TILE)
+        store_saved(layers, program, first, origins, state, saved, CELL, TILE)
         gx, origins = gx_next, origins_next
 
     store_state(layers.h_n, layers.c_n, program, state, H)
@@ -126,10 +120,7 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
         loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
         saved, before, after_previous, d_out, d_cs, origins = loaded
 
-        if grads.out is not None:
-            d_state = add_to(d_state, 0, d_out[0])
-        if grads.cs is not None:
-            d_state = add_to(d_state, 1, d_cs[0])
+        d_state = add_gradients(d_state, d_out, d_cs)
         d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])
         here = is_stored(layers, program, origins)

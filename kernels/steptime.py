@@ -27,7 +27,7 @@ def _sums() -> dict[str, float]:
 
 
 class Cost(NamedTuple):
-    """What one instruction of a warp takes from the SM."""
+    """The cost of one instruction of a warp on its SM."""
 
     pipe: str
     busy: float = 1.0  # cycles of the pipe of its sub-core

@@ -33,6 +33,7 @@ from .tensors import Grads, Layers
 from .tiles import (
     SKIPPED,
     Program,
+    add_gradients,
     add_to,
     choose,
     entering_state,
@@ -47,9 +48,10 @@ from .tiles import (
     load_state,
     load_state_after,
     load_step,
-    out_rows,
     row_ptrs,
     store,
+    store_h,
+    store_saved,
     store_state,
     time_of,
     visible,
@@ -81,7 +83,6 @@ def _stepwise_fwd_kernel(
     """Makes the operand of PHASE; after the last one (PHASE == P) the new state and the next u."""
     H: tl.constexpr = TILE.H
     G: tl.constexpr = len(CELL.gates)
-    S: tl.constexpr = len(CELL.saved)
     P: tl.constexpr = len(CELL.phases)
     program = _program(layers, T, B, R, TILE)
     d, mask_b, cols = program.d, program.mask_b, program.cols
@@ -108,14 +109,8 @@ def _stepwise_fwd_kernel(
             state, saved = CELL.forward(gx, gh, entering)
             state = leaving_state(layers, state, entering, origins)
             store_state(carried.h, carried.c, program, state, H)
-            result = visible(layers, state, origins)
-            here = is_stored(layers, program, origins)
-            store(out_rows(program, first, TILE), here, cols, (result[0],), H)
-            if layers.gates is not None:
-                saved = visible(layers, saved, origins)
-                store(row_ptrs(layers.gates, row, program, S * H), here, cols, saved, H)
-            if layers.cs is not None:
-                store(row_ptrs(layers.cs, row, program, H), here, cols, (result[1],), H)
+            store_h(layers, program, first, origins, state, TILE)
+            store_saved(layers, program, first, origins, state, saved, CELL, TILE)
             following = time_of(tl.minimum(step + 1, T - 1), program)
             origins = load_origins(layers, program, following)
             u = entering_state(layers, state, origins)[0]
@@ -146,10 +141,7 @@ def _stepwise_bwd_kernel(
         t = time_of(step, program)
         saved, before, _, d_out, d_cs, origins = load_step(layers, grads, program, step, CELL, TILE)
         after = load_state_after(layers, program, t, TILE)
-        if grads.out is not None:
-            d_state = add_to(d_state, 0, d_out[0])
-        if grads.cs is not None:
-            d_state = add_to(d_state, 1, d_cs[0])
+        d_state = add_gradients(d_state, d_out, d_cs)
         d_leaving, carry = d_state, ()
         for p in tl.static_range(P - 1, PHASE - 1, -1):
             if p < P - 1:

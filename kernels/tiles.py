@@ -250,7 +250,7 @@ def first_row(layers, program, t):
 
 @triton.jit
 def load_origins(layers, program, t):
-    """Where the state of each sequence comes from at time t; not read if the rows are dense."""
+    """The origin of each sequence's state at time t; not read if the rows are dense."""
     if layers.origins is not None:
         ptrs = layers.origins + (program.d * program.T + t) * program.B + program.offs_b
         return tl.load(ptrs, mask=program.mask_b, other=SKIPPED)
@@ -297,13 +297,37 @@ def gradient_before(layers, d_entering, d_leaving, origins):
         return d_entering
 
 
-# The state of a step, and all else that backward reads.
+# The results of a step, and all that backward reads.
 
 
 @triton.jit
 def out_rows(program, first, TILE: tl.constexpr):
     """Pointers to the rows of out, in which both directions are side by side."""
     return row_ptrs(program.out + program.d * TILE.H, first, program, TILE.D * TILE.H)
+
+
+@triton.jit
+def store_h(layers, program, first, origins, state, TILE: tl.constexpr):
+    """Stores the output of a step, of which ``first`` is the row of sequence 0."""
+    here, h = is_stored(layers, program, origins), visible(layers, (state[0],), origins)
+    store(out_rows(program, first, TILE), here, program.cols, h, TILE.H)
+
+
+@triton.jit
+def store_saved(
+    layers, program, first, origins, state, saved, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """Stores what backward needs of a step besides h: the saved tiles and c."""
+    H: tl.constexpr = TILE.H
+    S: tl.constexpr = len(CELL.saved)
+    here, cols = is_stored(layers, program, origins), program.cols
+    row = program.z * program.R + first
+    if layers.gates is not None:
+        rows = row_ptrs(layers.gates, row, program, S * H)
+        store(rows, here, cols, visible(layers, saved, origins), H)
+    if layers.cs is not None:
+        rows = row_ptrs(layers.cs, row, program, H)
+        store(rows, here, cols, visible(layers, (state[1],), origins), H)
 
 
 @triton.jit
@@ -373,7 +397,18 @@ def load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constex
         saved = load(row_ptrs(layers.gates, row, program, S * H), here, cols, S, H)
     if grads.out is not None:
         d_rows = row_ptrs(grads.out + program.d * H, first, program, TILE.D * H)
-        d_out = load(d_rows, here, cols, 1, H)
+        is_last = program.z >= (TILE.L - 1) * TILE.D  # the layer whose output it is
+        d_out = load(d_rows, here & is_last if TILE.L > 1 else here, cols, 1, H)
     if grads.cs is not None:
         d_cs = load(row_ptrs(grads.cs, row, program, H), here, cols, 1, H)
     return saved, before, after_previous, d_out, d_cs, origins
+
+
+@triton.jit
+def add_gradients(d_state, d_out, d_cs):
+    """Adds the gradients of a step's h and c, each a tile or none, to those of the state."""
+    if len(d_out) > 0:
+        d_state = add_to(d_state, 0, d_out[0])
+    if len(d_cs) > 0:
+        d_state = add_to(d_state, 1, d_cs[0])
+    return d_state

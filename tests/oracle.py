@@ -10,12 +10,12 @@ from torch import Tensor
 
 
 def cell_of(module) -> str:
-    """The name of a fusedrnn module's equations."""
+    """Returns the name of the cell of a fusedrnn module."""
     return module._cell
 
 
 def one_by_one(module, x, hx, lengths=None, reset=None):
-    """Output and final states of ``module``'s weights, each piece of each sequence by itself.
+    """Runs each piece of each sequence by itself; returns the output and the final states.
 
     x: ``[T, B, I]``; hx: a tuple of states ``[L*D, B, H]``; lengths and reset as of the modules.
     """

@@ -91,9 +91,10 @@ def test_lengths_and_english(path):
             found.append(f"{where}: the docstring opens with {docstring.split()[0]}")
         found += [f"{where}: {word}" for word in BANNED.findall(docstring)]
         if isinstance(node, ast.FunctionDef):
-            lines = node.end_lineno - node.lineno + 1 - len(docstring.splitlines())
+            lines = [line for line in text.splitlines()[node.lineno - 1 : node.end_lineno] if line]
+            lines = len(lines) - len(docstring.splitlines())
             if lines > MOST_LINES_OF_A_FUNCTION:
-                found.append(f"{where}: {lines} lines without the docstring")
+                found.append(f"{where}: {lines} lines without blank ones and the docstring")
             decorators = " ".join(map(ast.unparse, node.decorator_list))
             count = len(node.args.args) + len(node.args.kwonlyargs)
             if count > MOST_PARAMETERS and not OPERATORS.search(decorators):

@@ -143,7 +143,7 @@ def wait_for_all_but_one(counter_ptr, target, patience):
     exchange.wait(counter_ptr, target - 1, patience)
 
 
-STORE_H = "        store(out_rows(program, first, TILE), here, cols, (result[0],), H)\n"
+STORE_H = "store_h(layers, program, first, origins, state, TILE)\n"
 STORE_SLOT = "store(slot, mask_b, cols, (CELL.operand(p, gx, gh, entering),), H)\n"
 STORE_DGATES = "store(tiles, here, cols, dgates, H)\n"
 

@@ -91,10 +91,8 @@ def test_modules_are_counted_compiled_ones_too(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        ((), "the following arguments are required: COMMAND"),
         (("walk",), "invalid choice: 'walk'"),
         (("run", "-m"), "the following arguments are required: script.py"),
-        (("run", "--fast", "x.py"), "unrecognized arguments: --fast"),
         (("run", "nowhere.py", "-m"), "cannot read the file 'nowhere.py'"),
         (("study", "--hidden", "0"), "0 is not positive"),
     ],

@@ -45,7 +45,7 @@ def resident_bytes():
     return int(STATM.read_text().split()[1]) * 4096
 
 
-@pytest.mark.skipif(not STATM.exists(), reason="reads the process's memory from /proc")
+@pytest.mark.skipif(not STATM.exists(), reason="there is no /proc/self/statm")
 def test_thousands_of_calls_in_four_threads():
     """Every call gives the same bits, each thread has its own backend, and memory does not grow."""
     every = cases()

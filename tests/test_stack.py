@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from fusedrnn import layer, stack
-from fusedrnn.kernels.plan import LaunchRefused, Plan
+from fusedrnn.kernels.plan import KernelFailed, LaunchRefused, Plan
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.layer import group_weights
 from fusedrnn.layout import Sequences
@@ -17,7 +17,7 @@ from fusedrnn.stack import StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
 #: Calls of functions, Python's and C's, before a forward and a backward launch.
-MOST = 140, 145
+MOST = 175, 205
 
 
 def config_of(cell, **options):
@@ -188,6 +188,44 @@ def test_a_refused_launch_is_planned_again(monkeypatch):
     assert not outputs.output.any()
     assert refused == [torch.device("cpu")]
     assert (schedules["cooperative"].calls, schedules["stepwise"].calls) == (1, L)
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+@pytest.mark.parametrize("broken", ["forward", "backward"])
+def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
+    """It goes on from what the kernels have saved; only ``auto`` does so, and remembers it."""
+    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
+    resident = layer._schedule("resident")
+
+    def fail(*_):
+        raise OSError("no compiler\nat all")
+
+    config = config_of("lstm", backend="auto", recompute=recompute)
+    inputs = inputs_of(config, torch.float32)
+    grads = StackGrads(torch.ones(T, B, H), None, None, None)
+    run = (grads, Sequences(), config, True, True)
+    want_outputs = stack.forward(inputs, Sequences(), config, True)
+    want = stack.backward(inputs, want_outputs, *run)
+    monkeypatch.setattr(resident, broken, fail)
+    cause = r"kernels failed on cpu .OSError: no compiler"
+
+    def both():
+        outputs = stack.forward(inputs, Sequences(), config, True)
+        return outputs, stack.backward(inputs, outputs, *run)
+
+    with pytest.warns(RuntimeWarning, match=cause) as warned:
+        outputs, got = both()
+    assert len(warned) == 1
+    for left, right in ((outputs, want_outputs), (got[:3], want[:3]), (got[3], want[3])):
+        for a, b in zip(left, right, strict=True):
+            assert (a is None) == (b is None)
+            if a is not None:
+                torch.testing.assert_close(a, b)
+    stack.forward(inputs, Sequences(), config, True)  # without a warning
+    named = config._replace(backend="triton", cell="gru")
+    if broken == "forward":
+        with pytest.raises(KernelFailed, match=r"no compiler$"):
+            stack.forward(inputs_of(named, torch.float32), Sequences(), named, True)
 
 
 def test_python_calls_before_a_launch(monkeypatch):

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
+from fusedrnn.__main__ import main
 from fusedrnn.kernels.sass import read, run_tool, trace
 
 ROOT = Path(__file__).parents[1]
 
 
-def study(folder, *options, interpret=None):
-    """The finished process."""
+def study(folder, *options):
+    """The finished process; in this one Triton may interpret."""
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"TRITON_INTERPRET": interpret} if interpret else {}
     command = [sys.executable, "-m", "fusedrnn", "study", *options, "--out", str(folder)]
     return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
 
@@ -125,24 +125,25 @@ def test_the_protocol_is_compiled_as_its_proof_has_it(reports, direction):
     [
         (("--hidden", "0"), "--hidden: 0 is not positive"),
         (("--hidden", "4096", "--schedule", "resident"), "no plan: "),
-        (
-            ("--hidden", "99999999"),
-            "149,011,623 GiB, and no GPU has more than 256",
-        ),
+        (("--hidden", "99999999"), "149,011,623 GiB, and no GPU has more than 256"),
         (("--hidden", "64", "--batch", "999999999999"), "the weights and one step of the batch"),
+        (("--hidden", "64"), "below cannot be made: Not a directory"),
     ],
 )
-def test_a_study_that_is_impossible_is_one_sentence(options, message, tmp_path):
-    done = study(tmp_path / "new", *options)
-    assert done.returncode == 2
-    assert message in done.stderr.splitlines()[-1]
-    assert not done.stdout
-    assert not (tmp_path / "new").exists()
-
-
-def test_a_folder_that_cannot_be_made_and_an_interpreter(tmp_path):
+def test_a_study_that_is_impossible_is_one_sentence(
+    options, message, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("TRITON_INTERPRET", "0")
     (tmp_path / "file").write_text("")
-    done = study(tmp_path / "file" / "below", "--hidden", "64")
-    assert (done.returncode, "below cannot be made: Not a directory" in done.stderr) == (2, True)
-    done = study(tmp_path, "--hidden", "64", interpret="1")
-    assert (done.returncode, "TRITON_INTERPRET is set" in done.stderr) == (2, True)
+    with pytest.raises(SystemExit) as ended:
+        main(["study", *options, "--out", str(tmp_path / "file" / "below")])
+    out, err = capsys.readouterr()
+    assert (ended.value.code, out) == (2, "")
+    assert message in err.splitlines()[-1]
+
+
+def test_an_interpreter_does_not_compile(monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    with pytest.raises(SystemExit):
+        main(["study", "--hidden", "64"])
+    assert "TRITON_INTERPRET is set" in capsys.readouterr().err

@@ -1,0 +1,101 @@
+"""Tests of the error budget: it rejects planted bugs that loose tolerances accept."""
+
+import copy
+
+import pytest
+import torch
+from models import double, make_inputs, torch_module
+
+from fusedrnn import reference
+from fusedrnn.kernels.tensors import Weights
+from fusedrnn.testing import Case, assert_budget, error_budget, run_module
+
+CASE = Case(24, 3, 4, 32)
+
+
+class Reference(torch.nn.LSTM):
+    """The reference on the weights of a one-layer LSTM, whose step a bug may replace."""
+
+    def forward(self, input, hx):
+        weights = [[Weights(*self.parameters())]]
+        output, h_n, c_n, _ = reference.differentiable_stack("lstm", input, *hx, weights, [])
+        return output, (h_n, c_n)
+
+
+def lost_b_hh(module, cotangents, step):
+    module.bias_hh_l0.data.zero_()
+
+
+def swapped_gates(module, cotangents, step):
+    for parameter in module.parameters():
+        first, second, *rest = parameter.data.chunk(4)
+        parameter.data = torch.cat((second, first, *rest))
+
+
+def lost_dc_n(module, cotangents, step):
+    cotangents[2] = torch.zeros_like(cotangents[2])
+
+
+def h_carried_in_bf16(module, cotangents, step):
+    return lambda gx, h, c, w: step(gx, h.bfloat16().float(), c, w)
+
+
+def last_step_skipped(module, cotangents, step):
+    calls = iter(range(10**6))
+
+    def change(gx, h, c, w):
+        result = step(gx, h, c, w)
+        return (h, c, result[2]) if next(calls) == CASE.T - 1 else result
+
+    return change
+
+
+def no_bug(module, cotangents, step):
+    pass
+
+
+@pytest.mark.parametrize(
+    "bug", [no_bug, lost_b_hh, swapped_gates, lost_dc_n, h_carried_in_bf16, last_step_skipped]
+)
+def test_planted_bugs_are_rejected(bug, monkeypatch):
+    module = torch_module("lstm", CASE.I, CASE.H)
+    x, hx, cotangents = make_inputs("lstm", CASE)
+    ref = run_module(module, x, hx, cotangents)
+    truth = run_module(copy.deepcopy(module).double(), double(x), double(hx), double(cotangents))
+    mutant = Reference(CASE.I, CASE.H)
+    mutant.load_state_dict(module.state_dict())
+    step = bug(mutant, cotangents, reference._CELLS["lstm"])
+    if step is not None:
+        monkeypatch.setitem(reference._CELLS, "lstm", step)
+    got = run_module(mutant, x, hx, cotangents)
+    budgets = [error_budget(name, got[name], ref[name], truth[name]) for name in truth]
+    assert all(budget.ok for budget in budgets) == (bug is no_bug), budgets
+
+
+def test_one_wrong_element_or_nan_is_rejected():
+    truth = torch.randn(40, 40, dtype=torch.float64)
+    ref = truth.float()
+    assert_budget("same", ref.clone(), ref, truth)
+    for wrong in (1e-4, float("nan")):
+        got = ref.clone()
+        got[3, 7] += wrong
+        with pytest.raises(AssertionError, match=r"one: OVER budget.*\(3, 7\)"):
+            assert_budget("one", got, ref, truth)
+
+
+def test_small_errors_everywhere_are_rejected():
+    """Each error is within the maximum's budget, but the relative RMS is over 5e-6."""
+    truth = torch.ones(100, dtype=torch.float64)
+    ref = truth.float()
+    ref[0] += 1e-3  # torch's own error makes the maximum's budget wide
+    budget = error_budget("drift", truth.float() + 2e-5, ref, truth)
+    assert budget.max_err <= budget.allowed
+    assert not budget.ok
+
+
+def test_shapes_and_zeros():
+    zero = torch.zeros(4)
+    assert error_budget("zero", zero, zero, zero.double()).ok
+    assert not error_budget("zero", zero + 1e-30, zero, zero.double()).ok
+    with pytest.raises(ValueError, match="must be equal"):
+        error_budget("x", torch.ones(2), torch.ones(3), torch.ones(3))
