@@ -171,7 +171,7 @@ def _time_lines(
         if loops(kernel.instructions):
             hops = len(problem.spec.phases) if kernel.tiles.k_chunks else 0
             warps, path = kernel.tiles.num_warps, trace(kernel.instructions)
-            predictions[name] = steptime.predict(path, arch, warps, hops=hops)
+            predictions[name] = steptime.predict(path, arch, warps, steps=kernel.steps, hops=hops)
     rows = [("", "floor", "predicted", "measured")]
     for plan in plans:
         for direction, floors in zip(("forward", "backward"), plan.floors, strict=True):

@@ -9,13 +9,16 @@ over time, so one text serves every schedule. The gates are in torch's order, an
     of the phases before it.
 ``forward(gx, gh, state) -> state, saved``
     The step. ``gx[gate] = W_ih x + b_ih`` and ``gh[gate] = W_hh u + b_hh``; ``saved`` are the tiles
-    that the adjoint needs.
+    that the adjoint needs. With MERGED, ``gh`` holds the sums of both, except where they are not
+    just added: in the n of ``gru``.
 ``adjoint(PHASE, d_state, du, saved, before, after, carry) -> dgates, d_state, carry``
     The step backwards, called for the phases in reverse order. ``before`` and ``after`` are the
     states that enter and leave the step. In the first call, ``d_state`` is the gradient of
     ``after``. In the next one, ``du`` is the gradient of the operand of the phase just called, and
     ``d_state`` and ``carry`` are what that call returned. ``dgates`` are the gradient tiles
     ``CellSpec.grads[PHASE]``. The schedule adds the gradient of phase 0's operand to that of h.
+
+``squash`` computes non-linearities of several tiles; a schedule may replace it by a faster one.
 
 Equations: LSTM of Hochreiter & Schmidhuber 1997 with the forget gate of Gers et al. 2000; GRU of
 Cho et al. 2014 (arXiv 1406.1078) as ``gru_reset_before``, and with the reset after the product, as
@@ -28,47 +31,61 @@ import triton
 import triton.language as tl
 
 from .spec import SPECS, CellSpec
-from .tiles import tanh
+from .tiles import squash, zeros_like
+
+SIGMOID, TANH = tl.constexpr(False), tl.constexpr(True)
 
 
 @triton.jit
-def operand_h(PHASE: tl.constexpr, gx, gh, state):
+def total(gx, gh, FIRST: tl.constexpr, STOP: tl.constexpr, MERGED: tl.constexpr):
+    """The pre-activations of the gates FIRST to STOP - 1."""
+    out = ()
+    for g in tl.static_range(FIRST, STOP):
+        out = out + (gh[g] if MERGED else gx[g] + gh[g],)
+    return out
+
+
+@triton.jit
+def operand_h(
+    PHASE: tl.constexpr, gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False
+):
     return state[0]
 
 
 @triton.jit
-def lstm_forward(gx, gh, state):
-    i = tl.sigmoid(gx[0] + gh[0])
-    f = tl.sigmoid(gx[1] + gh[1])
-    g = tanh(gx[2] + gh[2])
-    o = tl.sigmoid(gx[3] + gh[3])
+def lstm_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
+    i, f, g, o = SQUASH(total(gx, gh, 0, 4, MERGED), (SIGMOID, SIGMOID, TANH, SIGMOID))
     c = f * state[1] + i * g
-    return (o * tanh(c), c), (i, f, g, o)
+    (tanh_c,) = SQUASH((c,), (TANH,))
+    return (o * tanh_c, c), (i, f, g, o)
 
 
 @triton.jit
-def lstm_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, after, carry):
+def lstm_adjoint(
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
+):
     i, f, g, o = saved
     dh, dc = d_state
-    tanh_c = tanh(after[1])
+    (tanh_c,) = SQUASH((after[1],), (TANH,))
     dc = dc + dh * o * (1.0 - tanh_c * tanh_c)
     di = dc * g * i * (1.0 - i)
     df = dc * before[1] * f * (1.0 - f)
     dg = dc * i * (1.0 - g * g)
     do = dh * tanh_c * o * (1.0 - o)
-    return (di, df, dg, do), (tl.zeros_like(dh), dc * f), ()
+    return (di, df, dg, do), (zeros_like(dh), dc * f), ()
 
 
 @triton.jit
-def gru_forward(gx, gh, state):
-    r = tl.sigmoid(gx[0] + gh[0])
-    z = tl.sigmoid(gx[1] + gh[1])
-    n = tanh(gx[2] + r * gh[2])
+def gru_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
+    r, z = SQUASH(total(gx, gh, 0, 2, MERGED), (SIGMOID, SIGMOID))
+    (n,) = SQUASH((gx[2] + r * gh[2],), (TANH,))
     return (n + z * (state[0] - n),), (r, z, n, gh[2])
 
 
 @triton.jit
-def gru_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, after, carry):
+def gru_adjoint(
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
+):
     r, z, n, hn = saved
     dh = d_state[0]
     dn = dh * (1.0 - z) * (1.0 - n * n)
@@ -78,20 +95,29 @@ def gru_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, after, carry):
 
 
 @triton.jit
-def gru_reset_before_operand(PHASE: tl.constexpr, gx, gh, state):
-    return state[0] if PHASE == 0 else tl.sigmoid(gx[0] + gh[0]) * state[0]
+def gru_reset_before_operand(
+    PHASE: tl.constexpr, gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False
+):
+    if PHASE == 0:
+        return state[0]
+    else:
+        both = SQUASH(total(gx, gh, 0, 2, MERGED), (SIGMOID, SIGMOID))
+        return both[0] * state[0]
 
 
 @triton.jit
-def gru_reset_before_forward(gx, gh, state):
-    r = tl.sigmoid(gx[0] + gh[0])
-    z = tl.sigmoid(gx[1] + gh[1])
-    n = tanh(gx[2] + gh[2])
+def gru_reset_before_forward(
+    gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False
+):
+    r, z = SQUASH(total(gx, gh, 0, 2, MERGED), (SIGMOID, SIGMOID))
+    (n,) = SQUASH(total(gx, gh, 2, 3, MERGED), (TANH,))
     return (n + z * (state[0] - n),), (r, z, n)
 
 
 @triton.jit
-def gru_reset_before_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, after, carry):
+def gru_reset_before_adjoint(
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
+):
     r, z, n = saved
     h, dh = before[0], d_state[0]
     if PHASE == 1:
@@ -104,26 +130,30 @@ def gru_reset_before_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, af
 
 
 @triton.jit
-def rnn_tanh_forward(gx, gh, state):
-    return (tanh(gx[0] + gh[0]),), ()
+def rnn_tanh_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
+    return SQUASH(total(gx, gh, 0, 1, MERGED), (TANH,)), ()
 
 
 @triton.jit
-def rnn_tanh_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, after, carry):
+def rnn_tanh_adjoint(
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
+):
     dh = d_state[0]
-    return (dh * (1.0 - after[0] * after[0]),), (tl.zeros_like(dh),), ()
+    return (dh * (1.0 - after[0] * after[0]),), (zeros_like(dh),), ()
 
 
 @triton.jit
-def rnn_relu_forward(gx, gh, state):
-    a = gx[0] + gh[0]
+def rnn_relu_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
+    (a,) = total(gx, gh, 0, 1, MERGED)
     return (tl.where(a <= 0.0, 0.0, a),), ()  # unlike a maximum it keeps NaN
 
 
 @triton.jit
-def rnn_relu_adjoint(PHASE: tl.constexpr, d_state, du, saved, before, after, carry):
+def rnn_relu_adjoint(
+    PHASE: tl.constexpr, d_state, du, saved, before, after, carry, SQUASH: tl.constexpr = squash
+):
     dh = d_state[0]
-    return (tl.where(after[0] > 0.0, dh, 0.0),), (tl.zeros_like(dh),), ()
+    return (tl.where(after[0] > 0.0, dh, 0.0),), (zeros_like(dh),), ()
 
 
 class Cell(NamedTuple):
@@ -142,15 +172,18 @@ class Cell(NamedTuple):
     grads: tuple  # for each of these the tiles of dgates that its adjoint returns
     parts: tuple  # phases, and behind them all gates: the product with the layer's input
     factors: tuple  # for each gate of each part the tile of dgates, counted from the part's first
+    merged: tuple  # for each gate whether its two pre-activations are only added
 
 
 def cell_of(spec: CellSpec, forward: Any, adjoint: Any, operand: Any = operand_h) -> Cell:
     """The cell with these tile counts and device functions."""
     gates, saved, tiles = (tuple(range(n)) for n in (spec.gates, spec.saved, spec.grad_tiles))
     parts, factors = (*spec.phases, gates), (*spec.factors, gates)
+    merged = tuple(gate == tile for gate, tile in enumerate(spec.recurrent))
     return Cell(
-        operand, forward, adjoint, gates, saved, tiles, spec.phases, spec.grads, parts, factors
-    )
+        operand, forward, adjoint, gates, saved, tiles,
+        spec.phases, spec.grads, parts, factors, merged,
+    )  # fmt: skip
 
 
 CELLS = {

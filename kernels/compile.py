@@ -44,10 +44,13 @@ KINDS = {
 class Kernel:
     """One compiled kernel of a plan."""
 
-    def __init__(self, direction: str, tiles: Tiles, grid: tuple[int, ...], binary: Any):
+    def __init__(
+        self, direction: str, tiles: Tiles, grid: tuple[int, ...], binary: Any, steps: int = 1
+    ):
         self.direction = direction  # "forward" or "backward"
         self.tiles = tiles
         self.grid = grid  # of its first launch
+        self.steps = steps  # in one turn of the loop over time
         self.launches = 1  # of a call with T = 1: more for batch tiles that do not fit at once
         self.binary = binary  # triton's CompiledKernel
         self.shared_bytes: int = binary.metadata.shared
@@ -96,7 +99,9 @@ def compile_plan(
             if id(binary) in found:
                 found[id(binary)].launches += 1
             else:
-                found[id(binary)] = Kernel(direction, tiles, grid, binary)
+                found[id(binary)] = Kernel(
+                    direction, tiles, grid, binary, getattr(module, "STEPS", 1)
+                )
 
         given = (layers,) if direction == "forward" else (layers, grads)
         with _recording(module, chip, record):

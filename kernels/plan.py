@@ -57,7 +57,7 @@ class Measured(NamedTuple):
 class Plan:
     """One launch of ``layers`` layers, or in schedule stepwise one a step, with its tiles."""
 
-    schedule: str  # "resident", "cooperative" or "stepwise"
+    schedule: str  # a name in SCHEDULES
     forward: Tiles
     backward: Tiles | None
     layers: int = 1
@@ -193,6 +193,34 @@ def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
 
 
 @lru_cache(maxsize=4096)
+def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
+    """Plans schedule *resident* with W_hh in the registers of one program.
+
+    Raises:
+        NoPlan: W_hh is too large, or the chip does not have these products.
+    """
+    spec, kind, H = problem.spec, problem.kind(chip), problem.hidden_size
+    if chip.warp_size != 32 or not chip.concurrent:
+        raise NoPlan("schedule resident_nvidia runs on NVIDIA's GPUs alone")
+    if kind not in ("16-bit", "tf32"):
+        raise NoPlan(f"schedule resident_nvidia has no products in {kind}")
+    largest = LARGEST_H[kind][spec.gates]
+    if largest < H:
+        raise NoPlan(
+            f"schedule resident_nvidia holds W_hh in registers, which for {problem.cell} in {kind} "
+            f"ends at H={largest}; H is {H}"
+        )
+    units, itemsize = padded_units(H), problem.dtype.itemsize
+    # Two programs of 8 rows on an SM are faster than one of 16, for which a full program has no
+    # registers anyway.
+    few = -(-problem.batch // 8) * problem.directions <= 2 * chip.sms
+    block_b = 8 if few or units * spec.gates * itemsize > 512 else 16
+    shared = 2 * max(spec.gates, 2) * block_b * units * itemsize
+    tiles = Tiles(block_b, units, min(8, units // 16), 255, "tf32", shared)
+    return _with_floors("resident_nvidia", tiles, tiles, problem, chip)
+
+
+@lru_cache(maxsize=4096)
 def resident(problem: Problem, chip: Chip) -> Plan:
     """Plans schedule *resident*: one program holds W_hh.
 
@@ -297,6 +325,7 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
 
 #: In the order in which they are asked.
 SCHEDULES: dict[str, Callable[[Problem, Chip], Plan]] = {
+    "resident_nvidia": resident_nvidia,
     "resident": resident,
     "cooperative": cooperative,
     "stepwise": stepwise,

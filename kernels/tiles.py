@@ -75,6 +75,21 @@ def tanh(x):
 
 
 @triton.jit
+def squash(tiles, KINDS: tl.constexpr):
+    """The sigmoid of each tile, or its tanh where KINDS says so."""
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        out = out + (tanh(tiles[n]) if KINDS[n] else tl.sigmoid(tiles[n]),)
+    return out
+
+
+@triton.jit
+def zeros_like(x):
+    """Zeros in the layout of x, which the compiler knows here and ``tl.zeros_like`` does not."""
+    return tl.where(x == x, 0.0, 0.0).to(x.dtype)
+
+
+@triton.jit
 def widen(x):
     """The dtype of all arithmetic outside the products: fp64 stays fp64, the rest is fp32."""
     return x if x.dtype == tl.float64 else x.to(tl.float32)

@@ -10,8 +10,10 @@ from typing import Any, NamedTuple
 
 import torch
 
+from fusedrnn.kernels.compile import count_kinds
 from fusedrnn.kernels.model import dependent_mma
 from fusedrnn.kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem, cooperative, plan
+from fusedrnn.kernels.sass import trace
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread
@@ -45,7 +47,7 @@ def job(
 def covering() -> list[Job]:
     """About 60 kernels: every schedule, cell, kind of product, form of rows, direction and chip."""
     return [
-        # resident
+        # resident_nvidia, and resident for other products
         job("lstm", 128),
         job("lstm", 128, B=MANY, needs_grad=False),
         job("lstm", 128, FP16, chip="sm_100", ragged=True),
@@ -131,6 +133,8 @@ def faults(found: Job, kernel: Any) -> list[str]:
         wrong.append(f"{kernel.spills} bytes spilled")
     if kernel.shared_bytes > allowed:
         wrong.append(f"{kernel.shared_bytes} bytes shared, {allowed} allowed")
+    if chosen.schedule == "resident_nvidia":
+        return wrong + list(_gluon_faults(found.problem, kernel))
     if narrow := _narrow_rows(asm["ttir"], kernel.tiles.block_b):
         wrong.append(f"{narrow} row offsets of 32 bits")
     if chosen.schedule == "stepwise":  # its products are torch.mm
@@ -148,6 +152,19 @@ def faults(found: Job, kernel: Any) -> list[str]:
     if chosen.schedule == "cooperative":
         wrong += _exchange_faults(found.problem, kernel.binary)
     return wrong
+
+
+def _gluon_faults(problem: Problem, kernel: Any) -> Iterator[str]:
+    """Two steps a turn with a barrier for each product, and nothing moved between layouts."""
+    turn = count_kinds(trace(kernel.instructions))
+    if kernel.spills > 16 * problem.ragged:
+        yield f"{kernel.spills} bytes spilled"
+    if turn["barrier"] != 2 * len(problem.spec.phases):
+        yield f"{turn['barrier']} barriers in two steps"
+    if turn["tensor core"] < 2 * problem.spec.gates:
+        yield "no tensor-core instruction"
+    if turn["shuffle"]:
+        yield "values move between threads"
 
 
 def _exchange_faults(problem: Problem, binary: Any) -> Iterator[str]:

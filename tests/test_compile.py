@@ -11,9 +11,10 @@ from compiling import job as one_job
 from fusedrnn.kernels.compile import count_kinds, loop_over_time
 from fusedrnn.kernels.sass import Instruction
 
-PARTS = [("sm_90", name) for name in ("resident", "cooperative", "stepwise")]
-PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident", "cooperative")]
-PARTS += [(chip, "cooperative") for chip in ("sm_86", "sm_89", "sm_120")]
+NAMES = ("resident_nvidia", "resident", "cooperative")
+PARTS = [("sm_90", name) for name in (*NAMES, "stepwise")]
+PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident_nvidia", NAMES[-1])]
+PARTS += [("sm_86", "resident_nvidia"), ("sm_89", "cooperative"), ("sm_120", "cooperative")]
 
 
 @pytest.mark.parametrize(("chip", "schedule"), PARTS)

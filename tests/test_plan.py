@@ -55,7 +55,7 @@ def check(chosen, p, chip):
     for tiles, forward in ((chosen.forward, True), (chosen.backward, False)):
         assert tiles.shared_bytes <= chip.shared_bytes
         partners = -(-p.hidden_size // tiles.block_h)
-        if chosen.schedule == "resident":
+        if chosen.schedule.startswith("resident"):
             assert partners == 1
             assert tiles.block_b >= chip.warp_size // 4
         if chosen.schedule == "cooperative":
@@ -110,7 +110,7 @@ def test_layers_share_a_launch_where_the_model_finds_it_faster():
         return [(p.schedule, p.layers) for p in plan_stack(stack, H100)]
 
     assert launches(256, 2) == [("cooperative", 2)]
-    assert launches(64, 2) == [("resident", 1)] * 2  # a hop takes longer than a layer
+    assert launches(64, 2) == [("resident_nvidia", 1)] * 2  # a hop takes longer than a layer
     assert launches(256, 2, directions=2) == [("cooperative", 1)] * 2
     assert launches(256, 2, layer_by_layer=True) == [("cooperative", 1)] * 2
     assert launches(256, 40)[0][1] < 40  # as many as the chip holds
@@ -118,11 +118,21 @@ def test_layers_share_a_launch_where_the_model_finds_it_faster():
 
 
 def test_tiles_are_chosen_for_latency_while_programs_are_few():
-    assert plan(problem(batch=8 * H100.sms), H100).forward.block_b == 8
-    assert plan(problem(batch=8 * H100.sms + 1), H100).forward.block_b == 16
+    assert resident(problem(batch=8 * H100.sms), H100).forward.block_b == 8
+    assert resident(problem(batch=8 * H100.sms + 1), H100).forward.block_b == 16
+    assert plan(problem(batch=16 * H100.sms), H100).forward.block_b == 8  # two programs an SM
+    assert plan(problem(batch=16 * H100.sms + 1), H100).forward.block_b == 16
+    assert plan(problem(batch=9999, hidden_size=128), H100).forward.block_b == 8
     assert plan(problem(batch=1), AMD).forward.block_b == 16
-    assert plan(problem(), H100).forward.precision == "ieee"  # 16-bit products are exact
-    assert plan(problem(dtype=FP32), H100).forward.precision == "tf32"
+    assert resident(problem(), H100).forward.precision == "ieee"  # 16-bit products are exact
+    assert resident(problem(dtype=FP32), H100).forward.precision == "tf32"
+
+
+def test_who_runs_the_kernels_in_gluon():
+    assert plan(problem(), H100).schedule == "resident_nvidia"
+    assert plan(problem(dtype=FP32, precision="ieee"), H100).schedule == "resident"
+    assert plan(problem(), AMD).schedule == "resident"
+    assert plan(problem(), chip_of(torch.device("cpu"))).schedule == "resident"  # the interpreter
 
 
 def test_a_device_that_refused_is_not_asked_again(monkeypatch):
@@ -208,7 +218,7 @@ def test_forced_planners_last_for_a_context(monkeypatch):
 
 def test_a_description():
     text = plan(problem(), H100).describe()
-    assert text.startswith("resident: forward 8 rows x 64 units, 4 warps; backward")
+    assert text.startswith("resident_nvidia: forward 8 rows x 64 units, 4 warps; backward")
     assert "forward at least 0." in text
     assert text.endswith("(modelled, not measured)")
     assert plan(problem(needs_grad=False), H100).backward is None

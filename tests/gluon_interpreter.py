@@ -1,0 +1,97 @@
+"""Runs Gluon kernels in Triton's interpreter, which knows no layouts and no shared memory.
+
+Layouts are ignored, buffers of shared memory hold the last tile that was written to them, and
+inline assembly is replaced by what it computes. Barriers are not modelled: programs run one after
+the other, and each as if all of its threads ran in step.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+from typing import Any
+from unittest import mock
+
+import numpy as np
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.runtime.interpreter import TensorHandle
+
+
+class Buffer:
+    """A tile in shared memory, or a transposed view of one."""
+
+    def __init__(self, dtype: tl.dtype, shape: list[int], layout: Any = None) -> None:
+        self.dtype, self.shape = dtype, [int(size) for size in shape]
+        self.tile: tl.tensor | None = None  # nothing was written: a read fails
+
+    def store(self, tile: tl.tensor) -> None:
+        assert list(tile.shape) == self.shape
+        assert tile.dtype == self.dtype
+        self.tile = tile
+
+    def permute(self, order: tuple[int, ...]) -> Buffer:
+        view = Buffer(self.dtype, [self.shape[axis] for axis in order])
+        view.tile = tl.permute(self.tile, order)
+        return view
+
+    def load(self, layout: Any) -> tl.tensor:
+        return self.tile
+
+
+def arange(start: int, stop: int, layout: Any = None) -> tl.tensor:
+    """Unlike ``tl.arange``, for a single number too."""
+    data = np.arange(int(start), int(stop), dtype=np.int32)
+    return tl.tensor(TensorHandle(data, tl.int32), tl.block_type(tl.int32, list(data.shape)))
+
+
+def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) -> tl.tensor:
+    """The instructions that the kernels use, by their names."""
+    (x,) = args
+    name = code.partition(".")[0]
+    if name == "cvt":
+        return round_to_tf32(x)
+    return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value}[name](x)
+
+
+def round_to_tf32(x: tl.tensor) -> tl.tensor:
+    """To the nearest of 11 significant bits."""
+    bits = x.handle.data.view(np.uint32)
+    rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
+    finite = np.isfinite(x.handle.data)
+    return tl.tensor(TensorHandle(np.where(finite, rounded, x.handle.data), tl.float32), x.type)
+
+
+class Language:
+    """Gluon's language where layouts mean nothing; the layouts themselves stay Gluon's."""
+
+    arange = staticmethod(arange)
+    allocate_shared_memory = Buffer
+    inline_asm_elementwise = staticmethod(assembly)
+
+    @staticmethod
+    def convert_layout(x: tl.tensor, layout: Any, assert_trivial: bool = False) -> tl.tensor:
+        return x
+
+    @staticmethod
+    def full(shape: list[int], value: float, dtype: tl.dtype, layout: Any = None) -> tl.tensor:
+        return tl.full([int(size) for size in shape], value, dtype)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(gl, name)
+
+
+def mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: str = "") -> tl.tensor:
+    """Exact products: the operands are rounded before, or not at all."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+def interpreted(name: str) -> ModuleType:
+    """Imports a module of ``fusedrnn.kernels`` whose kernels are Gluon's, for the interpreter."""
+    with mock.patch.object(gluon, "jit", triton.jit):
+        mma = importlib.import_module("fusedrnn.kernels.mma")
+        module = importlib.import_module(f"fusedrnn.kernels.{name}")
+    mma.gl, mma.mma_v2 = Language(), mma_v2
+    return module
