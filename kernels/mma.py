@@ -198,7 +198,7 @@ def zero_acc(TILE: tl.constexpr):
 
 @gluon.jit
 def start_of(g: tl.constexpr, gx, b, CELL: tl.constexpr, TILE: tl.constexpr):
-    """What the product of a gate is added to."""
+    """The value that the product of a gate is added to."""
     if CELL.merged[g]:
         return to_acc(gx[g] + b[g] if len(b) > 0 else gx[g], TILE)
     elif len(b) > 0:

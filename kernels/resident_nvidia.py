@@ -199,7 +199,7 @@ def _load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexp
 
 @gluon.jit
 def _forward_step(
-    layers, program, step, w, b, state, gx, places, read, write, inner,
+    layers, program, step, weights, state, gx, places, read, write, inner,
     CELL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One step: its h comes from the buffer ``read``, the next one goes to ``write``.
@@ -210,6 +210,7 @@ def _forward_step(
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
+    w, b = weights
     origins, origins_next = _origins(program, places[0]), _origins(program, places[1])
     gx = widened(gx)
     entering, gh = state, ()
@@ -248,7 +249,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
     w = load_weights(choose(layers.w_hh, program.d), False, CELL, TILE)
-    b = load_bias(choose(layers.b_hh, program.d), CELL, TILE)
+    weights = (w, load_bias(choose(layers.b_hh, program.d), CELL, TILE))
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (
@@ -262,14 +263,14 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     for pair in range(T // 2):
         step = 2 * pair
         state, gx, places = _forward_step(
-            layers, program, step, w, b, state, gx, places, even, odd, inner, CELL, TILE
+            layers, program, step, weights, state, gx, places, even, odd, inner, CELL, TILE
         )
         state, gx_odd, places = _forward_step(
-            layers, program, step + 1, w, b, state, gx_odd, places, odd, even, inner, CELL, TILE
+            layers, program, step + 1, weights, state, gx_odd, places, odd, even, inner, CELL, TILE
         )
     if T % 2 == 1:
         state, gx, places = _forward_step(
-            layers, program, T - 1, w, b, state, gx, places, even, odd, inner, CELL, TILE
+            layers, program, T - 1, weights, state, gx, places, even, odd, inner, CELL, TILE
         )
     _store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
@@ -304,7 +305,7 @@ def _load_left(layers, program, step, place, TILE: tl.constexpr):
 
 @triton.jit
 def _load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl.constexpr):
-    """What a backward step reads, in the dtype of the tensors: saved tiles, the state that left the
+    """Loads the tensors of a backward step, in their dtype: saved tiles, the state that left the
     step before, and the gradients of out and of cs (a tile or none).
     """
     D: tl.constexpr = TILE.D
@@ -327,7 +328,7 @@ def _load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: t
 
 @gluon.jit
 def _backward_step(
-    layers, grads, program, step, w, initial, d_state, left, now, places, buffers,
+    layers, grads, program, step, fixed, d_state, left, now, places, buffers,
     CELL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One step: dgates go through the buffers, one for each gate.
@@ -337,6 +338,7 @@ def _backward_step(
     """
     H: tl.constexpr = TILE.H
     N: tl.constexpr = len(CELL.tiles)
+    w, initial = fixed
     saved, left_before, d_out, d_cs = now
     saved, left_before, origins = widened(saved), widened(left_before), _origins(program, places[0])
     if not TILE.is_full:
@@ -387,7 +389,7 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
         _place(layers, program, T - 1), _place(layers, program, T - 2),
         _place(layers, program, T - 3), _place(layers, program, T - 4),
     )  # fmt: skip
-    initial = widened(_load_ends(layers.h_0, layers.c_0, program, TILE))
+    fixed = (w, widened(_load_ends(layers.h_0, layers.c_0, program, TILE)))
     d_state = widened(_load_ends(grads.h_n, grads.c_n, program, TILE))
     left = widened(_load_left(layers, program, T - 1, places[0], TILE))
     now = _load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
@@ -395,15 +397,15 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
         d_state, left, now, places = _backward_step(
-            layers, grads, program, step, w, initial, d_state, left, now, places, even, CELL, TILE
+            layers, grads, program, step, fixed, d_state, left, now, places, even, CELL, TILE
         )
         d_state, left, ahead, places = _backward_step(
-            layers, grads, program, step - 1, w, initial, d_state, left, ahead, places, odd,
+            layers, grads, program, step - 1, fixed, d_state, left, ahead, places, odd,
             CELL, TILE,
         )  # fmt: skip
     if T % 2 == 1:
         d_state, left, now, places = _backward_step(
-            layers, grads, program, 0, w, initial, d_state, left, now, places, even, CELL, TILE
+            layers, grads, program, 0, fixed, d_state, left, now, places, even, CELL, TILE
         )
     _store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 

@@ -39,7 +39,7 @@ BUGS = [
     ("lstm", "adjoint", "(1.0 - tanh_c * tanh_c)", "(1.0 - tanh_c)"),
     ("gru", "forward", "r * gh[2]", "gh[2]"),
     ("gru", "adjoint", "dn * r)", "dn)"),
-    ("gru_reset_before", "operand", "tl.sigmoid(gx[0] + gh[0])", "tl.sigmoid(gh[0])"),
+    ("gru_reset_before", "operand", "both[0] * state[0]", "both[1] * state[0]"),
     ("gru_reset_before", "adjoint", "dh + du * r", "dh"),
     ("rnn_tanh", "adjoint", "after[0] * after[0]", "after[0]"),
     ("rnn_relu", "adjoint", "after[0] > 0.0", "after[0] >= 0.0"),
