@@ -4,8 +4,6 @@ A fixed tolerance is a guess: ``atol=0.1`` accepts an LSTM without ``b_hh``. The
 allows four times the error that torch itself makes in the same dtype against the same fp64 truth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
