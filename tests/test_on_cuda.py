@@ -1,8 +1,6 @@
-"""Behaviour of a CUDA device: graphs, streams, waits, its generator, autocast, two runs alike.
+"""Behaviour of a CUDA device: graphs, streams, waits, its generator, two runs alike.
 
-`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. The CPU's part of them is in
-`test_no_sync.py`, `test_dropout.py` and `test_autocast.py`. Equal means bit for bit: the same
-kernels run on the same numbers.
+`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. Equal means bit for bit.
 """
 
 from __future__ import annotations
@@ -76,11 +74,6 @@ def train(module, x, hx, options):
     return [*results, *torch.autograd.grad(results, sources, arriving)]
 
 
-def assert_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert torch.equal(g, w)
-
-
 @contextmanager
 def on_route(route):
     with fusedrnn.use_backend(ROUTES[route][2]), fusedrnn.use_precision("ieee"):
@@ -98,13 +91,6 @@ def warmed_up(run):
     return results
 
 
-def captured(run):
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
-
-
 @kernels
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("recompute", [False, True])
@@ -114,14 +100,16 @@ def test_a_users_graph_of_a_training_step(route, option, recompute, device):
     with on_route(route):
         run = lambda: train(module, x, hx, options)  # noqa: E731
         warmed_up(run)
-        graph, results = captured(run)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run()
         for _ in range(2):
             x.copy_(torch.randn_like(x))
             with torch.no_grad():
                 for p in module.parameters():  # as an optimizer does between two replays
                     p.mul_(0.9)
             graph.replay()
-            assert_same(results, run())
+            assert all(map(torch.equal, results, run()))
 
 
 @kernels
@@ -133,9 +121,8 @@ def test_nothing_waits_for_the_device(route, option, device):
         x = pack_padded_sequence(x, [70, 70, 33, 32, 2, 1])
 
     def run():
-        results = [r for r in leaves(module(x, hx, **options)) if r.is_floating_point()]
-        results = [r for r in results if r.requires_grad]
-        sum(r.sum() for r in results).backward()
+        results = leaves(module(x, hx, **options))
+        sum(r.sum() for r in results if r.requires_grad).backward()
 
     with on_route(route):
         warmed_up(run)
@@ -146,29 +133,19 @@ def test_nothing_waits_for_the_device(route, option, device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def masked(module, x):
-    with torch.no_grad():
-        return module(x)[0].clone()
-
-
 @pytest.mark.parametrize("route", ["resident", "loop"])
 def test_a_restored_generator_gives_the_same_masks(route, device):
     module = make(route, device, dropout=0.5)
     x, _, _ = given(module, device)
-    with on_route(route):
+    with on_route(route), torch.no_grad():
         torch.manual_seed(11)
         state = torch.cuda.get_rng_state(device)
-        first, other = masked(module, x), masked(module, x)
-        torch.manual_seed(11)
-        assert torch.equal(masked(module, x), first)
-        torch.cuda.set_rng_state(state, device)
-        assert torch.equal(masked(module, x), first)
-        assert torch.equal(masked(module, x), other)
+        first, other = module(x)[0], module(x)[0]
         assert not torch.equal(first, other)
-        # The CPU's generator has no part in it.
         torch.cuda.set_rng_state(state, device)
-        torch.rand(3)
-        assert torch.equal(masked(module, x), first)
+        torch.rand(3)  # the CPU's generator has no part in it
+        assert torch.equal(module(x)[0], first)
+        assert torch.equal(module(x)[0], other)
 
 
 @routes
@@ -182,7 +159,7 @@ def test_two_runs_have_the_same_bits(route, option, device):
             first, second = (train(module, x, hx, options) for _ in range(2))
         finally:
             torch.use_deterministic_algorithms(False)
-    assert_same(first, second)
+    assert all(map(torch.equal, first, second))
 
 
 @routes
@@ -200,17 +177,15 @@ def test_a_side_stream(route, device):
             late.copy_(x)
             got = train(module, late, hx, options)
         torch.cuda.current_stream().wait_stream(stream)
-        assert_same(got, want)
+        assert all(map(torch.equal, got, want))
 
 
 @pytest.mark.parametrize("rows", ["dense", "ragged", "packed"])
 @pytest.mark.parametrize("cell", SPECS)
 def test_cooperative_kernels_equal_the_reference(cell, rows, device):
     """Programs that exchange h, in fp16; elsewhere they run in concurrent processes."""
-    shape = Shape(5, 17, 192, rows=rows)
-    problem = Problem(
-        cell, shape.H, shape.B, 1, torch.float16, "ieee", True, ragged=rows != "dense"
-    )
+    shape, is_ragged = Shape(5, 17, 192, rows=rows), rows != "dense"
+    problem = Problem(cell, 192, 17, 1, torch.float16, "ieee", True, ragged=is_ragged)
     try:
         plan = cooperative_plan(problem, chip_of(device))
     except NoPlan as reason:
@@ -234,4 +209,4 @@ def test_cooperative_launches_on_two_streams(device):
             with torch.cuda.stream(streams[n % 2]):
                 found = [*found[-1:], module(x, hx)[0]]
         torch.cuda.synchronize()
-        assert_same(found, [want, want])
+        assert all(torch.equal(output, want) for output in found)
