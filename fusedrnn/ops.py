@@ -148,15 +148,19 @@ class _Node(torch.autograd.Function):
         ctx.pull_back, ctx.counts = pull_back, (len(fixed), len(tensors))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in constant if tensor is not None])
-        ctx.save_for_backward(*fixed, *tensors, *kept)
+        every = *fixed, *tensors, *kept
+        ctx.present = [tensor is not None for tensor in every]
+        # Tools that walk a graph's saved tensors expect no None.
+        ctx.save_for_backward(*(tensor for tensor in every if tensor is not None))
         return results
 
     @staticmethod
     def backward(ctx, *grads):
         n, m = ctx.counts
-        saved, needs = ctx.saved_tensors, ctx.needs_input_grad[3:]
-        fixed, tensors, kept = saved[:n], saved[n : n + m], saved[n + m :]
-        return None, None, None, *ctx.pull_back(fixed, tensors, kept, grads, needs)
+        tensors, needs = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
+        saved = [next(tensors) if present else None for present in ctx.present]
+        parts = saved[:n], saved[n : n + m], saved[n + m :]
+        return None, None, None, *ctx.pull_back(*parts, grads, needs)
 
 
 #: ``_Node.apply`` without its checks for ``torch.func``, which the operators' keys take care of.

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -165,3 +169,29 @@ def test_packed_rows_cost_no_call_a_step():
             steps_of.final(torch.ones(3, H), left)
         counts.append(counter.calls)
     assert counts[0] == counts[1]
+
+
+FORK = """
+import multiprocessing
+import torch
+import fusedrnn
+
+def train():
+    with fusedrnn.use_backend("torch"):
+        fusedrnn.GRU(16, 16)(torch.randn(60, 16, 16))[0].sum().backward()
+
+torch.set_num_threads(2)
+train()
+child = multiprocessing.get_context("fork").Process(target=train)
+child.start()
+child.join()
+assert torch.get_num_threads() == 2
+"""
+
+
+def test_a_forked_process_trains():
+    """OpenMP's threads do not survive a fork; a second one of them would wait for ever."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    subprocess.run(command, env=environment, check=True, timeout=60)
