@@ -14,11 +14,8 @@ TRITONS := 3.6 3.9
 TRITONS_READY := $(TRITONS:%=.triton-%/.installed)
 TRITON_PATHS := FUSEDRNN_TRITON_36=$(CURDIR)/.triton-3.6 FUSEDRNN_TRITON_39=$(CURDIR)/.triton-3.9
 
-# Triton's interpreter multiplies with numpy's OpenBLAS, which sums in an order that depends on the
-# CPU. One kernel for all x86 CPUs makes a test's result the same on each.
-ONE_ORDER := $(if $(filter x86_64,$(shell uname -m)),OPENBLAS_CORETYPE=Haswell)
 # One thread for each of the two processes, so that they do not compete for the cores.
-PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(ONE_ORDER) $(PY) -m pytest -n 2 --dist loadgroup
+PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:

@@ -101,12 +101,12 @@ def lines(rows: dict, trainings: dict) -> Iterator[str]:
         gate = next((row["gate"] for row in passes if row["gate"] != "ok"), "")
         share = max(row.get("share", 0) for row in passes)
         cells = {"case": f"{passes[0]['case']} {passes[0]['cell']}", "provider": provider}
-        cells["backend"] = passes[-1].get("backend", "-")
-        cells["error"] = gate or f"{share:.2f}"
+        cells |= {"backend": passes[-1].get("backend", "-"), "error": gate or f"{share:.2f}"}
         for mode in ("forward", "training"):
             row = rows.get((provider, mode), {})
-            ms = f"{row['ms']:.3g} ms" if row.get("ms") else "-"
-            cells[mode] = f"{row['x']:.2f}x, {ms}" if row.get("x") else ms
+            ms = row.get("ms", 0)
+            time = f"{ms:{'.3g' if ms < 999 else '.0f'}} ms" if ms else "-"
+            cells[mode] = f"{row['x']:.2f}x, {time}" if row.get("x") else time
         losses = [trainings[p].final_loss for p in (provider, TORCH) if p in trainings]
         cells["loss"] = ", ".join(f"{loss:.3g}" for loss in losses)
         yield _line(cells, widths)

@@ -73,9 +73,9 @@ def run(
     print(report.LEGEND)
     print(f"{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
     planned = {(workload.name, cell) for workload, _, cell in work}
-    rows_on_disk = report.read(results.folder / "results.csv")
-    wrong = [row for row in rows_on_disk if (row["case"], row["cell"]) in planned]
-    wrong = [row for row in wrong if row["gate"] in ("red", "failed")]
+    on_disk = report.read(results.folder / "results.csv")  # also of the run that is continued
+    bad = [row for row in on_disk if row["gate"] in ("red", "failed")]
+    wrong = [row for row in bad if (row["case"], row["cell"]) in planned]
     for row in wrong:
         name = " ".join(row[key] for key in ("case", "cell", "provider", "pass"))
         print(f"{name}: {row['gate']}, {row['note']}", file=sys.stderr)

@@ -1,11 +1,10 @@
-"""The choice of a backend, its reasons in words, and that nothing but the kernels needs triton."""
+"""The choice of a backend, and its reasons in words."""
 
 from __future__ import annotations
 
 import contextlib
 import subprocess
 import sys
-import textwrap
 import threading
 from dataclasses import replace
 
@@ -49,152 +48,129 @@ def refusal(backend: str, asked: Facts) -> str:
     return str(caught.value)
 
 
-class TestUseBackend:
-    def test_nests_and_restores(self):
-        assert requested_backend() == ("auto", "default")
-        with use_backend("torch"):
-            with use_backend("aten"):
-                assert requested_backend() == ("aten", "use_backend")
-            assert requested_backend() == ("torch", "use_backend")
-        assert requested_backend() == ("auto", "default")
-
-    def test_a_thread_does_not_see_another_threads_choice(self):
-        seen = []
-        with use_backend("torch"):
-            thread = threading.Thread(target=lambda: seen.append(requested_backend()))
-            thread.start()
-            thread.join()
-        assert seen == [("auto", "default")]
-
-    def test_unknown_name_is_refused_at_once(self):
-        expected = "backend is 'cudnn'; expected one of auto, triton, torch, aten"
-        with pytest.raises(ValueError, match=expected):
-            use_backend("cudnn")
+def test_use_backend_nests_and_is_of_a_thread():
+    seen = []
+    with use_backend("torch"):
+        with use_backend("aten"):
+            assert requested_backend() == ("aten", "use_backend")
+        assert requested_backend() == ("torch", "use_backend")
+        thread = threading.Thread(target=lambda: seen.append(requested_backend()))
+        thread.start()
+        thread.join()
+    assert seen == [requested_backend()] == [("auto", "default")]
 
 
-class TestEnvironment:
-    def test_is_read_at_the_call_and_yields_to_use_backend(self, monkeypatch):
+def test_the_environment_is_read_at_the_call_and_yields_to_use_backend(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "torch")
+    assert choose(facts()) == "torch"
+    assert requested_backend() == ("torch", "FUSEDRNN_BACKEND")
+    with use_backend("auto"):
         assert choose(facts()) == "aten"
-        monkeypatch.setenv("FUSEDRNN_BACKEND", "torch")
-        assert choose(facts()) == "torch"
-        assert requested_backend() == ("torch", "FUSEDRNN_BACKEND")
-        with use_backend("auto"):
-            assert choose(facts()) == "aten"
-        monkeypatch.setenv("FUSEDRNN_BACKEND", "")
-        assert requested_backend() == ("auto", "default")
-
-    def test_unknown_name(self, monkeypatch):
-        monkeypatch.setenv("FUSEDRNN_BACKEND", "Triton")
-        expected = "FUSEDRNN_BACKEND is 'Triton'; expected one of auto, triton, torch, aten"
-        with pytest.raises(ValueError, match=expected):
-            fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "")
+    assert requested_backend() == ("auto", "default")
 
 
-class TestPrecision:
-    def test_follows_torchs_switches_mixed_or_not(self):
-        # In a new process: torch has no way back from some of them.
-        run_python("""
-            import torch
-            from fusedrnn.dispatch import precision
-            b = torch.backends
-            assert precision() == "tf32"  # torch's default
-            b.cudnn.rnn.fp32_precision = "ieee"
-            assert precision() == "ieee"
-            b.cudnn.allow_tf32 = False
-            b.cudnn.rnn.fp32_precision = "tf32"  # from here on reading allow_tf32 raises
-            assert precision() == "tf32"
-        """)
-
-    def test_override_nests_and_restores(self):
-        with fusedrnn.use_precision("tf32x3"):
-            with fusedrnn.use_precision("ieee"):
-                assert dispatch.precision() == "ieee"
-            assert dispatch.precision() == "tf32x3"
-        assert dispatch.precision() == "tf32"
-        with pytest.raises(ValueError, match="precision is 'fp32'; expected one of ieee, tf32, "):
-            fusedrnn.use_precision("fp32")
+def test_unknown_names_are_refused(monkeypatch):
+    expected = "{} is 'Triton'; expected one of auto, triton, torch, aten"
+    with pytest.raises(ValueError, match=expected.format("backend")):
+        use_backend("Triton")
+    with pytest.raises(ValueError, match="precision is 'fp32'; expected one of ieee, tf32, "):
+        fusedrnn.use_precision("fp32")
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "Triton")
+    with pytest.raises(ValueError, match=expected.format("FUSEDRNN_BACKEND")):
+        fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))
 
 
-class TestAuto:
-    def test_on_cuda(self, cuda, monkeypatch):
-        assert choose(facts(cuda)) == "triton"
-        assert choose(facts(cuda, "gru_reset_before", ragged=("packed",))) == "triton"
-        assert choose(facts(cuda, dtype=torch.float64)) == "aten"
-        assert choose(facts(cuda, proj_size=2)) == "aten"
-        assert choose(facts(cuda, proj_size=2, ragged=("lengths",))) == "torch"
-        for changes in (
-            {"ragged": ("lengths", "reset")},
-            {"ragged": ("packed",)},
-            {"states": True},
-        ):
-            assert choose(facts(cuda, **changes)) == "triton"
-        assert choose(facts(cuda, batch=0)) == "aten"
-        assert choose(facts(cuda, "gru_reset_before", dtype=torch.int64)) == "torch"
-        monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
-        assert choose(facts(cuda)) == "aten"
-        assert choose(facts(cuda, "gru_reset_before")) == "torch"
-        assert "triton is not installed" in refusal("triton", facts(cuda))
+def test_precision_follows_torchs_switches():
+    """Runs a new process: torch has no way back from some of them."""
+    code = """if True:
+        import torch
+        from fusedrnn.dispatch import precision
+        b = torch.backends
+        assert precision() == "tf32"  # torch's default
+        b.cudnn.rnn.fp32_precision = "ieee"
+        assert precision() == "ieee"
+        b.cudnn.allow_tf32 = False
+        b.cudnn.rnn.fp32_precision = "tf32"  # from here on reading allow_tf32 raises
+        assert precision() == "tf32"
+    """
+    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    with fusedrnn.use_precision("tf32x3"):
+        with fusedrnn.use_precision("ieee"):
+            assert dispatch.precision() == "ieee"
+        assert dispatch.precision() == "tf32x3"
+    assert dispatch.precision() == "tf32"
 
-    def test_on_cuda_where_no_plan_exists(self, cuda, monkeypatch):
-        def no_plan(problem, chip):
-            raise NoPlan("H does not fit.")
 
-        monkeypatch.setattr(planning, "plan_stack", no_plan)
-        assert choose(facts(cuda)) == "aten"
-        assert refusal("triton", facts(cuda)) == "backend 'triton': H does not fit."
+@pytest.mark.parametrize(
+    ("changes", "backend", "without_triton"),
+    [
+        ({}, "triton", "aten"),
+        ({"cell": "gru_reset_before", "ragged": ("packed",)}, "triton", "torch"),
+        ({"ragged": ("lengths", "reset")}, "triton", "torch"),
+        ({"states": True}, "triton", "torch"),
+        ({"dtype": torch.float64}, "aten", "aten"),
+        ({"proj_size": 2}, "aten", "aten"),
+        ({"proj_size": 2, "ragged": ("lengths",)}, "torch", "torch"),
+        ({"batch": 0}, "aten", "aten"),
+        ({"cell": "gru_reset_before", "dtype": torch.int64}, "torch", "torch"),
+        # What the model finds slower than cuDNN.
+        ({"hidden_size": 1024, "batch": 1024, "dtype": torch.float16}, "aten", "aten"),
+        ({"hidden_size": 1024, "batch": 16, "dtype": torch.float16}, "triton", "aten"),
+    ],
+)
+def test_auto_on_cuda(changes, backend, without_triton, cuda, monkeypatch):
+    asked = facts(cuda, **changes)
+    assert choose(asked) == backend
+    monkeypatch.setattr(dispatch, "_HAS_TRITON", False)
+    assert choose(asked) == without_triton
+    assert "triton is not installed" in refusal("triton", asked)
 
-    def test_auto_leaves_to_torch_what_the_model_finds_slower(self, cuda):
-        large = facts(cuda, hidden_size=1024, batch=1024, dtype=torch.float16)
-        assert choose(large) == "aten"
-        kernels = dispatch._kernels(large, "auto")
-        assert "cuDNN's is reported" in dict(dispatch._decide(large, "auto", kernels)[1])["triton"]
-        assert choose(large._replace(batch=16)) == "triton"
 
-    def test_a_measurement_decides(self, cuda, monkeypatch):
-        asked, chip = facts(cuda), CHIPS["sm_90"]
-        best = planning.plan(dispatch._problem(asked, "tf32"), chip)
-        for us, chosen in ((1.0, "triton"), (3.0, "aten")):
-            row = planning.Measured(best.schedule, best.forward, best.backward, us, 2.0, "a GPU")
-            with planning.forced(lambda *_, row=row: (replace(best, measured=row),)):
-                assert choose(asked) == chosen
+def test_no_plan_is_a_reason(cuda, monkeypatch):
+    large = facts(cuda, hidden_size=1024, batch=1024, dtype=torch.float16)
+    kernels = dispatch._kernels(large, "auto")
+    assert "cuDNN's is reported" in dict(dispatch._decide(large, "auto", kernels)[1])["triton"]
 
-    def test_the_plan_gets_the_whole_question(self, cuda, monkeypatch):
-        asked = []
-        monkeypatch.setattr(planning, "plan_stack", lambda *question: asked.append(question) or ())
-        layers = {"num_layers": 3, "bidirectional": True, "recompute": True}
-        with fusedrnn.use_precision("tf32x3"):
-            choose(facts(cuda, "gru", layers, dtype=torch.float16, needs_grad=True))
-        expected = planning.Problem("gru", 16, 2, 2, torch.float16, "tf32x3", True, 3, False, True)
-        assert asked == [(expected, CHIPS["sm_90"])]
+    def no_plan(problem, chip):
+        raise NoPlan("H does not fit.")
 
-    @pytest.mark.parametrize("requested", ["triton", "auto"])
-    def test_a_compilers_choice_depends_on_no_size_of_the_input(self, requested, cuda, monkeypatch):
-        asked, real = [], planning.plan_stack
-        monkeypatch.setattr(
-            planning, "plan_stack", lambda p, chip: (asked.append(p), real(p, chip))[1]
-        )
-        half = facts(cuda, hidden_size=512, dtype=torch.float16, compiled=True)
-        with use_backend(requested):
-            for T, B in ((1, 1), (1, 4096), (10_000, 16), (10_000, 64)):
-                choose(half._replace(steps=T, batch=B))
-            assert len(asked) == 4
-            assert len(set(asked)) == 1
-            choose(half._replace(compiled=False, batch=3))
-        assert asked[-1].batch == 3
+    monkeypatch.setattr(planning, "plan_stack", no_plan)
+    assert choose(facts(cuda)) == "aten"
+    assert refusal("triton", facts(cuda)) == "backend 'triton': H does not fit."
 
-    def test_on_other_devices(self):
-        assert choose(facts("meta")) == "aten"
-        assert choose(facts("mps")) == "aten"
-        reason = refusal("auto", facts("mps", "gru_reset_before"))
-        assert "the operators are registered for the CPU and CUDA, not for mps" in reason
 
-    def test_under_compilers_and_transforms(self):
-        """Torch's operator cannot be one node of a training graph; without gradients it can."""
-        asked = facts(cell="gru")
-        assert choose(asked._replace(compiled=True)) == "aten"
-        assert choose(asked._replace(compiled=True, needs_grad=True)) == "torch"
-        assert choose(asked._replace(compiled=True, ragged=("packed",))) == "torch"
-        assert choose(asked._replace(transformed=True)) == "torch"
+def test_a_measurement_decides(cuda):
+    asked, chip = facts(cuda), CHIPS["sm_90"]
+    best = planning.plan(dispatch._problem(asked, "tf32"), chip)
+    for us, chosen in ((1.0, "triton"), (3.0, "aten")):
+        row = planning.Measured(best.schedule, best.forward, best.backward, us, 2.0, "a GPU")
+        with planning.forced(lambda *_, row=row: (replace(best, measured=row),)):
+            assert choose(asked) == chosen
+
+
+def test_the_plan_gets_the_whole_question(cuda, monkeypatch):
+    asked = []
+    monkeypatch.setattr(planning, "plan_stack", lambda *question: asked.append(question) or ())
+    layers = {"num_layers": 3, "bidirectional": True, "recompute": True}
+    with fusedrnn.use_precision("tf32x3"):
+        choose(facts(cuda, "gru", layers, dtype=torch.float16, needs_grad=True))
+    expected = planning.Problem("gru", 16, 2, 2, torch.float16, "tf32x3", True, 3, False, True)
+    assert asked == [(expected, CHIPS["sm_90"])]
+
+
+@pytest.mark.parametrize("requested", ["triton", "auto"])
+def test_a_compilers_choice_depends_on_no_size_of_the_input(requested, cuda, monkeypatch):
+    asked, real = [], planning.plan_stack
+    monkeypatch.setattr(planning, "plan_stack", lambda p, c: (asked.append(p), real(p, c))[1])
+    half = facts(cuda, hidden_size=512, dtype=torch.float16, compiled=True)
+    with use_backend(requested):
+        for T, B in ((1, 1), (1, 4096), (10_000, 16), (10_000, 64)):
+            choose(half._replace(steps=T, batch=B))
+        assert len(asked) == 4
+        assert len(set(asked)) == 1
+        choose(half._replace(compiled=False, batch=3))
+    assert asked[-1].batch == 3
 
 
 def training(cell, T, B, I, H, **more):
@@ -223,9 +199,16 @@ def training(cell, T, B, I, H, **more):
         (facts(cell="gru_reset_before"), "torch"),
         (facts(layers={"recompute": True}, needs_grad=True), "torch"),
         (facts(proj_size=2, dtype=torch.float64, ragged=("packed",), needs_grad=True), "aten"),
+        (facts("meta"), "aten"),
+        (facts("mps"), "aten"),
+        # Torch's operator cannot be one node of a training graph; without gradients it can.
+        (facts(cell="gru", compiled=True), "aten"),
+        (facts(cell="gru", compiled=True, needs_grad=True), "torch"),
+        (facts(cell="gru", compiled=True, ragged=("packed",)), "torch"),
+        (facts(cell="gru", transformed=True), "torch"),
     ],
 )
-def test_the_rules_on_the_cpu(asked, backend):
+def test_auto_elsewhere(asked, backend):
     """Where the loop was measured to be faster than torch's operator, and beside it."""
     assert choose(asked) == backend
 
@@ -246,33 +229,32 @@ def test_a_decision_is_made_once_for_each_setting(monkeypatch):
     assert len(made) == 3
 
 
-class TestNamed:
-    def test_triton_on_the_cpu_needs_the_interpreter(self, monkeypatch):
-        expected = "backend 'triton': the kernels need CUDA tensors, these are on cpu "
-        assert refusal("triton", facts()).startswith(expected)
-        monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
-        with use_backend("triton"):
-            assert choose(facts()) == "triton"
-            assert choose(facts(ragged=("packed",))) == "triton"
-        reason = refusal("triton", facts(dtype=torch.bfloat16))
-        assert "interpreter multiplies the bit patterns of bfloat16" in reason
-        assert "these are on meta" in refusal("triton", facts("meta"))
-        assert "no projection" in refusal("triton", facts(proj_size=2))
+def test_named_backends_refuse(monkeypatch):
+    for backend, changes, reason in (
+        ("triton", {}, "backend 'triton': the kernels need CUDA tensors, these are on cpu "),
+        ("triton", {"device": "meta"}, "these are on meta"),
+        (
+            "auto",
+            {"device": "mps", "cell": "gru_reset_before"},
+            "for the CPU and CUDA, not for mps",
+        ),
+        ("torch", {"device": "mps"}, "not for mps"),
+        ("aten", {"cell": "gru_reset_before"}, "has no operator for GRU(reset_after=False)"),
+        ("aten", {"ragged": ("reset",)}, "takes no lengths and no reset"),
+        ("aten", {"states": True}, "keeps no state but the last"),
+    ):
+        assert reason in refusal(backend, facts(**changes))
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
+    with use_backend("triton"):
+        assert choose(facts(ragged=("packed",))) == "triton"
+    assert "the bit patterns of bfloat16" in refusal("triton", facts(dtype=torch.bfloat16))
+    assert "no projection" in refusal("triton", facts(proj_size=2))
 
-    def test_torch_and_aten_refuse(self):
-        assert "not for mps" in refusal("torch", facts("mps"))
-        reason = refusal("aten", facts(cell="gru_reset_before"))
-        assert reason == "backend 'aten': torch has no operator for GRU(reset_after=False)"
-        assert "takes no lengths and no reset" in refusal("aten", facts(ragged=("reset",)))
-        assert "keeps no state but the last" in refusal("aten", facts(states=True))
 
-
-class TestAutocastOnTheCpu:
-    """There torch hands an LSTM, and only that, to oneDNN without asking what the CPU can do."""
-
-    @pytest.mark.parametrize("needs_grad", [False, True])
-    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-    def test_agrees_with_torch_on_this_cpu(self, dtype, needs_grad):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_agrees_with_torch_on_this_cpu(dtype):
+    """Torch hands an LSTM, and only that, to oneDNN without asking what the CPU can do."""
+    for needs_grad in (False, True):
         takes = choose(facts(dtype=dtype, autocast=dtype, needs_grad=needs_grad)) == "aten"
         refuses = pytest.raises(RuntimeError, match="primitive descriptor")
         with (
@@ -283,74 +265,48 @@ class TestAutocastOnTheCpu:
             nn.LSTM(3, 4)(torch.zeros(5, 2, 3))
 
 
-class TestExplain:
-    def test_on_the_cpu(self):
-        module = fusedrnn.LSTM(3, 16, 2, bidirectional=True, batch_first=True)
-        told = explain(module, torch.zeros(2, 7, 3))
-        assert (told.backend, told.requested, told.source) == ("aten", "auto", "default")
-        assert str(told).splitlines() == [
-            "lstm on cpu, float32, T=7 B=2 I=3 H=16, layers=2, directions=2, with gradients",
-            "backend: aten (asked for: auto, default)",
-            "not triton: the kernels need CUDA tensors, these are on cpu "
-            "(TRITON_INTERPRET=1 and a named backend run CPU tensors)",
-            "under torch.compile: torch",
-        ]
-        assert repr(told) == str(told)
-
-    def test_with_tiles(self, monkeypatch):
-        monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
-        module = fusedrnn.GRU(3, 16, 2, bidirectional=True)
-        with use_backend("triton"):
-            told = explain(module, torch.zeros(7, 2, 3), torch.zeros(4, 2, 16))
-        problem = planning.Problem("gru", 16, 2, 2, torch.float32, "tf32", True)
-        line = planning.plan(problem, planning.chip_of(torch.device("cpu"))).describe()
-        assert str(told).splitlines()[1:] == [
-            "backend: triton (asked for: triton, use_backend)",
-            "precision: tf32",
-            f"layer 0: {line}",
-            f"layer 1: {line}",
-        ]
-
-    def test_says_what_would_raise(self, monkeypatch):
-        monkeypatch.setenv("FUSEDRNN_BACKEND", "triton")
-        told = explain(fusedrnn.RNN(3, 16), torch.zeros(7, 3))
-        assert told.backend is None
-        assert "backend: none, the call would raise (asked for: triton, FUSEDRNN_B" in str(told)
-        assert "not triton: the kernels need CUDA tensors" in str(told)
-
-    @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
-    def test_cells(self, name):
-        with torch.no_grad():
-            text = str(explain(getattr(fusedrnn, name)(3, 16), torch.zeros(2, 3)))
-        assert " cell on cpu, float32, T=1 B=2 I=3 H=16" in text
-        assert "no gradients" in text
-
-    def test_of_something_else(self):
-        with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.rnn\.LSTM"):
-            explain(nn.LSTM(3, 4), torch.zeros(7, 2, 3))
-        with pytest.raises(RuntimeError, match="input has 5 features"):
-            explain(fusedrnn.LSTM(3, 4), torch.zeros(7, 2, 5))
+def test_explain_on_the_cpu():
+    module = fusedrnn.LSTM(3, 16, 2, bidirectional=True, batch_first=True)
+    told = explain(module, torch.zeros(2, 7, 3))
+    assert (told.backend, told.requested, told.source) == ("aten", "auto", "default")
+    assert str(told).splitlines() == [
+        "lstm on cpu, float32, T=7 B=2 I=3 H=16, layers=2, directions=2, with gradients",
+        "backend: aten (asked for: auto, default)",
+        "not triton: the kernels need CUDA tensors, these are on cpu "
+        "(TRITON_INTERPRET=1 and a named backend run CPU tensors)",
+        "under torch.compile: torch",
+    ]
+    assert repr(told) == str(told)
 
 
-def run_python(code: str) -> None:
-    command = [sys.executable, "-W", "error", "-c", textwrap.dedent(code)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+def test_explain_with_tiles(monkeypatch):
+    monkeypatch.setattr(dispatch, "_interpreting", lambda: True)
+    module = fusedrnn.GRU(3, 16, 2, bidirectional=True)
+    with use_backend("triton"):
+        told = explain(module, torch.zeros(7, 2, 3), torch.zeros(4, 2, 16))
+    problem = planning.Problem("gru", 16, 2, 2, torch.float32, "tf32", True)
+    line = planning.plan(problem, planning.chip_of(torch.device("cpu"))).describe()
+    assert str(told).splitlines()[1:] == [
+        "backend: triton (asked for: triton, use_backend)",
+        "precision: tf32",
+        f"layer 0: {line}",
+        f"layer 1: {line}",
+    ]
 
 
-def test_triton_is_imported_for_the_kernels_alone():
-    run_python("""
-        import sys
-        import torch
-        before = set(sys.modules)
-        import fusedrnn
-        new = set(sys.modules) - before
-        assert not [name for name in new if name.split(".")[0] == "triton"], new
-        sys.modules["triton"] = None  # an import of it raises
-        module = fusedrnn.GRU(3, 4, reset_after=False)
-        module(torch.zeros(5, 2, 3))[0].sum().backward()
-        text = str(fusedrnn.explain(fusedrnn.LSTM(3, 4), torch.zeros(5, 2, 3)))
-        assert "backend: aten" in text
-        with fusedrnn.use_backend("torch"):
-            fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))
-    """)
+def test_explain_says_what_would_raise(monkeypatch):
+    monkeypatch.setenv("FUSEDRNN_BACKEND", "triton")
+    told = explain(fusedrnn.RNN(3, 16), torch.zeros(7, 3))
+    assert told.backend is None
+    assert "backend: none, the call would raise (asked for: triton, FUSEDRNN_B" in str(told)
+    with pytest.raises(TypeError, match=r"got torch\.nn\.modules\.rnn\.LSTM"):
+        explain(nn.LSTM(3, 4), torch.zeros(7, 2, 3))
+    with pytest.raises(RuntimeError, match="input has 5 features"):
+        explain(fusedrnn.LSTM(3, 4), torch.zeros(7, 2, 5))
+
+
+def test_explain_a_cell():
+    with torch.no_grad():
+        text = str(explain(fusedrnn.LSTMCell(3, 16), torch.zeros(2, 3)))
+    assert " cell on cpu, float32, T=1 B=2 I=3 H=16" in text
+    assert "no gradients" in text

@@ -27,6 +27,7 @@ MODULES = {
     "gru-both-ways": lambda: fusedrnn.GRU(I, H, bidirectional=True),
     "rnn": lambda: fusedrnn.RNN(I, H),
     "gru-reset-before": lambda: fusedrnn.GRU(I, H, reset_after=False),
+    "lstm-projected": lambda: fusedrnn.LSTM(I, H, proj_size=2),
 }
 SHAPES = (5, 7), (11, 3), (10, 7)  # T, B; the first one is exported
 T, B = torch.export.Dim("T", min=2, max=4096), torch.export.Dim("B", min=2, max=2048)
@@ -39,17 +40,12 @@ def saved_and_loaded(program):
     return torch.export.load(buffer)
 
 
-@pytest.mark.parametrize("grad", [True, False], ids=["with-grad", "without-grad"])
-@pytest.mark.parametrize("name", [*MODULES, "lstm-projected"])
-def test_dynamic_sizes(name, grad):
+@pytest.mark.parametrize("name", MODULES)
+def test_dynamic_sizes(name):
     """Saved, loaded, and run with other T and B."""
-    if name == "lstm-projected":
-        if grad:
-            pytest.skip("a projection trains by the reference, which is unrolled over T")
-        module = fusedrnn.LSTM(I, H, proj_size=2)
-    else:
-        module = MODULES[name]()
-    with torch.set_grad_enabled(grad):
+    module = MODULES[name]()
+    # A projection trains by the reference, which is unrolled over T.
+    with torch.set_grad_enabled(name != "lstm-projected"):
         x = torch.randn(*SHAPES[0], I)
         program = torch.export.export(module, (x,), dynamic_shapes=({0: T, 1: B},))
     loaded = saved_and_loaded(program)
@@ -76,31 +72,24 @@ def test_states_and_lengths():
         torch.testing.assert_close(got, module(*arguments, **options))
 
 
-#: The second is beyond a limit of the planner, where the tiles of the resident kernels change.
-FEW, MANY = (7, 3), (2, 8 * CHIPS["sm_90"].sms + 9)
+@pytest.mark.parametrize("strict", [False, pytest.param(True, marks=pytest.mark.slow)])
+def test_the_kernels_with_dynamic_sizes(strict, device):
+    """The choice is made with a T and B that have no values; no size becomes a guard.
 
-
-@pytest.mark.parametrize(
-    ("name", "strict", "shapes"),
-    [
-        ("lstm-2", False, [FEW]),
-        pytest.param("rnn", True, [FEW, MANY], marks=pytest.mark.slow),
-    ],
-)
-def test_the_kernels_with_dynamic_sizes(name, strict, shapes, device):
-    """The choice is made with a T and B that have no values; no size becomes a guard."""
-    module = MODULES[name]().eval().to(device)
-    make = lambda *shape: torch.randn(*shape, I, device=device)  # noqa: E731
+    The second B is beyond a limit of the planner, where the tiles of the resident kernels change.
+    """
+    module, many = fusedrnn.RNN(I, H).eval().to(device), 8 * CHIPS["sm_90"].sms + 9
     with fusedrnn.use_backend("triton"):
-        sizes = ({0: T, 1: B},)
-        program = torch.export.export(module, (make(5, 6),), dynamic_shapes=sizes, strict=strict)
-        loaded = saved_and_loaded(program)
+        sizes, x = ({0: T, 1: B},), torch.randn(5, 6, I, device=device)
+        loaded = saved_and_loaded(
+            torch.export.export(module, (x,), dynamic_shapes=sizes, strict=strict)
+        )
         ranges = {(r.lower, r.upper) for r in loaded.range_constraints.values()}
         assert ranges == {(2, 4096), (2, 2048)}
         (node,) = [node for node in loaded.graph.nodes if "fusedrnn" in str(node.target)]
         assert "triton" in node.args
-        for shape in shapes:
-            x = make(*shape)
+        for shape in ((7, 3), (2, many))[: 1 + strict]:
+            x = torch.randn(*shape, I, device=device)
             pairs = zip(tree_leaves(loaded.module()(x)), tree_leaves(module(x)), strict=True)
             assert all(torch.equal(got, want) for got, want in pairs)
 
@@ -125,31 +114,24 @@ torch.save([run(x) for x in torch.load(sys.argv[2])], sys.argv[3])
 """
 
 
-def run_package(path, calls, imports):
-    """Returns the results of each call in a new process, or its error."""
-    given, results = path.with_name("given.pt"), path.with_name("results.pt")
-    torch.save(calls, given)
-    command = [sys.executable, "-c", imports + LOAD, str(path), str(given), str(results)]
-    done = subprocess.run(command, capture_output=True, text=True)
-    return done.stderr if done.returncode else torch.load(results)
-
-
 # The C++ compiler takes most of the time.
 @pytest.mark.slow
-@pytest.mark.parametrize(("cell", "backend"), [("LSTM", "auto"), ("GRU", "torch")])
-def test_aotinductor_packages_our_operator(cell, backend, tmp_path):
+def test_aotinductor_packages_our_operator(tmp_path):
     """For all T and B, as one operator, which the loading process must have imported."""
-    model = Model(getattr(fusedrnn, cell)(I, H, num_layers=2, bidirectional=True)).eval()
-    path, sizes = tmp_path / "model.pt2", ({0: T, 1: B},)
-    with fusedrnn.use_backend(backend), torch.no_grad():
-        x = torch.randn(*SHAPES[0], I)
+    model = Model(fusedrnn.GRU(I, H, num_layers=2, bidirectional=True)).eval()
+    path, given, results = (tmp_path / name for name in ("model.pt2", "given.pt", "results.pt"))
+    with fusedrnn.use_backend("torch"), torch.no_grad():
+        x, sizes = torch.randn(*SHAPES[0], I), ({0: T, 1: B},)
         program = torch.export.export(model, (x,), dynamic_shapes=sizes)
         torch._inductor.aoti_compile_and_package(program, package_path=str(path))
     calls = [torch.randn(*shape, I) for shape in SHAPES]
-    every = run_package(path, calls, "import fusedrnn")
-    assert not isinstance(every, str), every
-    for x, got in zip(calls, every, strict=True):
+    torch.save(calls, given)
+    for imports, error in (("import fusedrnn", ""), ("", "find schema for fusedrnn::rnn_forward")):
+        command = [sys.executable, "-c", imports + LOAD, str(path), str(given), str(results)]
+        done = subprocess.run(command, capture_output=True, text=True)
+        assert error in done.stderr
+        assert bool(done.returncode) == bool(error)
+    for x, got in zip(calls, torch.load(results), strict=True):
         want, truth = model(x), copy.deepcopy(model).double()(x.double())
         for i, tensors in enumerate(zip(got, want, truth, strict=True)):
             assert_budget(f"result {i}", *tensors)
-    assert "Could not find schema for fusedrnn::rnn_forward" in run_package(path, calls, "")

@@ -1,100 +1,21 @@
-"""The layers of one launch: what a schedule is given, and the products around it."""
+"""The launches of a stack, and the precision of the products around them."""
 
 from __future__ import annotations
 
 import pytest
 import torch
-from torch.nn import functional as F
 
 from fusedrnn import layer
 from fusedrnn.kernels.plan import Plan
 from fusedrnn.kernels.rows import Rows
-from fusedrnn.kernels.tensors import Grads, Layers
 from fusedrnn.layer import Launch, StackConfig, gemm_precision, launches_of
 
-T, B, I, H = 4, 3, 20, 4
+T, B, H = 4, 3, 4
 CONFIG = StackConfig("lstm", "triton", True, 3, False, "tf32")
 
 
 def plan(layers=1):
     return Plan("recorded", None, None, layers)
-
-
-class Recorder:
-    """A schedule that keeps what it is given and fills what it must write."""
-
-    def forward(self, cell, plan, layers, rows):
-        self.given = cell, layers, rows
-
-    def backward(self, cell, plan, layers, grads, rows):
-        self.given, self.grads = (cell, layers, rows), grads
-        grads.gates.copy_(torch.arange(grads.gates.numel()).view_as(grads.gates))
-
-
-def layers_of(D=1):
-    def randn(*shape):
-        return torch.randn(*shape, dtype=torch.float64)
-
-    w_ih, w_hh, b_ih, b_hh = (
-        tuple(randn(4 * H, *more) for _ in range(D)) for more in ((I,), (H,), (), ())
-    )
-    return Layers(
-        w_ih=w_ih, w_hh=w_hh, b_ih=b_ih, b_hh=b_hh,
-        h_0=randn(D, B, H), c_0=randn(D, B, H), out=(randn(T * B, D * H),) * D,
-        gates=randn(D, T * B, 4 * H), cs=randn(D, T * B, H),
-    )  # fmt: skip
-
-
-@pytest.fixture
-def recorder(monkeypatch):
-    found = Recorder()
-    monkeypatch.setattr(layer, "_schedule", lambda name: {"recorded": found}[name])
-    return found
-
-
-@pytest.mark.parametrize("batch_first", [False, True])
-@pytest.mark.parametrize("has_bias", [False, True])
-def test_a_schedule_is_given_the_input_products(recorder, batch_first, has_bias):
-    layers = layers_of(2)
-    layers = layers if has_bias else layers._replace(b_ih=None, b_hh=None)
-    x = torch.randn(T, B, I).double()
-    x = x.transpose(0, 1).contiguous().transpose(0, 1) if batch_first else x
-    config = CONFIG._replace(bidirectional=True)
-    layer.forward(config, plan(), x, layers, Rows(T, B))
-    cell, given, rows = recorder.given
-    assert (cell, rows) == ("lstm", Rows(T, B))
-    for d in range(2):
-        want = F.linear(x.reshape(-1, I), layers.w_ih[d], layers.b_ih[d] if has_bias else None)
-        torch.testing.assert_close(given.gx[d], want, rtol=1e-13, atol=1e-13)
-    assert given.out[0] is layers.out[0]
-
-
-def test_gradients_of_all_layers_of_a_wavefront(recorder):
-    """dx is that of the first layer; the weights' stand layer by layer."""
-    one, two = layers_of(), layers_of()
-    upper = torch.randn(4 * H, H).double()
-    both = Layers(
-        w_ih=(one.w_ih[0], upper), w_hh=one.w_hh + two.w_hh, b_ih=one.b_ih + two.b_ih,
-        b_hh=one.b_hh + two.b_hh, h_0=torch.cat([one.h_0, two.h_0]), out=one.out + two.out,
-        c_0=torch.cat([one.c_0, two.c_0]), cs=torch.cat([one.cs, two.cs]),
-        gates=torch.cat([one.gates, two.gates]),
-    )  # fmt: skip
-    x, masked = torch.randn(T * B, I).double(), torch.randn(T * B, H).double()
-    grads = Grads(h_0=torch.empty_like(both.h_0), c_0=torch.empty_like(both.c_0))
-    given = (CONFIG, plan(2), [x, masked], both, grads, Rows(T, B))
-    dx, found = layer.backward(*given, True, True)
-    dgates = recorder.grads.gates
-    assert dgates.shape == (2, T * B, 4 * H)
-    torch.testing.assert_close(dx, dgates[0] @ one.w_ih[0])
-    assert [g.shape for g in found] == [w.shape for w in (
-        one.w_ih[0], one.w_hh[0], one.b_ih[0], one.b_hh[0],
-        upper, two.w_hh[0], two.b_ih[0], two.b_hh[0],
-    )]  # fmt: skip
-    torch.testing.assert_close(found[0], dgates[0].t() @ x)
-    torch.testing.assert_close(found[4], dgates[1].t() @ masked)
-    h = torch.cat([two.h_0[0], two.out[0][:-B]])
-    torch.testing.assert_close(found[5], dgates[1].t() @ h)
-    torch.testing.assert_close(found[7], dgates[1].sum(0))
 
 
 def test_launches_follow_the_plan(monkeypatch):

@@ -1,43 +1,16 @@
-"""Rows and grid: the order of rows, the indices between them, and the states that enter them."""
+"""Rows and grid: the order of rows and the indices between them."""
 
 from __future__ import annotations
 
-import pytest
 import torch
 
-from fusedrnn.kernels.rows import INITIAL, PREVIOUS, SKIPPED, ZERO, Rows, origins_of, packed_rows
-from fusedrnn.layout import (
-    Sequences,
-    entering,
-    final_states,
-    layout_of,
-    previous_rows,
-    rows_by_sequence,
-    without_padding,
-)
+from fusedrnn.kernels.rows import Rows, origins_of
+from fusedrnn.layout import Sequences, layout_of, rows_by_sequence, without_padding
 
 T, B, D, CPU = 4, 3, 2, torch.device("cpu")
 LENGTHS = torch.tensor([3, 0, 2])
 RESET = torch.zeros(T, B, dtype=torch.bool)
 RESET[1, 0] = True
-
-
-def test_origins_of_the_documented_example():
-    """Compares with the table in docs/design.md."""
-    origins = origins_of(T, B, D, CPU, LENGTHS, RESET)
-    forward = [[INITIAL, ZERO, PREVIOUS, SKIPPED], [SKIPPED] * 4,
-               [INITIAL, PREVIOUS, SKIPPED, SKIPPED]]  # fmt: skip
-    backward = [[ZERO, PREVIOUS, INITIAL, SKIPPED], [SKIPPED] * 4,
-                [PREVIOUS, INITIAL, SKIPPED, SKIPPED]]  # fmt: skip
-    assert origins.transpose(1, 2).tolist() == [forward, backward]
-
-
-def test_rows_of_packed_input():
-    rows = packed_rows(torch.tensor([3, 2, 2, 1]), 2, CPU)
-    assert rows.total == 8
-    assert rows.starts.tolist() == [0, 3, 5, 7]
-    assert rows.origins[0].tolist() == [[3, 3, 3], [1, 1, 0], [1, 1, 0], [1, 0, 0]]
-    assert rows.origins[1].tolist() == [[1, 1, 3], [1, 1, 0], [1, 3, 0], [3, 0, 0]]
 
 
 def test_dense_rows_have_no_tables():
@@ -81,35 +54,6 @@ def test_lengths_stay_dense_unless_they_may_be_read():
     assert layout.grid_index is None
     assert layout.rows.sizes is None
     assert layout.rows.origins.shape == (D, T, B)
-
-
-def rows_in_every_form():
-    sizes = torch.tensor([3, 2, 2, 0])
-    yield Rows(T, B), torch.full((B,), T)
-    yield Rows(T, B, origins_of(T, B, D, CPU, LENGTHS, RESET)), LENGTHS
-    yield packed_rows(sizes, D, CPU, RESET), torch.tensor([3, 3, 1])
-    yield packed_rows(sizes, D, CPU, None, B + 1), torch.tensor([3, 3, 1, 0])
-
-
-@pytest.mark.parametrize("d", [0, 1])
-def test_entering_and_final_states(d):
-    """Against one sequence after the other, step by step."""
-    for rows, lengths in rows_in_every_form():
-        initial = torch.randn(rows.B, 2)
-        left, spans = torch.randn(rows.total, 2), rows.spans()
-        origins = origins_of(T, rows.B, d + 1, CPU) if rows.origins is None else rows.origins
-        want, ends = torch.zeros(rows.total, 2), initial.clone()
-        for b, n in enumerate(lengths.tolist()):
-            for t in range(n)[:: 1 if d == 0 else -1]:
-                row = spans[t].start + b
-                kind = origins[d][t, b]
-                want[row] = {INITIAL: initial[b], ZERO: torch.zeros(2), PREVIOUS: ends[b]}[
-                    int(kind)
-                ]
-                ends[b] = left[row]
-        found = entering(previous_rows(rows, d, CPU), initial, left)
-        assert torch.equal(found, want)
-        assert torch.equal(final_states(rows, d, initial, left), ends)
 
 
 def test_padding_is_zeroed_only_where_there_is_some():

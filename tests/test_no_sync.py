@@ -22,18 +22,14 @@ from fusedrnn import arguments, functional, stack
 
 T, B = 3, 4
 DEVICE = torch.device("cpu")  # it stands for the GPU
+FP32, FP64 = torch.float32, torch.float64  # lead to the schedules resident and stepwise
 LENGTHS = torch.tensor([2, 0, 3, 1])
 RESET = torch.zeros(T, B, dtype=torch.bool)
 RESET[[0, 1, 2], [2, 0, 2]] = True
-#: The schedules, each by a dtype that leads to it.
-ROUTES = {"resident": torch.float32, "stepwise": torch.float64}
-CALLS = {"plain": {}, "lengths and reset": {"lengths": LENGTHS, "reset": RESET}}
-LOOKS = (
-    *("item", "tolist", "cpu", "numpy", "nonzero", "masked_select", "equal", "is_nonzero"),
-    *("__bool__", "__int__", "__float__", "__index__", "__contains__", "__array__"),
-    *("allclose", "unique"),
-)
-#: The operators below them; torch.where(condition), a mask as an index and others end there too.
+BOTH = {"lengths": LENGTHS, "reset": RESET}
+#: Methods that read values below the dispatcher, or would on another device.
+LOOKS = ("tolist", "numpy", "cpu", "to", "__array__")
+#: The operators that read values; bool(), torch.where(condition) and others end there.
 OPERATORS = {
     *("_local_scalar_dense", "item", "nonzero", "is_nonzero", "equal", "masked_select"),
     *("_unique2", "unique_dim", "unique_consecutive", "allclose", "argwhere", "nonzero_numpy"),
@@ -85,31 +81,26 @@ def blind(*host):
     host: tensors that may be looked at.
     """
     host = Host(*host)
-    launches, execute, move = [], GridExecutor.__call__, torch.Tensor.to
-    real = {name: getattr(torch.Tensor, name) for name in LOOKS if hasattr(torch.Tensor, name)}
+    launches, execute = [], GridExecutor.__call__
+    real = {name: getattr(torch.Tensor, name) for name in LOOKS}
 
     def blinded(name):
         def look(self, *args, **kwargs):
-            if name in real and host.has(self):
+            if name == "to" and "cpu" not in (*args, *kwargs.values()):
+                if DEVICE in args and host.has(self) and not kwargs.get("non_blocking"):
+                    raise LookedError("the host waits for a copy of its tensor")
+                result = real[name](self, *args, **kwargs)
+                return result.clone() if DEVICE in args else result  # which the host does not have
+            if host.has(self):
                 return real[name](self, *args, **kwargs)
-            raise LookedError
+            raise LookedError(name)
 
         return look
-
-    look = blinded("to")
-
-    def to(self, *args, **kwargs):
-        if "cpu" in (*args, *kwargs.values()):
-            return look(self)
-        if DEVICE in args and host.has(self) and not kwargs.get("non_blocking"):
-            raise LookedError("the host waits for a copy of its tensor")
-        result = move(self, *args, **kwargs)
-        return result.clone() if DEVICE in args else result  # which the host does not have
 
     def launch(*args, **kwargs):
         launches.append(args)
         with pytest.MonkeyPatch.context() as seeing, _disable_current_modes():
-            for name, method in {**real, "to": move}.items():
+            for name, method in real.items():
                 seeing.setattr(torch.Tensor, name, method)
             return execute(*args, **kwargs)
 
@@ -127,66 +118,58 @@ def blind(*host):
         patch.setattr(GridExecutor, "__call__", launch)
         for name in ("forward", "backward"):
             patch.setattr(stack, name, within(getattr(stack, name)))
-        for name in real:
+        for name in LOOKS:
             patch.setattr(torch.Tensor, name, blinded(name))
-        patch.setattr(torch.Tensor, "to", to)
         with Blind(host):
             yield launches
 
 
-def run_blind(run, *host):
-    """Runs a function that returns results and gradients, on the kernels."""
-    with fusedrnn.use_backend("triton"), blind(*host) as launches:
+CASES = {
+    "resident": (FP32, "lstm", 1, {}),
+    "reset before": (FP32, "gru_reset_before", 2, BOTH),
+    "stepwise": (FP64, "lstm", 1, BOTH),
+    "recompute": (FP64, "gru", 1, {}),
+    "packed recompute": (FP64, "gru", 1, {}),
+    "packed": (FP32, "lstm", 1, {}),
+    "batch first": (FP32, "lstm", 1, {"lengths": LENGTHS, "reset": RESET.t()}),
+    "states": (FP32, "lstm", 1, BOTH),
+    "no gradients": (FP32, "lstm", 1, BOTH),
+    "autocast": (FP32, "lstm", 1, BOTH),
+}
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_forward_and_backward(name):
+    """Two layers with dropout between them, from a given hx."""
+    dtype, cell, directions, options = CASES[name]
+    kwargs = {"dropout": 0.3, "recompute": "recompute" in name, "batch_first": name[:5] == "batch"}
+    module, x = build(cell, 2, directions, dtype, **kwargs), torch.randn(T, B, 3, dtype=dtype)
+    x = pack_sequence([x[:n, 0] for n in (2, 1, 3, 3)], False) if name[:6] == "packed" else x
+    x = x.transpose(0, 1) if name == "batch first" else x
+    hx = states_for(module, B)
+    sources = [t.requires_grad_() for t in (*leaves(x), *leaves(hx), *module.parameters())]
+
+    def run():
+        if name == "states":
+            states = module.states(x, hx, gates=True, **options)
+            results = [states.output, *states.gates[0][0].values()]
+        else:
+            results = leaves(module(x, hx, **options))
+        if name == "no gradients":
+            return results
+        arriving = [torch.ones_like(result) for result in results]
+        return [*results, *torch.autograd.grad(results, sources, arriving, allow_unused=True)]
+
+    host = [x.batch_sizes] if name[:6] == "packed" else []
+    with (
+        torch.autocast("cpu", torch.float16, enabled=name == "autocast"),
+        torch.set_grad_enabled(name != "no gradients"),
+        fusedrnn.use_backend("triton"),
+        blind(*host) as launches,
+    ):
         results = run()
     assert launches
-    assert all(result.isfinite().all() for result in results)
-
-
-@pytest.mark.parametrize("call", ["plain", "lengths and reset"])
-@pytest.mark.parametrize(
-    ("route", "cell", "directions", "recompute"),
-    [
-        ("resident", "lstm", 1, False),
-        ("stepwise", "lstm", 1, False),
-        ("stepwise", "gru", 1, True),
-        ("resident", "gru_reset_before", 2, False),
-    ],
-)
-def test_forward_and_backward(route, cell, directions, recompute, call):
-    """Two layers with dropout between them, from a given hx."""
-    dtype = ROUTES[route]
-    module = build(cell, 2, directions, dtype, dropout=0.3, recompute=recompute)
-    x = torch.randn(T, B, 3, dtype=dtype, requires_grad=True)
-    hx = states_for(module, B)
-    sources = [x, *(state.requires_grad_() for state in leaves(hx)), *module.parameters()]
-
-    def run():
-        results = leaves(module(x, hx, **CALLS[call]))
-        arriving = [torch.ones_like(result) for result in results]
-        return [*results, *torch.autograd.grad(results, sources, arriving)]
-
-    run_blind(run)
-
-
-@pytest.mark.parametrize(
-    ("route", "cell", "recompute"),
-    [("resident", "lstm", False), ("stepwise", "gru", True)],
-)
-def test_packed_input(route, cell, recompute):
-    """Its batch sizes are the host's own; nothing else is read."""
-    dtype = ROUTES[route]
-    module = build(cell, 2, 1, dtype, recompute=recompute)
-    sequences = [torch.randn(n, 3, dtype=dtype) for n in (2, 1, 3, 3)]
-    packed = pack_sequence(sequences, enforce_sorted=False)
-    hx = states_for(module, B)
-
-    def run():
-        output, states = module(packed, hx)
-        results = [output.data, *leaves(states)]
-        sources = list(module.parameters())
-        return [*results, *torch.autograd.grad([r.sum() for r in results], sources)]
-
-    run_blind(run, packed.batch_sizes)
+    assert all(result.isfinite().all() for result in results if result is not None)
 
 
 def test_a_blocking_copy_is_found():
@@ -194,29 +177,6 @@ def test_a_blocking_copy_is_found():
         LENGTHS.to(DEVICE)
     with blind(LENGTHS):
         LENGTHS.to(DEVICE, non_blocking=True)
-
-
-@pytest.mark.parametrize("form", ["states", "batch first", "no gradients", "autocast"])
-def test_other_ways_to_call(form):
-    dtype = ROUTES["resident"]
-    module = build("lstm", 1, 1, dtype, batch_first=form == "batch first")
-    x, options = torch.randn(T, B, 3, dtype=dtype), dict(CALLS["lengths and reset"])
-    if form == "batch first":
-        x, options["reset"] = x.transpose(0, 1), options["reset"].t()
-
-    def run():
-        if form == "states":
-            states = module.states(x, gates=True, **options)
-            output = states.output + sum(states.gates[0][0].values()).sum(-1, keepdim=True)
-        else:
-            output = module(x, **options)[0]
-        if form == "no gradients":
-            return [output]
-        return [output, *torch.autograd.grad(output, [*module.parameters()], output)]
-
-    cast = torch.autocast("cpu", torch.float16, enabled=form == "autocast")
-    with cast, torch.set_grad_enabled(form != "no gradients"):
-        run_blind(run)
 
 
 PLANTED = {
@@ -232,23 +192,19 @@ PLANTED = {
 }
 
 
-WHERE = {
-    "before": (functional, "dropout_masks"),
-    "forward": (stack, "layout_of"),
-    "backward": (stack, "backward"),
-}
+WHERE = [(functional, "dropout_masks"), (stack, "layout_of"), (stack, "backward")]
 
 
 @pytest.mark.parametrize("look", PLANTED)
 def test_a_planted_look_is_found(look, monkeypatch):
-    where = list(WHERE)[len(look) % len(WHERE)]
-    real = getattr(*WHERE[where])
+    where = WHERE[list(PLANTED).index(look) % 3]
+    real = getattr(*where)
 
     def curious(input, *args):
         PLANTED[look](getattr(input, "input", input).detach())
         return real(input, *args)
 
-    monkeypatch.setattr(*WHERE[where], curious)
+    monkeypatch.setattr(*where, curious)
     module, x = build("rnn_tanh", dtype=torch.float32), torch.randn(T, B, 3, requires_grad=True)
     with fusedrnn.use_backend("triton"):
         module(x)[0].sum().backward()

@@ -1,8 +1,6 @@
-"""Behaviour of a CUDA device: graphs, streams, waits, its generator, autocast, two runs alike.
+"""Behaviour of a CUDA device: graphs, streams, waits, its generator, two runs alike.
 
-`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. The CPU's part of them is in
-`test_no_sync.py`, `test_dropout.py` and `test_autocast.py`. Equal means bit for bit: the same
-kernels run on the same numbers.
+`make gpu` runs these by ``-m gpu``; elsewhere they are skipped. Equal means bit for bit.
 """
 
 from __future__ import annotations
@@ -11,13 +9,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from kernel_cases import Shape, differences, rows_of, tensors
 from pairs import leaves
 from test_equivalence import build, states_for
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from fusedrnn.arguments import as_hx
-from fusedrnn.kernels.plan import Problem, chip_of, plan_stack
+from fusedrnn.kernels import cooperative
+from fusedrnn.kernels.plan import NoPlan, Problem, chip_of, plan_stack
+from fusedrnn.kernels.plan import cooperative as cooperative_plan
+from fusedrnn.kernels.spec import SPECS
 
 T, B, I = 70, 6, 3
 #: Each schedule by a size and dtype that bring it about; the loop takes any.
@@ -44,7 +46,9 @@ def make(route, device, cell="lstm", layers=2, **kwargs):
     H, dtype, backend = ROUTES[route]
     if backend == "triton":
         problem = Problem(cell, H, B, 1, dtype, "ieee", True, layers)
-        assert {plan.schedule for plan in plan_stack(problem, chip_of(device))} == {route}
+        found = {plan.schedule for plan in plan_stack(problem, chip_of(device))}
+        if found != {route}:
+            pytest.skip(f"on this chip the plan is {', '.join(found)}")
     return build(cell, layers, 1, dtype, I, H, **kwargs).to(device)
 
 
@@ -70,11 +74,6 @@ def train(module, x, hx, options):
     return [*results, *torch.autograd.grad(results, sources, arriving)]
 
 
-def assert_same(got, want):
-    for g, w in zip(got, want, strict=True):
-        assert torch.equal(g, w)
-
-
 @contextmanager
 def on_route(route):
     with fusedrnn.use_backend(ROUTES[route][2]), fusedrnn.use_precision("ieee"):
@@ -92,13 +91,6 @@ def warmed_up(run):
     return results
 
 
-def captured(run):
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        results = run()
-    return graph, results
-
-
 @kernels
 @pytest.mark.parametrize("option", OPTIONS)
 @pytest.mark.parametrize("recompute", [False, True])
@@ -108,14 +100,16 @@ def test_a_users_graph_of_a_training_step(route, option, recompute, device):
     with on_route(route):
         run = lambda: train(module, x, hx, options)  # noqa: E731
         warmed_up(run)
-        graph, results = captured(run)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            results = run()
         for _ in range(2):
             x.copy_(torch.randn_like(x))
             with torch.no_grad():
                 for p in module.parameters():  # as an optimizer does between two replays
                     p.mul_(0.9)
             graph.replay()
-            assert_same(results, run())
+            assert all(map(torch.equal, results, run()))
 
 
 @kernels
@@ -127,9 +121,8 @@ def test_nothing_waits_for_the_device(route, option, device):
         x = pack_padded_sequence(x, [70, 70, 33, 32, 2, 1])
 
     def run():
-        results = [r for r in leaves(module(x, hx, **options)) if r.is_floating_point()]
-        results = [r for r in results if r.requires_grad]
-        sum(r.sum() for r in results).backward()
+        results = leaves(module(x, hx, **options))
+        sum(r.sum() for r in results if r.requires_grad).backward()
 
     with on_route(route):
         warmed_up(run)
@@ -140,29 +133,19 @@ def test_nothing_waits_for_the_device(route, option, device):
             torch.cuda.set_sync_debug_mode("default")
 
 
-def masked(module, x):
-    with torch.no_grad():
-        return module(x)[0].clone()
-
-
 @pytest.mark.parametrize("route", ["resident", "loop"])
 def test_a_restored_generator_gives_the_same_masks(route, device):
     module = make(route, device, dropout=0.5)
     x, _, _ = given(module, device)
-    with on_route(route):
+    with on_route(route), torch.no_grad():
         torch.manual_seed(11)
         state = torch.cuda.get_rng_state(device)
-        first, other = masked(module, x), masked(module, x)
-        torch.manual_seed(11)
-        assert torch.equal(masked(module, x), first)
-        torch.cuda.set_rng_state(state, device)
-        assert torch.equal(masked(module, x), first)
-        assert torch.equal(masked(module, x), other)
+        first, other = module(x)[0], module(x)[0]
         assert not torch.equal(first, other)
-        # The CPU's generator has no part in it.
         torch.cuda.set_rng_state(state, device)
-        torch.rand(3)
-        assert torch.equal(masked(module, x), first)
+        torch.rand(3)  # the CPU's generator has no part in it
+        assert torch.equal(module(x)[0], first)
+        assert torch.equal(module(x)[0], other)
 
 
 @routes
@@ -176,7 +159,7 @@ def test_two_runs_have_the_same_bits(route, option, device):
             first, second = (train(module, x, hx, options) for _ in range(2))
         finally:
             torch.use_deterministic_algorithms(False)
-    assert_same(first, second)
+    assert all(map(torch.equal, first, second))
 
 
 @routes
@@ -194,4 +177,36 @@ def test_a_side_stream(route, device):
             late.copy_(x)
             got = train(module, late, hx, options)
         torch.cuda.current_stream().wait_stream(stream)
-        assert_same(got, want)
+        assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("rows", ["dense", "ragged", "packed"])
+@pytest.mark.parametrize("cell", SPECS)
+def test_cooperative_kernels_equal_the_reference(cell, rows, device):
+    """Programs that exchange h, in fp16; elsewhere they run in concurrent processes."""
+    shape, is_ragged = Shape(5, 17, 192, rows=rows), rows != "dense"
+    problem = Problem(cell, 192, 17, 1, torch.float16, "ieee", True, ragged=is_ragged)
+    try:
+        plan = cooperative_plan(problem, chip_of(device))
+    except NoPlan as reason:
+        pytest.skip(str(reason))
+    data, layout = tensors(cell, shape, torch.float16, device), rows_of(shape, device)
+    cooperative.forward(cell, plan, data.layers, layout)
+    cooperative.backward(cell, plan, *data, layout)
+    assert not differences(cell, shape, data)
+
+
+def test_cooperative_launches_on_two_streams(device):
+    """Each needs most of the device; neither may keep SMs that the other waits for."""
+    module = make("cooperative", device)
+    x, hx, _ = given(module, device)
+    with on_route("cooperative"), torch.no_grad():
+        want = module(x, hx)[0]
+        streams, found = [torch.cuda.Stream() for _ in range(2)], []
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        for n in range(1000):
+            with torch.cuda.stream(streams[n % 2]):
+                found = [*found[-1:], module(x, hx)[0]]
+        torch.cuda.synchronize()
+        assert all(torch.equal(output, want) for output in found)
