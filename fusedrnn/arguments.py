@@ -282,7 +282,7 @@ def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor | No
     if lengths is None:
         return None
     if not isinstance(lengths, Tensor):
-        if not isinstance(lengths, Sequence) or isinstance(lengths, str):
+        if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
             kind = type(lengths).__name__
             raise TypeError(f"lengths is a {kind}; expected a tensor or a list of integers")
         for i, length in enumerate(lengths):

@@ -207,7 +207,11 @@ def run(call: Call) -> Any:
     else:
         inputs, config = operands(call), config_of(call, backend)
         output, states, _ = rnn_stack(inputs, call.sequences, config)
-    return in_form(call, output), as_hx(states_in_form(call, states))
+    facts = call.facts
+    # As torch's, the output is then no view, and detach_() takes it; others save it for backward.
+    in_place = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
+    in_place = in_place and not (facts.compiled or facts.transformed)
+    return in_form(call, output, in_place), as_hx(states_in_form(call, states))
 
 
 def run_cell(call: Call) -> Any:
@@ -229,7 +233,7 @@ def _run_aten(call: Call) -> tuple[Tensor, ...]:
     return op(call.input, packing.batch_sizes, hx, call.params, *flags)
 
 
-def in_form(call: Call, rows: Tensor) -> Any:
+def in_form(call: Call, rows: Tensor, in_place: bool = False) -> Any:
     """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the call's input."""
     if call.jagged is not None:
         offsets, order = call.jagged
@@ -238,7 +242,9 @@ def in_form(call: Call, rows: Tensor) -> Any:
         return PackedSequence(rows, *call.packing[1:])
     if not call.batched:
         return rows.squeeze(1)
-    return rows.transpose(0, 1) if call.facts.layers.batch_first else rows
+    if call.facts.layers.batch_first:
+        return rows.transpose_(0, 1) if in_place else rows.transpose(0, 1)
+    return rows
 
 
 def states_in_form(call: Call, states: Sequence[Tensor]) -> list[Tensor]:

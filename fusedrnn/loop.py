@@ -6,7 +6,9 @@ is a few in-place calls on views that one ``split`` made. Packed sequences are s
 step t works on the first ``sizes[t]`` of them. The equations are in ``loop_cells.py``.
 """
 
+import os
 from collections.abc import Sequence
+from functools import cache, partial
 from typing import Any
 
 import torch
@@ -100,12 +102,19 @@ class _Steps:
         return left[-self.rows.B :] if self.d == 0 else left[: self.rows.B]
 
 
+@cache
+def _survive_forks() -> None:
+    """Gives forked processes one thread, as DataLoader does, for OpenMP's do not survive a fork."""
+    os.register_at_fork(after_in_child=partial(torch.set_num_threads, 1))
+
+
 def forward(cell: str, layers: Layers, rows: Rows) -> None:
     """Runs one layer: fills out, h_n, c_n and, if given, cs; turns gx into the gates.
 
     ``layers.gx [D, R, max(G, S)*H]`` holds in its first columns ``x W_ih^T`` plus the bias of
     ``folded_bias``; ``layers.gates`` is that buffer where gates are saved.
     """
+    _survive_forks()
     H = layers.w_hh[0].shape[1]
     with torch._C._AutoDispatchBelowAutograd():
         for d, w_hh in enumerate(layers.w_hh):

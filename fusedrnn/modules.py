@@ -8,6 +8,7 @@ functional_call) takes effect without a flat copy.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -16,11 +17,31 @@ from torch import _VF, Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, dispatch, functional, states
-from .ops import ATEN_CELL
+from .ops import ATEN, ATEN_CELL
 from .stream import Stream
 from .vmap import is_transformed
 
+#: torch's classes by mode, also while patched: ``torch.jit.trace`` records their forward.
+_TORCHS: dict[str, Any] = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
+_TORCHS |= dict.fromkeys(("RNN_TANH", "RNN_RELU"), torch.nn.RNN)
 _CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+
+
+def _as_leaf(module: torch.nn.Module, input: torch.fx.Proxy, *hx: Any, **options: Any) -> Any:
+    """Records a call as one node of ``torch.fx.symbolic_trace``, as torch's own layers are."""
+    given = {name: value for name, value in options.items() if value is not None}
+    path = input.tracer.path_of_module(module)  # type: ignore[attr-defined]
+    return input.tracer.create_proxy("call_module", path, (input, *hx), given)
+
+
+def _warn_of_quantization(name: str) -> None:
+    """Warns where torch's quantization marks a module, which it would then pass over."""
+    if name == "qconfig":
+        warnings.warn(
+            "torch's quantization takes none of fusedrnn's modules and leaves this one as it is; "
+            "to quantize it, call fusedrnn.to_torch(model) first, outside patch()",
+            stacklevel=3,
+        )
 
 
 class _FlatWeights(list):
@@ -72,6 +93,10 @@ class _Stack(torch.nn.RNNBase):
     def _update_flat_weights(self) -> None:
         """Does nothing: there is no list to update."""
 
+    def _is_torchs(self) -> bool:
+        """Returns whether torch's forward is as good; tracers know it at all sizes."""
+        return self._cell in ATEN and dispatch.is_auto()
+
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
         sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
         layers = arguments.Layers(*sizes, bool(self.bidirectional), self.recompute)
@@ -94,6 +119,10 @@ class _Stack(torch.nn.RNNBase):
         reset: Tensor | None = None,
     ):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
+        if isinstance(input, torch.fx.Proxy):
+            return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
+        if torch.jit.is_tracing() and lengths is reset is None and self._is_torchs():
+            return _TORCHS[self.mode].forward(self, input, hx)
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
@@ -123,6 +152,7 @@ class _Stack(torch.nn.RNNBase):
     # RNNBase overrides the following three to keep its list of weights.
 
     def __setattr__(self, name: str, value: Any) -> None:
+        _warn_of_quantization(name)
         super(torch.nn.RNNBase, self).__setattr__(name, value)
         if self._assigned and name in self._flat_weights_names:
             self._init_flat_weights()
@@ -134,6 +164,7 @@ class _Stack(torch.nn.RNNBase):
         super(torch.nn.RNNBase, self).__setstate__(state)
         # A module that was pickled as torch's and is loaded under patch() brings its list along.
         self.__dict__.pop("_flat_weights", None)
+        self.__dict__.setdefault("proj_size", 0)  # since torch 1.8
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for pickle and deepcopy, which refuse tensors that have a history.
@@ -259,13 +290,21 @@ class _SingleStep(torch.nn.RNNCellBase):
 
     _cell = "lstm"
 
+    def __setattr__(self, name: str, value: Any) -> None:
+        _warn_of_quantization(name)
+        super().__setattr__(name, value)
+
     def _prepare(self, input: Tensor, hx: Any = None) -> arguments.Call:
-        params = [self.weight_ih, self.weight_hh]
-        params += [b for b in (self.bias_ih, self.bias_hh) if b is not None]
+        params, biases = [self.weight_ih, self.weight_hh], [self.bias_ih, self.bias_hh]
+        if any(b is not None for b in biases):
+            zeros = self.weight_ih.new_zeros(self.weight_ih.shape[0])
+            params += [zeros if b is None else b for b in biases]
         return arguments.prepare_cell(self._cell, input, hx, params)
 
     def forward(self, input: Tensor, hx: Any = None):
         """Runs one step; see the class for shapes and errors."""
+        if isinstance(input, torch.fx.Proxy):
+            return _as_leaf(self, input, hx)
         op, p = ATEN_CELL.get(self._cell), self._parameters
         backend = "auto" if dispatch.is_auto() else dispatch.requested_backend()[0]
         if op is None or backend in ("triton", "torch") or is_transformed():

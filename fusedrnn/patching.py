@@ -6,8 +6,11 @@ classes, for models that are built afterwards. ``replace_modules`` converts an e
 
 from __future__ import annotations
 
+import copy
 import functools
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -91,6 +94,9 @@ def _update() -> None:
             _undo.pop()()
     elif not _undo:
         _undo.append(functools.partial(_allow_rnn, *_allow_rnn(True, True)))
+        if quantize := sys.modules.get("torch.ao.quantization.quantize"):
+            mark = _with_warning(quantize.propagate_qconfig_)
+            _undo.append(_replace(quantize, mark.__name__, mark))
         for theirs, ours in _OURS.items():
             for place in _PLACES:
                 _undo.append(_replace(place, ours.__name__, ours))
@@ -123,6 +129,19 @@ def _for_both(ours: type, theirs: type, method: str) -> Callable:
         return called(self, *args, **kwargs)
 
     return shared
+
+
+def _with_warning(mark: Callable) -> Callable:
+    """Wraps the function that marks the modules to quantize, which names torch's classes."""
+
+    @functools.wraps(mark)
+    def warned(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(type(module) in _OURS for module in model.modules()):
+            message = "torch's quantization finds no nn.LSTM or nn.GRU while torch is patched; "
+            warnings.warn(message + "call fusedrnn.unpatch() first", stacklevel=3)
+        return mark(model, *args, **kwargs)
+
+    return warned
 
 
 def _allow_rnn(default: bool, current: bool) -> tuple[bool, bool]:
@@ -164,6 +183,15 @@ def to_torch(model: _Model) -> _Model:
             module has an instance attribute ``forward``. Nothing has been changed.
     """
     return _convert(model, _TORCHS, "to_torch")
+
+
+def _scriptable(module: torch.nn.Module) -> torch.nn.Module:
+    """Returns what ``torch.jit.script`` puts in a module's place: torch's, with its Parameters."""
+    return to_torch(copy.copy(module))
+
+
+for _ours in _TORCHS:
+    _ours.__prepare_scriptable__ = _scriptable  # type: ignore[attr-defined]
 
 
 def _convert(model: _Model, classes: _Classes, caller: str) -> _Model:

@@ -242,6 +242,7 @@ def test_packed_input_that_torch_lets_pass():
 BAD = {
     "lengths a number": ({"lengths": 3}, TypeError, "lengths is a int; expected a tensor or a"),
     "lengths a text": ({"lengths": "ab"}, TypeError, "lengths is a str"),
+    "lengths bytes": ({"lengths": b"abc"}, TypeError, "lengths is a bytes"),
     "lengths a dict": ({"lengths": {0: 1}}, TypeError, "lengths is a dict"),
     "lengths with None": ({"lengths": [4, None, 1]}, ValueError, r"lengths\[1\] is None"),
     "lengths of floats": ({"lengths": LENGTHS.double()}, ValueError, "lengths is torch.float64"),

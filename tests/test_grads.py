@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
-from torch.nn.utils.rnn import pack_padded_sequence
+from models import torch_module
+from test_equivalence import build, everything, runner, states_for
 
 import fusedrnn
 from fusedrnn import grads
@@ -34,50 +37,17 @@ def test_a_long_sum_is_made_of_parts():
     assert ours < theirs / 1.5
 
 
-@pytest.mark.parametrize("layout", ["dense", "packed"])
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_sums_over_many_rows_are_as_exact_as_torchs(kind, layout):
-    """One product over all 3200 rows leaves the error budget."""
-    options = {} if layout == "packed" else {"num_layers": 2, "bidirectional": True}
-    modules = [getattr(torch.nn, kind)(8, 8, **options).double() for _ in range(2)]
-    modules += [getattr(fusedrnn, kind)(8, 8, **options)]
-    for module in modules[:2]:
-        module.load_state_dict(modules[2].state_dict())
-    modules[1].float()
-    x, lengths = torch.randn(200, 16, 8), torch.randint(100, 201, (16,))
-    found = []
-    for module in modules:
-        given = x.to(module.weight_hh_l0.dtype)
-        if layout == "packed":
-            given = pack_padded_sequence(given, lengths, enforce_sorted=False)
-        with fusedrnn.use_backend("torch"):
-            output = module(given)[0]
-        data = output if layout == "dense" else output.data
-        weights = dict(module.named_parameters())
-        cotangent = torch.sin(torch.arange(data.numel())).view_as(data).to(data.dtype)
-        of_weights = torch.autograd.grad(data, list(weights.values()), cotangent)
-        found.append(dict(zip(weights, of_weights, strict=True)))
-    truth, theirs, ours = found
+@pytest.mark.parametrize(("T", "B", "I", "H"), [(200, 16, 8, 8), (30, 32, 4, 32)])
+@pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
+def test_sums_over_many_rows_are_as_exact_as_torchs(cell, T, B, I, H):
+    """One product over all 3200 rows, or one with the large terms of h_0, leaves the budget."""
+    ours, theirs = build(cell, dtype=torch.float32, I=I, H=H), torch_module(cell, I, H)
+    theirs.load_state_dict(ours.state_dict())
+    x, hx, run = torch.randn(T, B, I), states_for(ours, B), runner("torch", "dense")
+    truth = everything(run, copy.deepcopy(theirs).double(), x, hx, torch.float64)
+    ref, got = (everything(run, module, x, hx, torch.float32) for module in (theirs, ours))
     for name, want in truth.items():
-        assert_budget(name, ours[name], theirs[name], want)
-
-
-@pytest.mark.parametrize("kind", ["LSTM", "GRU", "RNN"])
-def test_large_initial_states_do_not_round_the_other_terms(kind):
-    """The terms of h_0 in dW_hh, which are large, are summed apart from those of the other h."""
-    ours, theirs = getattr(fusedrnn, kind)(4, 32), getattr(torch.nn, kind)(4, 32)
-    truth = getattr(torch.nn, kind)(4, 32).double()
-    for module in (theirs, truth):
-        module.load_state_dict(ours.state_dict())
-    x, h_0, cotangent = torch.randn(30, 32, 4), torch.randn(1, 32, 32), torch.randn(30, 32, 32)
-    found = []
-    for module in (truth, theirs, ours):
-        dtype = module.weight_hh_l0.dtype
-        h = h_0.to(dtype)
-        with fusedrnn.use_backend("torch"):
-            output = module(x.to(dtype), (h, h) if kind == "LSTM" else h)[0]
-        found += torch.autograd.grad(output, module.weight_hh_l0, cotangent.to(dtype))
-    assert_budget("dW_hh", found[2], found[1], found[0])
+        assert_budget(name, got[name], ref[name], want)
 
 
 def test_the_two_biases_do_not_share_a_gradient():

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+import os
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -116,18 +120,6 @@ def test_no_sequences(cell):
     assert run(case_of(cell, 2, "dense", B=0))["out"].shape == (0, 2 * H)
 
 
-def test_sequences_without_any_step_keep_their_state():
-    case = case_of("lstm", 2, "packed")
-    case.rows = packed_rows(case.rows.sizes, 2, CPU, None, B + 2)
-    more = torch.randn(2, 2, H, dtype=torch.float64)
-    case.h_0, case.c_0 = (torch.cat([state, more], 1) for state in (case.h_0, case.c_0))
-    ends = (torch.cat([g, more], 1) for g in (case.grads.h_n, case.grads.c_n))
-    case.grads = case.grads._replace(**dict(zip(("h_n", "c_n"), ends, strict=True)))
-    got = run(case)
-    for name in ("h_n", "c_n", "d_h_0", "d_c_0"):
-        assert torch.equal(got[name][:, B:], more), name
-
-
 class Counter(TorchDispatchMode):
     """Counts the operators that are no views."""
 
@@ -165,3 +157,29 @@ def test_packed_rows_cost_no_call_a_step():
             steps_of.final(torch.ones(3, H), left)
         counts.append(counter.calls)
     assert counts[0] == counts[1]
+
+
+FORK = """
+import multiprocessing
+import torch
+import fusedrnn
+
+def train():
+    with fusedrnn.use_backend("torch"):
+        fusedrnn.GRU(16, 16)(torch.randn(60, 16, 16))[0].sum().backward()
+
+torch.set_num_threads(2)
+train()
+child = multiprocessing.get_context("fork").Process(target=train)
+child.start()
+child.join()
+assert torch.get_num_threads() == 2
+"""
+
+
+def test_a_forked_process_trains():
+    """OpenMP's threads do not survive a fork; a second one of them would wait for ever."""
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
+    environment.pop("OMP_NUM_THREADS", None)
+    command = [sys.executable, "-W", "ignore", "-c", FORK]
+    subprocess.run(command, env=environment, check=True, timeout=60)

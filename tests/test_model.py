@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fusedrnn.kernels.model import Floors, cudnn_step, dependent_mma, floors_of
+from fusedrnn.kernels.model import Floors, cudnn_step, floors_of
 from fusedrnn.kernels.plan import CHIPS, Problem, Tiles, cooperative, resident
 
 CHIP = CHIPS["sm_90"]
@@ -32,54 +32,17 @@ def test_a_step_of_an_lstm_worked_out_by_hand():
     assert found.step == pytest.approx(found.shared + found.chain + found.sync)
 
 
-def test_backward_reads_every_gate_and_activates_little():
+def test_floors_follow_the_work():
     forward, backward = floors(), floors(forward=False)
-    assert backward.l2 == pytest.approx(4 * forward.l2)
+    assert backward.l2 == pytest.approx(4 * forward.l2)  # every gate
     assert backward.specials == pytest.approx(forward.specials / 5)
-    assert backward.products == forward.products
-
-
-TWO = ((0, 8, 64), (512, 8, 32))  # chunks of H = 768
-
-
-@pytest.mark.parametrize(
-    ("cell", "kind", "chunks", "layers", "forward", "chains"),
-    [
-        ("lstm", "16-bit", ((0, 8, 64),), 1, True, (4,)),  # 64 columns, 16 an instruction
-        ("lstm", "16-bit", ((0, 8, 64),), 1, False, (16,)),  # all four gates
-        ("lstm", "16-bit", TWO, 1, True, (6,)),  # both chunks
-        ("lstm", "16-bit", TWO, 1, False, (16,)),  # the longer chunk of all gates
-        ("rnn_tanh", "16-bit", TWO, 1, False, (6,)),  # one gate: both chunks
-        ("gru_reset_before", "16-bit", TWO, 1, False, (8, 4 + 2)),  # two gates, then one
-        ("lstm", "tf32", ((0, 8, 64),), 1, False, (32,)),  # 8 columns an instruction
-        ("gru", "16-bit", ((0, 8, 64),), 2, False, (12, 12)),  # the layer above as well
-        ("lstm", "16-bit", (), 1, False, (4,)),  # resident with 16 units: four gates
-        ("lstm", "tf32x3", (), 1, True, (6,)),  # three products of 16 columns
-    ],
-)
-def test_chains(cell, kind, chunks, layers, forward, chains):
-    problem = LSTM._replace(cell=cell, layers=layers)
-    assert dependent_mma(problem, kind, tiles(chunks=chunks), forward) == chains
-
-
-def test_dots_that_share_an_accumulator_are_a_chain():
-    assert dependent_mma(LSTM, "16-bit", tiles(chunks=((0, 8, 64),), folded=2), False) == (8,)
-
-
-def test_rounds_of_batch_tiles_add_up():
     one, three = floors(LSTM._replace(batch=32)), floors(LSTM._replace(batch=96))
-    assert three == pytest.approx(Floors(*(3 * floor for floor in one)))
-
-
-def test_a_layer_above_the_first_multiplies_twice():
+    assert three == pytest.approx(Floors(*(3 * floor for floor in one)))  # rounds of tiles
     one, two = floors(units=8), floors(LSTM._replace(layers=2), units=8)
     assert two.products == pytest.approx(2 * one.products)
-    assert two.l2 == pytest.approx(4 * one.l2)  # twice the programs, twice the operands
     assert two.sync == one.sync  # the layers exchange at the same time
-
-
-def test_a_second_phase_is_a_second_hop():
     assert floors(LSTM._replace(cell="gru_reset_before")).sync == pytest.approx(2 * 0.8)
+    assert floors(folded=2).mma == forward.mma
 
 
 def test_a_resident_program_exchanges_nothing():
@@ -110,16 +73,3 @@ def test_reports_for_cudnn():
     assert cudnn_step(LSTM._replace(needs_grad=False, layers=3)) == 19.5
     assert cudnn_step(LSTM._replace(dtype=torch.float32)) is None  # in ieee there is no report
     assert cudnn_step(LSTM._replace(dtype=torch.float64, precision="tf32")) is None
-
-
-def test_kinds_of_products():
-    wide, amd = LSTM._replace(dtype=torch.float32, precision="tf32"), CHIP._replace(warp_size=64)
-    assert LSTM.kind(CHIP) == "16-bit"
-    assert (wide.kind(CHIP), wide.kind(amd)) == ("tf32", "ieee")
-    assert wide._replace(dtype=torch.float64).kind(CHIP) == "fp64"
-
-
-def test_floors_print_what_is_not_zero():
-    assert str(Floors(0.1, 0.0, 0.25, 0.0, 0.3, 0.2, 0.0)) == (
-        "0.50 us a step (products 0.10, specials 0.25, mma 0.30, chain 0.20)"
-    )

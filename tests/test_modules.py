@@ -334,13 +334,78 @@ def test_classes_behind_ours_are_called():
     assert pickle.loads(pickle.dumps(module))._restored
 
 
-def test_pickles_of_torchs_modules_load_as_ours_while_patched():
-    theirs, x = nn.LSTM(3, 4, 2), input_of("LSTM")
-    dumped = pickle.dumps(theirs)
-    with fusedrnn.patch():
-        ours = pickle.loads(dumped)
-    assert type(ours) is fusedrnn.LSTM
-    assert torch.equal(output_of(ours, x), output_of(theirs, x))
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_pickles_of_torchs_modules_load_as_ours_while_patched(name):
+    theirs, x = getattr(nn, name)(3, 4, 2), input_of(name)
+    want = output_of(theirs, x)
+    for _ in range(2):
+        dumped = pickle.dumps(theirs)
+        with fusedrnn.patch():
+            ours = pickle.loads(dumped)
+        assert type(ours) is getattr(fusedrnn, name)
+        assert repr(ours) == f"{name}(3, 4, num_layers=2)"
+        assert torch.equal(output_of(ours, x), want)
+        assert torch.equal(output_of(fusedrnn.to_torch(ours), x), want)
+        theirs.__dict__.pop("proj_size", None)  # as torch's before 1.8
+
+
+@pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
+@pytest.mark.parametrize("name", NAMES[3:])
+def test_cells_with_one_bias(name, missing):
+    theirs, ours = both(name, (3, 4), {})
+    x, found = input_of(name), []
+    for module in (theirs, ours):
+        setattr(module, missing, None)
+        with fusedrnn.use_backend("torch"):
+            output = output_of(module, x)
+        found.append([output, *torch.autograd.grad(output.sum(), list(module.parameters()))])
+    torch.testing.assert_close(*found)
+
+
+class Tagger(nn.Module):
+    """A stack on packed words, the last h of it through a cell."""
+
+    def __init__(self, library, name):
+        super().__init__()
+        self.rnn, self.cell = getattr(library, name)(3, 4), getattr(library, name + "Cell")(4, 4)
+
+    def forward(self, x, lengths):
+        packed = nn.utils.rnn.pack_padded_sequence(x, lengths, enforce_sorted=False)
+        output = self.rnn(packed)[0]
+        h = self.cell(self.rnn(x)[0][-1])
+        return nn.utils.rnn.pad_packed_sequence(output)[0], h[0] if isinstance(h, tuple) else h
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_jit_trace_records_torchs_operators_for_all_sizes(name):
+    theirs, ours = Tagger(nn, name), Tagger(fusedrnn, name)
+    ours.load_state_dict(theirs.state_dict())
+    traced = torch.jit.trace(ours, (torch.randn(30, 5, 3), torch.tensor([30, 2, 30, 7, 9])))
+    assert "fusedrnn::" not in str(traced.inlined_graph)
+    given = torch.randn(20, 3, 3), torch.tensor([4, 20, 9])
+    found = []
+    for model in (theirs, traced):
+        results = model(*given)
+        loss = sum(result.sin().sum() for result in results)
+        found.append([*results, *torch.autograd.grad(loss, list(model.parameters()))])
+    torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+def test_symbolic_trace_sees_leaves(name):
+    class Model(Tagger):
+        def forward(self, x, hx):
+            return self.cell(self.rnn(x, hx=hx)[0][-1])
+
+    graphs = [torch.fx.symbolic_trace(Model(library, name)).graph for library in (nn, fusedrnn)]
+    calls = [[n.target for n in graph.nodes if n.op == "call_module"] for graph in graphs]
+    assert calls == [["rnn", "cell"]] * 2
+    model = Model(fusedrnn, name)
+    x, h = input_of(name), torch.randn(1, 5, 4)
+    hx = (h, h) if name == "LSTM" else h
+    assert torch.equal(torch.fx.symbolic_trace(model)(x, hx)[0], model(x, hx)[0])
 
 
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])

@@ -16,10 +16,12 @@ from pairs import (
     batch,
     build,
     leaves,
+    states_for,
 )
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import reference
@@ -212,15 +214,18 @@ def test_parameters_whose_data_is_replaced_before_backward():
 @pytest.mark.parametrize("steps", [3, 30])
 @pytest.mark.parametrize("name", ["GRU", "RNN"])
 def test_outputs_may_be_modified_in_place(name, steps):
-    theirs, ours = build(name, torch.float32, num_layers=2)
-    x, found = torch.randn(steps, B, I), []
+    theirs, ours = build(name, torch.float32, num_layers=2, batch_first=True)
+    x, found = torch.randn(B, steps, I), []
     for module in (theirs, ours):
         output, h_n = module(x)
         output += 1
-        output[0] = 0
+        output[:, 0] = 0
         nn.functional.relu(output, inplace=True)
         h_n.mul_(2)
         found.append(torch.autograd.grad(output.sum() + h_n.sum(), list(module.parameters())))
+        output, h_n = module(x)
+        assert output.stride() == (H, B * H, 1)
+        output.detach_(), h_n.detach_()
     assert_close(found[1], found[0], 1e-4)
 
 
@@ -239,6 +244,29 @@ def test_programs_exported_without_gradients_can_be_differentiated(name, kwargs)
         loss = loss_of(run(given))
         found.append(torch.autograd.grad(loss, [given, *run.parameters()]))
     assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("needs_input", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_flops_are_those_of_torchs_products(name, needs_input):
+    """For an LSTM on the CPU torch counts none."""
+    theirs, ours = build(name, num_layers=2, bidirectional=True)
+    x, hx, found = batch().requires_grad_(needs_input), states_for(ours, B).requires_grad_(), []
+    for module in (theirs, ours):
+        with fusedrnn.use_backend("torch"), FlopCounterMode(display=False) as counter:
+            loss = module(x, hx)[0].sum()
+            forward = counter.get_total_flops()
+            loss.backward()
+        found.append((forward, counter.get_total_flops()))
+    assert found[0] == found[1]
+
+
+def test_walkers_of_saved_tensors_meet_no_none():
+    for name in NAMES:
+        with fusedrnn.use_backend("torch"):
+            output, _ = build(name)[1](batch())
+        shapes = [tensor.shape for tensor in output.grad_fn.saved_tensors]
+        assert shapes[0] == (T, B, I)
 
 
 def test_a_traced_graph_contains_both_operators():

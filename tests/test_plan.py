@@ -22,7 +22,6 @@ from fusedrnn.kernels.plan import (
     resident,
     stepwise,
 )
-from fusedrnn.kernels.spec import SPECS
 
 H100, BF16, FP32 = CHIPS["sm_90"], torch.bfloat16, torch.float32
 AMD = H100._replace(name="MI300", arch="gfx942", shared_bytes=65_536, warp_size=64)
@@ -213,12 +212,3 @@ def test_a_description():
     assert "forward at least 0." in text
     assert text.endswith("(modelled, not measured)")
     assert plan(problem(needs_grad=False), H100).backward is None
-
-
-def test_counts_of_cells_are_consistent():
-    for spec in SPECS.values():
-        assert [gate for phase in spec.phases for gate in phase] == list(range(spec.gates))
-        stored = [tile for tiles in spec.grads for tile in tiles]
-        assert sorted(stored) == list(range(spec.grad_tiles))
-        assert all(list(t) == list(range(t[0], t[0] + len(t))) for t in spec.grads)
-        assert len(spec.operands) == len(spec.phases) == len(spec.grads)

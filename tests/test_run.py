@@ -59,24 +59,23 @@ def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
     )
 
 
-def test_a_script_runs_as_by_python(tmp_path):
-    (tmp_path / "real").mkdir()
-    (tmp_path / "real" / "beside.py").touch()
-    (tmp_path / "real" / "facts.py").write_text(FACTS)
+@pytest.mark.parametrize(
+    ("target", "arguments"),
+    [(["linked.py"], ["-m", "--", "-h", "--flag=1", ""]), (["-m", "package"], ["-m", "x"])],
+)
+def test_a_program_runs_as_by_python(target, arguments, tmp_path):
+    for name in ("real", "package"):
+        (tmp_path / name).mkdir()
+    for name, text in (
+        ("beside.py", ""), ("package/__main__.py", FACTS),
+        ("real/beside.py", ""), ("real/facts.py", FACTS),
+    ):  # fmt: skip
+        (tmp_path / name).write_text(text)
     (tmp_path / "linked.py").symlink_to("real/facts.py")
-    done = run("linked.py", "-m", "--", "-h", "--flag=1", "", cwd=tmp_path)
-    assert done.stdout.splitlines()[0].startswith("__main__")
-    assert "True ['-m', '--', '-h', '--flag=1', ''] True" in done.stdout
-    assert done.stderr == "enough\nfusedrnn: 1 module ran: 1 on aten\n"
-    assert done.returncode == 1
-
-
-def test_a_module_runs_as_by_python(tmp_path):
-    (tmp_path / "package").mkdir()
-    (tmp_path / "beside.py").touch()
-    (tmp_path / "package" / "__main__.py").write_text(FACTS)
-    done = run("-m", "package", "-m", "x", cwd=tmp_path)
-    assert done.stdout == "__main__ package True ['-m', 'x'] True\n"
+    done = run(*target, *arguments, cwd=tmp_path)
+    package = "package" if target[0] == "-m" else ""
+    assert done.stdout.startswith(f"__main__ {package}")
+    assert done.stdout.endswith(f" True {arguments} True\n")
     assert done.stderr == "enough\nfusedrnn: 1 module ran: 1 on aten\n"
     assert done.returncode == 1
 

@@ -40,26 +40,21 @@ def result(case):
         return [output.detach(), *torch.autograd.grad(output.sum(), list(module.parameters()))]
 
 
-def resident_bytes():
-    gc.collect()
-    return int(STATM.read_text().split()[1]) * 4096
-
-
 @pytest.mark.skipif(not STATM.exists(), reason="there is no /proc/self/statm")
 def test_thousands_of_calls_in_four_threads():
     """Every call gives the same bits, each thread has its own backend, and memory does not grow."""
-    every = cases()
+    every, used = cases(), []
     expected = [result(case) for case in every]
 
     def work(seed):
         for n in random.Random(seed).choices(range(len(every)), k=CALLS // THREADS // 2):
             assert all(map(torch.equal, result(every[n]), expected[n])), n
 
-    used = []
     for _ in range(2):  # in the first round allocators and caches find their size
         with ThreadPoolExecutor(THREADS) as pool:
             list(pool.map(work, range(THREADS)))
-        used.append(resident_bytes())
+        gc.collect()
+        used.append(int(STATM.read_text().split()[1]) * 4096)
     assert used[1] - used[0] < 8 << 20, used
 
 
@@ -82,8 +77,7 @@ class Encoded(Dataset):
 def test_in_worker_processes(method):
     data = Encoded()
     data.module(data.x[0])[0].sum().backward()  # the parent has trained before it forks
-    loader = DataLoader(data, batch_size=2, num_workers=2, multiprocessing_context=method)
-    got = torch.cat(list(loader))
+    got = torch.cat(list(DataLoader(data, 2, num_workers=2, multiprocessing_context=method)))
     torch.testing.assert_close(got, torch.stack([data[n] for n in range(len(data))]))
 
 

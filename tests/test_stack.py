@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -143,38 +144,30 @@ def test_tensors_of_any_strides():
     torch.testing.assert_close(results, want, rtol=1e-13, atol=1e-13)
 
 
-class Schedule:
-    """A schedule that refuses to be launched, or runs the loop."""
-
-    def __init__(self, refuses):
-        self.refuses, self.calls = refuses, 0
-
-    def forward(self, cell, plan, layers, rows):
-        self.calls += 1
-        if self.refuses:
-            raise LaunchRefused("too few SMs")
-        for tensor in (layers.out[0], layers.h_n):
-            tensor.zero_()
-
-
 def test_a_refused_launch_is_planned_again(monkeypatch):
     """The second plan needs no cooperation, and a warning tells of it."""
-    schedules = {"cooperative": Schedule(True), "stepwise": Schedule(False)}
-    refused = []
-    monkeypatch.setattr(layer, "_schedule", schedules.__getitem__)
+    calls, refused = [], []
+
+    class Schedule(SimpleNamespace):
+        def forward(self, cell, plan, layers, rows):
+            calls.append(self.name)
+            if self.name == "cooperative":
+                raise LaunchRefused("too few SMs")
+            layers.out[0].zero_()
+            layers.h_n.zero_()
+
+    def plan_stack(problem, chip):
+        return [Plan("stepwise" if refused else "cooperative", None, None)] * L
+
+    monkeypatch.setattr(layer, "_schedule", lambda name: Schedule(name=name))
     monkeypatch.setattr(stack, "refuse_cooperation", refused.append)
-    monkeypatch.setattr(
-        layer.planning,
-        "plan_stack",
-        lambda problem, chip: [Plan("stepwise" if refused else "cooperative", None, None)] * L,
-    )
+    monkeypatch.setattr(layer.planning, "plan_stack", plan_stack)
     config = config_of("gru", backend="triton")
-    inputs = inputs_of(config, torch.float32)
     with pytest.warns(RuntimeWarning, match="refused a cooperative launch .too few SMs."):
-        outputs = stack.forward(inputs, Sequences(), config, False)
+        outputs = stack.forward(inputs_of(config, torch.float32), Sequences(), config, False)
     assert not outputs.output.any()
     assert refused == [torch.device("cpu")]
-    assert (schedules["cooperative"].calls, schedules["stepwise"].calls) == (1, L)
+    assert calls == ["cooperative", *["stepwise"] * L]
 
 
 @pytest.mark.parametrize("recompute", [False, True])
@@ -229,21 +222,22 @@ def test_python_calls_before_a_launch(monkeypatch):
         nonlocal calls
         calls += event in ("call", "c_call")
 
-    launched = Launched()
+    def counted(run, *args):
+        nonlocal calls
+        calls = 0
+        sys.setprofile(count)
+        result = run(*args, Sequences(), config, True, *([] if run is stack.forward else [True]))
+        sys.setprofile(None)
+        return result
+
+    launched, calls = Launched(), 0
     monkeypatch.setattr(layer, "_schedule", lambda name: launched)
     config = config_of("lstm", backend="triton", num_layers=1)
     inputs = inputs_of(config, torch.float32)._replace(dropout_masks=[])
     inputs = inputs._replace(h_0=inputs.h_0[:1], c_0=inputs.c_0[:1], params=inputs.params[:4])
-    for is_warm in (False, True):
-        calls = 0
-        sys.setprofile(count if is_warm else None)
-        outputs = stack.forward(inputs, Sequences(), config, True)
-        sys.setprofile(None)
-        grads = StackGrads(outputs.output, None, None, None)
-        calls = 0
-        sys.setprofile(count if is_warm else None)
-        stack.backward(inputs, outputs, grads, Sequences(), config, True, True)
-        sys.setprofile(None)
+    for _ in range(2):  # the first call plans
+        outputs = counted(stack.forward, inputs)
+        counted(stack.backward, inputs, outputs, StackGrads(outputs.output, None, None, None))
     assert counts[2] <= MOST[0]
     assert counts[3] <= MOST[1]
 

@@ -1,8 +1,5 @@
 """Predicted times: reading SASS, timing hand-made traces, ordering variants of one kernel."""
 
-import subprocess
-import sys
-
 import pytest
 
 from fusedrnn.kernels import sass
@@ -97,12 +94,10 @@ def test_traces_the_loop_over_time():
 def test_every_kind_of_instruction_has_its_pipe(arch):
     pipes = {
         "HMMA.16816.F32": "tensor", "MUFU.EX2": "mufu", "FFMA": "fma", "IMAD.WIDE": "imad",
-        "LDSM.16.M88.4": "memory", "STG.E.128": "memory", "SHFL.BFLY": "memory", "LOP3": "alu",
-        "BAR.SYNC": "barrier", "UIADD3": "uniform", "BRA": "control",
+        "STG.E.128": "memory", "LOP3": "alu", "BAR.SYNC": "barrier", "BRA": "control",
     }  # fmt: skip
     costs = {name: cost(Instruction(0, name), timings(arch)) for name in pipes}
     assert {name: each.pipe for name, each in costs.items()} == pipes
-    assert costs["LDSM.16.M88.4"].unit == 4  # 512 bytes at 128 a cycle
 
 
 def test_hand_made_traces():
@@ -139,8 +134,3 @@ def test_orders_two_variants_and_repeats_itself(tmp_path):
     assert predict(four, SM, 4) == slow
     assert predict(four, SM, 4, hops=1).us == pytest.approx(slow.us + SM.hop_us)
     assert "8 barriers" in slow.report()
-
-
-def test_needs_no_triton():
-    code = "import sys; sys.modules['triton'] = None; import fusedrnn.kernels.steptime"
-    subprocess.run([sys.executable, "-c", code], check=True)
