@@ -28,28 +28,6 @@ class Case(NamedTuple):
     I: int
     H: int
 
-    @property
-    def id(self) -> str:
-        return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
-
-
-#: Odd shapes: T from 1 to 65, B from 1 to 33, sizes next to powers of two.
-CASES = (
-    Case(1, 1, 1, 1),
-    Case(2, 3, 1, 5),
-    Case(7, 17, 5, 16),
-    Case(4, 2, 1, 5),
-    Case(20, 5, 1, 32),
-    Case(65, 1, 3, 20),
-    Case(9, 33, 20, 20),
-    Case(5, 16, 33, 33),
-    Case(6, 4, 65, 50),
-    Case(3, 18, 100, 64),
-    Case(4, 5, 2, 90),
-    Case(2, 9, 7, 100),
-    Case(3, 33, 2, 1),
-)
-
 
 class Budget(NamedTuple):
     """The verdict on one tensor. Errors are absolute, against the fp64 truth; rms is relative."""

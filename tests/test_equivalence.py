@@ -254,12 +254,14 @@ def test_nothing_saved_gives_the_same_bits(cell, backend):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_repeated_calls_give_the_same_bits(backend):
-    module = build("gru", 1, 2, torch.float32, H=16)
-    x, hx = torch.randn(T, 5, 3), states_for(module, 5, torch.float32)
-    run = runner(backend, "both")
-    first, second = (everything(run, module, x, hx, torch.float32) for _ in range(2))
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float32), ("triton", torch.float32), ("triton", torch.float64)],
+)
+def test_repeated_calls_give_the_same_bits(backend, dtype):
+    module = build("gru", 1, 2, dtype, H=16)
+    x, hx, run = torch.randn(T, 5, 3), states_for(module, 5), runner(backend, "both")
+    first, second = (everything(run, module, x, hx, dtype) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

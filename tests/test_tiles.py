@@ -69,16 +69,3 @@ def test_tiles_are_loaded_masked_and_stored(device):
     want[:, H:] += 1.0
     assert torch.equal(out[:B], want)
     assert (out[B] == 7.0).all()
-
-
-@triton.jit
-def choose_kernel(pointers, y_ptr):
-    index = tl.program_id(0)
-    tl.store(y_ptr + index, tl.load(tiles.choose(pointers, index)))
-
-
-def test_pointers_are_chosen_at_run_time(device):
-    each = tuple(torch.tensor([float(n)], device=device) for n in (3, 1, 2))
-    y = torch.empty(3, device=device)
-    choose_kernel[3,](each, y)
-    assert y.tolist() == [3.0, 1.0, 2.0]
