@@ -33,7 +33,11 @@ def weight_grads(
     ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates`` is ``[R, N*H]``.
     """
     spec, (columns, H) = SPECS[cell], layers.w_hh[z].shape
-    grads = [_input_weight_grad(dgates[:, :columns], x)]
+    dgx, by_sequence = dgates[:, :columns], rows_by_sequence(x, columns)
+    if by_sequence is None:
+        grads = [outer(dgx, x.reshape(-1, x.shape[-1]))]
+    else:  # dgx, the smaller factor, is reordered
+        grads = [outer(dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1), by_sequence)]
     grads.append(_recurrent_weight_grad(spec, z, layers, dgates, rows))
     if layers.b_ih is not None:
         sums = dgates.sum(0)
@@ -48,14 +52,6 @@ def input_grad(dgates: Tensor, w_ih: tuple[Tensor, ...], out: Tensor) -> Tensor:
         dgx = dgates[d, :, : len(weight)]
         torch.addmm(out, dgx, weight, beta=float(d > 0), out=out)
     return out
-
-
-def _input_weight_grad(dgx: Tensor, x: Tensor) -> Tensor:
-    """Returns dW_ih; the smaller factor is reordered where x lies in memory by sequence."""
-    by_sequence = rows_by_sequence(x, dgx.shape[1])
-    if by_sequence is None:
-        return outer(dgx, x.reshape(-1, x.shape[-1]))
-    return outer(dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1), by_sequence)
 
 
 def _recurrent_weight_grad(
