@@ -214,7 +214,7 @@ def _rnn_backward(a: Backward, slope: Callable) -> Callable:
 
 
 class Cell(NamedTuple):
-    """The two functions of a cell. Each binds its tensors and returns the function of one step."""
+    """The two functions of a cell."""
 
     forward: Callable[[Forward], Callable]
     backward: Callable[[Backward], Callable]
