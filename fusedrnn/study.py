@@ -51,7 +51,6 @@ def run(options: Namespace) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}") from None
-
     yield (
         f"{o.cell}: H {o.hidden}, B {o.batch}, D {o.directions}, L {o.layers}, {o.dtype}, for "
         f"training on {chip.name}: {chip.sms} SMs with {chip.shared_bytes:,} bytes of\nshared "
@@ -204,8 +203,7 @@ def _name(plan: Plan, direction: str, plans: Sequence[Plan]) -> str:
     return f"{plan.layers}-layers-{direction}" if len(plans) > 1 else direction
 
 
-def _folder_name(options: Namespace) -> str:
-    o = options
+def _folder_name(o: Namespace) -> str:
     products = f"-{o.precision}" if o.dtype == "fp32" else ""
     schedule = f"-{o.schedule}" if o.schedule else ""
     sizes = f"H{o.hidden}-B{o.batch}-D{o.directions}-L{o.layers}"
