@@ -71,7 +71,7 @@ def map_forward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, A
     """Maps ``rnn_forward``."""
     forward = torch.ops.fusedrnn.rnn_forward
     input, h_0, c_0, params, masks, lengths, reset, batch_sizes, *config = arguments
-    if batch_sizes is not None or _any_mapped(dims[3]):
+    if batch_sizes is not None or any(dim is not None for dim in dims[3]):
         return _one_by_one(forward, info.batch_size, dims, arguments)
     fold = _fold(info, input, dims[0])
     results = forward(
@@ -92,7 +92,7 @@ def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, 
     backward = torch.ops.fusedrnn.rnn_backward
     d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, masks, *rest = arguments
     output, gates, cs, hidden, lengths, reset, batch_sizes, *config, needs_params = rest
-    if batch_sizes is not None or needs_params or _any_mapped(dims[7]):
+    if batch_sizes is not None or needs_params or any(dim is not None for dim in dims[7]):
         return _one_by_one(backward, info.batch_size, dims, arguments)
     fold = _fold(info, input, dims[4])
     results = backward(
@@ -110,10 +110,6 @@ def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, 
         needs_params,
     )
     return (*(fold.split(result) for result in results[:3]), []), (0, 0, 0, [])
-
-
-def _any_mapped(dims: Sequence[int | None]) -> bool:
-    return any(dim is not None for dim in dims)
 
 
 def _fold(info: Any, input: Tensor, dim: int | None) -> _Fold:
