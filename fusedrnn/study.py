@@ -22,8 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES["fp64"] = torch.float64  # for schedule stepwise alone
 PRECISIONS = ("tf32", "ieee", "tf32x3")
 SCHEDULES = tuple(planning.SCHEDULES)
-#: Bytes. No GPU of the architectures in ``CHIPS`` is sold with more.
-LARGEST_MEMORY = 2**38
+LARGEST_MEMORY = 2**38  # bytes; no GPU of the architectures in ``CHIPS`` is sold with more
 
 
 class UsageError(Exception):
@@ -71,11 +70,7 @@ def run(options: Namespace) -> Iterator[str]:
 
 
 def _compiler() -> Any:
-    """Returns the module ``compile``, which imports triton.
-
-    Raises:
-        UsageError: triton is missing, or interprets.
-    """
+    """Returns the module ``compile``; raises UsageError if triton is missing, or interprets."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
         raise UsageError("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
     try:
