@@ -16,10 +16,8 @@ from .layout import entering, previous_rows, rows_by_sequence
 #: On the CPU a sum over rows is made of so many parts, each of at least so many rows, as long as
 #: their results together have at most so many numbers.
 _PARTS, _ROWS_OF_A_PART, _PARTS_SIZE = 8, 400, 1 << 20
-#: Up to so many multiplications one product of all tiles of a GRU is faster than two of some.
-_LITTLE = 1 << 24
-#: Up to so many numbers of h are copied to be multiplied at once.
-_COPIED = 1 << 14
+_LITTLE = 1 << 24  # multiplications up to which one product of all tiles of a GRU is faster
+_COPIED = 1 << 14  # numbers of h that are at most copied to be multiplied at once
 #: On the CPU results with so few columns are computed as their transposes, which is faster in MKL.
 _NARROW = range(2, 16)
 

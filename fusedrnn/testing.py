@@ -10,12 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The allowed error, in units of torch's own maximal error against fp64.
-FACTOR = 4.0
-#: The least error that is allowed, in units of eps * rms(truth).
-FLOOR_EPS = 8.0
-#: The largest relative RMS error in fp32.
-RMS_FP32 = 5e-6
+FACTOR = 4.0  # the allowed error, in units of torch's own maximal error against fp64
+FLOOR_EPS = 8.0  # the least error that is allowed, in units of eps * rms(truth)
+RMS_FP32 = 5e-6  # the largest relative RMS error in fp32
 
 
 class Case(NamedTuple):

@@ -19,8 +19,7 @@ import torch
 from .problem import Chip, Problem, Tiles
 
 MMA_LATENCY = 24  # cycles
-#: Dependent mma instructions of a step of schedule cooperative, at most.
-LONGEST_CHAIN = 8
+LONGEST_CHAIN = 8  # dependent mma instructions of a step of schedule cooperative, at most
 ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
 ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
 SPECIALS_A_CYCLE = 16

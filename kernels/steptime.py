@@ -128,8 +128,7 @@ class Prediction:
     stalls: list[tuple[float, str, Instruction]]  # mean cycles before it, the cause, which one
 
     @property
-    def us(self) -> float:
-        """The time in microseconds."""
+    def us(self) -> float:  # microseconds
         return self.cycles / self.mhz
 
     def lines(self) -> list[tuple[float, str, str]]:
