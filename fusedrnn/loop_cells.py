@@ -11,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: From so many steps on a transposed copy of W_hh pays.
-_MANY_STEPS = 16
+_MANY_STEPS = 16  # from so many steps on a transposed copy of W_hh pays
 #: Up to this H one product of all four tiles of a GRU, one of them with zeros, is faster than two.
 _ONE_PRODUCT = 64
 Split = Callable[[Tensor], Sequence[Tensor]]  # cuts rows [R, .] into those of each step
@@ -214,7 +213,7 @@ def _rnn_backward(a: Backward, slope: Callable) -> Callable:
 
 
 class Cell(NamedTuple):
-    """The two functions of a cell. Each binds its tensors and returns the function of one step."""
+    """The two functions of a cell."""
 
     forward: Callable[[Forward], Callable]
     backward: Callable[[Backward], Callable]

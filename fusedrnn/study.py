@@ -22,8 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES["fp64"] = torch.float64  # for schedule stepwise alone
 PRECISIONS = ("tf32", "ieee", "tf32x3")
 SCHEDULES = tuple(planning.SCHEDULES)
-#: Bytes. No GPU of the architectures in ``CHIPS`` is sold with more.
-LARGEST_MEMORY = 2**38
+LARGEST_MEMORY = 2**38  # bytes; no GPU of the architectures in ``CHIPS`` is sold with more
 
 
 class UsageError(Exception):
@@ -51,7 +50,6 @@ def run(options: Namespace) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}") from None
-
     yield (
         f"{o.cell}: H {o.hidden}, B {o.batch}, D {o.directions}, L {o.layers}, {o.dtype}, for "
         f"training on {chip.name}: {chip.sms} SMs with {chip.shared_bytes:,} bytes of\nshared "
@@ -72,11 +70,7 @@ def run(options: Namespace) -> Iterator[str]:
 
 
 def _compiler() -> Any:
-    """Returns the module ``compile``, which imports triton.
-
-    Raises:
-        UsageError: triton is missing, or interprets.
-    """
+    """Returns the module ``compile``; raises UsageError if triton is missing, or interprets."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
         raise UsageError("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
     try:
@@ -204,8 +198,7 @@ def _name(plan: Plan, direction: str, plans: Sequence[Plan]) -> str:
     return f"{plan.layers}-layers-{direction}" if len(plans) > 1 else direction
 
 
-def _folder_name(options: Namespace) -> str:
-    o = options
+def _folder_name(o: Namespace) -> str:
     products = f"-{o.precision}" if o.dtype == "fp32" else ""
     schedule = f"-{o.schedule}" if o.schedule else ""
     sizes = f"H{o.hidden}-B{o.batch}-D{o.directions}-L{o.layers}"

@@ -10,12 +10,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-#: The allowed error, in units of torch's own maximal error against fp64.
-FACTOR = 4.0
-#: The least error that is allowed, in units of eps * rms(truth).
-FLOOR_EPS = 8.0
-#: The largest relative RMS error in fp32.
-RMS_FP32 = 5e-6
+FACTOR = 4.0  # the allowed error, in units of torch's own maximal error against fp64
+FLOOR_EPS = 8.0  # the least error that is allowed, in units of eps * rms(truth)
+RMS_FP32 = 5e-6  # the largest relative RMS error in fp32
 
 
 class Case(NamedTuple):
@@ -58,11 +55,10 @@ def error_budget(
 
     Args:
         name: the tensor's name, for the message.
-        got: the result under test, in the tested dtype.
-        ref: torch's result in that dtype.
+        got: the result under test.
+        ref: torch's result in the same dtype.
         truth: the fp64 result.
-        eps: the unit roundoff of the arithmetic if it is coarser than the dtype's, as in tf32
-            (2**-11).
+        eps: the unit roundoff if it is coarser than the dtype's, as in tf32 (2**-11).
 
     Raises:
         ValueError: the shapes differ.
@@ -79,7 +75,6 @@ def error_budget(
     error = (got.detach().double().cpu() - truth).abs()
     ref_error = (ref.detach().double().cpu() - truth).abs()
     scale = truth.square().mean().sqrt().item()
-
     # A truth of zeros allows no error.
     size = max(scale, torch.finfo(torch.float64).tiny)
     max_err, ref_err = error.max().item(), ref_error.max().item()
@@ -116,14 +111,9 @@ def run_module(
 ) -> dict[str, Tensor]:
     """Runs an RNN module and, given cotangents, its backward; returns every tensor by name.
 
-    Args:
-        module: a module with the call signature of ``nn.LSTM`` or ``nn.GRU``.
-        input: ``[T, B, I]``, or ``[B, T, I]`` if the module is batch_first.
-        hx: the initial state, or None.
-        cotangents: gradients of output, h_n and, for an LSTM, c_n; None means no backward.
-
-    Returns:
-        ``output, h_n, c_n``, and ``d_input, d_h_0, d_c_0, d_<parameter>``, all detached.
+    ``module`` is called as ``nn.LSTM`` or ``nn.GRU``; ``cotangents`` are the gradients of output,
+    h_n and, for an LSTM, c_n. The names are ``output, h_n, c_n`` and ``d_input, d_h_0, d_c_0,
+    d_<parameter>``; all tensors are detached.
     """
     input = input.detach().clone().requires_grad_(cotangents is not None)
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)

@@ -30,7 +30,6 @@ class Timings:
 
     chip: str
     mhz: float  # the default clock in MHz
-
     fma_pipes: int = 2  # of 16 lanes, but one on sm_80 (G)
     fma: float = 2.0  # busy; FADD, FMUL, FFMA and their 16-bit forms in one of the pipes (G)
     imad: float = 2.0  # busy; integer multiply-add, in the first of the pipes (D, G)
@@ -39,16 +38,13 @@ class Timings:
     fp64_latency: float = 40.0  # (X)
     uniform: float = 2.0  # busy; the uniform datapath (X)
     branch: float = 12.0  # from a taken branch to the first instruction at its target (X; E: ~10)
-
     mufu: float = 8.0  # busy; 16 lanes an SM, conversions included (G)
     mufu_latency: float = 22.0  # (B: 18 to 23 with a move)
     convert_latency: float = 22.0  # I2F, F2I, F2F (X: as MUFU)
-
     hmma: float = 8.0  # busy; HMMA.16816 of 16-bit operands (C; G)
     hmma_latency: float = 24.6  # accumulator to accumulator (A, C)
     wgmma: float = 4.0  # busy; 64 x 8 x 16 (G)
     wgmma_latency: float = 32.0  # (X; A: 18 for 8 columns in a chain, 128 for 256)
-
     address: float = 4.0  # busy; the address unit of a sub-core has 8 lanes (D, G, H)
     queue: int = 6  # memory instructions between issue and address unit (D: 5)
     shared_bytes: float = 128.0  # bytes a cycle and SM (G)
@@ -64,7 +60,6 @@ class Timings:
     r2ur_latency: float = 10.0  # (X)
     atomic_latency: float = 330.0  # with a result, in L2 (X)
     shared_atomic_latency: float = 64.0  # (X)
-
     barrier: float = 20.0  # from the last arrival to the next instruction (F)
     arrive: float = 2.0  # busy; the arrival of one warp (F)
     hop_us: float = 0.65  # microseconds; from a releasing store to an acquiring load (X)

@@ -128,8 +128,7 @@ class Prediction:
     stalls: list[tuple[float, str, Instruction]]  # mean cycles before it, the cause, which one
 
     @property
-    def us(self) -> float:
-        """The time in microseconds."""
+    def us(self) -> float:  # microseconds
         return self.cycles / self.mhz
 
     def lines(self) -> list[tuple[float, str, str]]:
@@ -285,8 +284,7 @@ class _Sm:
         """Adds the cycles since the warp's last instruction to what they were spent on."""
         if not WARM <= warp.turns < TURNS:
             return
-        what = self.costs[warp.at]
-        clock = warp.ready
+        what, clock = self.costs[warp.at], warp.ready
         lost = {"fixed latency": max(0.0, clock - warp.issued - 1)}
         until, kind = self.boards(warp)
         for when, cause in (
@@ -322,11 +320,8 @@ class _Sm:
         if one.write != NO_BOARD:
             warp.boards[one.write].append((done, what.kind or what.pipe))
         if one.read != NO_BOARD:
-            cause = f"operands read ({what.kind or what.pipe})"
-            warp.boards[one.read].append((read, cause))
-        for board in warp.boards:
-            if board:
-                board[:] = [each for each in board if each[0] > now]
+            warp.boards[one.read].append((read, f"operands read ({what.kind or what.pipe})"))
+        warp.boards = [[each for each in board if each[0] > now] for board in warp.boards]
         warp.issued, warp.stay, warp.ready = now, one.stay, now + max(1, one.stall)
         core.free, core.latest = now + 1, warp
         opened = what.pipe == "barrier" and self.arrive(warp, one, now)

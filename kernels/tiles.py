@@ -48,9 +48,6 @@ class Program(NamedTuple):
     cols: Any  # [BLOCK_H], the hidden units
 
 
-# Arithmetic.
-
-
 @triton.jit
 def tanh(x):
     """tanh within 2 ulp, in fp32 and fp64.
@@ -126,9 +123,6 @@ def product_sum(dgates, w, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.con
         term = tl.dot(dgate.to(weight.dtype), weight, input_precision=TILE.precision)
         total = term if i == 0 else total + term  # noqa: F821
     return total
-
-
-# Memory.
 
 
 @triton.jit
@@ -218,9 +212,6 @@ def choose(pointers, index):
         return pointer
 
 
-# Time and rows.
-
-
 @triton.jit
 def time_of(step, program):
     """The time of a step: direction 1 runs from T - 1 down to 0."""
@@ -280,9 +271,6 @@ def gradient_before(layers, d_entering, d_leaving, origins):
         return zero_where(origins == ZERO, where(origins == SKIPPED, d_leaving, d_entering))
     else:
         return d_entering
-
-
-# The results of a step, and all that backward reads.
 
 
 @triton.jit
