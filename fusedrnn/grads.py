@@ -5,8 +5,6 @@ each step they make ``dW_ih, dW_hh, db_ih, db_hh`` and dx. No sum is atomic, so 
 reproducible bit for bit.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 

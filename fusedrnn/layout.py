@@ -5,8 +5,6 @@
 lengths costs no synchronisation, lengths are packed too, so that missing steps cost nothing.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -4,8 +4,6 @@ A cell is two functions. Each binds its tensors once and returns the function th
 that the loop (``loop.py``) makes no views and allocates nothing that it does not need.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ differentiate it any number of times, hence second derivatives come from it. Any
 gates are in torch's order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``module.states()``: every state and gate of every step, differentiable."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -4,8 +4,7 @@ Everything printed comes from the planner, the compiler and the two models of a 
 measured. ``docs/kernels.md`` explains how to read it.
 """
 
-from __future__ import annotations
-
+import json
 import math
 import os
 import textwrap
@@ -164,6 +163,7 @@ def _time_lines(
 ) -> Iterator[str]:
     """The floor of each kernel beside a simulation of its loop over T (steptime.json)."""
     from .kernels import steptime
+    from .kernels.latencies import timings
     from .kernels.sass import loops, trace
 
     predictions = {}
@@ -171,7 +171,7 @@ def _time_lines(
         if loops(kernel.instructions):
             hops = len(problem.spec.phases) if kernel.tiles.k_chunks else 0
             warps, path = kernel.tiles.num_warps, trace(kernel.instructions)
-            predictions[name] = steptime.predict(path, arch, warps, hops=hops)
+            predictions[name] = steptime.predict(path, timings(arch), warps, hops)
     rows = [("", "floor", "predicted", "measured")]
     for plan in plans:
         for direction, floors in zip(("forward", "backward"), plan.floors, strict=True):
@@ -185,7 +185,17 @@ def _time_lines(
     for name, prediction in predictions.items():
         yield textwrap.indent(f"{name}: {prediction.report(3)}", "   ")
     if predictions:
-        steptime.write_json(folder / "steptime.json", predictions)
+        values = {
+            name: {
+                "cycles": round(each.cycles, 1),
+                "us": round(each.us, 4),
+                "warps": each.warps,
+                "source": "predicted",
+            }
+            for name, each in predictions.items()
+        }
+        text = json.dumps(values, indent=2) + "\n"
+        (folder / "steptime.json").write_text(text, encoding="utf-8")
     else:
         yield "   no kernel has the loop over T: the host runs it"
 

@@ -4,8 +4,6 @@ A fixed tolerance is a guess: ``atol=0.1`` accepts an LSTM without ``b_hh``. The
 allows four times the error that torch itself makes in the same dtype against the same fp64 truth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -27,28 +25,6 @@ class Case(NamedTuple):
     B: int
     I: int
     H: int
-
-    @property
-    def id(self) -> str:
-        return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
-
-
-#: Odd shapes: T from 1 to 65, B from 1 to 33, sizes next to powers of two.
-CASES = (
-    Case(1, 1, 1, 1),
-    Case(2, 3, 1, 5),
-    Case(7, 17, 5, 16),
-    Case(4, 2, 1, 5),
-    Case(20, 5, 1, 32),
-    Case(65, 1, 3, 20),
-    Case(9, 33, 20, 20),
-    Case(5, 16, 33, 33),
-    Case(6, 4, 65, 50),
-    Case(3, 18, 100, 64),
-    Case(4, 5, 2, 90),
-    Case(2, 9, 7, 100),
-    Case(3, 33, 2, 1),
-)
 
 
 class Budget(NamedTuple):

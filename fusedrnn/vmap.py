@@ -5,8 +5,6 @@ call of N * B sequences. Where every call has weights, or a gradient of the weig
 (ensembles, per-sample gradients), and with packed input, the N calls run one after the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 

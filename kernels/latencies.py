@@ -17,8 +17,6 @@ H  The stall counts in binaries that ``ptxas`` makes for the architecture.
 X  Assumed: no source was found. ``docs/predicted.md`` shows what depends on the doubtful ones.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 
@@ -61,7 +59,6 @@ class Timings:
     shuffle_latency: float = 24.0  # (B, E)
     l1: float = 40.0  # latency of a global load (A: 38 to 41)
     l2: float = 270.0  # (A: mean 263, 200 near to 414 far)
-    dram: float = 620.0  # (X: between A's 479 on an idle chip and that of a loaded one)
     constant_latency: float = 29.0  # LDC (D)
     special_latency: float = 25.0  # S2R (X)
     r2ur_latency: float = 10.0  # (X)
@@ -91,7 +88,7 @@ TIMINGS = {
     "sm_90": Timings("H100 SXM", 1755.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
     # No figures were found: those of sm_90 at the clock of a B200 (X).
     "sm_100": Timings("B200", 1965.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
-    "sm_120": Timings("RTX 5090", 2407.0, hmma=32.0, l2=300.0, dram=700.0),
+    "sm_120": Timings("RTX 5090", 2407.0, hmma=32.0, l2=300.0),
 }
 
 

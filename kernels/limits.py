@@ -5,8 +5,6 @@ a thread, or asks for more shared memory than estimated. "Gates" are the number 
 cell; a kind is a way to multiply: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 in fp32).
 """
 
-from __future__ import annotations
-
 #: The largest H of schedule resident, by number of gates. H is padded to a power of two.
 LARGEST_H = {
     "16-bit": {4: 128, 3: 128, 1: 256},

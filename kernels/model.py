@@ -12,8 +12,6 @@ from a releasing add to the acquiring poll that sees it, 1.3 us from kernel to k
 probes of an H100). sm_80 has its own clock and peaks; other chips are modelled as sm_90.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

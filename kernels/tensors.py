@@ -5,8 +5,6 @@ Z = L*D, S saved tiles, N gradient tiles (``spec.py``). Layer l in direction d h
 Every tensor is contiguous.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 from torch import Tensor

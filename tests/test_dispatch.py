@@ -113,6 +113,8 @@ def test_precision_follows_torchs_switches():
         ({"proj_size": 2}, "aten", "aten"),
         ({"proj_size": 2, "ragged": ("lengths",)}, "torch", "torch"),
         ({"batch": 0}, "aten", "aten"),
+        ({"steps": 1}, "aten", "aten"),
+        ({"steps": 1, "cell": "gru_reset_before"}, "triton", "torch"),
         ({"cell": "gru_reset_before", "dtype": torch.int64}, "torch", "torch"),
         # What the model finds slower than cuDNN.
         ({"hidden_size": 1024, "batch": 1024, "dtype": torch.float16}, "aten", "aten"),
