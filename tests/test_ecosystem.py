@@ -1,5 +1,8 @@
 """Tests with other libraries: our models give the results of the same torch.nn models, in fp64."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -227,3 +230,44 @@ def test_torchviz_draws_the_graph(backend):
     with fusedrnn.use_backend(backend):
         dot = torchviz.make_dot(ours(batch()), dict(ours.named_parameters()), show_saved=True)
     assert "rnn.weight_hh_l1_reverse" in dot.source
+
+
+@pytest.mark.parametrize("name", ["LSTMAggregation", "GRUAggregation", "Set2Set"])
+def test_torch_geometric_aggregates(name):
+    """Over the neighbours of each node, as a graph's layers do."""
+    aggregations = pytest.importorskip("torch_geometric.nn.aggr")
+    arguments = (I, 2) if name == "Set2Set" else (I, H)
+    theirs = getattr(aggregations, name)(*arguments).double()
+    ours = fusedrnn.replace_modules(copy.deepcopy(theirs))
+    assert any(type(m).__module__ == "fusedrnn.modules" for m in ours.modules())
+    x, index, found = batch()[0], torch.tensor([0, 0, 0, 1, 2, 2]), []
+    for module in (ours, theirs):
+        result = module(x, index)
+        grads = torch.autograd.grad(result.square().sum(), list(module.parameters()))
+        found.append((result, *grads))
+    assert_alike(*found)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_torchrl_trains_on_trajectories(cell):
+    """Its module cuts a batch of steps where a trajectory begins."""
+    rl, tensordict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict")
+    states = ["h", "c"] if cell == "LSTM" else ["h"]
+    nexts, found, state = [("next", s) for s in states], [], {}
+    is_init = torch.zeros(B, T, 1, dtype=torch.bool)
+    is_init[:, 0], is_init[2, 3] = True, True
+    x, zeros = batch(), torch.zeros(B, T, 1, H, dtype=torch.float64)
+    for patched in (True, False):
+        with fusedrnn.patch() if patched else contextlib.nullcontext():
+            keys = {"in_keys": ["x", *states], "out_keys": ["y", *nexts]}
+            module = getattr(rl, f"{cell}Module")(I, H, **keys).double()
+            state = state or module.state_dict()
+            module.load_state_dict(state)
+            given = {"x": x, "is_init": is_init, **dict.fromkeys(states, zeros)}
+            with rl.set_recurrent_mode(True):
+                y = module(tensordict.TensorDict(given, [B, T]))["y"]
+        rnn = getattr(module, cell.lower())
+        assert isinstance(rnn, getattr(fusedrnn, cell)) == patched
+        found.append((y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))))
+    assert_alike(*found)
