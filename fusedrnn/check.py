@@ -100,7 +100,8 @@ def gate(schedule: str, device: torch.device) -> str:
         return (planning.SCHEDULES[schedule](problem, chip),)
 
     def results(module: torch.nn.Module) -> dict[str, torch.Tensor]:
-        x, h_0, c_0, *arriving = (tensor.to(module.weight_ih_l0) for tensor in exact)
+        like = next(module.parameters())
+        x, h_0, c_0, *arriving = (tensor.to(like) for tensor in exact)
         return run_module(module, x, (h_0, c_0), arriving)
 
     backend = dispatch.use_backend("torch" if schedule == "torch" else "triton")
@@ -111,7 +112,7 @@ def gate(schedule: str, device: torch.device) -> str:
         return f"{schedule}: not checked, {reason}"
     except Exception as error:  # as above
         return f"WRONG {schedule}: {_first_line(error)}"
-    with torch.backends.cudnn.flags(allow_tf32=False):
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         ref, exactly = results(reference), results(truth)
     budgets = [error_budget(name, got[name], ref[name], exactly[name]) for name in exactly]
     wrong = [str(budget) for budget in budgets if not budget.ok]

@@ -289,6 +289,8 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     if facts.batch == 0:
         return "an empty batch leaves nothing to launch"
     judged = requested == "auto" and _aten_refusal(facts, requested) is None
+    if judged and not facts.compiled and facts.steps == 1:
+        return "a single step leaves no step to keep the weights for"
     return _planned_refusal(tuple(_problem(facts, kernels.precision)), device, judged)
 
 

@@ -181,7 +181,7 @@ def rnn(
             for another nonlinearity.
     """
     if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"nonlinearity is {nonlinearity!r}; expected 'tanh' or 'relu'")
+        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
     return _run_stack(f"rnn_{nonlinearity}", input, hx, params, **options)
 
 

@@ -5,8 +5,6 @@ each step they make ``dW_ih, dW_hh, db_ih, db_hh`` and dx. No sum is atomic, so 
 reproducible bit for bit.
 """
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor
 
@@ -18,10 +16,8 @@ from .layout import entering, previous_rows, rows_by_sequence
 #: On the CPU a sum over rows is made of so many parts, each of at least so many rows, as long as
 #: their results together have at most so many numbers.
 _PARTS, _ROWS_OF_A_PART, _PARTS_SIZE = 8, 400, 1 << 20
-#: Up to so many multiplications one product of all tiles of a GRU is faster than two of some.
-_LITTLE = 1 << 24
-#: Up to so many numbers of h are copied to be multiplied at once.
-_COPIED = 1 << 14
+_LITTLE = 1 << 24  # multiplications up to which one product of all tiles of a GRU is faster
+_COPIED = 1 << 14  # numbers of h that are at most copied to be multiplied at once
 #: On the CPU results with so few columns are computed as their transposes, which is faster in MKL.
 _NARROW = range(2, 16)
 
@@ -35,7 +31,11 @@ def weight_grads(
     ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates`` is ``[R, N*H]``.
     """
     spec, (columns, H) = SPECS[cell], layers.w_hh[z].shape
-    grads = [_input_weight_grad(dgates[:, :columns], x)]
+    dgx, by_sequence = dgates[:, :columns], rows_by_sequence(x, columns)
+    if by_sequence is None:
+        grads = [outer(dgx, x.reshape(-1, x.shape[-1]))]
+    else:  # dgx, the smaller factor, is reordered
+        grads = [outer(dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1), by_sequence)]
     grads.append(_recurrent_weight_grad(spec, z, layers, dgates, rows))
     if layers.b_ih is not None:
         sums = dgates.sum(0)
@@ -50,14 +50,6 @@ def input_grad(dgates: Tensor, w_ih: tuple[Tensor, ...], out: Tensor) -> Tensor:
         dgx = dgates[d, :, : len(weight)]
         torch.addmm(out, dgx, weight, beta=float(d > 0), out=out)
     return out
-
-
-def _input_weight_grad(dgx: Tensor, x: Tensor) -> Tensor:
-    """Returns dW_ih; the smaller factor is reordered where x lies in memory by sequence."""
-    by_sequence = rows_by_sequence(x, dgx.shape[1])
-    if by_sequence is None:
-        return outer(dgx, x.reshape(-1, x.shape[-1]))
-    return outer(dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1), by_sequence)
 
 
 def _recurrent_weight_grad(

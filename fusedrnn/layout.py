@@ -5,8 +5,6 @@
 lengths costs no synchronisation, lengths are packed too, so that missing steps cost nothing.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -123,12 +121,9 @@ def previous_rows(rows: Rows, d: int, device: torch.device) -> Tensor:
 
 
 def entering(previous: Tensor, initial: Tensor, left: Tensor) -> Tensor:
-    """Returns the state ``[R, H]`` that enters each row.
+    """Returns the state ``[R, H]`` that enters each row, by the index of ``previous_rows``.
 
-    Args:
-        previous: the index of ``previous_rows``.
-        initial: the initial state ``[B, H]``.
-        left: the state ``[R, H]`` that leaves each row.
+    ``initial`` is the initial state ``[B, H]``, and ``left [R, H]`` the one that leaves each row.
     """
     zero = initial.new_zeros(1, initial.shape[1])
     return torch.cat([initial, zero, left]).index_select(0, previous)

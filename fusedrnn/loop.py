@@ -6,8 +6,6 @@ is a few in-place calls on views that one ``split`` made. Packed sequences are s
 step t works on the first ``sizes[t]`` of them. The equations are in ``loop_cells.py``.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from functools import cache, partial

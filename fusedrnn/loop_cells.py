@@ -4,8 +4,6 @@ A cell is two functions. Each binds its tensors once and returns the function th
 that the loop (``loop.py``) makes no views and allocates nothing that it does not need.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Any, NamedTuple
@@ -13,8 +11,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-#: From so many steps on a transposed copy of W_hh pays.
-_MANY_STEPS = 16
+_MANY_STEPS = 16  # from so many steps on a transposed copy of W_hh pays
 #: Up to this H one product of all four tiles of a GRU, one of them with zeros, is faster than two.
 _ONE_PRODUCT = 64
 Split = Callable[[Tensor], Sequence[Tensor]]  # cuts rows [R, .] into those of each step
@@ -216,7 +213,7 @@ def _rnn_backward(a: Backward, slope: Callable) -> Callable:
 
 
 class Cell(NamedTuple):
-    """The two functions of a cell. Each binds its tensors and returns the function of one step."""
+    """The two functions of a cell."""
 
     forward: Callable[[Forward], Callable]
     backward: Callable[[Backward], Callable]

@@ -5,9 +5,8 @@ differentiate it any number of times, hence second derivatives come from it. Any
 gates are in torch's order.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -52,14 +51,9 @@ def _gru_reset_before_step(gx: Tensor, h: Tensor, c: State, w: Weights):
     return (1 - z) * n + z * h, None, (r, z, n)
 
 
-def _rnn_tanh_step(gx: Tensor, h: Tensor, c: State, w: Weights):
-    """h' = tanh(.)."""
-    return (gx + _linear_hh(h, w)).tanh(), None, ()
-
-
-def _rnn_relu_step(gx: Tensor, h: Tensor, c: State, w: Weights):
-    """h' = max(., 0)."""
-    return (gx + _linear_hh(h, w)).relu(), None, ()
+def _rnn_step(function: Callable, gx: Tensor, h: Tensor, c: State, w: Weights):
+    """h' = tanh(.) or max(., 0)."""
+    return function(gx + _linear_hh(h, w)), None, ()
 
 
 #: ``step(gx, h, c, weights) -> (h, c, saved tiles)`` of each cell.
@@ -67,11 +61,9 @@ _CELLS: dict[str, Callable] = {
     "lstm": _lstm_step,
     "gru": _gru_step,
     "gru_reset_before": _gru_reset_before_step,
-    "rnn_tanh": _rnn_tanh_step,
-    "rnn_relu": _rnn_relu_step,
+    "rnn_tanh": partial(_rnn_step, torch.tanh),
+    "rnn_relu": partial(_rnn_step, torch.relu),
 }
-
-
 #: The names of the saved tiles of an LSTM and a GRU.
 _GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 
@@ -79,11 +71,7 @@ _GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 def gates_of(cell: str, gx: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
     """Returns the activated gates of many steps at once, by name.
 
-    Args:
-        cell: the name of a cell.
-        gx: ``x W_ih^T + b_ih``, ``[R, G*H]``.
-        h: the state that entered each step, ``[R, P]``.
-        w: the weights.
+    ``gx = x W_ih^T + b_ih`` is ``[R, G*H]``; ``h``, which entered each step, is ``[R, P]``.
     """
     any_c = gx.new_zeros(())  # no gate depends on it
     _, _, saved = _CELLS[cell](gx, h, any_c, w)

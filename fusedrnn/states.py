@@ -1,7 +1,5 @@
 """``module.states()``: every state and gate of every step, differentiable."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -70,9 +68,7 @@ def run(call: Call, wants_gates: bool) -> States:
             c.append([of_d.view(*out.shape[:-1], H) for of_d in cs.unbind()])
         if wants_gates:
             (weights,) = group_weights(own, config)
-            gates.append(
-                _gates(config.cell, without_padding(x, rows), h[-1], inputs.h_0, weights, rows)
-            )
+            gates.append(_gates(config.cell, x, h[-1], inputs.h_0, weights, rows))
         x = out * masks[layer] if masks and layer < L - 1 else out
     h_n, *c_n = states_in_form(call, [torch.cat(parts) for parts in zip(*finals, strict=True)])
     return States(
@@ -98,13 +94,11 @@ def _gates(
     cell: str, x: Tensor, h: Sequence[Tensor], h_0: Tensor, weights: list[Weights], rows: Rows
 ) -> list[dict[str, Tensor]]:
     """Returns the gates of every step of one layer by direction and name, in the shape of h."""
-    found = []
+    x, found = without_padding(x, rows), []
     for d, w in enumerate(weights):
         gx = F.linear(x, w.w_ih, w.b_ih).flatten(0, -2)
         entered = entering(previous_rows(rows, d, x.device), h_0[d], h[d].flatten(0, -2))
         named = gates_of(cell, gx, entered, w)
         shape = *h[d].shape[:-1], w.w_hh.shape[0] // SPECS[cell].gates
-        found.append(
-            {name: without_padding(gate.view(shape), rows) for name, gate in named.items()}
-        )
+        found.append({n: without_padding(gate.view(shape), rows) for n, gate in named.items()})
     return found

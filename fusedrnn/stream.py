@@ -1,7 +1,5 @@
 """``Stream``: one step per call with the state carried along, for decoding and live data."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

@@ -4,8 +4,7 @@ Everything printed comes from the planner, the compiler and the two models of a 
 measured. ``docs/kernels.md`` explains how to read it.
 """
 
-from __future__ import annotations
-
+import json
 import math
 import os
 import textwrap
@@ -23,8 +22,7 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES["fp64"] = torch.float64  # for schedule stepwise alone
 PRECISIONS = ("tf32", "ieee", "tf32x3")
 SCHEDULES = tuple(planning.SCHEDULES)
-#: Bytes. No GPU of the architectures in ``CHIPS`` is sold with more.
-LARGEST_MEMORY = 2**38
+LARGEST_MEMORY = 2**38  # bytes; no GPU of the architectures in ``CHIPS`` is sold with more
 
 
 class UsageError(Exception):
@@ -52,7 +50,6 @@ def run(options: Namespace) -> Iterator[str]:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UsageError(f"{folder} cannot be made: {error.strerror}") from None
-
     yield (
         f"{o.cell}: H {o.hidden}, B {o.batch}, D {o.directions}, L {o.layers}, {o.dtype}, for "
         f"training on {chip.name}: {chip.sms} SMs with {chip.shared_bytes:,} bytes of\nshared "
@@ -73,11 +70,7 @@ def run(options: Namespace) -> Iterator[str]:
 
 
 def _compiler() -> Any:
-    """Returns the module ``compile``, which imports triton.
-
-    Raises:
-        UsageError: triton is missing, or interprets.
-    """
+    """Returns the module ``compile``; raises UsageError if triton is missing, or interprets."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
         raise UsageError("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
     try:
@@ -164,6 +157,7 @@ def _time_lines(
 ) -> Iterator[str]:
     """The floor of each kernel beside a simulation of its loop over T (steptime.json)."""
     from .kernels import steptime
+    from .kernels.latencies import timings
     from .kernels.sass import loops, trace
 
     predictions = {}
@@ -171,7 +165,7 @@ def _time_lines(
         if loops(kernel.instructions):
             hops = len(problem.spec.phases) if kernel.tiles.k_chunks else 0
             warps, path = kernel.tiles.num_warps, trace(kernel.instructions)
-            predictions[name] = steptime.predict(path, arch, warps, steps=kernel.steps, hops=hops)
+            predictions[name] = steptime.predict(path, timings(arch), warps, hops, kernel.steps)
     rows = [("", "floor", "predicted", "measured")]
     for plan in plans:
         for direction, floors in zip(("forward", "backward"), plan.floors, strict=True):
@@ -185,7 +179,18 @@ def _time_lines(
     for name, prediction in predictions.items():
         yield textwrap.indent(f"{name}: {prediction.report(3)}", "   ")
     if predictions:
-        steptime.write_json(folder / "steptime.json", predictions)
+        values = {
+            name: {
+                "cycles": round(each.cycles, 1),
+                "us": round(each.us, 4),
+                "warps": each.warps,
+                "steps": each.steps,
+                "source": "predicted",
+            }
+            for name, each in predictions.items()
+        }
+        text = json.dumps(values, indent=2) + "\n"
+        (folder / "steptime.json").write_text(text, encoding="utf-8")
     else:
         yield "   no kernel has the loop over T: the host runs it"
 
@@ -194,8 +199,7 @@ def _name(plan: Plan, direction: str, plans: Sequence[Plan]) -> str:
     return f"{plan.layers}-layers-{direction}" if len(plans) > 1 else direction
 
 
-def _folder_name(options: Namespace) -> str:
-    o = options
+def _folder_name(o: Namespace) -> str:
     products = f"-{o.precision}" if o.dtype == "fp32" else ""
     schedule = f"-{o.schedule}" if o.schedule else ""
     sizes = f"H{o.hidden}-B{o.batch}-D{o.directions}-L{o.layers}"

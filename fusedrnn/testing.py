@@ -4,20 +4,15 @@ A fixed tolerance is a guess: ``atol=0.1`` accepts an LSTM without ``b_hh``. The
 allows four times the error that torch itself makes in the same dtype against the same fp64 truth.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-#: The allowed error, in units of torch's own maximal error against fp64.
-FACTOR = 4.0
-#: The least error that is allowed, in units of eps * rms(truth).
-FLOOR_EPS = 8.0
-#: The largest relative RMS error in fp32.
-RMS_FP32 = 5e-6
+FACTOR = 4.0  # the allowed error, in units of torch's own maximal error against fp64
+FLOOR_EPS = 8.0  # the least error that is allowed, in units of eps * rms(truth)
+RMS_FP32 = 5e-6  # the largest relative RMS error in fp32
 
 
 class Case(NamedTuple):
@@ -27,28 +22,6 @@ class Case(NamedTuple):
     B: int
     I: int
     H: int
-
-    @property
-    def id(self) -> str:
-        return f"T{self.T}-B{self.B}-I{self.I}-H{self.H}"
-
-
-#: Odd shapes: T from 1 to 65, B from 1 to 33, sizes next to powers of two.
-CASES = (
-    Case(1, 1, 1, 1),
-    Case(2, 3, 1, 5),
-    Case(7, 17, 5, 16),
-    Case(4, 2, 1, 5),
-    Case(20, 5, 1, 32),
-    Case(65, 1, 3, 20),
-    Case(9, 33, 20, 20),
-    Case(5, 16, 33, 33),
-    Case(6, 4, 65, 50),
-    Case(3, 18, 100, 64),
-    Case(4, 5, 2, 90),
-    Case(2, 9, 7, 100),
-    Case(3, 33, 2, 1),
-)
 
 
 class Budget(NamedTuple):
@@ -82,11 +55,10 @@ def error_budget(
 
     Args:
         name: the tensor's name, for the message.
-        got: the result under test, in the tested dtype.
-        ref: torch's result in that dtype.
+        got: the result under test.
+        ref: torch's result in the same dtype.
         truth: the fp64 result.
-        eps: the unit roundoff of the arithmetic if it is coarser than the dtype's, as in tf32
-            (2**-11).
+        eps: the unit roundoff if it is coarser than the dtype's, as in tf32 (2**-11).
 
     Raises:
         ValueError: the shapes differ.
@@ -103,7 +75,6 @@ def error_budget(
     error = (got.detach().double().cpu() - truth).abs()
     ref_error = (ref.detach().double().cpu() - truth).abs()
     scale = truth.square().mean().sqrt().item()
-
     # A truth of zeros allows no error.
     size = max(scale, torch.finfo(torch.float64).tiny)
     max_err, ref_err = error.max().item(), ref_error.max().item()
@@ -140,14 +111,9 @@ def run_module(
 ) -> dict[str, Tensor]:
     """Runs an RNN module and, given cotangents, its backward; returns every tensor by name.
 
-    Args:
-        module: a module with the call signature of ``nn.LSTM`` or ``nn.GRU``.
-        input: ``[T, B, I]``, or ``[B, T, I]`` if the module is batch_first.
-        hx: the initial state, or None.
-        cotangents: gradients of output, h_n and, for an LSTM, c_n; None means no backward.
-
-    Returns:
-        ``output, h_n, c_n``, and ``d_input, d_h_0, d_c_0, d_<parameter>``, all detached.
+    ``module`` is called as ``nn.LSTM`` or ``nn.GRU``; ``cotangents`` are the gradients of output,
+    h_n and, for an LSTM, c_n. The names are ``output, h_n, c_n`` and ``d_input, d_h_0, d_c_0,
+    d_<parameter>``; all tensors are detached.
     """
     input = input.detach().clone().requires_grad_(cotangents is not None)
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)

@@ -5,8 +5,6 @@ call of N * B sequences. Where every call has weights, or a gradient of the weig
 (ensembles, per-sample gradients), and with packed input, the N calls run one after the other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -69,18 +67,15 @@ class _Fold(NamedTuple):
         return tensor.unflatten(1, (self.T, self.N, self.B)).movedim(2, 0).flatten(2, 3)
 
 
-def map_forward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+def map_forward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     """Maps ``rnn_forward``."""
     forward = torch.ops.fusedrnn.rnn_forward
     input, h_0, c_0, params, masks, lengths, reset, batch_sizes, *config = arguments
-    dims = in_dims
-    if batch_sizes is not None or _any_mapped(dims[3]):
-        return _one_by_one(forward, info.batch_size, in_dims, arguments)
+    if batch_sizes is not None or any(dim is not None for dim in dims[3]):
+        return _one_by_one(forward, info.batch_size, dims, arguments)
     fold = _fold(info, input, dims[0])
     results = forward(
-        fold.join(input, dims[0]),
-        fold.join(h_0, dims[1]),
-        fold.join(c_0, dims[2]),
+        *map(fold.join, (input, h_0, c_0), dims[:3]),
         params,
         [fold.join(mask, dim) for mask, dim in zip(masks or (), dims[4] or (), strict=True)],
         fold.join(lengths, dims[5], 0),
@@ -92,27 +87,22 @@ def map_forward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any
     return (*of_batch, *(fold.split_rows(result) for result in results[3:])), (0,) * len(results)
 
 
-def map_backward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     """Maps ``rnn_backward``, as one call unless weights need a gradient or are mapped."""
     backward = torch.ops.fusedrnn.rnn_backward
     d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, masks, *rest = arguments
     output, gates, cs, hidden, lengths, reset, batch_sizes, *config, needs_params = rest
-    dims = in_dims
-    if batch_sizes is not None or needs_params or _any_mapped(dims[7]):
-        return _one_by_one(backward, info.batch_size, in_dims, arguments)
+    if batch_sizes is not None or needs_params or any(dim is not None for dim in dims[7]):
+        return _one_by_one(backward, info.batch_size, dims, arguments)
     fold = _fold(info, input, dims[4])
     results = backward(
-        fold.join(d_output, dims[0]),
-        fold.join(d_h_n, dims[1]),
-        fold.join(d_c_n, dims[2]),
+        *map(fold.join, (d_output, d_h_n, d_c_n), dims[:3]),
         fold.join_rows(d_cs, dims[3]),
-        fold.join(input, dims[4]),
-        fold.join(h_0, dims[5]),
-        fold.join(c_0, dims[6]),
+        *map(fold.join, (input, h_0, c_0), dims[4:7]),
         params,
         [fold.join(mask, dim) for mask, dim in zip(masks, dims[8], strict=True)],
         fold.join(output, dims[9]),
-        *(fold.join_rows(t, d) for t, d in zip((gates, cs, hidden), dims[10:13], strict=True)),
+        *map(fold.join_rows, (gates, cs, hidden), dims[10:13]),
         fold.join(lengths, dims[13], 0),
         fold.join(reset, dims[14]),
         None,
@@ -120,10 +110,6 @@ def map_backward(info: Any, in_dims: Sequence[Any], *arguments: Any) -> tuple[An
         needs_params,
     )
     return (*(fold.split(result) for result in results[:3]), []), (0, 0, 0, [])
-
-
-def _any_mapped(dims: Sequence[int | None]) -> bool:
-    return any(dim is not None for dim in dims)
 
 
 def _fold(info: Any, input: Tensor, dim: int | None) -> _Fold:
@@ -145,13 +131,11 @@ def _one_by_one(
         op(*(nth(argument, dims, n) for argument, dims in zip(arguments, in_dims, strict=True)))
         for n in range(count)
     ]
-    results: list[Any] = []
-    out_dims: list[Any] = []
-    for each in zip(*calls, strict=True):
+
+    def stacked(each: Any) -> Any:
         if isinstance(each[0], list):
-            results.append([torch.stack(parts) for parts in zip(*each, strict=True)])
-            out_dims.append([0] * len(each[0]))
-        else:
-            results.append(torch.stack(each))
-            out_dims.append(0)
-    return tuple(results), tuple(out_dims)
+            return [torch.stack(parts) for parts in zip(*each, strict=True)]
+        return torch.stack(each)
+
+    results = tuple(stacked(each) for each in zip(*calls, strict=True))
+    return results, tuple([0] * len(r) if isinstance(r, list) else 0 for r in results)

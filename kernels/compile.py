@@ -5,8 +5,6 @@ to the launch Triton does what it does on a GPU; a stand-in for its driver names
 does not compile under ``TRITON_INTERPRET``.
 """
 
-from __future__ import annotations
-
 import re
 import tempfile
 from collections.abc import Callable, Iterator, Sequence

@@ -17,8 +17,6 @@ H  The stall counts in binaries that ``ptxas`` makes for the architecture.
 X  Assumed: no source was found. ``docs/predicted.md`` shows what depends on the doubtful ones.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass, replace
 
 
@@ -32,7 +30,6 @@ class Timings:
 
     chip: str
     mhz: float  # the default clock in MHz
-
     fma_pipes: int = 2  # of 16 lanes, but one on sm_80 (G)
     fma: float = 2.0  # busy; FADD, FMUL, FFMA and their 16-bit forms in one of the pipes (G)
     imad: float = 2.0  # busy; integer multiply-add, in the first of the pipes (D, G)
@@ -41,16 +38,13 @@ class Timings:
     fp64_latency: float = 40.0  # (X)
     uniform: float = 2.0  # busy; the uniform datapath (X)
     branch: float = 12.0  # from a taken branch to the first instruction at its target (X; E: ~10)
-
     mufu: float = 8.0  # busy; 16 lanes an SM, conversions included (G)
     mufu_latency: float = 22.0  # (B: 18 to 23 with a move)
     convert_latency: float = 22.0  # I2F, F2I, F2F (X: as MUFU)
-
     hmma: float = 8.0  # busy; HMMA.16816 of 16-bit operands (C; G)
     hmma_latency: float = 24.6  # accumulator to accumulator (A, C)
     wgmma: float = 4.0  # busy; 64 x 8 x 16 (G)
     wgmma_latency: float = 32.0  # (X; A: 18 for 8 columns in a chain, 128 for 256)
-
     address: float = 4.0  # busy; the address unit of a sub-core has 8 lanes (D, G, H)
     queue: int = 6  # memory instructions between issue and address unit (D: 5)
     shared_bytes: float = 128.0  # bytes a cycle and SM (G)
@@ -61,13 +55,11 @@ class Timings:
     shuffle_latency: float = 24.0  # (B, E)
     l1: float = 40.0  # latency of a global load (A: 38 to 41)
     l2: float = 270.0  # (A: mean 263, 200 near to 414 far)
-    dram: float = 620.0  # (X: between A's 479 on an idle chip and that of a loaded one)
     constant_latency: float = 29.0  # LDC (D)
     special_latency: float = 25.0  # S2R (X)
     r2ur_latency: float = 10.0  # (X)
     atomic_latency: float = 330.0  # with a result, in L2 (X)
     shared_atomic_latency: float = 64.0  # (X)
-
     barrier: float = 20.0  # from the last arrival to the next instruction (F)
     arrive: float = 2.0  # busy; the arrival of one warp (F)
     hop_us: float = 0.65  # microseconds; from a releasing store to an acquiring load (X)
@@ -91,7 +83,7 @@ TIMINGS = {
     "sm_90": Timings("H100 SXM", 1755.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
     # No figures were found: those of sm_90 at the clock of a B200 (X).
     "sm_100": Timings("B200", 1965.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
-    "sm_120": Timings("RTX 5090", 2407.0, hmma=32.0, l2=300.0, dram=700.0),
+    "sm_120": Timings("RTX 5090", 2407.0, hmma=32.0, l2=300.0),
 }
 
 

@@ -5,8 +5,6 @@ a thread, or asks for more shared memory than estimated. "Gates" are the number 
 cell; a kind is a way to multiply: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 in fp32).
 """
 
-from __future__ import annotations
-
 #: The largest H of schedule resident, by number of gates. H is padded to a power of two.
 LARGEST_H = {
     "16-bit": {4: 128, 3: 128, 1: 256},
@@ -20,8 +18,7 @@ LARGEST_SLICE = {
     "16-bit": {4: (32, 16384, 4096), 3: (32, 20480, 4096), 1: (64, 65536, 8192)},
     "tf32": {4: (16, 8192, 2048), 3: (32, 8192, 2048), 1: (64, 32768, 4096)},
 }
-#: Columns of h or dgates that a program loads at a time.
-OPERAND_COLUMNS = {"16-bit": 512, "tf32": 256}
+OPERAND_COLUMNS = {"16-bit": 512, "tf32": 256}  # of h or dgates, loaded at a time
 
 
 def padded_units(H: int) -> int:

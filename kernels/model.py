@@ -12,8 +12,6 @@ from a releasing add to the acquiring poll that sees it, 1.3 us from kernel to k
 probes of an H100). sm_80 has its own clock and peaks; other chips are modelled as sm_90.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch
@@ -21,8 +19,7 @@ import torch
 from .problem import Chip, Problem, Tiles
 
 MMA_LATENCY = 24  # cycles
-#: Dependent mma instructions of a step of schedule cooperative, at most.
-LONGEST_CHAIN = 8
+LONGEST_CHAIN = 8  # dependent mma instructions of a step of schedule cooperative, at most
 ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
 ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
 SPECIALS_A_CYCLE = 16
@@ -51,13 +48,13 @@ SPEEDS = {
 class Floors(NamedTuple):
     """Microseconds of one step of the whole batch, by what bounds it."""
 
-    products: float  # matrix units of the busiest SM
-    shared: float  # weights from shared memory to the matrix units
-    specials: float  # exponentials and reciprocals
-    l2: float  # what all programs read through L2
-    mma: float  # the longest chain of dependent mma instructions
-    chain: float  # operands through shared memory, activations
-    sync: float  # handing h or dgates to the other programs, or launching
+    products: float = 0.0  # matrix units of the busiest SM
+    shared: float = 0.0  # weights from shared memory to the matrix units
+    specials: float = 0.0  # exponentials and reciprocals
+    l2: float = 0.0  # what all programs read through L2
+    mma: float = 0.0  # the longest chain of dependent mma instructions
+    chain: float = 0.0  # operands through shared memory, activations
+    sync: float = 0.0  # handing h or dgates to the other programs, or launching
 
     @property
     def step(self) -> float:
@@ -146,11 +143,8 @@ def _from_memory(p: Problem, chip: Chip, speeds: Speeds, forward: bool) -> Floor
     specials = p.batch * H * D * p.spec.specials[not forward]
     return Floors(
         products=2 * p.batch * weights / (speeds.flops[p.kind(chip)] * chip.sms),
-        shared=0.0,
         specials=specials / SPECIALS_A_CYCLE / speeds.cycles / chip.sms,
         l2=weights * p.dtype.itemsize / speeds.l2_bytes,
-        mma=0.0,
-        chain=0.0,
         sync=len(p.spec.phases) * (D + 1) * speeds.launch,
     )
 

@@ -1,7 +1,5 @@
 """The records that the planner works on: a problem, a chip, and the tiles of a program."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Reads the SASS of a compiled kernel, with the control word of every instruction."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 import tempfile

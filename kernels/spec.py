@@ -5,8 +5,6 @@ The equations are in ``cells.py`` (Triton), ``fusedrnn/loop_cells.py`` (the CPU'
 ``[B, H]`` values of one gate or state in one step.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property

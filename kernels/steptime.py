@@ -6,20 +6,17 @@ pipes are finite; a barrier joins the warps of a program. ``docs/predicted.md`` 
 predictions with published times, and lists what the model leaves out.
 """
 
-from __future__ import annotations
-
-import json
 import re
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import NamedTuple
 
-from .latencies import MMA_RATIOS, Timings, timings
+from .latencies import MMA_RATIOS, Timings
 from .sass import NO_BOARD, Instruction
 
 SCHEDULERS = 4  # of an SM
+TURNS, WARM = 12, 6  # turns of the loop to simulate, of which the first are not counted
 
 
 def _sums() -> dict[str, float]:
@@ -48,10 +45,10 @@ _CONTROL = re.compile(
 )
 
 
-def cost(one: Instruction, sm: Timings, load_latency: float) -> Cost:
-    """Returns the cost of an instruction; a global load takes ``load_latency``."""
+def cost(one: Instruction, sm: Timings) -> Cost:
+    """Returns the cost of an instruction; a global load hits L2."""
     name, base = one.name, one.name.partition(".")[0]
-    if memory := _memory_cost(name, base, sm, load_latency):
+    if memory := _memory_cost(name, base, sm):
         return memory
     if base == "MUFU":
         return Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
@@ -83,7 +80,7 @@ def cost(one: Instruction, sm: Timings, load_latency: float) -> Cost:
     return Cost("alu", sm.alu)
 
 
-def _memory_cost(name: str, base: str, sm: Timings, load_latency: float) -> Cost | None:
+def _memory_cost(name: str, base: str, sm: Timings) -> Cost | None:
     """Returns the cost of an instruction that loads, stores, exchanges or fences, else None."""
     size = _SIZE.search(name)
     width = 32 * (_BYTES[size[1]] if size else 4)  # bytes of a warp
@@ -98,7 +95,7 @@ def _memory_cost(name: str, base: str, sm: Timings, load_latency: float) -> Cost
         return Cost("memory", sm.address, latency, "shared memory", beats, read)
     if base in _GLOBAL:
         beats = max(2.0, width / sm.global_bytes)
-        kind, late_of = "global memory", load_latency
+        kind, late_of = "global memory", sm.l2
         if base in ("LDL", "STL"):
             kind, late_of = "local memory", sm.l1
         elif base.startswith("A"):
@@ -124,7 +121,7 @@ class Prediction:
     cycles: float
     mhz: float
     warps: int  # on the SM
-    steps: int  # that one turn of the loop makes
+    steps: int  # of the recurrence in one turn of the loop
     instructions: float  # of one warp in a step
     barriers: float  # in a step
     spent: dict[str, float]  # cycles of a mean warp, by what it did or waited for
@@ -132,8 +129,7 @@ class Prediction:
     stalls: list[tuple[float, str, Instruction]]  # mean cycles before it, the cause, which one
 
     @property
-    def us(self) -> float:
-        """The time in microseconds."""
+    def us(self) -> float:  # microseconds
         return self.cycles / self.mhz
 
     def lines(self) -> list[tuple[float, str, str]]:
@@ -165,10 +161,8 @@ class Prediction:
         return "\n".join(text)
 
 
-@dataclass
+@dataclass(eq=False)  # warps in the same state are still two
 class _Warp:
-    number: int
-    program: int
     at: int = 0  # index into the trace
     turns: int = 0
     issued: float = 0.0  # when the last instruction was
@@ -222,25 +216,22 @@ class _Core:
 
 
 class _Sm:
-    """The warps of the programs on one SM, at ``turns`` turns of a loop."""
+    """The warps of the program on one SM, which run the turns of a loop."""
 
-    def __init__(
-        self, path: Sequence[Instruction], sm: Timings, warps: int, programs: int, late: float
-    ) -> None:
-        self.path, self.sm, self.warps = path, sm, warps
-        self.costs = [cost(one, sm, late) for one in path]
+    def __init__(self, path: Sequence[Instruction], sm: Timings, warps: int) -> None:
+        self.path, self.sm = path, sm
+        self.costs = [cost(one, sm) for one in path]
         self.waits = [[b for b in range(6) if one.wait >> b & 1] for one in path]
-        self.team = [_Warp(n, n // warps) for n in range(warps * programs)]
+        self.team = [_Warp() for _ in range(warps)]
         groups = [self.team[s::SCHEDULERS] for s in range(SCHEDULERS)]
         self.cores = [_Core(group) for group in groups if group]
         self.unit = self.gate = 0.0  # when the load/store and the barrier unit are free
         self.unit_busy = 0.0
-        self.arrived: dict[tuple[int, str], list[_Warp]] = defaultdict(list)
+        self.arrived: dict[str, list[_Warp]] = defaultdict(list)
         self.stalls: dict[int, dict[str, float]] = defaultdict(_sums)
 
-    def run(self, turns: int, warm: int) -> None:
-        """Runs all warps; the turns before ``warm`` are not counted."""
-        self.turns, self.warm = turns, warm
+    def run(self) -> None:
+        """Runs all warps, as often as ``TURNS`` says."""
         best = [self.next_issue(core) for core in self.cores]
         while (now := min(best)) < float("inf"):
             index = best.index(now)
@@ -251,17 +242,17 @@ class _Sm:
             for other, each in enumerate(self.cores):
                 if released or other == index:
                     best[other] = self.next_issue(each)
-        if any(warp.turns < turns for warp in self.team):
+        if any(warp.turns < TURNS for warp in self.team):
             raise ValueError("deadlock: warps wait at a barrier that others never reach")
 
-    def shares(self, end: float, turns: int) -> dict[str, float]:
+    def shares(self, end: float) -> dict[str, float]:
         """Returns the share of the time in which the busiest pipe of each kind is busy."""
         pipes = ("fma", "alu", "mufu", "tensor", "memory", "uniform", "fp64")
         found = {name: max(core.busy[name] for core in self.cores) / end for name in pipes}
         found["fma"] /= self.sm.fma_pipes
         found["load/store unit"] = self.unit_busy / end
         warps = max(len(core.warps) for core in self.cores)
-        return {**found, "issue": warps * len(self.path) * turns / end}
+        return {**found, "issue": warps * len(self.path) * TURNS / end}
 
     def next_issue(self, core: _Core) -> float:
         return min(self.earliest(core, warp) for warp in core.warps)
@@ -285,17 +276,16 @@ class _Sm:
 
     def earliest(self, core: _Core, warp: _Warp) -> float:
         """Returns when a warp can issue its next instruction."""
-        if warp.turns >= self.turns:
+        if warp.turns >= TURNS:
             return float("inf")
         pipe = core.pipe_free(self.costs[warp.at], self.sm)
         return max(warp.ready, warp.barrier, self.boards(warp)[0], pipe, core.free)
 
     def account(self, core: _Core, warp: _Warp, now: float) -> None:
         """Adds the cycles since the warp's last instruction to what they were spent on."""
-        if not self.warm <= warp.turns < self.turns:
+        if not WARM <= warp.turns < TURNS:
             return
-        what = self.costs[warp.at]
-        clock = warp.ready
+        what, clock = self.costs[warp.at], warp.ready
         lost = {"fixed latency": max(0.0, clock - warp.issued - 1)}
         until, kind = self.boards(warp)
         for when, cause in (
@@ -331,11 +321,8 @@ class _Sm:
         if one.write != NO_BOARD:
             warp.boards[one.write].append((done, what.kind or what.pipe))
         if one.read != NO_BOARD:
-            cause = f"operands read ({what.kind or what.pipe})"
-            warp.boards[one.read].append((read, cause))
-        for board in warp.boards:
-            if board:
-                board[:] = [each for each in board if each[0] > now]
+            warp.boards[one.read].append((read, f"operands read ({what.kind or what.pipe})"))
+        warp.boards = [[each for each in board if each[0] > now] for board in warp.boards]
         warp.issued, warp.stay, warp.ready = now, one.stay, now + max(1, one.stall)
         core.free, core.latest = now + 1, warp
         opened = what.pipe == "barrier" and self.arrive(warp, one, now)
@@ -352,10 +339,10 @@ class _Sm:
         if one.name.startswith("BAR.ARV"):
             return False
         self.gate = max(now, self.gate) + self.sm.arrive
-        key = (warp.program, one.operands.partition(",")[0])
+        key = one.operands.partition(",")[0]
         warp.barrier = float("inf")
         self.arrived[key].append(warp)
-        if len(self.arrived[key]) < self.warps:
+        if len(self.arrived[key]) < len(self.team):
             return False
         for each in self.arrived.pop(key):
             each.barrier = self.gate + self.sm.barrier
@@ -363,41 +350,25 @@ class _Sm:
 
 
 def predict(
-    path: Sequence[Instruction],
-    arch: str,
-    warps: int,
-    *,
-    programs: int = 1,
-    steps: int = 1,
-    hops: int = 0,
-    load_latency: float | None = None,
-    turns: int = 12,
-    **changes: float,
+    path: Sequence[Instruction], sm: Timings, warps: int, hops: int = 0, steps: int = 1
 ) -> Prediction:
-    """Predicts the time of one step of a kernel from one turn of its loop.
+    """Predicts the time of one step of a kernel of which an SM runs one program.
 
     Args:
-        path: the turn, see :func:`trace`.
-        arch: an architecture of ``latencies.TIMINGS``.
-        warps: warps of one program.
-        programs: programs that one SM runs at once.
-        steps: steps of the recurrence in one turn.
+        path: one turn of its loop, see :func:`trace`.
+        sm: the timings of the architecture.
+        warps: warps of the program.
         hops: exchanges between programs in a step, each with its ``hop_us``.
-        load_latency: cycles of a global load, those of L2 by default.
-        turns: turns to simulate, of which the second half is averaged.
-        **changes: timings to replace, by their names.
+        steps: steps of the recurrence in one turn.
 
     Raises:
-        KeyError: the architecture has no timings.
         ValueError: the warps deadlock at a barrier.
     """
-    sm = timings(arch, **changes)
-    chip = _Sm(path, sm, warps, programs, sm.l2 if load_latency is None else load_latency)
-    warm = turns // 2
-    chip.run(turns, warm)
-    warm_end, end = (max(warp.ends[turn] for warp in chip.team) for turn in (warm, turns))
-    hop, counted = hops * sm.hop_us * sm.mhz, (turns - warm) * steps
-    share = 1 / counted / len(chip.team)
+    chip = _Sm(path, sm, warps)
+    chip.run()
+    warm_end, end = (max(warp.ends[turn] for warp in chip.team) for turn in (WARM, TURNS))
+    counted = (TURNS - WARM) * steps
+    hop, share = hops * sm.hop_us * sm.mhz, 1 / counted / warps
     spent = {"hop between programs": hop} if hop else {}
     for warp in chip.team:
         for what, cycles in warp.spent.items():
@@ -409,26 +380,11 @@ def predict(
     return Prediction(
         cycles=(end - warm_end) / counted + hop,
         mhz=sm.mhz,
-        warps=warps * programs,
+        warps=warps,
         steps=steps,
         instructions=len(path) / steps,
         barriers=sum(each.pipe == "barrier" for each in chip.costs) / steps,
         spent=spent,
-        pipes=chip.shares(end, turns),
+        pipes=chip.shares(end),
         stalls=sorted(stalls, key=lambda each: (-each[0], each[2].address)),
     )
-
-
-def write_json(path: Path, predictions: Mapping[str, Prediction]) -> None:
-    """Writes the predicted time of a step of each direction, ``"forward"`` and ``"backward"``."""
-    rows = {
-        direction: {
-            "warps": each.warps,
-            "steps": each.steps,
-            "cycles": round(each.cycles, 1),
-            "us": round(each.us, 4),
-            "source": "predicted",
-        }
-        for direction, each in predictions.items()
-    }
-    path.write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")

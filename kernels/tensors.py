@@ -1,11 +1,8 @@
 """The tensors of a launch, as the named tuples that every schedule and the CPU's loop take.
 
-Sizes: T time, B batch, R rows (``rows.py``), I input, H hidden, G gates, D directions, L layers,
-Z = L*D, S saved tiles, N gradient tiles (``spec.py``). Layer l in direction d has number l*D + d.
-Every tensor is contiguous.
+Every tensor is contiguous. Of the Z = L*D layers and directions, layer l in direction d has number
+l*D + d. ``rows.py`` defines the R rows, ``spec.py`` the S saved and N gradient tiles.
 """
-
-from __future__ import annotations
 
 from typing import Any, NamedTuple
 

@@ -48,9 +48,6 @@ class Program(NamedTuple):
     cols: Any  # [BLOCK_H], the hidden units
 
 
-# Arithmetic.
-
-
 @triton.jit
 def tanh(x):
     """tanh within 2 ulp, in fp32 and fp64.
@@ -143,9 +140,6 @@ def product_sum(dgates, w, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.con
     return total
 
 
-# Memory.
-
-
 @triton.jit
 def row_ptrs(ptr, first, program, WIDTH: tl.constexpr):
     """Pointers ``[BLOCK_B]`` to rows of WIDTH values, the row of sequence 0 being ``first``.
@@ -233,9 +227,6 @@ def choose(pointers, index):
         return pointer
 
 
-# Time and rows.
-
-
 @triton.jit
 def time_of(step, program):
     """The time of a step: direction 1 runs from T - 1 down to 0."""
@@ -295,9 +286,6 @@ def gradient_before(layers, d_entering, d_leaving, origins):
         return zero_where(origins == ZERO, where(origins == SKIPPED, d_leaving, d_entering))
     else:
         return d_entering
-
-
-# The results of a step, and all that backward reads.
 
 
 @triton.jit

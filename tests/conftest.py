@@ -24,8 +24,15 @@ def pytest_collection_modifyitems(items):
 
 @pytest.fixture
 def device():
-    """The GPU if there is one, else the CPU, where Triton interprets."""
-    return torch.device(DEVICE)
+    """The GPU if there is one, else the CPU, where Triton interprets.
+
+    It has an index, as the device of a tensor has. torch.nn and fusedrnn multiply fp32 as fp32.
+    """
+    if DEVICE == "cpu":
+        yield torch.device("cpu")
+        return
+    with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
+        yield torch.device("cuda", torch.cuda.current_device())
 
 
 @pytest.fixture(autouse=True)

@@ -1,17 +1,11 @@
-"""torch.nn's module for each cell, and the operator behind the same call signature."""
+"""torch.nn's module for each cell, and random inputs of it."""
 
 from __future__ import annotations
-
-import copy
 
 import torch
 from torch import Tensor, nn
 
-from fusedrnn import ops
 from fusedrnn.kernels.spec import SPECS
-from fusedrnn.layout import Sequences
-from fusedrnn.stack import StackConfig, StackInputs
-from fusedrnn.testing import assert_budget, run_module
 
 CELLS = tuple(SPECS)
 WITH_TORCH = ("lstm", "gru", "rnn_tanh", "rnn_relu")
@@ -57,33 +51,6 @@ def torch_module(cell: str, input_size: int, hidden_size: int, **kwargs) -> nn.R
     return classes[cell](input_size, hidden_size, **kwargs)
 
 
-class Op(nn.Module):
-    """The operator on the weights of a torch module."""
-
-    def __init__(self, module: nn.RNNBase, cell: str, backend: str, precision: str = "ieee"):
-        super().__init__()
-        self.__dict__["module"] = module
-        self.cell, self.backend, self.precision = cell, backend, precision
-
-    def named_parameters(self, *args, **kwargs):
-        return self.module.named_parameters(*args, **kwargs)
-
-    def forward(self, input: Tensor, hx, dropout_masks=(), sequences=Sequences()):  # noqa: B008
-        module = self.module
-        config = StackConfig(
-            self.cell,
-            self.backend,
-            module.bias,
-            module.num_layers,
-            module.bidirectional,
-            self.precision,
-        )
-        h_0, c_0 = (hx, None) if isinstance(hx, Tensor) else hx
-        inputs = StackInputs(input, h_0, c_0, list(module.parameters()), dropout_masks)
-        output, final, _ = ops.rnn_stack(inputs, sequences, config)
-        return output, final[0] if len(final) == 1 else tuple(final)
-
-
 def make_inputs(cell, case, *, layers=1, directions=1, dtype=torch.float32, device="cpu"):
     """x, hx and cotangents of output and final states, all random."""
     rows, states = layers * directions, SPECS[cell].states
@@ -100,19 +67,3 @@ def make_inputs(cell, case, *, layers=1, directions=1, dtype=torch.float32, devi
 
 def double(tree):
     return tree.double().cpu() if isinstance(tree, Tensor) else type(tree)(map(double, tree))
-
-
-def assert_equals_torch(module, ours, x, hx, cotangents, *, eps=None, reference_dtype=None) -> None:
-    """Every output, state and gradient of ours within the budget that torch's own error sets.
-
-    The truth is the module in fp64. Where torch cannot run the dtype on the CPU as the kernel
-    does (fp16), what it makes of the rounded numbers in ``reference_dtype`` sets the budget.
-    """
-    truth = run_module(
-        copy.deepcopy(module).double().cpu(), double(x), double(hx), double(cotangents)
-    )
-    got = run_module(ours, x, hx, cotangents)
-    ref = run_module(module, x, hx, cotangents)
-    assert got.keys() == ref.keys() == truth.keys()
-    for name in truth:
-        assert_budget(name, got[name], ref[name], truth[name], eps=eps)

@@ -59,7 +59,7 @@ def leaves(tree) -> list[Tensor]:
 def gradients(results, sources) -> list[Tensor]:
     """Pulls random gradients back, the same for every dtype."""
     generator = torch.Generator().manual_seed(4)
-    arriving = [torch.randn(r.shape, generator=generator).to(r.dtype) for r in results]
+    arriving = [torch.randn(r.shape, generator=generator).to(r) for r in results]
     return list(torch.autograd.grad(results, sources, arriving, allow_unused=True))
 
 

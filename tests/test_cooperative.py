@@ -201,12 +201,15 @@ def break_wait_for_the_layer_below(patch):
     ],
 )
 def test_a_broken_protocol_is_found(cell, shape, mutate, monkeypatch):
-    data = prepared(cell, shape)
     mutate(monkeypatch)
-    # One program lags, so that a program that does not wait for it reads what is not there yet.
-    failed = run(cell, shape, data, delay=0.02, slow=1)
-    assert not failed
-    assert bool(differences(cell, shape, data)) == (mutate is not break_nothing)
+    # One program lags, so that a program that does not wait for it reads what is not there yet. On
+    # a busy machine the others may lag as well, so a mutant has several chances.
+    for _ in range(1 if mutate is break_nothing else 8):
+        data = prepared(cell, shape)
+        assert not run(cell, shape, data, delay=0.02, slow=1)
+        if found := bool(differences(cell, shape, data)):
+            break
+    assert found == (mutate is not break_nothing)
 
 
 def test_counters_that_were_not_cleared_are_found():

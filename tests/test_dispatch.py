@@ -113,6 +113,8 @@ def test_precision_follows_torchs_switches():
         ({"proj_size": 2}, "aten", "aten"),
         ({"proj_size": 2, "ragged": ("lengths",)}, "torch", "torch"),
         ({"batch": 0}, "aten", "aten"),
+        ({"steps": 1}, "aten", "aten"),
+        ({"steps": 1, "cell": "gru_reset_before"}, "triton", "torch"),
         ({"cell": "gru_reset_before", "dtype": torch.int64}, "torch", "torch"),
         # What the model finds slower than cuDNN.
         ({"hidden_size": 1024, "batch": 1024, "dtype": torch.float16}, "aten", "aten"),
@@ -251,18 +253,18 @@ def test_named_backends_refuse(monkeypatch):
     assert "no projection" in refusal("triton", facts(proj_size=2))
 
 
-@pytest.mark.parametrize("needs_grad", [False, True])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_agrees_with_torch_on_this_cpu(dtype, needs_grad):
+def test_autocast_agrees_with_torch_on_this_cpu(dtype):
     """Torch hands an LSTM, and only that, to oneDNN without asking what the CPU can do."""
-    takes = choose(facts(dtype=dtype, autocast=dtype, needs_grad=needs_grad)) == "aten"
-    refuses = pytest.raises(RuntimeError, match="primitive descriptor")
-    with (
-        torch.autocast("cpu", dtype),
-        torch.set_grad_enabled(needs_grad),
-        contextlib.nullcontext() if takes else refuses,
-    ):
-        nn.LSTM(3, 4)(torch.zeros(5, 2, 3))
+    for needs_grad in (False, True):
+        takes = choose(facts(dtype=dtype, autocast=dtype, needs_grad=needs_grad)) == "aten"
+        refuses = pytest.raises(RuntimeError, match="primitive descriptor")
+        with (
+            torch.autocast("cpu", dtype),
+            torch.set_grad_enabled(needs_grad),
+            contextlib.nullcontext() if takes else refuses,
+        ):
+            nn.LSTM(3, 4)(torch.zeros(5, 2, 3))
 
 
 def test_explain_on_the_cpu():

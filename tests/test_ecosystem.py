@@ -1,5 +1,8 @@
 """Tests with other libraries: our models give the results of the same torch.nn models, in fp64."""
 
+import contextlib
+import copy
+
 import pytest
 import torch
 from torch import nn
@@ -166,3 +169,105 @@ def test_safetensors_of_tied_weights(tmp_path):
     assert len(files.load_file(path)) == len(models[0].state_dict()) - 1
     files.load_model(models[1], path)
     assert_alike(models[0](x), models[1](x))
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning:torch.onnx")
+@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size:UserWarning")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_onnx_by_the_older_exporter(cell, tmp_path):
+    """One operator of ONNX for each layer, for all T and B."""
+    onnx = pytest.importorskip("onnx")
+    runtime, path = pytest.importorskip("onnxruntime"), tmp_path / "model.onnx"
+    ours, theirs = (model.float() for model in pair(cell))
+    given, axes = (batch().float(),), {"x": {0: "B", 1: "T"}}
+    torch.onnx.export(ours, given, path, dynamo=False, input_names=["x"], dynamic_axes=axes)
+    assert [node.op_type for node in onnx.load(path).graph.node].count(cell) == 2
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    x = torch.randn(3, 11, I)
+    (got,) = session.run(None, {"x": x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(got), theirs(x), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_tensorboard_draws_torchs_operators(cell, tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard._pytorch_graph import graph
+
+    ours, theirs = pair(cell)
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_graph(ours, batch())
+    found = [sorted(n.op for n in graph(m, batch())[0].node) for m in (ours, theirs)]
+    assert found[0] == found[1]
+    assert f"aten::{cell.lower()}" in " ".join(found[0])
+
+
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_pyro_draws_weights(cell):
+    """A Bayesian layer: its weights are samples, drawn by attribute."""
+    pyro = pytest.importorskip("pyro")
+    x, found = batch().float(), []
+    for library in (fusedrnn, nn):
+        torch.manual_seed(1)
+        rnn = pyro.nn.PyroModule[getattr(library, cell)](I, H)
+        prior = pyro.distributions.Normal(torch.zeros_like(rnn.weight_hh_l0), 1.0)
+        rnn.weight_hh_l0 = pyro.nn.PyroSample(prior.to_event(2))
+        found.append([rnn(x)[0] for _ in range(2)])
+    torch.testing.assert_close(*found)
+    assert not torch.equal(*found[0])
+
+
+@pytest.mark.filterwarnings("ignore:distutils Version classes:DeprecationWarning")
+@backends
+def test_torchviz_draws_the_graph(backend):
+    torchviz = pytest.importorskip("torchviz")
+    ours, _ = pair("GRU")
+    with fusedrnn.use_backend(backend):
+        dot = torchviz.make_dot(ours(batch()), dict(ours.named_parameters()), show_saved=True)
+    assert "rnn.weight_hh_l1_reverse" in dot.source
+
+
+@pytest.mark.parametrize("name", ["LSTMAggregation", "GRUAggregation", "Set2Set"])
+def test_torch_geometric_aggregates(name):
+    """Over the neighbours of each node, as a graph's layers do."""
+    aggregations = pytest.importorskip("torch_geometric.nn.aggr")
+    arguments = (I, 2) if name == "Set2Set" else (I, H)
+    theirs = getattr(aggregations, name)(*arguments).double()
+    ours = fusedrnn.replace_modules(copy.deepcopy(theirs))
+    assert any(type(m).__module__ == "fusedrnn.modules" for m in ours.modules())
+    x, index, found = batch()[0], torch.tensor([0, 0, 0, 1, 2, 2]), []
+    for module in (ours, theirs):
+        result = module(x, index)
+        grads = torch.autograd.grad(result.square().sum(), list(module.parameters()))
+        found.append((result, *grads))
+    assert_alike(*found)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU"])
+def test_torchrl_trains_on_trajectories(cell):
+    """Its module cuts a batch of steps where a trajectory begins."""
+    rl, tensordict = pytest.importorskip("torchrl.modules"), pytest.importorskip("tensordict")
+    states = ["h", "c"] if cell == "LSTM" else ["h"]
+    nexts, found, state = [("next", s) for s in states], [], {}
+    is_init = torch.zeros(B, T, 1, dtype=torch.bool)
+    is_init[:, 0], is_init[2, 3] = True, True
+    x, zeros = batch(), torch.zeros(B, T, 1, H, dtype=torch.float64)
+    for patched in (True, False):
+        with fusedrnn.patch() if patched else contextlib.nullcontext():
+            keys = {"in_keys": ["x", *states], "out_keys": ["y", *nexts]}
+            module = getattr(rl, f"{cell}Module")(I, H, **keys).double()
+            state = state or module.state_dict()
+            module.load_state_dict(state)
+            given = {"x": x, "is_init": is_init, **dict.fromkeys(states, zeros)}
+            with rl.set_recurrent_mode(True):
+                y = module(tensordict.TensorDict(given, [B, T]))["y"]
+        rnn = getattr(module, cell.lower())
+        assert isinstance(rnn, getattr(fusedrnn, cell)) == patched
+        found.append((y, *torch.autograd.grad(y.square().sum(), list(module.parameters()))))
+    assert_alike(*found)

@@ -113,14 +113,14 @@ def everything(run, module, x, hx, dtype):
     return {n: t.detach() for n, t in zip(names, (*results, *grads), strict=True)}
 
 
-def check(module, form, backend, batch=5, steps=T):
+def check(module, form, backend, batch=5, steps=T, device="cpu"):
     """Compares in fp64 to the last digits."""
     x, hx = torch.randn(steps, batch, module.input_size).double(), states_for(module, batch)
-    x = x.to(hx[0].device)
     want = everything(oracle(form), module, x, hx, torch.float64)
+    x, hx, module = x.to(device), tuple(h.to(device) for h in hx), module.to(device)
     got = everything(runner(backend, form), module, x, hx, torch.float64)
     for name in want:
-        torch.testing.assert_close(got[name], want[name], atol=1e-11, rtol=1e-10, msg=name)
+        torch.testing.assert_close(got[name].cpu(), want[name], atol=1e-11, rtol=1e-10, msg=name)
     return got
 
 
@@ -199,7 +199,7 @@ def test_resident_kernels(cell, form, device):
 )
 def test_stepwise_kernels(cell, form, device):
     """Stacked layers in fp64, which no other schedule takes."""
-    check(build(cell, 2, 1).to(device), form, "triton")
+    check(build(cell, 2, 1), form, "triton", device=device)
 
 
 @pytest.mark.parametrize("form", ["dense", "batch_first", "packed"])
@@ -254,12 +254,14 @@ def test_nothing_saved_gives_the_same_bits(cell, backend):
         assert torch.equal(got, want)
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_repeated_calls_give_the_same_bits(backend):
-    module = build("gru", 1, 2, torch.float32, H=16)
-    x, hx = torch.randn(T, 5, 3), states_for(module, 5, torch.float32)
-    run = runner(backend, "both")
-    first, second = (everything(run, module, x, hx, torch.float32) for _ in range(2))
+@pytest.mark.parametrize(
+    ("backend", "dtype"),
+    [("torch", torch.float32), ("triton", torch.float32), ("triton", torch.float64)],
+)
+def test_repeated_calls_give_the_same_bits(backend, dtype):
+    module = build("gru", 1, 2, dtype, H=16)
+    x, hx, run = torch.randn(T, 5, 3), states_for(module, 5), runner(backend, "both")
+    first, second = (everything(run, module, x, hx, dtype) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 

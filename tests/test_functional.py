@@ -148,7 +148,7 @@ def test_functions_take_the_equations():
     assert torch.equal(got[0], relu(x)[0])
     got = fusedrnn.gru(x, None, list(before.parameters()), reset_after=False)
     assert torch.equal(got[0], before(x)[0])
-    with pytest.raises(ValueError, match="nonlinearity is 'gelu'"):
+    with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
         fusedrnn.rnn(x, None, [], nonlinearity="gelu")
     with pytest.raises(TypeError, match="no_such"):
         fusedrnn.gru(x, None, [], no_such=1)

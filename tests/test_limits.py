@@ -3,9 +3,7 @@
 import pytest
 
 from fusedrnn.kernels.limits import (
-    LARGEST_SLICE,
     OPERAND_COLUMNS,
-    holds_slice,
     k_chunks,
     padded_units,
     resident_bytes,
@@ -30,20 +28,6 @@ def test_chunks_cover_h_in_equally_many_pieces(H, kind):
 
 def test_units_are_padded_to_a_power_of_two():
     assert [padded_units(H) for H in (1, 16, 17, 64, 65, 256)] == [16, 16, 32, 64, 128, 256]
-
-
-def test_more_needs_more():
-    """Rows, columns, layers and ragged rows only ever take room away."""
-    for kind, of_gates in LARGEST_SLICE.items():
-        for gates, (units, few_rows, many_rows) in of_gates.items():
-            assert many_rows <= few_rows
-            columns = few_rows // units
-            assert holds_slice(kind, gates, 1, False, units, 16, columns)
-            assert not holds_slice(kind, gates, 1, False, units, 16, columns + 1)
-            assert not holds_slice(kind, gates, 1, False, 2 * units, 16, columns // 2)
-            assert not holds_slice(kind, gates, 1, False, units, 32, columns)
-            assert not holds_slice(kind, gates, 2, False, units, 16, columns)
-            assert not holds_slice(kind, gates, 1, True, units, 16, columns)
 
 
 def test_shared_memory_worked_out_by_hand():

@@ -120,18 +120,6 @@ def test_no_sequences(cell):
     assert run(case_of(cell, 2, "dense", B=0))["out"].shape == (0, 2 * H)
 
 
-def test_sequences_without_any_step_keep_their_state():
-    case = case_of("lstm", 2, "packed")
-    case.rows = packed_rows(case.rows.sizes, 2, CPU, None, B + 2)
-    more = torch.randn(2, 2, H, dtype=torch.float64)
-    case.h_0, case.c_0 = (torch.cat([state, more], 1) for state in (case.h_0, case.c_0))
-    ends = (torch.cat([g, more], 1) for g in (case.grads.h_n, case.grads.c_n))
-    case.grads = case.grads._replace(**dict(zip(("h_n", "c_n"), ends, strict=True)))
-    got = run(case)
-    for name in ("h_n", "c_n", "d_h_0", "d_c_0"):
-        assert torch.equal(got[name][:, B:], more), name
-
-
 class Counter(TorchDispatchMode):
     """Counts the operators that are no views."""
 

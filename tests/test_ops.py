@@ -16,10 +16,12 @@ from pairs import (
     batch,
     build,
     leaves,
+    states_for,
 )
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import reference
@@ -212,36 +214,56 @@ def test_parameters_whose_data_is_replaced_before_backward():
 @pytest.mark.parametrize("steps", [3, 30])
 @pytest.mark.parametrize("name", ["GRU", "RNN"])
 def test_outputs_may_be_modified_in_place(name, steps):
+    """On the CPU, and detached; compiled, too."""
     theirs, ours = build(name, torch.float32, num_layers=2, batch_first=True)
     x, found = torch.randn(B, steps, I), []
-    for module in (theirs, ours):
+    for module in (theirs, ours, torch.compile(ours, backend="aot_eager", fullgraph=True)):
         output, h_n = module(x)
         output += 1
         output[:, 0] = 0
         nn.functional.relu(output, inplace=True)
         h_n.mul_(2)
         found.append(torch.autograd.grad(output.sum() + h_n.sum(), list(module.parameters())))
-        output, h_n = module(x)
-        assert output.stride() == (H, B * H, 1)
-        output.detach_(), h_n.detach_()
     assert_close(found[1], found[0], 1e-4)
+    assert_close(found[2], found[0], 1e-4)
+    output, h_n = ours(x)
+    assert output.stride() == (H, B * H, 1)
+    output.detach_(), h_n.detach_()
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     ("name", "kwargs"), [("GRU", {}), ("LSTM", {"num_layers": 2}), ("LSTM", {"proj_size": 2})]
 )
-def test_programs_exported_without_gradients_can_be_differentiated(name, kwargs):
+@pytest.mark.parametrize("frozen", [False, True])
+def test_programs_exported_without_gradients_can_be_differentiated(name, kwargs, frozen):
     _, module = build(name, **kwargs)
     x = batch()
-    with torch.no_grad():
+    module.requires_grad_(not frozen)
+    with torch.set_grad_enabled(frozen):
         program = torch.export.export(module, (x,)).module()
     found = []
     for run in (module, program):
         given = x.clone().requires_grad_()
         loss = loss_of(run(given))
-        found.append(torch.autograd.grad(loss, [given, *run.parameters()]))
+        sources = [given, *(() if frozen else run.parameters())]
+        found.append(torch.autograd.grad(loss, sources))
     assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("needs_input", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_flops_are_those_of_torchs_products(name, needs_input):
+    """For an LSTM on the CPU torch counts none."""
+    theirs, ours = build(name, num_layers=2, bidirectional=True)
+    x, hx, found = batch().requires_grad_(needs_input), states_for(ours, B).requires_grad_(), []
+    for module in (theirs, ours):
+        with fusedrnn.use_backend("torch"), FlopCounterMode(display=False) as counter:
+            loss = module(x, hx)[0].sum()
+            forward = counter.get_total_flops()
+            loss.backward()
+        found.append((forward, counter.get_total_flops()))
+    assert found[0] == found[1]
 
 
 def test_walkers_of_saved_tensors_meet_no_none():

@@ -2,15 +2,7 @@
 
 import torch
 
-from fusedrnn.kernels.rows import (
-    INITIAL,
-    PREVIOUS,
-    SKIPPED,
-    ZERO,
-    Rows,
-    origins_of,
-    packed_rows,
-)
+from fusedrnn.kernels.rows import INITIAL, PREVIOUS, SKIPPED, ZERO, origins_of, packed_rows
 
 CPU = torch.device("cpu")
 
@@ -55,10 +47,3 @@ def test_rows_of_packed_input():
 def test_rows_of_sequences_without_any_step():
     rows = packed_rows(torch.tensor([1]), 1, CPU, B=2)
     assert rows.origins.tolist() == [[[INITIAL, SKIPPED]]]
-
-
-def test_dense_rows():
-    rows = Rows(4, 2)
-    assert rows.total == 8
-    assert rows.spans()[3] == slice(6, 8)
-    assert rows.origins is rows.starts is None

@@ -1,13 +1,11 @@
 """Predicted times: reading SASS, timing hand-made traces, ordering variants of one kernel."""
 
-import json
-
 import pytest
 
 from fusedrnn.kernels import sass
 from fusedrnn.kernels.latencies import TIMINGS, timings
 from fusedrnn.kernels.sass import NO_BOARD, Instruction, decode, read_listing, trace
-from fusedrnn.kernels.steptime import cost, predict, write_json
+from fusedrnn.kernels.steptime import cost, predict
 
 SM = timings("sm_90")
 #: A polling loop and a slow path with a call inside the loop over T.
@@ -56,8 +54,8 @@ def loop_of(*parts):
     return [*made, Instruction(16 * len(made), "BRA", "`(.L_x_0)", "@P0", target=0, stall=5)]
 
 
-def cycles(path, warps=1, **options):
-    return predict(path, "sm_90", warps, **options).cycles
+def cycles(path, warps=1, sm=SM):
+    return predict(path, sm, warps).cycles
 
 
 def compiled(body, folder):
@@ -98,7 +96,7 @@ def test_every_kind_of_instruction_has_its_pipe(arch):
         "HMMA.16816.F32": "tensor", "MUFU.EX2": "mufu", "FFMA": "fma", "IMAD.WIDE": "imad",
         "STG.E.128": "memory", "LOP3": "alu", "BAR.SYNC": "barrier", "BRA": "control",
     }  # fmt: skip
-    costs = {name: cost(Instruction(0, name), timings(arch), 500.0) for name in pipes}
+    costs = {name: cost(Instruction(0, name), timings(arch)) for name in pipes}
     assert {name: each.pipe for name, each in costs.items()} == pipes
 
 
@@ -109,9 +107,10 @@ def test_hand_made_traces():
     assert cycles(many) == pytest.approx(32 * SM.mufu, abs=SM.mufu + SM.branch)
     assert cycles(many, 4) == pytest.approx(cycles(many), abs=1)  # each scheduler has a pipe
     assert cycles(many, 8) > 1.8 * cycles(many, 4) - 2 * SM.branch  # two warps share it
-    assert cycles(many, 4, programs=2) == cycles(many, 8)
     load = loop_of(("LDG.E", {"write": 0}), ("FADD", {"wait": 1}))
-    slower = cycles(load, load_latency=600.0) - cycles(load, load_latency=300.0)
+    slower = cycles(load, sm=timings("sm_90", l2=600.0)) - cycles(
+        load, sm=timings("sm_90", l2=300.0)
+    )
     assert slower == pytest.approx(300, abs=1)
     matrices = loop_of(*[("LDSM.16.M88.4", {"write": 0})] * 16, ("FADD", {"wait": 1}))
     assert 512 <= cycles(matrices, 8) < 600  # 8 x 16 x 512 bytes at 128 a cycle
@@ -120,22 +119,18 @@ def test_hand_made_traces():
 def test_a_barrier_waits_for_the_last_warp():
     path = loop_of(("BAR.SYNC", {"operands": "0x0"}))
     assert cycles(path, 8) - cycles(path, 1) == pytest.approx(7 * SM.arrive, abs=2)
-    assert predict(path, "sm_90", 8, barrier=120.0).cycles - cycles(path, 8) == pytest.approx(100)
-    found = predict(path, "sm_90", 8)
+    slower = cycles(path, 8, timings("sm_90", barrier=120.0)) - cycles(path, 8)
+    assert slower == pytest.approx(100)
+    found = predict(path, SM, 8)
     assert sum(found.spent.values()) == pytest.approx(found.cycles)
     assert found.stalls[0][1] == "barrier"
 
 
 def test_orders_two_variants_and_repeats_itself(tmp_path):
     one, four = (trace(compiled(EXCHANGE * n, tmp_path)) for n in (1, 4))
-    fast, slow = (predict(path, "sm_90", 4) for path in (one, four))
+    fast, slow = (predict(path, SM, 4) for path in (one, four))
     assert (fast.barriers, slow.barriers) == (2, 8)
     assert 3 < slow.cycles / fast.cycles < 4.5
-    assert predict(four, "sm_90", 4) == slow
-    step = predict(four, "sm_90", 4, steps=4, hops=1)
-    assert step.us == pytest.approx(slow.us / 4 + SM.hop_us)
+    assert predict(four, SM, 4) == slow
+    assert predict(four, SM, 4, hops=1).us == pytest.approx(slow.us + SM.hop_us)
     assert "8 barriers" in slow.report()
-    write_json(tmp_path / "steptime.json", {"forward": fast, "backward": slow})
-    written = json.loads((tmp_path / "steptime.json").read_text())["backward"]
-    assert written.pop("us") == pytest.approx(slow.us, rel=1e-3)
-    assert written == {"warps": 4, "steps": 1, "cycles": slow.cycles, "source": "predicted"}
