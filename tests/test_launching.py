@@ -139,7 +139,7 @@ def expected(gpu, schedule, module, R=T * B):
             if direction == "bwd":
                 steps = [*(t for t in reversed(range(T)) for _ in range(P)), (1 << 32) - 1]
             sizes = [(step, T, B, R) for step in steps]
-        name, threads = f"_{schedule.partition("_")[0]}_{direction}_kernel", 32 * tiles.num_warps
+        name, threads = f"_{schedule.partition('_')[0]}_{direction}_kernel", 32 * tiles.num_warps
         launch = [(name, grid, threads, schedule == "cooperative", of) for of in sizes]
         found += launch * (L // plan.layers)
     return found
