@@ -18,6 +18,7 @@ from . import dispatch
 from .arguments import Call, Layers, as_hx, check_alike, prepare
 from .ops import ATEN, rnn_stack
 from .stack import StackConfig, StackInputs
+from .vmap import is_transformed
 
 # cuDNN's advice to call flatten_parameters(), which does nothing here by design. Only warnings
 # raised by this package are silenced, so that nn.LSTM's remain.
@@ -212,6 +213,70 @@ def run(call: Call) -> Any:
     in_place = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
     in_place = in_place and not (facts.compiled or facts.transformed)
     return in_form(call, output, in_place), as_hx(states_in_form(call, states))
+
+
+#: Kinds of calls on the CPU, and whether ``auto`` leaves them to torch's operator.
+_KINDS: dict[tuple, bool] = {}
+
+
+def run_module(
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
+) -> tuple[Any, Any]:
+    """Runs a module's stack; a kind of call that was checked before may skip the checks.
+
+    They take as long as the smallest layers. A weight of another shape makes another kind, and a
+    call that torch's operator rejects is checked again.
+    """
+    kind = _kind_of(cell, input, hx, params, layers)
+    if kind is not None and _KINDS.get(kind):
+        try:
+            return _run_known(cell, input, hx, params, layers)
+        except RuntimeError:
+            pass  # the checks below name the cause
+    call = prepare(cell, input, hx, params, layers)
+    result = run(call)
+    if kind is not None and kind not in _KINDS:
+        if len(_KINDS) >= 4096:
+            _KINDS.clear()
+        given = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
+        is_whole = all(g.shape == s.shape for g, s in zip(given, call.states, strict=False))
+        _KINDS[kind] = is_whole and dispatch.choose(call.facts) == "aten"
+    return result
+
+
+def _kind_of(
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
+) -> tuple | None:
+    """Returns what checks and choice of a plain call on the CPU depend on; None for others."""
+    if torch.compiler.is_compiling() or type(input) is not Tensor or input.is_nested:
+        return None
+    if input.dim() != 3 or not input.is_cpu or not dispatch.is_auto() or is_transformed():
+        return None
+    states = (hx,) if isinstance(hx, Tensor) else hx or ()
+    if torch._C._is_any_autocast_enabled() or not isinstance(states, (tuple, list)):
+        return None
+    if any(type(t) is not Tensor for t in states) or any(p is None for p in params):
+        return None
+    tensors = input, *states, *params
+    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    sizes = [(t.shape, t.dtype, t.is_cpu) for t in tensors]
+    return cell, layers, needs_grad, input.requires_grad, type(hx), *sizes
+
+
+def _run_known(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers) -> Any:
+    """Runs torch's operator on a call of a known kind."""
+    rows = input.transpose(0, 1) if layers.batch_first else input
+    if hx is None:
+        columns = params[1].shape[1]
+        h_0 = input.new_zeros(layers.num_layers * layers.directions, rows.shape[1], columns)
+        hx = (h_0, h_0) if cell == "lstm" else h_0
+    is_training = layers.training or torch.is_grad_enabled()
+    dropout = layers.dropout if layers.training else 0.0
+    flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional, False
+    output, *states = ATEN[cell](rows, hx, params, *flags)
+    if layers.batch_first:
+        output = output.transpose(0, 1) if cell == "lstm" else output.transpose_(0, 1)
+    return output, as_hx(states)
 
 
 def run_cell(call: Call) -> Any:

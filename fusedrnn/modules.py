@@ -97,10 +97,13 @@ class _Stack(torch.nn.RNNBase):
         """Returns whether torch's forward is as good; tracers know it at all sizes."""
         return self._cell in ATEN and dispatch.is_auto()
 
-    def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
+    def _layers(self) -> arguments.Layers:
         sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
-        layers = arguments.Layers(*sizes, bool(self.bidirectional), self.recompute)
-        return arguments.prepare(self._cell, input, hx, self._params(), layers, lengths, reset)
+        return arguments.Layers(*sizes, bool(self.bidirectional), self.recompute)
+
+    def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
+        cell, params, layers = self._cell, self._params(), self._layers()
+        return arguments.prepare(cell, input, hx, params, layers, lengths, reset)
 
     def _params(self) -> list[Tensor]:
         """Returns the weights as they are now, computed ones too, in torch's order."""
@@ -123,6 +126,8 @@ class _Stack(torch.nn.RNNBase):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
         if torch.jit.is_tracing() and lengths is reset is None and self._is_torchs():
             return _TORCHS[self.mode].forward(self, input, hx)
+        if lengths is reset is None and not self.proj_size:
+            return functional.run_module(self._cell, input, hx, self._params(), self._layers())
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(

@@ -269,3 +269,20 @@ def test_a_default_device_is_not_that_of_the_call(backend):
             output, states = module(input, **options)
             sum(result.sum() for result in leaves((output, states))).backward()
         assert {result.device.type for result in leaves((output, states))} == {"cpu"}
+
+
+def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
+    module, x = fusedrnn.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3)
+    first = module(x)
+
+    def checked(*arguments):
+        raise AssertionError("checked")
+
+    monkeypatch.setattr(functional, "prepare", checked)
+    torch.testing.assert_close(module(x), first, rtol=0, atol=0)
+    for other in (x[:1], x.double(), x[:, :, :2]):
+        with pytest.raises(AssertionError, match="checked"):
+            module(other)
+    module.weight_hh_l0 = torch.nn.Parameter(torch.ones(1, 4))
+    with pytest.raises(AssertionError, match="checked"):
+        module(x)
