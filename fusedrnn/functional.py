@@ -201,14 +201,18 @@ def _run_stack(
 
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
-    backend = dispatch.choose(call.facts)
-    as_one_node = call.facts.compiled and dispatch.runs_as_one_node(call.facts)
+    facts, packing = call.facts, call.packing
+    backend = dispatch.choose(facts)
+    as_one_node = facts.compiled and dispatch.runs_as_one_node(facts)
     if backend == "aten" and not as_one_node:
-        output, *states = _run_aten(call)
+        hx = as_hx([state.contiguous() for state in call.states])  # cuDNN takes no strided states
+        sizes = None if packing is None else packing.batch_sizes
+        output, *states = _run_aten(
+            facts.cell, call.input, hx, call.params, facts.layers, facts.needs_grad, sizes
+        )
     else:
         inputs, config = operands(call), config_of(call, backend)
         output, states, _ = rnn_stack(inputs, call.sequences, config)
-    facts = call.facts
     # As torch's, the output is then no view, and detach_() takes it; others save it for backward.
     in_place = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
     in_place = in_place and not (facts.compiled or facts.transformed)
@@ -270,10 +274,7 @@ def _run_known(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor], laye
         columns = params[1].shape[1]
         h_0 = input.new_zeros(layers.num_layers * layers.directions, rows.shape[1], columns)
         hx = (h_0, h_0) if cell == "lstm" else h_0
-    is_training = layers.training or torch.is_grad_enabled()
-    dropout = layers.dropout if layers.training else 0.0
-    flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional, False
-    output, *states = ATEN[cell](rows, hx, params, *flags)
+    output, *states = _run_aten(cell, rows, hx, params, layers, torch.is_grad_enabled())
     if layers.batch_first:
         output = output.transpose(0, 1) if cell == "lstm" else output.transpose_(0, 1)
     return output, as_hx(states)
@@ -285,17 +286,17 @@ def run_cell(call: Call) -> Any:
     return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(state.squeeze(0) for state in hx)
 
 
-def _run_aten(call: Call) -> tuple[Tensor, ...]:
+def _run_aten(
+    cell: str, rows: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers,
+    needs_grad: bool, batch_sizes: Tensor | None = None,
+) -> tuple[Tensor, ...]:  # fmt: skip
     """Runs torch's operator, on input that is time-major by now."""
-    layers, packing = call.facts.layers, call.packing
-    # cuDNN takes no strided states, and has no backward of a forward in eval().
-    hx, op = as_hx([state.contiguous() for state in call.states]), ATEN[call.facts.cell]
     dropout = layers.dropout if layers.training else 0.0
-    is_training = layers.training or call.facts.needs_grad
+    is_training = layers.training or needs_grad  # cuDNN has no backward of a forward in eval()
     flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
-    if packing is None:
-        return op(call.input, hx, call.params, *flags, False)
-    return op(call.input, packing.batch_sizes, hx, call.params, *flags)
+    if batch_sizes is None:
+        return ATEN[cell](rows, hx, params, *flags, False)
+    return ATEN[cell](rows, batch_sizes, hx, params, *flags)
 
 
 def in_form(call: Call, rows: Tensor, in_place: bool = False) -> Any:
