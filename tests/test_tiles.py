@@ -31,9 +31,7 @@ def test_tanh_errs_by_less_than_two_ulp(dtype, device):
     exact = np.tanh(x.numpy().astype(np.longdouble))
     ulp = torch.finfo(dtype).eps * 2.0 ** np.floor(np.log2(np.abs(exact)))
     error = np.abs(tanh(x.to(device)).cpu().numpy() - exact) / ulp
-    # On a GPU exponentials and quotients in fp32 are approximations, each to 2 ulp by PTX's manual.
-    most = 4.0 if device.type == "cuda" and dtype == torch.float32 else 2.0
-    assert error.max() < most, (error.max(), x[error.argmax()])
+    assert error.max() < 2.0, (error.max(), x[error.argmax()])
 
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning:triton.runtime.interpreter")
