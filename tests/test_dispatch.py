@@ -57,6 +57,8 @@ def test_use_backend_nests_and_is_of_a_thread():
         thread = threading.Thread(target=lambda: seen.append(requested_backend()))
         thread.start()
         thread.join()
+    with pytest.raises(KeyError), use_backend("torch"):
+        raise KeyError
     assert seen == [requested_backend()] == [("auto", "default")]
 
 

@@ -160,32 +160,6 @@ def test_the_older_gru_cell_is_one_step_of_the_gru():
     assert torch.equal(cell(x, h), gru(x.unsqueeze(0), h.unsqueeze(0))[0][0])
 
 
-def spread(x):
-    room = torch.full((2 * T, B + 2, 2 * I), torch.nan, dtype=x.dtype)
-    view = room[1::2, 1:-1, ::2]
-    view.copy_(x)
-    return view
-
-
-#: The same numbers in other places; what is expanded has the first sequence's.
-LAYOUTS = {
-    "features first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-    "spread": spread,
-    "one sequence": lambda x: x[:, :1].expand_as(x),
-    "one step": lambda x: x[:1].expand_as(x),
-}
-
-
-@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
-@pytest.mark.parametrize("lay", LAYOUTS)
-@backends
-def test_inputs_of_every_layout(backend, lay, batch_first):
-    theirs, ours = build("LSTM", batch_first=batch_first, num_layers=2)
-    x = LAYOUTS[lay](batch())
-    x = x.transpose(0, 1) if batch_first else x
-    assert_same(backend, theirs, ours, x, states_for(ours, B))
-
-
 def cudnn(op):
     """torch's operator on the CPU with the checks and the warning of cuDNN's."""
 

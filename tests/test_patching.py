@@ -331,23 +331,6 @@ def test_quantization_leaves_nothing_out_without_a_word(name):
     assert "quantized" in type(quantized[0]).__module__
 
 
-def test_compiled_code_follows():
-    graphs = []
-
-    def record(graph, _):
-        graphs.append(" ".join(str(node.target) for node in graph.graph.nodes))
-        return graph
-
-    torch._dynamo.reset()
-    model, x = nn.Sequential(nn.GRUCell(3, 4)), torch.randn(5, 3)
-    compiled = torch.compile(model, backend=record)
-    expected = compiled(x)
-    fusedrnn.replace_modules(model)
-    with fusedrnn.use_backend("torch"):
-        torch.testing.assert_close(compiled(x), expected)
-    assert ["fusedrnn" in graph for graph in graphs] == [False, True]
-
-
 def with_forward(module):
     module.forward = module.forward
     return module
