@@ -32,6 +32,7 @@ class Chip(NamedTuple):
     warp_size: int = 32
     concurrent: bool = True  # False in Triton's interpreter: one program after the other
     cooperates: bool = True  # False once the device has refused a cooperative launch
+    mhz: float = 0.0  # the highest clock, 0 where it is not known
     #: What ``give_up`` was told: cell, H and dtype, and the cause.
     failed: tuple[tuple[tuple, str], ...] = ()
 
@@ -98,7 +99,8 @@ def _chip_of(device: torch.device) -> Chip:
     arch = f"sm_{found.major}{found.minor}"
     if torch.version.hip is not None:
         arch = found.gcnArchName.partition(":")[0]
-    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size)
+    mhz = getattr(found, "clock_rate", 0) / 1000  # torch has it in kHz
+    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size, mhz=mhz)
 
 
 class Problem(NamedTuple):
