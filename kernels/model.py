@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 import torch
 
-from .problem import Chip, Problem, Tiles
+from .problem import Chip, Floors, Problem, Tiles
 
 MMA_LATENCY = 24  # cycles
 LONGEST_CHAIN = 8  # dependent mma instructions of a step of schedule cooperative, at most
@@ -43,26 +43,6 @@ SPEEDS = {
     "sm_90": Speeds(1755.0, _SM_90, 5.5e6, 0.15, 0.65, 1.3),
     "sm_80": Speeds(1410.0, _SM_80, 4.4e6, 0.19, 0.65, 1.6),
 }
-
-
-class Floors(NamedTuple):
-    """Microseconds of one step of the whole batch, by what bounds it."""
-
-    products: float = 0.0  # matrix units of the busiest SM
-    shared: float = 0.0  # weights from shared memory to the matrix units
-    specials: float = 0.0  # exponentials and reciprocals
-    l2: float = 0.0  # what all programs read through L2
-    mma: float = 0.0  # the longest chain of dependent mma instructions
-    chain: float = 0.0  # operands through shared memory, activations
-    sync: float = 0.0  # handing h or dgates to the other programs, or launching
-
-    @property
-    def step(self) -> float:
-        return max(self[:5]) + self.chain + self.sync
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in self._asdict().items() if value)
-        return f"{self.step:.2f} us a step ({parts})"
 
 
 def dependent_mma(problem: Problem, kind: str, tiles: Tiles, forward: bool) -> tuple[int, ...]:

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
-from typing import NamedTuple
 
 import torch
 
@@ -24,63 +23,21 @@ from .limits import (
     resident_bytes,
     slice_bytes,
 )
-from .model import Floors, dots_per_accumulator, floors_of
+from .model import dots_per_accumulator, floors_of
 from .problem import (  # noqa: F401, re-exported
     CHIPS,
     Chip,
     KernelFailed,
     LaunchRefused,
+    Measured,
     NoPlan,
+    Plan,
     Problem,
     Tiles,
     chip_of,
     give_up,
     refuse_cooperation,
 )
-
-
-class Measured(NamedTuple):
-    """A plan of one layer that a GPU preferred, with microseconds of a step in that run."""
-
-    schedule: str
-    forward: Tiles
-    backward: Tiles | None
-    us: float
-    torch_us: float  # of torch.nn in the same process
-    where: str  # the GPU's full name and the date
-
-    def __str__(self) -> str:
-        return f"{self.us:.2f} us a step (torch.nn {self.torch_us:.2f}), measured on {self.where}"
-
-
-@dataclass(frozen=True)
-class Plan:
-    """One launch of ``layers`` layers, or in schedule stepwise one a step, with its tiles."""
-
-    schedule: str  # a name in SCHEDULES
-    forward: Tiles
-    backward: Tiles | None
-    layers: int = 1
-    floors: tuple[Floors, ...] = ()  # of a step forward and, if planned, backward
-    measured: Measured | None = None  # None: the model's choice
-
-    @property
-    def step(self) -> float:
-        """Microseconds of one step of the whole batch, forward and backward, modelled."""
-        return sum(floors.step for floors in self.floors)
-
-    def describe(self) -> str:
-        """Returns the plan in one line, as ``explain`` prints it."""
-        parts = [f"forward {self.forward}"]
-        if self.backward:
-            parts.append(f"backward {self.backward}")
-        if self.layers > 1:
-            parts.append(f"{self.layers} layers as a wavefront")
-        names = ("forward at least", "backward at least")
-        parts += [f"{n} {floors}" for n, floors in zip(names, self.floors, strict=False)]
-        source = self.measured or "modelled, not measured"
-        return f"{self.schedule}: {'; '.join(parts)} ({source})"
-
 
 #: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
 #: be one of ``candidates``.
