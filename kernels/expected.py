@@ -70,7 +70,7 @@ class Step(NamedTuple):
 
     def us(self, forward: bool, mhz: float) -> float:
         """Returns microseconds of a step, with the hops between programs."""
-        hops = TIMINGS[self.key.chip].hop_us if self.schedule == "cooperative" else 0.0
+        hops = TIMINGS[self.key.chip].hop_us if self.schedule.startswith("cooperative") else 0.0
         return (self.forward if forward else self.backward).cycles / mhz + hops
 
 
@@ -80,7 +80,7 @@ class Figure(NamedTuple):
     cell: str
     precision: str  # "fp16", "fp32" (with tf32 products) or "any"
     algorithm: str  # cuDNN's: PERSIST_STATIC_SMALL_H, PERSIST_STATIC or STANDARD
-    from_H: int  # it holds up to that of the next line
+    H: int  # the figure holds from here up to the next line's
     forward: float
     backward: float
     source: str
@@ -186,7 +186,7 @@ def _launch_us(problem: Problem, plan: Plan, chip: Chip, step: Step, T: int) -> 
         if plan.layers > step.key.layers == 1:
             larger *= 2  # a wavefront's upper layers multiply by W_ih, too
         groups = -(-problem.batch // tiles.block_b)
-        if plan.schedule == "cooperative":
+        if plan.schedule.startswith("cooperative"):
             waves = -(-groups // tiles.at_once)
         else:
             waves = -(-groups * problem.directions // chip.sms)
@@ -216,9 +216,9 @@ def figure_of(problem: Problem, I: int) -> Figure | None:
         for figure in read_figures()
         if (figure.cell, figure.algorithm) == (cell, algorithm)
         and figure.precision in (precision, "any")
-        and figure.from_H <= H
+        and figure.H <= H
     ]
-    return max(found, key=lambda figure: figure.from_H, default=None)
+    return max(found, key=lambda figure: figure.H, default=None)
 
 
 def _products_us(problem: Problem, chip: Chip, T: int, I: int) -> float:

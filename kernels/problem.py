@@ -119,13 +119,7 @@ class Problem(NamedTuple):
 
     @property
     def spec(self) -> CellSpec:
-        """The counts of the cell.
-
-        Raises:
-            NoPlan: no kernel has this cell.
-        """
-        if self.cell not in SPECS:
-            raise NoPlan(f"no kernel knows the cell {self.cell!r}; known are {', '.join(SPECS)}")
+        """The counts of the cell."""
         return SPECS[self.cell]
 
     def kind(self, chip: Chip) -> str:
@@ -155,26 +149,6 @@ class Tiles:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
 
 
-class Floors(NamedTuple):
-    """Microseconds of one step of the whole batch, by what bounds it."""
-
-    products: float = 0.0  # matrix units of the busiest SM
-    shared: float = 0.0  # weights from shared memory to the matrix units
-    specials: float = 0.0  # exponentials and reciprocals
-    l2: float = 0.0  # what all programs read through L2
-    mma: float = 0.0  # the longest chain of dependent mma instructions
-    chain: float = 0.0  # operands through shared memory, activations
-    sync: float = 0.0  # handing h or dgates to the other programs, or launching
-
-    @property
-    def step(self) -> float:
-        return max(self[:5]) + self.chain + self.sync
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in self._asdict().items() if value)
-        return f"{self.step:.2f} us a step ({parts})"
-
-
 class Measured(NamedTuple):
     """A plan of one layer that a GPU preferred, with microseconds of a step in that run."""
 
@@ -197,13 +171,7 @@ class Plan:
     forward: Tiles
     backward: Tiles | None
     layers: int = 1
-    floors: tuple[Floors, ...] = ()  # of a step forward and, if planned, backward
     measured: Measured | None = None  # None: the model's choice
-
-    @property
-    def step(self) -> float:
-        """Microseconds of one step of the whole batch, forward and backward, modelled."""
-        return sum(floors.step for floors in self.floors)
 
     def describe(self) -> str:
         """Returns the plan in one line, as ``explain`` prints it."""
@@ -212,7 +180,6 @@ class Plan:
             parts.append(f"backward {self.backward}")
         if self.layers > 1:
             parts.append(f"{self.layers} layers as a wavefront")
-        names = ("forward at least", "backward at least")
-        parts += [f"{n} {floors}" for n, floors in zip(names, self.floors, strict=False)]
-        source = self.measured or "modelled, not measured"
-        return f"{self.schedule}: {'; '.join(parts)} ({source})"
+        return f"{self.schedule}: {'; '.join(parts)}" + (
+            f" ({self.measured})" if self.measured else ""
+        )
