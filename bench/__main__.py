@@ -19,7 +19,7 @@ from . import UserError
 #: Options of several commands, whose modules list those that they take.
 SHARED: dict[str, dict[str, Any]] = {
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "default: auto"},
-    "imdb": {"metavar": "PATH", "help": "imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB"},
+    "imdb": {"metavar": "PATH", "help": "Keras' imdb.npz; also FUSEDRNN_IMDB"},
     "download": {"action": "store_true", "help": "fetch imdb.npz (17 MB) if there is none"},
     "out": {"type": Path, "metavar": "DIR", "help": "of the results; default bench/results/local"},
     "seed": {"type": int, "default": 0, "help": "of weights, data and dropout"},
