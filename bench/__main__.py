@@ -1,7 +1,5 @@
 """``python -m bench``: fusedrnn beside torch.nn, from the same weights and on the same inputs."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

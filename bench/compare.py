@@ -5,8 +5,6 @@ where the spread of its new ratio lies below the spreads of all old ones by more
 One old file does not show how far a ratio moves between runs of the same code, so give several.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path

@@ -5,8 +5,6 @@ no licence and are not part of this project. A file is not trusted: its pickles 
 unpickler that only builds lists.
 """
 
-from __future__ import annotations
-
 import hashlib
 import io
 import math

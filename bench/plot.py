@@ -1,7 +1,5 @@
 """``python -m bench plot FOLDER``: pictures of a results folder, from its CSV files alone."""
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Callable
 from pathlib import Path

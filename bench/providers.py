@@ -1,7 +1,5 @@
 """The implementations that are compared; each builds RNNs with torch's constructor arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial

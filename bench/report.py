@@ -1,7 +1,5 @@
 """The results on disk, which are the only source of tables and plots, and the tables."""
 
-from __future__ import annotations
-
 import argparse
 import csv
 import json

@@ -4,8 +4,6 @@ Each candidate passes the gate before it is timed, in turns with the others and 
 is printed are entries of ``MEASURED`` in ``kernels/plan.py``, ready to be copied there.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import time
