@@ -6,8 +6,6 @@ from pathlib import Path
 
 from . import UserError
 
-COLOURS = {"torch.nn": "#555555", "fusedrnn": "#d1495b", "fusedrnn torch": "#e8a33d"}
-OTHERS = ("#3b6ea5", "#5b8c5a", "#8e6c8a", "#2a9d8f", "#b5838d", "#6d6875", "#a98467")
 COLUMNS = 4
 
 
@@ -31,17 +29,16 @@ def draw(folder: Path) -> list[Path]:
     """Writes speed.png and, where something was trained, losses.png; returns the files."""
     import pandas
 
-    rows = pandas.read_csv(folder / "results.csv").dropna(subset=["ms"])
-    losses = folder / "losses.csv"
-    curves = pandas.read_csv(losses) if losses.exists() else rows[:0]
     drawn = []
-    for name, table, keys, paint in (
-        ("speed.png", rows, ["case", "cell", "pass"], _bars),
-        ("losses.png", curves, ["case", "cell"], _curves),
+    for name, picture, value, keys, paint in (
+        ("results.csv", "speed.png", "ms", ["case", "cell", "pass"], _bars),
+        ("losses.csv", "losses.png", "loss", ["case", "cell"], _curves),
     ):
-        if len(table):
-            drawn.append(folder / name)
-            _panels(table, keys, paint).savefig(drawn[-1], dpi=110)
+        if name == "results.csv" or (folder / name).exists():
+            table = pandas.read_csv(folder / name).dropna(subset=[value])
+            if len(table):
+                drawn.append(folder / picture)
+                _panels(table, keys, paint).savefig(drawn[-1], dpi=110)
     return drawn
 
 
@@ -49,17 +46,16 @@ def _panels(table, keys: list[str], paint: Callable[..., None]):
     """Returns a figure with a panel for each group of rows, in lines of four."""
     from matplotlib.figure import Figure
 
-    others = sorted(set(table["provider"]) - set(COLOURS))
-    palette = COLOURS | {name: OTHERS[n % len(OTHERS)] for n, name in enumerate(others)}
+    palette = {name: f"C{n}" for n, name in enumerate(table["provider"].unique())}
     groups = list(table.groupby(keys, sort=False))
     height = -(-len(groups) // COLUMNS)
     figure = Figure(figsize=(13, 0.5 + 2.3 * height), layout="constrained")
-    axes = list(figure.subplots(height, COLUMNS, squeeze=False).flat)
-    for axis, (title, group) in zip(axes, groups, strict=False):
+    axes = figure.subplots(height, COLUMNS, squeeze=False).flat
+    for (title, group), axis in zip(groups, axes, strict=False):
         axis.set_title(" ".join(title), fontsize=8)
         axis.tick_params(labelsize=7)
         paint(axis, group, palette)
-    for axis in axes[len(groups) :]:
+    for axis in axes:  # those that are left
         axis.set_axis_off()
     return figure
 
@@ -75,6 +71,5 @@ def _bars(axis, group, palette: dict[str, str]) -> None:
 def _curves(axis, group, palette: dict[str, str]) -> None:
     """Draws the loss by step. The curves lie on each other, so each is thinner than the last."""
     for n, (provider, curve) in enumerate(group.groupby("provider", sort=False)):
-        style = {"color": palette[provider], "lw": 3 / (n + 1), "label": provider}
-        axis.plot(curve["step"], curve["loss"], **style)
-    axis.legend(fontsize=6)
+        axis.plot("step", "loss", data=curve, color=palette[provider], lw=3 / (n + 1))
+    axis.legend(list(group["provider"].unique()), fontsize=6)
