@@ -37,8 +37,7 @@ COMMANDS = {
     "tune": ("tune.run", "find the fastest plans, as entries for kernels/plan.py"),
     "lesson": ("lessons.command.run", "an experiment of a course; without a name, the list"),
     "compare": ("compare.run", "what became slower, wrong or larger between CSV files"),
-    "plot": ("plot.run", "draw a results folder"),
-    "report": ("report.run", "print a folder's table of speeds"),
+    "report": ("pictures.run", "the table of a results folder; --plot draws it"),
     "references": ("references.run", "times of the named cases that others have published"),
     "distributed": ("distributed.run", "DDP and fully_shard beside one process"),
 }

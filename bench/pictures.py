@@ -1,28 +1,44 @@
-"""``python -m bench plot FOLDER``: pictures of a results folder, from its CSV files alone."""
+"""``python -m bench report FOLDER``: the table and the pictures of a results folder."""
 
 import argparse
+import json
 from collections.abc import Callable
 from pathlib import Path
 
 from . import UserError
+from .providers import TORCH
 
 COLUMNS = 4
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a results.csv in it")
+    parser.add_argument("--plot", action="store_true", help="also draw speed.png and losses.png")
 
 
 def run(options: argparse.Namespace) -> int:
-    """Draws what the folder has; returns 0."""
+    """Prints torch.nn's time divided by each provider's, for every case, cell and pass."""
     try:
-        drawn = draw(options.folder)
-    except ImportError as error:
-        raise UserError(f"plot needs pandas and matplotlib: {error}") from error
-    except (OSError, KeyError, ValueError) as error:
-        raise UserError(f"{options.folder} has no results that can be drawn: {error}") from error
-    print("\n".join(map(str, drawn)))
+        print(table(options.folder))
+        if options.plot:
+            print("\n".join(map(str, draw(options.folder))))
+    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{options.folder} has no results that can be read: {error}") from error
     return 0
+
+
+def table(folder: Path) -> str:
+    import pandas
+
+    frame = pandas.read_csv(folder / "results.csv")
+    env = json.loads((folder / "environment.json").read_text())
+    frame = frame[frame.provider != TORCH].dropna(subset=["x"])
+    keys = {"index": ["case", "provider"], "columns": ["cell", "pass"], "values": "x"}
+    wide = frame.pivot_table(**keys, sort=False).reset_index()
+    wide.columns = [" ".join(name).strip() for name in wide.columns]
+    caption = f"{env['device']}, {env['threads']} threads, torch {env['torch']}, {env['date']}"
+    text = wide.to_markdown(index=False, floatfmt=".2f", missingval="-")
+    return f"{text}\n\n{caption}: `{env['command']}`"
 
 
 def draw(folder: Path) -> list[Path]:
