@@ -6,7 +6,6 @@ import warnings
 
 import pytest
 import torch
-from models import LoopGRU
 from pairs import (
     CELLS,
     LENGTHS,
@@ -25,11 +24,9 @@ from pairs import (
     run,
     states_for,
 )
-from torch.nn.utils.rnn import unpack_sequence
 
 import fusedrnn
 from fusedrnn import functional
-from fusedrnn.testing import assert_budget
 
 BACKENDS = ("aten", "torch")
 STACKS = {
@@ -87,17 +84,6 @@ def pick(states, i):
     if isinstance(states, tuple):
         return tuple(pick(state, i) for state in states)
     return states[:, i : i + 1].contiguous()
-
-
-def test_the_older_gru_equals_a_loop_of_its_equations():
-    kwargs = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
-    loop, ours = LoopGRU(I, H, **kwargs), fusedrnn.GRU(I, H, reset_after=False, **kwargs)
-    ours.load_state_dict(loop.state_dict())
-    input, hx = packed(), states_for(ours, 3)
-    output, h_n = ours(input, hx)
-    for i, (got, s) in enumerate(zip(unpack_sequence(output), unpack_sequence(input), strict=True)):
-        want, last = loop(s.unsqueeze(1), hx[:, i : i + 1])
-        assert_close((got, h_n[:, i : i + 1]), (want.squeeze(1), last))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -174,12 +160,6 @@ def test_the_older_gru_cell_is_one_step_of_the_gru():
     assert torch.equal(cell(x, h), gru(x.unsqueeze(0), h.unsqueeze(0))[0][0])
 
 
-@backends
-def test_backward_works_in_eval(backend):
-    theirs, ours = build("LSTM", num_layers=2)
-    assert_same(backend, theirs.eval(), ours.eval(), batch())
-
-
 def spread(x):
     room = torch.full((2 * T, B + 2, 2 * I), torch.nan, dtype=x.dtype)
     view = room[1::2, 1:-1, ::2]
@@ -204,22 +184,6 @@ def test_inputs_of_every_layout(backend, lay, batch_first):
     x = LAYOUTS[lay](batch())
     x = x.transpose(0, 1) if batch_first else x
     assert_same(backend, theirs, ours, x, states_for(ours, B))
-
-
-KERNELS = [("LSTM", False), ("GRU", False), ("RNN relu", False), ("LSTM", True)]
-
-
-@pytest.mark.parametrize(("name", "is_packed"), KERNELS)
-def test_modules_on_the_kernels(name, is_packed, device):
-    theirs, ours = build(name, torch.float32, num_layers=2, bidirectional=True)
-    input = packed(False, (1, 3, 3)) if is_packed else batch()
-    input = input.to(device, torch.float32)
-    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
-        got = run(ours.to(device), input)
-    ref = run(theirs, input.to("cpu"))
-    truth = run(theirs.double(), input.to("cpu", torch.float64))
-    for i, tensors in enumerate(zip(got, ref, truth, strict=True)):
-        assert_budget(f"tensor {i}", *tensors)
 
 
 def cudnn(op):
@@ -258,17 +222,6 @@ def test_promises_are_kept_on_cudnn(name, is_packed, monkeypatch):
     assert_close(got[: states.start], want[: states.start], 0)
     assert_close(got[states], [grad.sum(1, keepdim=True) for grad in want[states]])
     assert_close(got[states.stop :], want[states.stop :], 0)
-
-
-@backends
-def test_a_default_device_is_not_that_of_the_call(backend):
-    module, dense = build("LSTM")[1], batch()
-    calls = [(packed(), {}), (dense, {"lengths": LENGTHS, "reset": RESET})]
-    for input, options in calls[: 1 if backend == "aten" else 2]:
-        with torch.device("meta"), fusedrnn.use_backend(backend):
-            output, states = module(input, **options)
-            sum(result.sum() for result in leaves((output, states))).backward()
-        assert {result.device.type for result in leaves((output, states))} == {"cpu"}
 
 
 def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
