@@ -319,10 +319,3 @@ def test_explain_says_what_would_raise(monkeypatch):
         explain(nn.LSTM(3, 4), torch.zeros(7, 2, 3))
     with pytest.raises(RuntimeError, match="input has 5 features"):
         explain(fusedrnn.LSTM(3, 4), torch.zeros(7, 2, 5))
-
-
-def test_explain_a_cell():
-    with torch.no_grad():
-        text = str(explain(fusedrnn.LSTMCell(3, 16), torch.zeros(2, 3)))
-    assert " cell on cpu, float32, T=1 B=2 I=3 H=16" in text
-    assert "no gradients" in text

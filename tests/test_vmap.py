@@ -5,6 +5,8 @@ The reference is a composition of torch's operators; `test_reference.py` compare
 
 from __future__ import annotations
 
+from itertools import product
+
 import pytest
 import torch
 from torch.autograd import forward_ad
@@ -136,16 +138,15 @@ def check(module, kind, backend="torch", tolerance=1e-10, compiled=False):
     return got
 
 
-@pytest.mark.parametrize("kind", TRANSFORMS)
-@pytest.mark.parametrize("name", ["lstm", "gru"])
-def test_transforms(name, kind):
-    check(MODULES[name]().double(), kind)
+ON_AUTO = ("inputs", "per-sample", "both", "jacfwd", "penalties")
 
 
-@pytest.mark.parametrize("name", MODULES)
-@pytest.mark.parametrize("kind", ["inputs", "per-sample", "both", "jacfwd", "penalties"])
-def test_transforms_on_auto(name, kind):
-    check(MODULES[name]().double(), kind, "auto")
+@pytest.mark.parametrize(
+    ("name", "kind", "backend"),
+    [*product(("lstm", "gru"), TRANSFORMS, ("torch",)), *product(MODULES, ON_AUTO, ("auto",))],
+)
+def test_transforms(name, kind, backend):
+    check(MODULES[name]().double(), kind, backend)
 
 
 @pytest.mark.parametrize("kind", ["inputs", "per-sample"])
