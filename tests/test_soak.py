@@ -1,4 +1,4 @@
-"""Long use: thousands of calls in four threads, and worker processes."""
+"""Long use: thousands of calls in four threads."""
 
 import gc
 import os
@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch.utils.data import DataLoader, Dataset
 
 import fusedrnn
 
@@ -54,26 +53,3 @@ def test_thousands_of_calls_in_four_threads():
         gc.collect()
         used.append(int(STATM.read_text().split()[1]) * 4096)
     assert used[1] - used[0] < 8 << 20, used
-
-
-class Encoded(Dataset):
-    """A dataset that runs a module in its worker process."""
-
-    def __init__(self):
-        self.module, self.x = fusedrnn.GRU(3, 4), torch.randn(6, 12, 3)
-
-    def __len__(self):
-        return len(self.x)
-
-    def __getitem__(self, n):
-        return self.module(self.x[n])[0].detach()
-
-
-@pytest.mark.parametrize("method", ["fork", "spawn"])
-# Python warns of fork in a process with threads.
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-def test_in_worker_processes(method):
-    data = Encoded()
-    data.module(data.x[0])[0].sum().backward()  # the parent has trained before it forks
-    got = torch.cat(list(DataLoader(data, 2, num_workers=2, multiprocessing_context=method)))
-    torch.testing.assert_close(got, torch.stack([data[n] for n in range(len(data))]))
