@@ -2,7 +2,11 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
@@ -195,6 +199,77 @@ def test_promises_are_kept_on_cudnn(name, is_packed, monkeypatch):
     assert_close(got[: states.start], want[: states.start], 0)
     assert_close(got[states], [grad.sum(1, keepdim=True) for grad in want[states]])
     assert_close(got[states.stop :], want[states.stop :], 0)
+
+
+@contextmanager
+def flattening():
+    """torch's flatten_parameters() with a CPU in place of the GPU and of cuDNN."""
+
+    def flatten(weights, *_):
+        buffer = torch.cat([weight.flatten() for weight in weights])
+        for weight, part in zip(weights, buffer.split([w.numel() for w in weights]), strict=True):
+            weight.set_(part.view_as(weight))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten)
+        patch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda weight: True)
+        patch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: 0)
+        patch.setattr(torch.cuda, "device_of", lambda weight: nullcontext())
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        yield
+
+
+CHANGES = {
+    "made": lambda module: module,
+    "moved": lambda module: module.double(),
+    "copied": copy.deepcopy,
+    "pickled": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch's": lambda _: fusedrnn.replace_modules(torch.nn.LSTM(I, H, 2)),
+    "assigned": lambda m: (setattr(m, "bias_hh_l1", m.bias_ih_l1), m.flatten_parameters(), m)[2],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cudnn_gets_the_weights_as_one_buffer(change, monkeypatch):
+    """Else it copies all of them at every call."""
+    with flattening():
+        module = CHANGES[change](fusedrnn.LSTM(I, H, 2))
+    theirs, x = torch.nn.LSTM(I, H, 2), torch.randn(T, B, I)
+    theirs.load_state_dict(module.state_dict())
+    op, places = functional.ATEN["lstm"], []
+
+    def recording(input, hx, params, *flags):
+        places.extend((p.data_ptr(), p.data_ptr() + p.nbytes) for p in params)
+        return op(input, hx, params, *flags)
+
+    monkeypatch.setitem(functional.ATEN, "lstm", recording)
+    x = x.to(module.weight_hh_l0.dtype)
+    torch.testing.assert_close(module(x), theirs.to(x.dtype)(x), rtol=0, atol=0)
+    is_one = all(a[1] == b[0] for a, b in pairwise(places))
+    assert is_one == (change != "assigned")  # one tensor cannot be at two places, as in torch
+
+
+def test_computed_weights_are_neither_flattened_nor_computed_for_it():
+    """The power iteration of spectral_norm would go on."""
+    module = torch.nn.utils.parametrizations.spectral_norm(fusedrnn.LSTM(I, H), "weight_hh_l0")
+    before = copy.deepcopy(module.state_dict())
+    with flattening():
+        module.to(torch.float32).flatten_parameters()
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    module(batch().float())[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
+
+
+@backends
+def test_a_default_device_is_not_that_of_the_call(backend):
+    module, dense = build("LSTM")[1], batch()
+    calls = [(packed(), {}), (dense, {"lengths": LENGTHS, "reset": RESET})]
+    for input, options in calls[: 1 if backend == "aten" else 2]:
+        with torch.device("meta"), fusedrnn.use_backend(backend):
+            output, states = module(input, **options)
+            sum(result.sum() for result in leaves((output, states))).backward()
+        assert {result.device.type for result in leaves((output, states))} == {"cpu"}
 
 
 def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
