@@ -261,17 +261,6 @@ def test_computed_weights_are_neither_flattened_nor_computed_for_it():
     assert all(p.grad is not None for p in module.parameters())
 
 
-@backends
-def test_a_default_device_is_not_that_of_the_call(backend):
-    module, dense = build("LSTM")[1], batch()
-    calls = [(packed(), {}), (dense, {"lengths": LENGTHS, "reset": RESET})]
-    for input, options in calls[: 1 if backend == "aten" else 2]:
-        with torch.device("meta"), fusedrnn.use_backend(backend):
-            output, states = module(input, **options)
-            sum(result.sum() for result in leaves((output, states))).backward()
-        assert {result.device.type for result in leaves((output, states))} == {"cpu"}
-
-
 def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
     module, x = fusedrnn.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3)
     first = module(x)
