@@ -174,13 +174,6 @@ def test_loop_in_other_dtypes(cell, dtype):
     check_budget(build(cell, 1, 2, dtype), "packed", "torch")
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_small_signals_keep_their_relative_precision(backend, device):
-    """A tanh that is made of a sigmoid would lose it."""
-    module = build("lstm", dtype=torch.float32, bias=False)
-    check_budget(module, "dense", backend, device if backend == "triton" else "cpu", 1e-5)
-
-
 def keep_padding(monkeypatch):
     monkeypatch.setattr(stack, "layout_of", lambda *call: layout.layout_of(*call[:-1], False))
 

@@ -4,12 +4,9 @@ from __future__ import annotations
 
 import copy
 import io
-import os
 import pickle
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 
 import pytest
 import torch
@@ -193,24 +190,6 @@ def test_compiles_as_one_graph_while_patched():
     with fusedrnn.patch():
         work(0)
         run_in_threads(work, 1)
-
-
-FRESH = """
-import torch
-theirs = torch.nn.LSTM
-import fusedrnn
-fusedrnn.patch()
-from torch.ao.nn import quantizable
-from torch.ao.quantization import quantization_mappings as mappings
-assert theirs in mappings.DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS
-assert quantizable.LSTM._FLOAT_MODULE is theirs
-"""
-
-
-def test_torchs_quantization_keeps_torchs_classes():
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    command = [sys.executable, "-W", "ignore", "-c", FRESH]
-    subprocess.run(command, env=environment, check=True)
 
 
 def kinds(model):

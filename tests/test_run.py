@@ -17,6 +17,8 @@ import __main__, os, sys, torch, fusedrnn
 import beside  # only in the script's folder
 print(__name__, __package__, __file__ == sys.argv[0], sys.argv[1:], vars() is vars(__main__))
 assert torch.nn.LSTM is fusedrnn.LSTM
+from torch.ao.quantization.quantization_mappings import DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS
+assert torch.nn.LSTM not in DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS  # it has bound torch's own
 torch.nn.GRU(3, 4)(torch.randn(1, 5, 3))
 if os.fork() == 0:
     sys.exit(0)  # prints no line
