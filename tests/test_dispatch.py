@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import subprocess
-import sys
 import threading
 from dataclasses import replace
 
 import pytest
 import torch
+from processes import python
 from torch import nn
 
 import fusedrnn
@@ -97,7 +96,8 @@ def test_precision_follows_torchs_switches():
         b.cudnn.rnn.fp32_precision = "tf32"  # from here on reading allow_tf32 raises
         assert precision() == "tf32"
     """
-    subprocess.run([sys.executable, "-W", "error", "-c", code], check=True)
+    done = python("-W", "error", "-c", code)
+    assert done.returncode == 0, done.stderr
     with fusedrnn.use_precision("tf32x3"):
         with fusedrnn.use_precision("ieee"):
             assert dispatch.precision() == "ieee"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from fusedrnn import __main__ as command_line
 
@@ -50,15 +49,8 @@ replica(x)
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    ours = ("FUSEDRNN_BACKEND", "TRITON_INTERPRET")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fusedrnn", "run", *arguments],
-        cwd=cwd,
-        env={**kept, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    program = "-W", "ignore", "-m", "fusedrnn", "run"
+    return python(*program, *arguments, cwd=cwd, FUSEDRNN_BACKEND=None)
 
 
 @pytest.mark.parametrize(
