@@ -17,9 +17,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .plan import Chip, Plan, Problem, Tiles
+from . import steptime
+from .latencies import timings
+from .problem import Chip, Plan, Problem, Tiles
 from .rows import Rows
-from .sass import Instruction, loops, read, run_tool
+from .sass import Instruction, loops, read, run_tool, trace
 from .tensors import Grads, Layers
 
 #: Kinds of instructions and what their names begin with; the first that fits counts.
@@ -105,6 +107,15 @@ def compile_plan(
         with _recording(module, chip, record):
             getattr(module, direction)(problem.cell, plan, *given, rows)
     return list(found.values())
+
+
+def predict(kernel: Kernel, problem: Problem, plan: Plan, chip: Chip) -> steptime.Prediction | None:
+    """Predicts a step of a kernel, None where its loop over time is the host's."""
+    if not loops(kernel.instructions):
+        return None
+    hops = len(problem.spec.phases) if plan.schedule.startswith("cooperative") else 0
+    path, warps = trace(kernel.instructions), kernel.tiles.num_warps
+    return steptime.predict(path, timings(chip.arch), warps, hops, kernel.steps)
 
 
 class _Driver:

@@ -11,6 +11,7 @@ from .problem import Chip, Plan, Problem, Tiles
 ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
 ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
 LONGEST_CHAIN = 8  # dependent mma instructions of a step of schedule cooperative, at most
+L2_BYTES = 24  # a cycle and SM: 5.5 TB/s of an H100
 LAUNCH_US = 1.3  # from kernel to kernel in a CUDA graph, on an H100
 
 
@@ -38,12 +39,14 @@ def _on_chip(
     rows, units, itemsize, phases = tiles.block_b, tiles.block_h, p.dtype.itemsize, p.spec.phases
     columns = p.hidden_size if cut else units
     weights = p.spec.gates * units * columns * (2 if p.layers > 1 else 1)
+    groups = min(-(-p.batch // rows), tiles.at_once) * p.directions * p.layers
     read = rows * columns * itemsize * (1 if forward else p.spec.gates)
+    read *= groups * -(-p.hidden_size // units) / chip.sms
     throughputs = (
         2 * (rows if gluon else max(rows, 16)) * weights / flops_a_cycle(p.kind(chip), sm),
         0 if gluon else weights * itemsize / sm.shared_bytes,  # W_hh, or it is in registers
         rows * units * p.spec.specials[not forward] * sm.mufu / 128,
-        read / sm.global_bytes if cut else 0,
+        read / L2_BYTES if cut else 0,
     )
     cycles = max(throughputs) + ROUND_TRIP * len(phases) + ACTIVATIONS
     hops = len(phases) * (sm.hop_us + sm.l2 / sm.mhz) if cut else 0.0
@@ -58,7 +61,7 @@ def _gemms(p: Problem, chip: Chip, sm: Timings, forward: bool) -> float:
     throughputs = (
         2 * p.batch * weights / flops_a_cycle(p.kind(chip), sm),
         specials * sm.mufu / 128,
-        weights * p.dtype.itemsize / sm.global_bytes,
+        weights * p.dtype.itemsize / L2_BYTES,
     )
     return max(throughputs) / chip.sms
 

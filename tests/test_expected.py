@@ -124,15 +124,10 @@ def test_published_figures_hold_from_their_h_on():
 def test_the_shipped_steps_are_of_the_planners_kernels():
     """A plan that changes makes lines of the table stale: `make predict` makes them again."""
     assert 100 < len(SHIPPED) < 200
+    assert SHIPPED.keys() <= {*predict.grid()}
     for key in predict.grid():
-        chosen = predict.plan_of(key)
-        found = SHIPPED.get(key)
-        assert (chosen and chosen.schedule) == (found and found.schedule), key
-        if found:
-            for side, tiles in ((found.forward, chosen.forward), (found.backward, chosen.backward)):
-                sizes = tiles.block_b, tiles.block_h, tiles.num_warps
-                assert (side.rows, side.units, side.warps) == sizes, key
-                assert side.spills <= 16
+        assert predict.is_fresh(SHIPPED.get(key), predict.plan_of(key)), key
+    assert all(max(s.forward.spills, s.backward.spills) <= 16 for s in SHIPPED.values())
 
 
 def test_the_next_larger_line_stands_for_a_size_between():
