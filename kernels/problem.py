@@ -59,8 +59,9 @@ CHIPS = {
     )
 }
 
-#: The SMs that a running collective of NCCL may take, by its default for NCCL_MAX_CTAS. A
-#: cooperative launch that needs them would begin after its end.
+#: The SMs that a running collective of NCCL may take: one for each CTA, of which ``maxCTAs`` in
+#: docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html allows 32 by default (since NCCL
+#: 2.25 NCCL_MAX_CTAS may raise it to 64). A cooperative launch that needs them waits for its end.
 _SMS_OF_NCCL = 32
 _REFUSING: set[torch.device] = set()
 _FAILED: dict[torch.device, dict[tuple, str]] = {}
