@@ -118,8 +118,8 @@ def read_steps() -> dict[Key, Step]:
 def read_figures() -> tuple[Figure, ...]:
     """Returns the shipped table of published steps of cuDNN."""
     return tuple(
-        Figure(*names, int(H), float(forward), float(backward), source)
-        for *names, H, forward, backward, source in _lines(PUBLISHED)
+        Figure(cell, precision, algorithm, int(H), float(forward), float(backward), source)
+        for cell, precision, algorithm, H, forward, backward, source in _lines(PUBLISHED)
     )
 
 
@@ -221,22 +221,15 @@ def figure_of(problem: Problem, I: int) -> Figure | None:
     return max(found, key=lambda figure: figure.H, default=None)
 
 
-def _products_us(problem: Problem, chip: Chip, T: int, I: int) -> float:
+def _products_us(p: Problem, chip: Chip, T: int, I: int) -> float:
     """The GEMMs over all steps, which both sides need: by peak throughput and bandwidth."""
-    p, width = problem, problem.spec.gates * problem.hidden_size * problem.directions
-    sm = TIMINGS.get(chip.arch, TIMINGS["sm_90"])
+    sm, rows, units = TIMINGS.get(chip.arch, TIMINGS["sm_90"]), T * p.batch, p.hidden_size
+    width, columns = p.spec.gates * units * p.directions, I + (p.layers - 1) * p.directions * units
+    work, moved = 2 * rows * width * columns, rows * (columns + 2 * p.layers * width)
+    if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
+        work, moved = 3 * work + 2 * rows * width * units * p.layers, 3 * moved
     flops = 4 * 4096 / sm.hmma * chip.sms * (chip.mhz or sm.mhz) / (p.dtype.itemsize / 2)
-    total, columns = 0.0, I
-    for _ in range(p.layers):
-        rows = T * p.batch
-        work = 2 * rows * width * columns
-        moved = rows * (columns + 2 * width) * p.dtype.itemsize
-        if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
-            work = 3 * work + 2 * rows * width * p.hidden_size
-            moved *= 3
-        total += max(work / flops, moved / MEMORY)
-        columns = p.hidden_size * p.directions
-    return total
+    return max(work / flops, moved * p.dtype.itemsize / MEMORY)
 
 
 def _mhz(chip: Chip, step: Step) -> float:

@@ -40,8 +40,8 @@ def _on_chip(
     columns = p.hidden_size if cut else units
     weights = p.spec.gates * units * columns * (2 if p.layers > 1 else 1)
     groups = min(-(-p.batch // rows), tiles.at_once) * p.directions * p.layers
-    read = rows * columns * itemsize * (1 if forward else p.spec.gates)
-    read *= groups * -(-p.hidden_size // units) / chip.sms
+    busy = groups * -(-p.hidden_size // units) / chip.sms  # the share of SMs
+    read = busy * rows * columns * itemsize * (1 if forward else p.spec.gates)
     throughputs = (
         2 * (rows if gluon else max(rows, 16)) * weights / flops_a_cycle(p.kind(chip), sm),
         0 if gluon else weights * itemsize / sm.shared_bytes,  # W_hh, or it is in registers

@@ -90,16 +90,16 @@ def tables() -> Iterator[str]:
     """Yields the lines of the tables of ``docs/predicted.md``."""
     yield f"| | {' | '.join(f'H {H}' for H in SIZES)} |"
     yield f"|---{'|---' * len(SIZES)}|"
-    for chip, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
-        steps = (read_steps().get(Key(chip, cell, products, H, 1)) for H in SIZES)
-        mhz = timings(chip).mhz
+    for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
+        steps = (read_steps().get(Key(name, cell, products, H, 1)) for H in SIZES)
+        mhz = timings(name).mhz
         times = (f"{s.us(True, mhz):.2f} / {s.us(False, mhz):.2f}" if s else "" for s in steps)
-        yield f"| {chip}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
+        yield f"| {name}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
     yield "| | sm_90, inference | sm_90, training | sm_80, inference | sm_80, training |"
     yield "|---|---|---|---|---|"
-    for name in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32"):
         cases = product(CHIP_NAMES[:2], (False, True))
-        yield f"| {name} | {' | '.join(_chosen(name, *case) for case in cases)} |"
+        yield f"| {dtype} | {' | '.join(_chosen(dtype, *case) for case in cases)} |"
     yield "| KernelBench | predicted ms | published ms, H100 |"
     yield "|---|---|---|"
     chip = CHIPS["sm_90"]

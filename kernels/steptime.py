@@ -41,7 +41,7 @@ _FMA = re.compile(r"F(ADD|MUL|FMA|SWZADD|ADD2|MUL2|FMA2|ADD32I|MUL32I|FMA32I)\b|
 _CONVERSION = re.compile(r"(I2F|F2I|F2F|FRND|I2I|POPC|FLO|BREV)\b")
 _CONTROL = re.compile(
     r"(BRA|BRX|BSSY|BSYNC|BREAK|WARPSYNC|NOP|EXIT|CALL|RET|YIELD|DEPBAR|NANOSLEEP|BMOV|PREEXIT|"
-    r"ACQBULK|ELECT|WARPGROUP|SETCTAID|KILL|RPCMOV|WARPGROUPSET|USETMAXREG)\b"
+    r"ACQBULK|ELECT|SETCTAID|KILL|RPCMOV|USETMAXREG)\b"
 )
 
 
@@ -50,18 +50,10 @@ def cost(one: Instruction, sm: Timings) -> Cost:
     name, base = one.name, one.name.partition(".")[0]
     if memory := _memory_cost(name, base, sm):
         return memory
-    if base == "MUFU":
+    if base == "MUFU" or _CONVERSION.match(name):
         return Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
-    if _CONVERSION.match(name):
-        return Cost("mufu", sm.mufu, sm.convert_latency, "conversion")
     if base == "BAR":
         return Cost("barrier")
-    if shape := re.match(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)", name):
-        m, n, k = map(int, shape.groups())
-        # One descriptor holds both operands in shared memory; otherwise the first is a register.
-        rows = m * (re.match(r"R\d+, gdesc", one.operands) is not None) + n
-        moved = rows * k * 2 / sm.shared_bytes / SCHEDULERS
-        return Cost("tensor", sm.wgmma * n / 8, sm.wgmma_latency, "wgmma", moved)
     if re.match(r"[HIBQD]MMA\b", name):
         ratio = next((r for shape, r in MMA_RATIOS.items() if f".{shape}" in name), 1.0)
         return Cost("tensor", sm.hmma * ratio, sm.hmma_latency, "tensor")
@@ -69,8 +61,6 @@ def cost(one: Instruction, sm: Timings) -> Cost:
         return Cost("fma", sm.fma)
     if base.startswith("IMAD") or base == "IMUL":
         return Cost("imad", sm.imad * (2 if ".WIDE" in name or ".HI" in name else 1))
-    if base in ("DADD", "DMUL", "DFMA", "DSETP"):
-        return Cost("fp64", sm.fp64, sm.fp64_latency, "fp64")
     if _CONTROL.match(name):
         return Cost("control")
     if base == "R2UR":
@@ -155,9 +145,6 @@ class Prediction:
         )
         text += [f"pipes busy: {', '.join(busy)}", "longest waits by source line, in cycles:"]
         text += [f"  {cycles:7.1f}  {cause:24}  {at}" for cycles, cause, at in self.lines()[:top]]
-        text.append("longest waits by instruction, in cycles:")
-        for cycles, cause, one in self.stalls[:top]:
-            text.append(f"  {cycles:7.1f}  {cause:24}  {one.address:#06x} {one}")
         return "\n".join(text)
 
 
@@ -171,7 +158,6 @@ class _Warp:
     barrier: float = 0.0  # when its barrier opens; infinite before the last warp arrives
     boards: list[list[tuple[float, str]]] = field(default_factory=lambda: [[] for _ in range(6)])
     in_order: float = 0.0  # shared memory returns results in order
-    products: float = 0.0  # when its last wgmma is done
     spent: dict[str, float] = field(default_factory=_sums)
     ends: list[float] = field(default_factory=lambda: [0.0])  # of its turns
 
@@ -247,7 +233,7 @@ class _Sm:
 
     def shares(self, end: float) -> dict[str, float]:
         """Returns the share of the time in which the busiest pipe of each kind is busy."""
-        pipes = ("fma", "alu", "mufu", "tensor", "memory", "uniform", "fp64")
+        pipes = ("fma", "alu", "mufu", "tensor", "memory", "uniform")
         found = {name: max(core.busy[name] for core in self.cores) / end for name in pipes}
         found["fma"] /= self.sm.fma_pipes
         found["load/store unit"] = self.unit_busy / end
@@ -270,8 +256,6 @@ class _Sm:
             pending = sorted(warp.boards[int(match[1])])
             if len(pending) > left:
                 until = max(until, pending[len(pending) - left - 1], key=lambda pair: pair[0])
-        if one.name.startswith("WARPGROUP.DEPBAR") and warp.products > until[0]:
-            until = (warp.products, "wgmma")
         return until
 
     def earliest(self, core: _Core, warp: _Warp) -> float:
@@ -309,13 +293,10 @@ class _Sm:
         start = core.occupy(what, now, self.sm)
         done, read = start + what.latency, now + what.read
         if what.unit:
-            at_unit = max(start + 2 * (what.pipe == "memory"), self.unit)
+            at_unit = max(start + 2, self.unit)
             self.unit = at_unit + what.unit
             self.unit_busy += what.unit
-            if what.pipe == "memory":
-                done, read = at_unit - 4 + what.latency, start - 2 + what.read
-            else:
-                done = warp.products = max(warp.products, at_unit + what.busy + what.latency)
+            done, read = at_unit - 4 + what.latency, start - 2 + what.read
         if what.kind in ("shared memory", "shuffle"):
             done = warp.in_order = max(done, warp.in_order)
         if one.write != NO_BOARD:

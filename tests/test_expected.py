@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from bench import references
 from fusedrnn.kernels import expected, predict
 from fusedrnn.kernels.expected import Figure, Key, Side, Step, figure_of, find_step, judge
 from fusedrnn.kernels.plan import cooperative, plan_stack
@@ -151,6 +152,13 @@ def test_a_shipped_step_is_that_of_a_fresh_binary(key):
     command = [sys.executable, "-m", "fusedrnn.kernels.predict", "--line", ",".join(map(str, key))]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
     assert done.stdout.strip() == ",".join(SHIPPED[key].cells()), done.stderr
+
+
+def test_published_times_of_kernelbench():
+    rows = [row for row in references.read(references.PATH) if "H100" in row["gpu"]]
+    for number, (*_, said) in predict.KERNELBENCH.items():
+        times = [float(r["forward_ms"]) for r in rows if r["case"] == f"kernelbench-{number}"]
+        assert said == f"{min(times)} to {max(times)}"
 
 
 def test_the_page_shows_the_tables():
