@@ -98,7 +98,7 @@ def _plans(problem: Problem, chip: Chip, schedule: str | None) -> list[Plan]:
     """The different plans of the stack, from the first layer up."""
     if schedule is None:
         return list(dict.fromkeys(planning.plan_stack(problem, chip)))
-    if not schedule.startswith("cooperative") or problem.directions > 1:
+    if schedule != "cooperative" or problem.directions > 1:
         problem = problem._replace(layers=1)
     return [planning.SCHEDULES[schedule](problem, chip)]
 

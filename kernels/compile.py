@@ -113,7 +113,7 @@ def predict(kernel: Kernel, problem: Problem, plan: Plan, chip: Chip) -> steptim
     """Predicts a step of a kernel, None where its loop over time is the host's."""
     if not loops(kernel.instructions):
         return None
-    hops = len(problem.spec.phases) if plan.schedule.startswith("cooperative") else 0
+    hops = len(problem.spec.phases) if plan.schedule == "cooperative" else 0
     path, warps = trace(kernel.instructions), kernel.tiles.num_warps
     return steptime.predict(path, timings(chip.arch), warps, hops, kernel.steps)
 

@@ -70,7 +70,7 @@ class Step(NamedTuple):
 
     def us(self, forward: bool, mhz: float) -> float:
         """Returns microseconds of a step, with the hops between programs."""
-        hops = TIMINGS[self.key.chip].hop_us if self.schedule.startswith("cooperative") else 0.0
+        hops = TIMINGS[self.key.chip].hop_us if self.schedule == "cooperative" else 0.0
         return (self.forward if forward else self.backward).cycles / mhz + hops
 
 
@@ -186,7 +186,7 @@ def _launch_us(problem: Problem, plan: Plan, chip: Chip, step: Step, T: int) -> 
         if plan.layers > step.key.layers == 1:
             larger *= 2  # a wavefront's upper layers multiply by W_ih, too
         groups = -(-problem.batch // tiles.block_b)
-        if plan.schedule.startswith("cooperative"):
+        if plan.schedule == "cooperative":
             waves = -(-groups // tiles.at_once)
         else:
             waves = -(-groups * problem.directions // chip.sms)
