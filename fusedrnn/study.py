@@ -152,7 +152,7 @@ def _time_lines(
     rows, reports, values = [("", "floor", "predicted", "measured")], [], {}
     for name, (kernel, plan) in kernels.items():
         of, forward = problem._replace(layers=plan.layers), kernel.direction == "forward"
-        found = compiling.predict(kernel, of, plan, chip)
+        found = compiling.predict(kernel, chip.arch)
         floor = floor_us(plan.schedule, of, chip, kernel.tiles, forward)
         rows.append((name, f"{floor:.2f}", f"{found.us:.2f}" if found else "-", "-"))
         if found:

@@ -109,13 +109,12 @@ def compile_plan(
     return list(found.values())
 
 
-def predict(kernel: Kernel, problem: Problem, plan: Plan, chip: Chip) -> steptime.Prediction | None:
+def predict(kernel: Kernel, arch: str) -> steptime.Prediction | None:
     """Predicts a step of a kernel, None where its loop over time is the host's."""
     if not loops(kernel.instructions):
         return None
-    hops = len(problem.spec.phases) if plan.schedule == "cooperative" else 0
     path, warps = trace(kernel.instructions), kernel.tiles.num_warps
-    return steptime.predict(path, timings(chip.arch), warps, hops, kernel.steps)
+    return steptime.predict(path, timings(arch), warps, kernel.steps)
 
 
 class _Driver:

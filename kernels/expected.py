@@ -46,7 +46,7 @@ class Side(NamedTuple):
     warps: int
     instructions: int
     barriers: float
-    cycles: int  # without the hop between programs
+    cycles: int
     spills: int  # bytes of a thread
 
 
@@ -67,11 +67,6 @@ class Step(NamedTuple):
         """Returns the line as text, in the order of :meth:`heads`."""
         values = [*self.key, self.schedule, *self.forward, *self.backward]
         return [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-
-    def us(self, forward: bool, mhz: float) -> float:
-        """Returns microseconds of a step, with the hops between programs."""
-        hops = TIMINGS[self.key.chip].hop_us if self.schedule == "cooperative" else 0.0
-        return (self.forward if forward else self.backward).cycles / mhz + hops
 
 
 class Figure(NamedTuple):
@@ -190,7 +185,7 @@ def _launch_us(problem: Problem, plan: Plan, chip: Chip, step: Step, T: int) -> 
             waves = -(-groups // tiles.at_once)
         else:
             waves = -(-groups * problem.directions // chip.sms)
-        us = step.us(forward, mhz) * larger * (RAGGED if problem.ragged else 1.0)
+        us = compiled.cycles / mhz * larger * (RAGGED if problem.ragged else 1.0)
         total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
     return total
 

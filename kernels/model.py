@@ -35,7 +35,7 @@ def _on_chip(
     schedule: str, p: Problem, chip: Chip, sm: Timings, tiles: Tiles, forward: bool
 ) -> float:
     """Programs that keep their weights; they exchange h or dgates if units are cut."""
-    gluon, cut = schedule != "resident", schedule == "cooperative"
+    gluon, cut = schedule == "resident_nvidia", schedule == "cooperative"
     rows, units, itemsize, phases = tiles.block_b, tiles.block_h, p.dtype.itemsize, p.spec.phases
     columns = p.hidden_size if cut else units
     weights = p.spec.gates * units * columns * (2 if p.layers > 1 else 1)

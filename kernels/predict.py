@@ -57,13 +57,12 @@ def predict(key: Key) -> Step:
     """Compiles forward and backward of a line that has a plan, and predicts their steps."""
     from . import compile as compiling  # imports triton
 
-    problem, chosen, chip, sides = _problem(key), plan_of(key), CHIPS[key.chip], []
+    chosen, sides = plan_of(key), []
     assert chosen is not None
-    for kernel in compiling.compile_plan(problem, chosen, chip):
-        tiles, found = kernel.tiles, compiling.predict(kernel, problem, chosen, chip)
+    for kernel in compiling.compile_plan(_problem(key), chosen, CHIPS[key.chip]):
+        tiles, found = kernel.tiles, compiling.predict(kernel, key.chip)
         assert found is not None
-        cycles = round(found.cycles - found.spent.get("hop between programs", 0.0))
-        counts = round(found.instructions), found.barriers, cycles
+        counts = round(found.instructions), found.barriers, round(found.cycles)
         sides.append(Side(tiles.block_b, tiles.block_h, tiles.num_warps, *counts, kernel.spills))
     return Step(key, chosen.schedule, *sides)
 
@@ -93,7 +92,8 @@ def tables() -> Iterator[str]:
     for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
         steps = (read_steps().get(Key(name, cell, products, H, 1)) for H in SIZES)
         mhz = timings(name).mhz
-        times = (f"{s.us(True, mhz):.2f} / {s.us(False, mhz):.2f}" if s else "" for s in steps)
+        sides = ((s.forward.cycles, s.backward.cycles) if s else () for s in steps)
+        times = (" / ".join(f"{cycles / mhz:.2f}" for cycles in both) for both in sides)
         yield f"| {name}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
     yield "| | sm_90, inference | sm_90, training | sm_80, inference | sm_80, training |"
     yield "|---|---|---|---|---|"

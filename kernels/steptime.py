@@ -16,6 +16,8 @@ from .latencies import MMA_RATIOS, Timings
 from .sass import NO_BOARD, Instruction
 
 SCHEDULERS = 4  # of an SM
+#: The load of a counter that other programs add to; what they exchange is loaded in wider pieces.
+POLL = "LDG.E.STRONG.GPU"
 TURNS, WARM = 12, 6  # turns of the loop to simulate, of which the first are not counted
 
 
@@ -86,6 +88,8 @@ def _memory_cost(name: str, base: str, sm: Timings) -> Cost | None:
     if base in _GLOBAL:
         beats = max(2.0, width / sm.global_bytes)
         kind, late_of = "global memory", sm.l2
+        if name == POLL:
+            kind = "hop between programs"
         if base in ("LDL", "STL"):
             kind, late_of = "local memory", sm.l1
         elif base.startswith("A"):
@@ -212,6 +216,7 @@ class _Sm:
         groups = [self.team[s::SCHEDULERS] for s in range(SCHEDULERS)]
         self.cores = [_Core(group) for group in groups if group]
         self.unit = self.gate = 0.0  # when the load/store and the barrier unit are free
+        self.published = 0.0  # when the program last added to its counter
         self.unit_busy = 0.0
         self.arrived: dict[str, list[_Warp]] = defaultdict(list)
         self.stalls: dict[int, dict[str, float]] = defaultdict(_sums)
@@ -297,6 +302,10 @@ class _Sm:
             self.unit = at_unit + what.unit
             self.unit_busy += what.unit
             done, read = at_unit - 4 + what.latency, start - 2 + what.read
+        if one.name.startswith("RED"):
+            self.published = start
+        elif one.name == POLL:  # the partners publish when this program does
+            done = max(done, self.published + self.sm.hop_us * self.sm.mhz)
         if what.kind in ("shared memory", "shuffle"):
             done = warp.in_order = max(done, warp.in_order)
         if one.write != NO_BOARD:
@@ -330,16 +339,13 @@ class _Sm:
         return True
 
 
-def predict(
-    path: Sequence[Instruction], sm: Timings, warps: int, hops: int = 0, steps: int = 1
-) -> Prediction:
+def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1) -> Prediction:
     """Predicts the time of one step of a kernel of which an SM runs one program.
 
     Args:
         path: one turn of its loop, see :func:`trace`.
         sm: the timings of the architecture.
         warps: warps of the program.
-        hops: exchanges between programs in a step, each with its ``hop_us``.
         steps: steps of the recurrence in one turn.
 
     Raises:
@@ -349,17 +355,16 @@ def predict(
     chip.run()
     warm_end, end = (max(warp.ends[turn] for warp in chip.team) for turn in (WARM, TURNS))
     counted = (TURNS - WARM) * steps
-    hop, share = hops * sm.hop_us * sm.mhz, 1 / counted / warps
-    spent = {"hop between programs": hop} if hop else {}
+    share, spent = 1 / counted / warps, _sums()
     for warp in chip.team:
         for what, cycles in warp.spent.items():
-            spent[what] = spent.get(what, 0.0) + cycles * share
+            spent[what] += cycles * share
     stalls = [
         (sum(causes.values()) * share, max(causes, key=causes.__getitem__), path[index])
         for index, causes in chip.stalls.items()
     ]
     return Prediction(
-        cycles=(end - warm_end) / counted + hop,
+        cycles=(end - warm_end) / counted,
         mhz=sm.mhz,
         warps=warps,
         steps=steps,
