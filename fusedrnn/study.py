@@ -70,7 +70,7 @@ def run(options: Namespace) -> Iterator[str]:
     }
     yield "\n".join(["2. Resources, by the compiler", *_resource_lines(kernels, chip)])
     yield "\n".join(["3. Instructions of one warp, each once", *_mix_lines(compiling, kernels)])
-    times = _time_lines(compiling, kernels, problem, chip, folder)
+    times = _time_lines(kernels, problem, chip, folder)
     yield "\n".join(["4. Microseconds of a step (kernels/model.py, kernels/steptime.py)", *times])
     for name, (kernel, _) in kernels.items():
         sass = "".join(f"{one.address:#06x} {one}\n" for one in kernel.instructions)
@@ -139,20 +139,19 @@ def _mix_lines(compiling: Any, kernels: dict[str, Any]) -> Iterator[str]:
     """A column for the loop over T of each kernel, or for all of it where the host has the loop."""
     columns = [("", *compiling.count_kinds(()))]
     for name, (kernel, _) in kernels.items():
-        loop = compiling.loop_over_time(kernel.instructions)
-        counts = compiling.count_kinds(loop or kernel.instructions)
-        columns.append((f"{name}: loop" if loop else name, *map(str, counts.values())))
+        counts = compiling.count_kinds(kernel.turn or kernel.instructions)
+        columns.append((f"{name}: loop" if kernel.turn else name, *map(str, counts.values())))
     yield from _table(list(zip(*columns, strict=True)))
 
 
 def _time_lines(
-    compiling: Any, kernels: dict[str, Any], problem: Problem, chip: Chip, folder: Path
+    kernels: dict[str, Any], problem: Problem, chip: Chip, folder: Path
 ) -> Iterator[str]:
     """The floor of each kernel beside a simulation of its loop over T (steptime.json)."""
     rows, reports, values = [("", "floor", "predicted", "measured")], [], {}
     for name, (kernel, plan) in kernels.items():
         of, forward = problem._replace(layers=plan.layers), kernel.direction == "forward"
-        found = compiling.predict(kernel, chip.arch)
+        found = kernel.predict(chip.arch) if kernel.turn else None
         floor = floor_us(plan.schedule, of, chip, kernel.tiles, forward)
         rows.append((name, f"{floor:.2f}", f"{found.us:.2f}" if found else "-", "-"))
         if found:

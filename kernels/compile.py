@@ -78,6 +78,15 @@ class Kernel:
         """All instructions, each once, however often it runs."""
         return read(self.binary.asm["cubin"])
 
+    @cached_property
+    def turn(self) -> list[Instruction]:
+        """One turn of the loop over time; empty where the host has the loop."""
+        return trace(self.instructions) if loops(self.instructions) else []
+
+    def predict(self, arch: str) -> steptime.Prediction:
+        """Predicts a step of a kernel that has the loop over time."""
+        return steptime.predict(self.turn, timings(arch), self.tiles.num_warps, self.steps)
+
 
 def compile_plan(
     problem: Problem, plan: Plan, chip: Chip, directions: Sequence[str] = ("forward", "backward")
@@ -107,14 +116,6 @@ def compile_plan(
         with _recording(module, chip, record):
             getattr(module, direction)(problem.cell, plan, *given, rows)
     return list(found.values())
-
-
-def predict(kernel: Kernel, arch: str) -> steptime.Prediction | None:
-    """Predicts a step of a kernel, None where its loop over time is the host's."""
-    if not loops(kernel.instructions):
-        return None
-    path, warps = trace(kernel.instructions), kernel.tiles.num_warps
-    return steptime.predict(path, timings(arch), warps, kernel.steps)
 
 
 class _Driver:
@@ -184,12 +185,6 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
         empty(Z, B, H), c(Z, B, H),
     )  # fmt: skip
     return layers, grads, rows
-
-
-def loop_over_time(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
-    """The longest loop, or nothing: the other loops of the kernels poll, inside that one."""
-    spans = loops(instructions)
-    return instructions[spans[0][0] : spans[0][1] + 1] if spans else ()
 
 
 def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:

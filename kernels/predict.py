@@ -55,13 +55,12 @@ def plan_of(key: Key) -> Plan | None:
 
 def predict(key: Key) -> Step:
     """Compiles forward and backward of a line that has a plan, and predicts their steps."""
-    from . import compile as compiling  # imports triton
+    from .compile import compile_plan  # imports triton
 
     chosen, sides = plan_of(key), []
     assert chosen is not None
-    for kernel in compiling.compile_plan(_problem(key), chosen, CHIPS[key.chip]):
-        tiles, found = kernel.tiles, compiling.predict(kernel, key.chip)
-        assert found is not None
+    for kernel in compile_plan(_problem(key), chosen, CHIPS[key.chip]):
+        tiles, found = kernel.tiles, kernel.predict(key.chip)
         counts = round(found.instructions), found.barriers, round(found.cycles)
         sides.append(Side(tiles.block_b, tiles.block_h, tiles.num_warps, *counts, kernel.spills))
     return Step(key, chosen.schedule, *sides)

@@ -119,20 +119,11 @@ class Prediction:
     instructions: float  # of one warp in a step
     barriers: float  # in a step
     spent: dict[str, float]  # cycles of a mean warp, by what it did or waited for
-    pipes: dict[str, float]  # the share of the time in which the busiest one of the SM is busy
-    stalls: list[tuple[float, str, Instruction]]  # mean cycles before it, the cause, which one
+    waits: list[tuple[float, str, str]]  # mean cycles, main cause and source line, longest first
 
     @property
     def us(self) -> float:  # microseconds
         return self.cycles / self.mhz
-
-    def lines(self) -> list[tuple[float, str, str]]:
-        """Returns cycles of waiting, main cause and source line, the longest first."""
-        causes: dict[str, dict[str, float]] = defaultdict(_sums)
-        for cycles, cause, one in self.stalls:
-            causes[one.line or f"{one.address:#06x}"][cause] += cycles
-        totals = ((sum(c.values()), max(c, key=c.__getitem__), at) for at, c in causes.items())
-        return sorted(totals, key=lambda each: (-each[0], each[2]))
 
     def report(self, top: int = 8) -> str:
         """Returns the prediction as text: where the cycles go, and the lines that wait longest."""
@@ -144,11 +135,8 @@ class Prediction:
         for what, cycles in sorted(self.spent.items(), key=lambda item: (-item[1], item[0])):
             if cycles >= 0.5:
                 text.append(f"  {cycles:7.0f} {100 * cycles / self.cycles:4.0f} %  {what}")
-        busy = (
-            f"{name} {100 * share:.0f} %" for name, share in self.pipes.items() if share > 0.005
-        )
-        text += [f"pipes busy: {', '.join(busy)}", "longest waits by source line, in cycles:"]
-        text += [f"  {cycles:7.1f}  {cause:24}  {at}" for cycles, cause, at in self.lines()[:top]]
+        text.append("longest waits by source line, in cycles:")
+        text += [f"  {cycles:7.1f}  {cause:24}  {at}" for cycles, cause, at in self.waits[:top]]
         return "\n".join(text)
 
 
@@ -174,7 +162,6 @@ class _Core:
         self.latest: _Warp | None = None
         self.free = 0.0  # when the scheduler may issue again
         self.pipes = _sums()  # when each is free
-        self.busy = _sums()
         self.queue: list[float] = []  # when the latest memory instructions start
 
     def pipe_free(self, cost: Cost, sm: Timings) -> float:
@@ -192,7 +179,6 @@ class _Core:
     def occupy(self, cost: Cost, now: float, sm: Timings) -> float:
         """Takes the pipe for an instruction that issues now; returns when it starts there."""
         pipe, start = cost.pipe, now
-        self.busy["fma" if pipe == "imad" else pipe] += cost.busy
         if pipe == "fma":
             second = sm.fma_pipes == 2 and self.pipes["fma"] <= self.pipes["imad"]
             pipe = "fma" if second else "imad"
@@ -217,9 +203,8 @@ class _Sm:
         self.cores = [_Core(group) for group in groups if group]
         self.unit = self.gate = 0.0  # when the load/store and the barrier unit are free
         self.published = 0.0  # when the program last added to its counter
-        self.unit_busy = 0.0
         self.arrived: dict[str, list[_Warp]] = defaultdict(list)
-        self.stalls: dict[int, dict[str, float]] = defaultdict(_sums)
+        self.causes: dict[str, dict[str, float]] = defaultdict(_sums)  # of waits, by source line
 
     def run(self) -> None:
         """Runs all warps, as often as ``TURNS`` says."""
@@ -235,15 +220,6 @@ class _Sm:
                     best[other] = self.next_issue(each)
         if any(warp.turns < TURNS for warp in self.team):
             raise ValueError("deadlock: warps wait at a barrier that others never reach")
-
-    def shares(self, end: float) -> dict[str, float]:
-        """Returns the share of the time in which the busiest pipe of each kind is busy."""
-        pipes = ("fma", "alu", "mufu", "tensor", "memory", "uniform")
-        found = {name: max(core.busy[name] for core in self.cores) / end for name in pipes}
-        found["fma"] /= self.sm.fma_pipes
-        found["load/store unit"] = self.unit_busy / end
-        warps = max(len(core.warps) for core in self.cores)
-        return {**found, "issue": warps * len(self.path) * TURNS / end}
 
     def next_issue(self, core: _Core) -> float:
         return min(self.earliest(core, warp) for warp in core.warps)
@@ -274,7 +250,8 @@ class _Sm:
         """Adds the cycles since the warp's last instruction to what they were spent on."""
         if not WARM <= warp.turns < TURNS:
             return
-        what, clock = self.costs[warp.at], warp.ready
+        what, clock, one = self.costs[warp.at], warp.ready, self.path[warp.at]
+        line = one.line or f"{one.address:#06x}"
         lost = {"fixed latency": max(0.0, clock - warp.issued - 1)}
         until, kind = self.boards(warp)
         for when, cause in (
@@ -289,7 +266,7 @@ class _Sm:
         warp.spent["issuing"] += 1.0
         for cause, cycles in lost.items():
             warp.spent[cause] += cycles
-            self.stalls[warp.at][cause] += cycles
+            self.causes[line][cause] += cycles
 
     def issue(self, core: _Core, warp: _Warp, now: float) -> bool:
         """Issues the next instruction of a warp; returns True if that opened a barrier."""
@@ -300,7 +277,6 @@ class _Sm:
         if what.unit:
             at_unit = max(start + 2, self.unit)
             self.unit = at_unit + what.unit
-            self.unit_busy += what.unit
             done, read = at_unit - 4 + what.latency, start - 2 + what.read
         if one.name.startswith("RED"):
             self.published = start
@@ -359,9 +335,9 @@ def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1
     for warp in chip.team:
         for what, cycles in warp.spent.items():
             spent[what] += cycles * share
-    stalls = [
-        (sum(causes.values()) * share, max(causes, key=causes.__getitem__), path[index])
-        for index, causes in chip.stalls.items()
+    waits = [
+        (sum(causes.values()) * share, max(causes, key=causes.__getitem__), line)
+        for line, causes in chip.causes.items()
     ]
     return Prediction(
         cycles=(end - warm_end) / counted,
@@ -371,6 +347,5 @@ def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1
         instructions=len(path) / steps,
         barriers=sum(each.pipe == "barrier" for each in chip.costs) / steps,
         spent=spent,
-        pipes=chip.shares(end),
-        stalls=sorted(stalls, key=lambda each: (-each[0], each[2].address)),
+        waits=sorted(waits, key=lambda each: (-each[0], each[2])),
     )

@@ -123,7 +123,7 @@ def test_a_barrier_waits_for_the_last_warp():
     assert slower == pytest.approx(100)
     found = predict(path, SM, 8)
     assert sum(found.spent.values()) == pytest.approx(found.cycles)
-    assert found.stalls[0][1] == "barrier"
+    assert found.waits[0][1] == "barrier"
 
 
 def test_a_hop_begins_when_the_program_publishes():
