@@ -69,7 +69,7 @@ def test_the_longest_chain_goes_through_accumulators_and_sums():
 
 
 def test_counts_of_kinds():
-    names = "LDG.E.128 LD.E.STRONG BRA HMMA.16816 MUFU.EX2 FFMA BRA".split()
+    names = ["LDG.E.128", "LD.E.STRONG", "BRA", "HMMA.16816", "MUFU.EX2", "FFMA", "BRA"]
     counts = count_kinds([Instruction(i, name) for i, name in enumerate(names)])
     assert {kind: n for kind, n in counts.items() if n} == {
         "tensor core": 1, "MUFU": 1, "global load": 2, "FMA unit": 1, "other": 2, "total": 7,
