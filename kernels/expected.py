@@ -21,7 +21,9 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 #: Ours is chosen up to this share of cuDNN's time: a prediction is good to 20 %.
 MARGIN = 0.8
 #: The chip of the table whose cycles stand for those of an architecture; others as sm_90.
-FAMILIES = {"sm_80": "sm_80"} | dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120"), "sm_86")
+FAMILIES = {"sm_80": "sm_80"} | dict.fromkeys(
+    ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86"
+)
 RAGGED = 1.15  # times a dense step
 HOST_US = (60.0, 80.0)  # of the Python around a call, forward and backward
 LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
