@@ -123,7 +123,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
     w = load_weights(choose(layers.w_hh, program.d), False, CELL, TILE)
-    weights = (w, load_bias(choose(layers.b_hh, program.d), CELL, TILE))
+    weights = (w, load_bias(choose(layers.b_hh, program.d), program.cols, CELL, TILE))
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (

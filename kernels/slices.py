@@ -202,6 +202,26 @@ def _issued():
 
 
 @gluon.jit
+def _fetch_chunk(
+    rows_ptr, last, WIDTH, PHASE: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    START: tl.constexpr = TILE.chunks[PHASE][CHUNK][0]
+    COLUMNS: tl.constexpr = TILE.chunks[PHASE][CHUNK][1]
+    wide: tl.constexpr = TILE.wide[PHASE][CHUNK]
+    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
+    row = gl.arange(0, TILE.block_b, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
+    row = tl.minimum(row, last)[None, None, :]
+    columns = START + group[:, None, None] * COLUMNS + k[None, :, None]
+    if START + TILE.groups * COLUMNS > MASK:
+        mask = (columns < MASK) & (row >= 0)
+        return tl.load(rows_ptr + row * WIDTH + columns, mask, other=0.0, cache_modifier=".cg")
+    else:
+        return tl.load(rows_ptr + row * WIDTH + columns, cache_modifier=".cg")
+
+
+@gluon.jit
 def fetch(rows_ptr, last, WIDTH, PHASE: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr):
     """``u[chunk]``, whole rows of WIDTH values as the second operand, past L1.
 
@@ -210,20 +230,8 @@ def fetch(rows_ptr, last, WIDTH, PHASE: tl.constexpr, MASK: tl.constexpr, TILE: 
     """
     u = ()
     for n in tl.static_range(len(TILE.chunks[PHASE])):
-        START: tl.constexpr = TILE.chunks[PHASE][n][0]
-        COLUMNS: tl.constexpr = TILE.chunks[PHASE][n][1]
-        wide: tl.constexpr = TILE.wide[PHASE][n]
-        group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
-        k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
-        row = gl.arange(0, TILE.block_b, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
-        row = tl.minimum(row, last)[None, None, :]
-        columns = START + group[:, None, None] * COLUMNS + k[None, :, None]
-        if START + TILE.groups * COLUMNS > MASK:
-            mask = (columns < MASK) & (row >= 0)
-            x = tl.load(rows_ptr + row * WIDTH + columns, mask, other=0.0, cache_modifier=".cg")
-        else:
-            x = tl.load(rows_ptr + row * WIDTH + columns, cache_modifier=".cg")
-        u = u + (x,)
+        u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
+    _issued()
     return u
 
 
@@ -243,12 +251,23 @@ def zero_acc(ROWS: tl.constexpr, TILE: tl.constexpr):
 @gluon.jit
 def sum_buffers(N: tl.constexpr, TILE: tl.constexpr):
     """Shared memory for the partial sums of N products."""
-    ROWS: tl.constexpr = max(TILE.block_h, 16)
+    ROWS: tl.constexpr = TILE.groups * TILE.block_b * max(TILE.block_h, 16) // 16
+    shape: tl.constexpr = [ROWS, 16]
     out = ()
-    for n in tl.static_range(N):
-        shape: tl.constexpr = [TILE.groups * TILE.block_b * ROWS // 16, 16]
+    for _ in tl.static_range(N):
         out = out + (gl.allocate_shared_memory(tl.float32, shape, TILE.shared),)
     return out
+
+
+@gluon.jit
+def _sum(buffer, TILE: tl.constexpr):
+    """The sum over the groups, as it lies in shared memory."""
+    GROUPS: tl.constexpr = TILE.groups
+    ROWS: tl.constexpr = buffer.shape[0] // GROUPS
+    total = buffer.slice(0, ROWS).load(TILE.part)
+    for g in tl.static_range(1, GROUPS):
+        total += buffer.slice(g * ROWS, ROWS).load(TILE.part)
+    return total
 
 
 @gluon.jit
@@ -258,19 +277,15 @@ def add_up(buffers, accs, TILE: tl.constexpr):
     The compiler puts one barrier between the stores and the loads.
     """
     B: tl.constexpr = TILE.block_b
+    M: tl.constexpr = max(TILE.block_h, 16)
     for n in tl.static_range(len(accs)):
-        M: tl.constexpr = accs[n].shape[1]
         acc = accs[n].reshape([TILE.groups, M // 16, 2, 8, B // 8, 4, 2])
         acc = acc.permute([0, 4, 1, 3, 5, 6, 2])
         buffers[n].store(acc.reshape([TILE.groups * B * M // 16, 16]))
     out = ()
     for n in tl.static_range(len(accs)):
-        M: tl.constexpr = accs[n].shape[1]
-        ROWS: tl.constexpr = B * M // 16
-        total = buffers[n].slice(0, ROWS).load(TILE.part)
-        for g in tl.static_range(1, TILE.groups):
-            total += buffers[n].slice(g * ROWS, ROWS).load(TILE.part)
-        total = total.reshape([B // 8, M // 16, 8, 4, 2, 2]).permute([0, 3, 4, 1, 2, 5])
+        total = _sum(buffers[n], TILE).reshape([B // 8, M // 16, 8, 4, 2, 2])
+        total = total.permute([0, 3, 4, 1, 2, 5])
         if TILE.block_h > 8:
             tile = total.reshape([B, M])
             out = out + (gl.convert_layout(tile, TILE.tile, assert_trivial=True),)

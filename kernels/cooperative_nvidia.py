@@ -1,0 +1,312 @@
+"""Schedule *cooperative*, forward: several programs share a batch tile (Gluon).
+
+W_hh does not fit one program, so it is cut: a program owns BLOCK_H hidden units with all their
+gates and keeps their rows of W_hh for the whole launch. c and the gates of these units stay with
+it. The others need h, which goes through slots by the protocol of ``exchange_nvidia.py``. A step
+is: wait for h, load all of it into the operands of a product (``slices.py``), multiply, sum over
+the warps, apply the cell, put h into the next slot, publish. What nobody waits for, the stores of
+out, gates and c, follows the publication, and the loads of gx precede the wait.
+
+What is published is the state that *enters* the next step: zero where a sequence begins. So rows
+may be ragged or packed, and the product knows nothing of it. The first publication is h_0.
+
+**Wavefront**: with L > 1 all layers run in the launch, layer l one step behind layer l - 1, which
+takes T + L - 1 steps instead of T * L. A layer above the first also holds W_ih, waits for the
+counter of the layer below, and reads its input from ``out``, which is stored before publishing.
+
+No float is added atomically, so two runs agree bit for bit. The grid is ``(cdiv(H, BLOCK_H), batch
+tiles, L*D)``; all programs of a launch must be on the chip at once, which
+``launch_cooperative_grid`` guarantees or refuses; larger batches run in rounds.
+
+Limits: tensors of 16 bits, or fp32 with tf32 products; L > 1 needs D = 1 and 16 units a program.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import triton.language as tl
+from triton.experimental import gluon
+
+from .cells import CELLS
+from .exchange_nvidia import PATIENCE, Workspace, publish, wait, workspace
+from .launch import cdiv, in_rounds, on_device, options_of
+from .mma import load_bias, round_operand, squash, widened
+from .plan import Plan, Tiles
+from .rows import Rows
+from .slices import (
+    add_up,
+    columns_of_slice,
+    fetch,
+    multiply,
+    put,
+    row_of_slice,
+    sequences,
+    slice_of,
+    sum_buffers,
+    units,
+    zero_acc,
+)
+from .steps import (
+    Part,
+    load_ends,
+    load_gx,
+    origins_at,
+    place_of,
+    row_of,
+    store_ends,
+    store_h,
+    store_saved,
+)
+from .tensors import Layers
+from .tiles import PREVIOUS, add_to, choose, entering_state, leaving_state
+
+
+@gluon.jit
+def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
+    """The batch tile and the hidden units of this program, in layer and direction z."""
+    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
+    offs_b = first_b + sequences(TILE)
+    cols = tl.program_id(0) * TILE.block_h + units(TILE)
+    out = choose(layers.out, z)
+    last = tl.minimum(offs_b, B - 1)
+    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
+
+
+@gluon.jit
+def group_of(shared, z, B, first_tile, TILE: tl.constexpr):
+    """The counter of the programs of layer and direction z, and pointers to their two slots."""
+    tile = z * tl.cdiv(B, TILE.block_b) + first_tile + tl.program_id(1)
+    slots = shared.slots + tile.to(tl.int64) * (2 * TILE.block_b * TILE.pitch)
+    return shared.counters + tile, slots
+
+
+@gluon.jit
+def slot_of(slots, publication, TILE: tl.constexpr):
+    """A pointer to the first row of the slot of a publication."""
+    return slots + (publication % 2) * (TILE.block_b * TILE.pitch)
+
+
+@gluon.jit
+def _load_rows(w_ptr, GATES: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
+    """``w[product][chunk]``, the rows of this program's units: a gate each, of 8 units two."""
+    H: tl.constexpr = TILE.H
+    EACH: tl.constexpr = 1 if TILE.block_h > 8 else 2  # gates of a product
+    row = row_of_slice(TILE.block_h * EACH, TILE)
+    if EACH == 1:
+        unit = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
+    else:
+        unit = row % 8
+    unit += tl.program_id(0) * TILE.block_h
+    w = ()
+    for first in tl.static_range(0, len(GATES), EACH):
+        gate = row * 0 + GATES[first]
+        if first + 1 < len(GATES) and EACH == 2:
+            gate = tl.where(row < 8, GATES[first], GATES[first + 1])
+        here = (unit < H) & (row < TILE.block_h * (len(GATES) - first))
+        each = ()
+        for n in tl.static_range(len(TILE.chunks[PHASE])):
+            k = columns_of_slice(PHASE, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+            ptrs = w_ptr + (gate * H + unit)[None, :, None] * H + k
+            mask = here[None, :, None] & (k < H)
+            each = each + (round_operand(tl.load(ptrs, mask=mask, other=0.0)),)
+        w = w + (each,)
+    return w
+
+
+@gluon.jit
+def _input_products(layers, program, step, place, w_ih, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``W_ih x`` of every gate, x being the output of the layer below after dropout."""
+    first = row_of(program, step, place) + program.first_b
+    last = (program.R - 1 - first).to(tl.int32)
+    below = choose(layers.out, tl.maximum(program.z - 1, 0))
+    x = fetch(below + first * TILE.H, last, TILE.H, 0, TILE.H, TILE)
+    if layers.masks is not None:
+        masks = choose(layers.masks, program.z) + first * TILE.H
+        mask = fetch(masks, last, TILE.H, 0, TILE.H, TILE)
+        dropped = ()
+        for n in tl.static_range(len(x)):
+            dropped = dropped + (x[n] * mask[n],)
+        x = dropped
+    out = ()
+    for g in tl.static_range(len(CELL.gates)):
+        out = out + (multiply(w_ih[g], x, zero_acc(TILE.block_h, TILE), TILE),)
+    return out
+
+
+@gluon.jit
+def _phase(
+    w, u, gx, gh, starts, b, buffers, PHASE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """The pre-activations of a phase's gates: gx, and gh with these gates behind it.
+
+    ``starts`` are the products with the layer's input, or nothing. Where the two pre-activations of
+    a gate are not just added, its start becomes a sum of its own.
+    """
+    GATES: tl.constexpr = CELL.phases[PHASE]
+    accs, apart = (), ()
+    for n in tl.static_range(len(w)):
+        start = zero_acc(max(TILE.block_h, 16), TILE)
+        if len(starts) > 0:
+            if CELL.merged[GATES[n]]:
+                start = starts[GATES[n]]
+            else:
+                apart = apart + (starts[GATES[n]],)
+        accs = accs + (multiply(w[n], u, start, TILE),)
+    sums, apart = add_up(buffers, accs + apart, TILE), ()
+    for n in tl.static_range(len(GATES)):
+        if CELL.merged[GATES[n]]:
+            gh = gh + (sums[n] + gx[GATES[n]],)
+        else:
+            gh = gh + (sums[n] + b[GATES[n]] if len(b) > 0 else sums[n],)
+            if len(starts) > 0:
+                gx = add_to(gx, GATES[n], sums[len(GATES) + len(apart)])
+                apart = apart + (0,)
+    return gx, gh
+
+
+@gluon.jit
+def _with_bias(gx, b, b_ih, z, CELL: tl.constexpr):
+    """gx with the biases that no product multiplies."""
+    out = ()
+    for g in tl.static_range(len(gx)):
+        x = gx[g]
+        if len(b) > 0 and CELL.merged[g]:
+            x += b[g]
+        if len(b_ih) > 0:
+            x += tl.where(z > 0, b_ih[g], 0.0)  # the first layer's is in gx
+        out = out + (x,)
+    return out
+
+
+@gluon.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
+def _cooperative_fwd_kernel(
+    layers, shared, T, B, R, first_tile, patience, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    P: tl.constexpr = len(CELL.phases)
+    G: tl.constexpr = len(CELL.gates)
+    z = tl.program_id(2)
+    program = program_of(layers, z, T, B, R, first_tile, TILE)
+    counter, slots = group_of(shared, z, B, first_tile, TILE)
+    counter_below, _ = group_of(shared, z - 1, B, first_tile, TILE)
+    partners = tl.num_programs(0)
+
+    w_hh = ()
+    for p in tl.static_range(P):
+        w_hh = w_hh + (_load_rows(choose(layers.w_hh, z), CELL.phases[p], p, TILE),)
+    b_hh, b_ih = load_bias(choose(layers.b_hh, z), program.cols, CELL, TILE), ()
+    if TILE.L > 1:
+        w_ih = _load_rows(choose(layers.w_ih, z), CELL.gates, 0, TILE)
+        b_ih = load_bias(choose(layers.b_ih, z), program.cols, CELL, TILE)
+    buffers = sum_buffers(2 * G if TILE.L > 1 else G, TILE)
+
+    places = (place_of(layers, program, 0), place_of(layers, program, 1))
+    gx_next = load_gx(layers, program, 0, places[0], CELL, TILE)
+    state = widened(load_ends(layers.h_0, layers.c_0, program, TILE))
+    state = entering_state(layers, state, origins_at(program, places[0]))
+    put(slot_of(slots, 0, TILE), program.cols, state[0], TILE)
+    publish(counter)
+    for step in range(T):
+        published = P * step + 1
+        gx = _with_bias(widened(gx_next), b_hh, b_ih, z, CELL)
+        gx_next = load_gx(layers, program, step + 1, places[1], CELL, TILE)
+        later = place_of(layers, program, step + 2)
+        starts = ()
+        if TILE.L > 1:
+            starts = _zero_accs(G, TILE)
+            if z > 0:
+                wait(counter_below, partners * (published + P), patience)
+                starts = _input_products(layers, program, step, places[0], w_ih, CELL, TILE)
+        gh = ()
+        for p in tl.static_range(P):
+            slot = slot_of(slots, published - 1 + p, TILE)
+            if p > 0:
+                put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)
+                publish(counter)
+            wait(counter, partners * (published + p), patience)
+            u = fetch(slot, TILE.block_b, TILE.pitch, p, TILE.pitch, TILE)
+            gx, gh = _phase(w_hh[p], u, gx, gh, starts, b_hh, buffers, p, CELL, TILE)
+        left, saved = CELL.forward(gx, gh, state, squash, True)
+        left = leaving_state(layers, left, state, origins_at(program, places[0]))
+        origins = origins_at(program, places[1])
+        if layers.origins is not None:  # behind the last step no sequence begins
+            origins = tl.where(step + 1 < T, origins, PREVIOUS)
+        state = entering_state(layers, left, origins)
+
+        put(slot_of(slots, published + P - 1, TILE), program.cols, state[0], TILE)
+        if TILE.L > 1:  # the layer above reads it
+            store_h(layers, program, step, places[0], left, TILE)
+        publish(counter)
+        # Stored after publishing, because no other program reads it.
+        if TILE.L == 1:
+            store_h(layers, program, step, places[0], left, TILE)
+        store_saved(layers, program, step, places[0], left, saved, CELL, TILE)
+        places = (places[1], later)
+
+    store_ends(layers.h_n, layers.c_n, program, state, TILE)
+
+
+@gluon.jit
+def _zero_accs(N: tl.constexpr, TILE: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (zero_acc(TILE.block_h, TILE),)
+    return out
+
+
+def forward(
+    cell: str,
+    plan: Plan,
+    layers: Layers,
+    rows: Rows,
+    *,
+    shared: Workspace | None = None,
+    patience: int = PATIENCE,
+) -> None:
+    """Runs the layers of one launch: writes out, h_n, c_n and what is to be saved.
+
+    Args:
+        shared: a fresh workspace; by default one is allocated.
+        patience: the polls of one wait before it fails.
+
+    Raises:
+        LaunchRefused: the device does not hold all programs of a launch at once.
+    """
+    tensors = (layers_forward(layers, plan.layers),)
+    columns = (layers.h_0.shape[-1],) * len(CELLS[cell].phases)
+    launch(_cooperative_fwd_kernel, cell, plan.forward, tensors, rows, columns, shared, patience)
+
+
+def launch(
+    kernel: Any,
+    cell: str,
+    tiles: Tiles,
+    tensors: tuple,
+    rows: Rows,
+    columns: tuple[int, ...],
+    shared: Workspace | None,
+    patience: int,
+) -> None:
+    """Launches a kernel in rounds of batch tiles; its phases multiply so many columns."""
+    h_0, out = tensors[0].h_0, tensors[0].out[0]
+    Z, B, H = h_0.shape
+    D = out.shape[-1] // H
+    tile = slice_of(
+        Z // D, D, H, tiles.block_b, tiles.block_h, tiles.num_warps, h_0.element_size(), columns
+    )
+    if shared is None:
+        shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
+
+    def launch_round(first_tile: int, count: int) -> None:
+        kernel[cdiv(H, tile.block_h), count, Z](
+            *tensors, shared, rows.T, B, rows.total, first_tile, patience, CELLS[cell], tile,
+            **options_of(tiles),
+        )  # fmt: skip
+
+    with on_device(h_0):
+        in_rounds(launch_round, B, tiles)
+
+
+def layers_forward(layers: Layers, L: int) -> Layers:
+    """The tensors that the forward kernel reads; the others are None and cost no time."""
+    return layers if L > 1 else layers._replace(w_ih=None, b_ih=None, masks=None)
