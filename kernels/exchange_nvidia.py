@@ -27,6 +27,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 import torch
+import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
@@ -50,7 +51,7 @@ def publish(counter_ptr):
         }""",
         "=r,l,~{memory}",
         [counter_ptr],
-        gl.int32,
+        tl.int32,
         False,
         1,
     )
@@ -77,11 +78,11 @@ def wait(counter_ptr, target, patience):
         }""",
         "=&r,l,r,r,~{memory}",
         [counter_ptr, target, patience],
-        gl.int32,
+        tl.int32,
         False,
         1,
     )
-    gl.device_assert(met != 0, "fusedrnn: a program waited in vain for its partners")
+    tl.device_assert(met != 0, "fusedrnn: a program waited in vain for its partners")
     barrier()
 
 

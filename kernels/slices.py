@@ -195,7 +195,7 @@ def _issued():
         "bar.warp.sync 0xffffffff; mov.u32 $0, $1;",
         "=r,r,~{memory}",
         [tl.program_id(0)],
-        gl.int32,
+        tl.int32,
         False,
         1,
     )
