@@ -23,7 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .mma import round_operand
+from .steps import Part
+from .tiles import choose
 
 
 class Slice(NamedTuple):
@@ -151,6 +152,17 @@ def sequences(TILE: tl.constexpr):
 def units(TILE: tl.constexpr):
     """0 to BLOCK_H - 1, for the columns of a tile."""
     return gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.tile))
+
+
+@gluon.jit
+def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
+    """The batch tile and the hidden units of this program, in layer and direction z."""
+    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
+    offs_b = first_b + sequences(TILE)
+    cols = tl.program_id(0) * TILE.block_h + units(TILE)
+    out = choose(layers.out, z)
+    last = tl.minimum(offs_b, B - 1)
+    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
 
 
 @gluon.jit
@@ -296,14 +308,3 @@ def add_up(buffers, accs, TILE: tl.constexpr):
                 gl.convert_layout(other, TILE.tile, assert_trivial=True),
             )
     return out
-
-
-@gluon.jit
-def put(rows_ptr, cols, tile, TILE: tl.constexpr):
-    """Stores a tile into rows of a slot, rounded as operands are."""
-    tile = round_operand(tile.to(rows_ptr.dtype.element_ty))
-    ptrs = rows_ptr + sequences(TILE)[:, None] * TILE.pitch + cols[None, :]
-    if TILE.H % TILE.block_h > 0:
-        tl.store(ptrs, tile, mask=(cols < TILE.H)[None, :])
-    else:
-        tl.store(ptrs, tile)
