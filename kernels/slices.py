@@ -252,30 +252,41 @@ def sum_buffers(N: tl.constexpr, TILE: tl.constexpr):
 
 
 @gluon.jit
+def _share(buffer, acc, TILE: tl.constexpr):
+    B: tl.constexpr = TILE.block_b
+    M: tl.constexpr = acc.shape[1]
+    parts = acc.reshape([TILE.groups, M // 16, 2, 8, B // 8, 4, 2]).permute([0, 4, 1, 3, 5, 6, 2])
+    buffer.store(parts.reshape([TILE.groups * B * M // 16, 16]))
+
+
+@gluon.jit
+def _sum_shared(buffer, M: tl.constexpr, TILE: tl.constexpr):
+    """The sum over all groups, ``[BLOCK_B, M]``, always in the same order."""
+    B: tl.constexpr = TILE.block_b
+    GROUPS: tl.constexpr = TILE.groups
+    ROWS: tl.constexpr = B * M // 16
+    total = buffer.slice(0, ROWS).load(TILE.part)
+    for g in tl.static_range(1, GROUPS):
+        total += buffer.slice(g * ROWS, ROWS).load(TILE.part)
+    parts = total.reshape([B // 8, M // 16, 8, 4, 2, 2]).permute([0, 3, 4, 1, 2, 5])
+    return parts.reshape([B, M])
+
+
+@gluon.jit
 def add_up(buffers, accs, TILE: tl.constexpr):
     """The sums over all groups: a tile for each product, of 8 units two, in fp32.
 
     The compiler puts one barrier between the stores and the loads.
     """
-    B: tl.constexpr = TILE.block_b
     for n in tl.static_range(len(accs)):
-        M: tl.constexpr = accs[n].shape[1]
-        acc = accs[n].reshape([TILE.groups, M // 16, 2, 8, B // 8, 4, 2])
-        acc = acc.permute([0, 4, 1, 3, 5, 6, 2])
-        buffers[n].store(acc.reshape([TILE.groups * B * M // 16, 16]))
+        _share(buffers[n], accs[n], TILE)
     out = ()
     for n in tl.static_range(len(accs)):
-        M: tl.constexpr = accs[n].shape[1]
-        ROWS: tl.constexpr = B * M // 16
-        total = buffers[n].slice(0, ROWS).load(TILE.part)
-        for g in tl.static_range(1, TILE.groups):
-            total += buffers[n].slice(g * ROWS, ROWS).load(TILE.part)
-        total = total.reshape([B // 8, M // 16, 8, 4, 2, 2]).permute([0, 3, 4, 1, 2, 5])
+        total = _sum_shared(buffers[n], accs[n].shape[1], TILE)
         if TILE.block_h > 8:
-            tile = total.reshape([B, M])
-            out = out + (gl.convert_layout(tile, TILE.tile, assert_trivial=True),)
+            out = out + (gl.convert_layout(total, TILE.tile, assert_trivial=True),)
         else:
-            one, other = gl.split(total.reshape([B, 8, 2]))
+            one, other = gl.split(total.reshape([TILE.block_b, 8, 2]))
             out = out + (
                 gl.convert_layout(one, TILE.tile, assert_trivial=True),
                 gl.convert_layout(other, TILE.tile, assert_trivial=True),
