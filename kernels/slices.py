@@ -202,6 +202,26 @@ def _issued():
 
 
 @gluon.jit
+def _fetch_chunk(
+    rows_ptr, last, WIDTH, PHASE: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    START: tl.constexpr = TILE.chunks[PHASE][N][0]
+    COLUMNS: tl.constexpr = TILE.chunks[PHASE][N][1]
+    wide: tl.constexpr = TILE.wide[PHASE][N]
+    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
+    row = gl.arange(0, TILE.block_b, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
+    row = tl.minimum(row, last)[None, None, :]
+    columns = START + group[:, None, None] * COLUMNS + k[None, :, None]
+    if START + TILE.groups * COLUMNS > MASK:
+        mask = (columns < MASK) & (row >= 0)
+        return tl.load(rows_ptr + row * WIDTH + columns, mask, other=0.0, cache_modifier=".cg")
+    else:
+        return tl.load(rows_ptr + row * WIDTH + columns, cache_modifier=".cg")
+
+
+@gluon.jit
 def fetch(rows_ptr, last, WIDTH, PHASE: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr):
     """``u[chunk]``, whole rows of WIDTH values as the second operand, past L1.
 
@@ -210,20 +230,7 @@ def fetch(rows_ptr, last, WIDTH, PHASE: tl.constexpr, MASK: tl.constexpr, TILE: 
     """
     u = ()
     for n in tl.static_range(len(TILE.chunks[PHASE])):
-        START: tl.constexpr = TILE.chunks[PHASE][n][0]
-        COLUMNS: tl.constexpr = TILE.chunks[PHASE][n][1]
-        wide: tl.constexpr = TILE.wide[PHASE][n]
-        group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
-        k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
-        row = gl.arange(0, TILE.block_b, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
-        row = tl.minimum(row, last)[None, None, :]
-        columns = START + group[:, None, None] * COLUMNS + k[None, :, None]
-        if START + TILE.groups * COLUMNS > MASK:
-            mask = (columns < MASK) & (row >= 0)
-            x = tl.load(rows_ptr + row * WIDTH + columns, mask, other=0.0, cache_modifier=".cg")
-        else:
-            x = tl.load(rows_ptr + row * WIDTH + columns, cache_modifier=".cg")
-        u = u + (x,)
+        u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
     return u
 
 
