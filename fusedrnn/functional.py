@@ -20,8 +20,8 @@ from .ops import ATEN, rnn_stack
 from .stack import StackConfig, StackInputs
 from .vmap import is_transformed
 
-# cuDNN's advice to call flatten_parameters(), which does nothing here by design. Only warnings
-# raised by this package are silenced, so that nn.LSTM's remain.
+# cuDNN's advice to call flatten_parameters(), which helps no function and no computed weight. Only
+# warnings raised by this package are silenced, so that nn.LSTM's remain.
 warnings.filterwarnings(
     "ignore",
     "RNN module weights are not part of single contiguous",

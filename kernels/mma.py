@@ -150,9 +150,9 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
 
 
 @gluon.jit
-def load_bias(b_ptr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``b[gate]``, rows ``[1, BLOCK_H]``, or nothing without a bias."""
-    cols, b = units(TILE), ()
+def load_bias(b_ptr, cols, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``b[gate]`` of some units, rows ``[1, BLOCK_H]``, or nothing without a bias."""
+    b = ()
     if b_ptr is not None:
         for g in tl.static_range(len(CELL.gates)):
             row = tl.load(b_ptr + g * TILE.H + cols, mask=cols < TILE.H, other=0.0)

@@ -17,7 +17,7 @@ import triton.language as tl
 from triton.experimental import gluon
 
 from .cells import CELLS, Cell
-from .launch import cdiv, on_device, options_of
+from .launch import cdiv, layers_backward, layers_forward, on_device, options_of
 from .mma import (
     Tile,
     load_bias,
@@ -36,8 +36,7 @@ from .mma import (
     widened,
     zero_acc,
 )
-from .plan import Plan, Tiles
-from .resident import layers_backward, layers_forward
+from .problem import Plan, Tiles
 from .rows import Rows
 from .steps import (
     Part,
@@ -123,7 +122,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
     w = load_weights(choose(layers.w_hh, program.d), False, CELL, TILE)
-    weights = (w, load_bias(choose(layers.b_hh, program.d), CELL, TILE))
+    weights = (w, load_bias(choose(layers.b_hh, program.d), program.cols, CELL, TILE))
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (

@@ -23,7 +23,8 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .mma import round_operand
+from .steps import Part
+from .tiles import choose
 
 
 class Slice(NamedTuple):
@@ -154,6 +155,17 @@ def units(TILE: tl.constexpr):
 
 
 @gluon.jit
+def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
+    """The batch tile and the hidden units of this program, in layer and direction z."""
+    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
+    offs_b = first_b + sequences(TILE)
+    cols = tl.program_id(0) * TILE.block_h + units(TILE)
+    out = choose(layers.out, z)
+    last = tl.minimum(offs_b, B - 1)
+    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
+
+
+@gluon.jit
 def row_of_slice(N: tl.constexpr, TILE: tl.constexpr):
     """0 to N - 1, for the rows of a slice as the first operand."""
     return gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, TILE.weight)))
@@ -195,7 +207,7 @@ def _issued():
         "bar.warp.sync 0xffffffff; mov.u32 $0, $1;",
         "=r,r,~{memory}",
         [tl.program_id(0)],
-        gl.int32,
+        tl.int32,
         False,
         1,
     )
@@ -203,12 +215,12 @@ def _issued():
 
 @gluon.jit
 def _fetch_chunk(
-    rows_ptr, last, WIDTH, PHASE: tl.constexpr, N: tl.constexpr, MASK: tl.constexpr,
+    rows_ptr, last, WIDTH, PHASE: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    START: tl.constexpr = TILE.chunks[PHASE][N][0]
-    COLUMNS: tl.constexpr = TILE.chunks[PHASE][N][1]
-    wide: tl.constexpr = TILE.wide[PHASE][N]
+    START: tl.constexpr = TILE.chunks[PHASE][CHUNK][0]
+    COLUMNS: tl.constexpr = TILE.chunks[PHASE][CHUNK][1]
+    wide: tl.constexpr = TILE.wide[PHASE][CHUNK]
     group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
     k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
     row = gl.arange(0, TILE.block_b, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
@@ -231,6 +243,7 @@ def fetch(rows_ptr, last, WIDTH, PHASE: tl.constexpr, MASK: tl.constexpr, TILE: 
     u = ()
     for n in tl.static_range(len(TILE.chunks[PHASE])):
         u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
+    _issued()
     return u
 
 
@@ -250,33 +263,23 @@ def zero_acc(ROWS: tl.constexpr, TILE: tl.constexpr):
 @gluon.jit
 def sum_buffers(N: tl.constexpr, TILE: tl.constexpr):
     """Shared memory for the partial sums of N products."""
-    ROWS: tl.constexpr = max(TILE.block_h, 16)
+    ROWS: tl.constexpr = TILE.groups * TILE.block_b * max(TILE.block_h, 16) // 16
+    shape: tl.constexpr = [ROWS, 16]
     out = ()
-    for n in tl.static_range(N):
-        shape: tl.constexpr = [TILE.groups * TILE.block_b * ROWS // 16, 16]
+    for _ in tl.static_range(N):
         out = out + (gl.allocate_shared_memory(tl.float32, shape, TILE.shared),)
     return out
 
 
 @gluon.jit
-def _share(buffer, acc, TILE: tl.constexpr):
-    B: tl.constexpr = TILE.block_b
-    M: tl.constexpr = acc.shape[1]
-    parts = acc.reshape([TILE.groups, M // 16, 2, 8, B // 8, 4, 2]).permute([0, 4, 1, 3, 5, 6, 2])
-    buffer.store(parts.reshape([TILE.groups * B * M // 16, 16]))
-
-
-@gluon.jit
-def _sum_shared(buffer, M: tl.constexpr, TILE: tl.constexpr):
-    """The sum over all groups, ``[BLOCK_B, M]``, always in the same order."""
-    B: tl.constexpr = TILE.block_b
+def _sum(buffer, TILE: tl.constexpr):
+    """The sum over the groups, as it lies in shared memory."""
     GROUPS: tl.constexpr = TILE.groups
-    ROWS: tl.constexpr = B * M // 16
+    ROWS: tl.constexpr = buffer.shape[0] // GROUPS
     total = buffer.slice(0, ROWS).load(TILE.part)
     for g in tl.static_range(1, GROUPS):
         total += buffer.slice(g * ROWS, ROWS).load(TILE.part)
-    parts = total.reshape([B // 8, M // 16, 8, 4, 2, 2]).permute([0, 3, 4, 1, 2, 5])
-    return parts.reshape([B, M])
+    return total
 
 
 @gluon.jit
@@ -285,28 +288,23 @@ def add_up(buffers, accs, TILE: tl.constexpr):
 
     The compiler puts one barrier between the stores and the loads.
     """
+    B: tl.constexpr = TILE.block_b
+    M: tl.constexpr = max(TILE.block_h, 16)
     for n in tl.static_range(len(accs)):
-        _share(buffers[n], accs[n], TILE)
+        acc = accs[n].reshape([TILE.groups, M // 16, 2, 8, B // 8, 4, 2])
+        acc = acc.permute([0, 4, 1, 3, 5, 6, 2])
+        buffers[n].store(acc.reshape([TILE.groups * B * M // 16, 16]))
     out = ()
     for n in tl.static_range(len(accs)):
-        total = _sum_shared(buffers[n], accs[n].shape[1], TILE)
+        total = _sum(buffers[n], TILE).reshape([B // 8, M // 16, 8, 4, 2, 2])
+        total = total.permute([0, 3, 4, 1, 2, 5])
         if TILE.block_h > 8:
-            out = out + (gl.convert_layout(total, TILE.tile, assert_trivial=True),)
+            tile = total.reshape([B, M])
+            out = out + (gl.convert_layout(tile, TILE.tile, assert_trivial=True),)
         else:
-            one, other = gl.split(total.reshape([TILE.block_b, 8, 2]))
+            one, other = gl.split(total.reshape([B, 8, 2]))
             out = out + (
                 gl.convert_layout(one, TILE.tile, assert_trivial=True),
                 gl.convert_layout(other, TILE.tile, assert_trivial=True),
             )
     return out
-
-
-@gluon.jit
-def put(rows_ptr, cols, tile, TILE: tl.constexpr):
-    """Stores a tile into rows of a slot, rounded as operands are."""
-    tile = round_operand(tile.to(rows_ptr.dtype.element_ty))
-    ptrs = rows_ptr + sequences(TILE)[:, None] * TILE.pitch + cols[None, :]
-    if TILE.H % TILE.block_h > 0:
-        tl.store(ptrs, tile, mask=(cols < TILE.H)[None, :])
-    else:
-        tl.store(ptrs, tile)
