@@ -23,28 +23,33 @@ import triton.language as tl
 from triton.experimental import gluon
 
 from .cells import CELLS, Cell
-from .exchange_nvidia import PATIENCE, Workspace, publish, wait, wait_for_three, workspace
-from .launch import cdiv, in_rounds, on_device, options_of
+from .exchange import (
+    PATIENCE,
+    Workspace,
+    group_of,
+    launch_together,
+    publish,
+    put,
+    slot_of,
+    wait,
+    wait_for_three,
+)
 from .mma import round_operand, squash, widened
-from .plan import Plan
+from .problem import Plan
 from .rows import Rows
 from .slices import (
     Slice,
-    _issued,
     add_up,
     columns_of_slice,
     fetch,
     multiply,
-    put,
+    program_of,
     row_of_slice,
-    sequences,
     slice_of,
     sum_buffers,
-    units,
     zero_acc,
 )
 from .steps import (
-    Part,
     load,
     load_ends,
     load_left,
@@ -68,16 +73,6 @@ from .tiles import (
     where,
     zero_where,
 )
-
-
-@gluon.jit
-def _program(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
-    """The batch tile and the units of this program, in layer and direction z."""
-    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
-    offs_b = first_b + sequences(TILE)
-    cols = tl.program_id(0) * TILE.block_h + units(TILE)
-    last = tl.minimum(offs_b, B - 1)
-    return Part(z, z % TILE.D, choose(layers.out, z), T, B, R, first_b, last, offs_b < B, cols)
 
 
 @gluon.jit
@@ -157,15 +152,11 @@ def _cooperative_bwd_kernel(
     N: tl.constexpr = len(CELL.tiles)
     P: tl.constexpr = len(CELL.phases)
     LAST: tl.constexpr = TILE.L * TILE.D - 1
-    SLOT: tl.constexpr = TILE.block_b * TILE.pitch
     # Numbered from the last layer down, so that a program is scheduled after those it waits for.
     z = LAST - tl.program_id(2)
-    program = _program(layers, z, T, B, R, first_tile, TILE)
+    program = program_of(layers, z, T, B, R, first_tile, TILE)
     partners = tl.num_programs(0)
-    tiles = tl.cdiv(B, TILE.block_b)
-    group = z * tiles + first_tile + tl.program_id(1)
-    counter = shared.counters + group
-    slots = shared.slots + group.to(tl.int64) * (2 * SLOT)
+    counter, slots = group_of(shared, z, B, first_tile, TILE)
     buffers = sum_buffers(2 if TILE.L > 1 else 1, TILE)
     w = ()
     for p in tl.static_range(P):
@@ -181,9 +172,9 @@ def _cooperative_bwd_kernel(
     now = load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
     if TILE.L > 1:
         w_ih = _load_slice(choose(layers.w_ih, tl.minimum(z + 1, LAST)), P, PARTS, TILE)
-        above = tl.where(z < LAST, tiles, 0)  # of the last layer its own group, not waited for
-        counter_above, counter_below = counter + above, counter - tl.where(z > 0, tiles, 0)
-        slots_above = slots + above.to(tl.int64) * (2 * SLOT)
+        # Of the last and the first layer their own group, for which they do not wait.
+        counter_above, slots_above = group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
+        counter_below, _ = group_of(shared, tl.maximum(z - 1, 0), B, first_tile, TILE)
         drop = _load_drop(layers, program, T - 1, places[0], TILE)
         wait(counter_above, tl.where(z < LAST, partners * P, 0), patience)
         acc = multiply(
@@ -195,7 +186,7 @@ def _cooperative_bwd_kernel(
     for back in range(T):
         step = T - 1 - back
         published = partners * P * back
-        slot = slots + back % 2 * SLOT
+        slot = slot_of(slots, back, TILE)
         saved, left_before, d_out, d_cs = now
         saved, left_before = widened(saved), widened(left_before)
         origins = origins_at(program, places[0])
@@ -240,8 +231,7 @@ def _cooperative_bwd_kernel(
                     counter, target, counter_above, next_above, counter_below, read_below, patience
                 )
                 u = _fetch(slot, 0, PARTS, TILE)
-                x = _fetch(slots_above + (back + 1) % 2 * SLOT, P, PARTS, TILE)
-                _issued()
+                x = _fetch(slot_of(slots_above, back + 1, TILE), P, PARTS, TILE)
                 acc = multiply(w[0], u, zero_acc(TILE.block_h, TILE), TILE)
                 acc_above = multiply(w_ih, x, zero_acc(TILE.block_h, TILE), TILE)
                 du, dy = add_up(buffers, (acc, acc_above), TILE)
@@ -249,7 +239,6 @@ def _cooperative_bwd_kernel(
             else:
                 wait(counter, target, patience)
                 u = _fetch(slot, p, PARTS, TILE)
-                _issued()
                 (du,) = add_up(
                     buffers, (multiply(w[p], u, zero_acc(TILE.block_h, TILE), TILE),), TILE
                 )
@@ -309,23 +298,12 @@ def backward(
     Raises:
         LaunchRefused: the device does not hold all programs of a launch at once.
     """
-    Z, B, H = layers.h_0.shape
+    Z, _, H = layers.h_0.shape
     D, tiles = layers.out[0].shape[-1] // H, plan.backward
     sizes = tiles.block_b, tiles.block_h, tiles.num_warps, layers.h_0.element_size()
-    parts, tile = slots_of(CELLS[cell], Z // D, D, H, *sizes)
-    total = cdiv(B, tiles.block_b)
-    if shared is None:
-        shared = workspace(layers.h_0, Z, total, tiles.block_b, tile.pitch)
+    constants = CELLS[cell], *slots_of(CELLS[cell], Z // D, D, H, *sizes)
     tensors = layers_backward(layers, Z // D), grads
-
-    def launch(first_tile: int, count: int) -> None:
-        _cooperative_bwd_kernel[cdiv(H, tiles.block_h), count, Z](
-            *tensors, shared, rows.T, B, rows.total, first_tile, patience,
-            CELLS[cell], parts, tile, **options_of(tiles),
-        )  # fmt: skip
-
-    with on_device(layers.h_0):
-        in_rounds(launch, B, tiles)
+    launch_together(_cooperative_bwd_kernel, constants, tiles, tensors, rows, shared, patience)
 
 
 def layers_backward(layers: Layers, L: int) -> Layers:
