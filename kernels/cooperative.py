@@ -47,6 +47,7 @@ from .slices import (
     multiply,
     program_of,
     row_of_slice,
+    slice_of,
     sum_buffers,
     zero_acc,
 )
@@ -249,11 +250,14 @@ def forward(
     Raises:
         LaunchRefused: the device does not hold all programs of a launch at once.
     """
+    of, tiles = CELLS[cell], plan.forward
+    D, H = layers.out[0].shape[-1] // layers.h_0.shape[-1], layers.h_0.shape[-1]
+    tile = slice_of(
+        plan.layers, D, H, tiles.block_b, tiles.block_h, tiles.num_warps,
+        layers.h_0.element_size(), (H,) * len(of.phases),
+    )  # fmt: skip
     tensors = (layers_forward(layers, plan.layers),)
-    columns = (layers.h_0.shape[-1],) * len(CELLS[cell].phases)
-    launch_together(
-        _cooperative_fwd_kernel, CELLS[cell], plan.forward, tensors, rows, columns, shared, patience
-    )
+    launch_together(_cooperative_fwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
 
 
 def layers_forward(layers: Layers, L: int) -> Layers:

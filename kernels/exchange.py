@@ -35,7 +35,7 @@ from .launch import cdiv, in_rounds, on_device, options_of
 from .mma import round_operand
 from .problem import Tiles
 from .rows import Rows
-from .slices import sequences, slice_of
+from .slices import sequences
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name in Triton 3.6
 
@@ -141,33 +141,28 @@ def workspace(like: torch.Tensor, Z: int, tiles: int, block_b: int, pitch: int) 
 
 def launch_together(
     kernel: Any,
-    cell: Any,
-    tiles: Tiles,
     tensors: tuple,
     rows: Rows,
-    columns: tuple[int, ...],
+    tiles: Tiles,
+    constants: tuple,
     shared: Workspace | None,
     patience: int,
 ) -> None:
-    """Launches a kernel in rounds of batch tiles; its phases multiply so many columns.
+    """Launches a kernel in rounds of batch tiles; its last compile-time argument is a ``Slice``.
 
     Raises:
         LaunchRefused: the device does not hold all programs of a round at once.
     """
-    h_0, out = tensors[0].h_0, tensors[0].out[0]
+    h_0, tile = tensors[0].h_0, constants[-1]
     Z, B, H = h_0.shape
-    D = out.shape[-1] // H
-    tile = slice_of(
-        Z // D, D, H, tiles.block_b, tiles.block_h, tiles.num_warps, h_0.element_size(), columns
-    )
     if shared is None:
         shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
+    options = options_of(tiles) | TOGETHER
 
-    def launch_round(first_tile: int, count: int) -> None:
+    def launch(first_tile: int, count: int) -> None:
         kernel[cdiv(H, tile.block_h), count, Z](
-            *tensors, shared, rows.T, B, rows.total, first_tile, patience, cell, tile,
-            **options_of(tiles), **TOGETHER,
-        )  # fmt: skip
+            *tensors, shared, rows.T, B, rows.total, first_tile, patience, *constants, **options
+        )
 
     with on_device(h_0):
-        in_rounds(launch_round, B, tiles)
+        in_rounds(launch, B, tiles)
