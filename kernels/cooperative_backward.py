@@ -303,7 +303,7 @@ def backward(
     sizes = tiles.block_b, tiles.block_h, tiles.num_warps, layers.h_0.element_size()
     constants = CELLS[cell], *slots_of(CELLS[cell], Z // D, D, H, *sizes)
     tensors = layers_backward(layers, Z // D), grads
-    launch_together(_cooperative_bwd_kernel, constants, tiles, tensors, rows, shared, patience)
+    launch_together(_cooperative_bwd_kernel, tensors, rows, tiles, constants, shared, patience)
 
 
 def layers_backward(layers: Layers, L: int) -> Layers:
