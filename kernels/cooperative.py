@@ -27,6 +27,7 @@ import triton.language as tl
 from triton.experimental import gluon
 
 from .cells import CELLS
+from .cooperative_backward import _cooperative_bwd_kernel, backward  # noqa: F401
 from .exchange import (
     PATIENCE,
     Workspace,
