@@ -28,9 +28,10 @@ from typing import Any
 import triton
 import triton.language as tl
 
+from .cells import CELLS
 from .exchange import Workspace, publish, wait, workspace
 from .launch import cdiv, constants, in_rounds, on_device
-from .plan import Plan, Tiles
+from .problem import Plan, Tiles
 from .rows import Rows
 from .tensors import Grads, Layers
 from .tiles import (
@@ -410,7 +411,7 @@ def _launch(
     h_0, out = tensors[0].h_0, tensors[0].out[0]
     Z, B, H = h_0.shape
     D = out.shape[-1] // H
-    cell_, tile, options = constants(cell, tiles, Z // D, D, H)
+    cell_, tile, options = constants(CELLS[cell], tiles, Z // D, D, H)
     if shared is None:
         shared = workspace(cell, h_0, Z, cdiv(B, tile.block_b), B, H)
 

@@ -1,4 +1,4 @@
-"""The records that the planner works on: a problem, a chip, and the tiles of a program."""
+"""The records of the planner: a problem, a chip, the tiles of a program, and a plan."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +32,7 @@ class Chip(NamedTuple):
     warp_size: int = 32
     concurrent: bool = True  # False in Triton's interpreter: one program after the other
     cooperates: bool = True  # False once the device has refused a cooperative launch
+    mhz: float = 0.0  # the highest clock, 0 where it is not known
     #: What ``give_up`` was told: cell, H and dtype, and the cause.
     failed: tuple[tuple[tuple, str], ...] = ()
 
@@ -99,7 +100,8 @@ def _chip_of(device: torch.device) -> Chip:
     arch = f"sm_{found.major}{found.minor}"
     if torch.version.hip is not None:
         arch = found.gcnArchName.partition(":")[0]
-    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size)
+    mhz = getattr(found, "clock_rate", 0) / 1000  # torch has it in kHz
+    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size, mhz=mhz)
 
 
 class Problem(NamedTuple):
@@ -118,13 +120,7 @@ class Problem(NamedTuple):
 
     @property
     def spec(self) -> CellSpec:
-        """The counts of the cell.
-
-        Raises:
-            NoPlan: no kernel has this cell.
-        """
-        if self.cell not in SPECS:
-            raise NoPlan(f"no kernel knows the cell {self.cell!r}; known are {', '.join(SPECS)}")
+        """The counts of the cell."""
         return SPECS[self.cell]
 
     def kind(self, chip: Chip) -> str:
@@ -152,3 +148,39 @@ class Tiles:
 
     def __str__(self) -> str:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
+
+
+class Measured(NamedTuple):
+    """A plan of one layer that a GPU preferred, with microseconds of a step in that run."""
+
+    schedule: str
+    forward: Tiles
+    backward: Tiles | None
+    us: float
+    torch_us: float  # of torch.nn in the same process
+    where: str  # the GPU's full name and the date
+
+    def __str__(self) -> str:
+        return f"{self.us:.2f} us a step (torch.nn {self.torch_us:.2f}), measured on {self.where}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch of ``layers`` layers, or in schedule stepwise one a step, with its tiles."""
+
+    schedule: str  # a name in SCHEDULES
+    forward: Tiles
+    backward: Tiles | None
+    layers: int = 1
+    measured: Measured | None = None  # None: the model's choice
+
+    def describe(self) -> str:
+        """Returns the plan in one line, as ``explain`` prints it."""
+        parts = [f"forward {self.forward}"]
+        if self.backward:
+            parts.append(f"backward {self.backward}")
+        if self.layers > 1:
+            parts.append(f"{self.layers} layers as a wavefront")
+        return f"{self.schedule}: {'; '.join(parts)}" + (
+            f" ({self.measured})" if self.measured else ""
+        )

@@ -21,7 +21,7 @@ import triton.language as tl
 from triton.experimental import gluon
 
 from .cells import CELLS, Cell
-from .launch import cdiv, on_device, options_of
+from .launch import cdiv, layers_backward, layers_forward, on_device, options_of
 from .mma import (
     Tile,
     load_bias,
@@ -40,8 +40,7 @@ from .mma import (
     widened,
     zero_acc,
 )
-from .plan import Plan, Tiles
-from .resident import layers_backward, layers_forward
+from .problem import Plan, Tiles
 from .rows import Rows
 from .tensors import Grads, Layers
 from .tiles import (

@@ -10,7 +10,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from models import LoopGRU
 from pairs import (
     CELLS,
     LENGTHS,
@@ -29,11 +28,9 @@ from pairs import (
     run,
     states_for,
 )
-from torch.nn.utils.rnn import unpack_sequence
 
 import fusedrnn
 from fusedrnn import functional
-from fusedrnn.testing import assert_budget
 
 BACKENDS = ("aten", "torch")
 STACKS = {
@@ -91,17 +88,6 @@ def pick(states, i):
     if isinstance(states, tuple):
         return tuple(pick(state, i) for state in states)
     return states[:, i : i + 1].contiguous()
-
-
-def test_the_older_gru_equals_a_loop_of_its_equations():
-    kwargs = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
-    loop, ours = LoopGRU(I, H, **kwargs), fusedrnn.GRU(I, H, reset_after=False, **kwargs)
-    ours.load_state_dict(loop.state_dict())
-    input, hx = packed(), states_for(ours, 3)
-    output, h_n = ours(input, hx)
-    for i, (got, s) in enumerate(zip(unpack_sequence(output), unpack_sequence(input), strict=True)):
-        want, last = loop(s.unsqueeze(1), hx[:, i : i + 1])
-        assert_close((got, h_n[:, i : i + 1]), (want.squeeze(1), last))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -178,12 +164,6 @@ def test_the_older_gru_cell_is_one_step_of_the_gru():
     assert torch.equal(cell(x, h), gru(x.unsqueeze(0), h.unsqueeze(0))[0][0])
 
 
-@backends
-def test_backward_works_in_eval(backend):
-    theirs, ours = build("LSTM", num_layers=2)
-    assert_same(backend, theirs.eval(), ours.eval(), batch())
-
-
 def spread(x):
     room = torch.full((2 * T, B + 2, 2 * I), torch.nan, dtype=x.dtype)
     view = room[1::2, 1:-1, ::2]
@@ -208,22 +188,6 @@ def test_inputs_of_every_layout(backend, lay, batch_first):
     x = LAYOUTS[lay](batch())
     x = x.transpose(0, 1) if batch_first else x
     assert_same(backend, theirs, ours, x, states_for(ours, B))
-
-
-KERNELS = [("LSTM", False), ("GRU", False), ("RNN relu", False), ("LSTM", True)]
-
-
-@pytest.mark.parametrize(("name", "is_packed"), KERNELS)
-def test_modules_on_the_kernels(name, is_packed, device):
-    theirs, ours = build(name, torch.float32, num_layers=2, bidirectional=True)
-    input = packed(False, (1, 3, 3)) if is_packed else batch()
-    input = input.to(device, torch.float32)
-    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
-        got = run(ours.to(device), input)
-    ref = run(theirs, input.to("cpu"))
-    truth = run(theirs.double(), input.to("cpu", torch.float64))
-    for i, tensors in enumerate(zip(got, ref, truth, strict=True)):
-        assert_budget(f"tensor {i}", *tensors)
 
 
 def cudnn(op):
