@@ -14,15 +14,15 @@ from pairs import leaves
 from test_equivalence import build, states_for
 
 import fusedrnn
+from fusedrnn import layer
 from fusedrnn.arguments import as_hx
-from fusedrnn.kernels import cooperative
-from fusedrnn.kernels.plan import NoPlan, Problem, chip_of, plan_stack
-from fusedrnn.kernels.plan import cooperative as cooperative_plan
+from fusedrnn.kernels.plan import SCHEDULES, NoPlan, Problem, chip_of, plan_stack
 from fusedrnn.kernels.spec import SPECS
 
 T, B, I = 70, 6, 3
 #: Each schedule by a size and dtype that bring it about; the loop takes any.
 ROUTES = {
+    "resident_nvidia": (16, torch.float16, "triton"),
     "resident": (16, torch.float32, "triton"),
     "cooperative": (512, torch.float16, "triton"),
     "stepwise": (16, torch.float64, "triton"),
@@ -160,18 +160,20 @@ def test_a_side_stream(route, device):
 
 
 @pytest.mark.parametrize("rows", ["dense", "ragged", "packed"])
+@pytest.mark.parametrize(("schedule", "H"), [("resident_nvidia", 64), ("cooperative", 192)])
 @pytest.mark.parametrize("cell", SPECS)
-def test_cooperative_kernels_equal_the_reference(cell, rows, device):
-    """Programs that exchange h, in fp16; elsewhere they run in concurrent processes."""
-    shape, is_ragged = Shape(5, 17, 192, rows=rows), rows != "dense"
-    problem = Problem(cell, 192, 17, 1, torch.float16, "ieee", True, ragged=is_ragged)
+def test_kernels_in_gluon_equal_the_reference(cell, schedule, H, rows, device):
+    """In fp16; elsewhere they run in the interpreter, and those that exchange h in processes."""
+    shape, is_ragged = Shape(5, 17, H, rows=rows), rows != "dense"
+    problem = Problem(cell, H, 17, 1, torch.float16, "ieee", True, ragged=is_ragged)
     try:
-        plan = cooperative_plan(problem, chip_of(device))
+        plan = SCHEDULES[schedule](problem, chip_of(device))
     except NoPlan as reason:
         pytest.skip(str(reason))
     data, layout = tensors(cell, shape, torch.float16, device), rows_of(shape, device)
-    cooperative.forward(cell, plan, data.layers, layout)
-    cooperative.backward(cell, plan, *data, layout)
+    kernels = layer._schedule(schedule)
+    kernels.forward(cell, plan, data.layers, layout)
+    kernels.backward(cell, plan, *data, layout)
     assert not differences(cell, shape, data)
 
 
