@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch
+from . import dispatch, measured
 from .arguments import Call, Layers, as_hx, check_alike, prepare
 from .ops import ATEN, rnn_stack
 from .stack import StackConfig, StackInputs
@@ -202,6 +202,8 @@ def _run_stack(
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     facts, packing = call.facts, call.packing
+    if not facts.compiled:
+        measured.consider(call, run)
     backend = dispatch.choose(facts)
     as_one_node = facts.compiled and dispatch.runs_as_one_node(facts)
     if backend == "aten" and not as_one_node:
