@@ -26,6 +26,7 @@ from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.model import cudnn_step
 from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
+from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -158,6 +159,14 @@ def choose(facts: Facts) -> str:
     if backend is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
     return backend
+
+
+def config_of(facts: Facts, backend: str) -> StackConfig:
+    """Returns how the operator runs a call."""
+    layers, products = facts.layers, precision() if backend == "triton" else "ieee"
+    backend = "auto" if backend == "triton" and is_auto() else backend
+    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
 
 
 @dataclass(frozen=True, repr=False)

@@ -11,10 +11,8 @@ import torch
 from fusedrnn import layer, stack
 from fusedrnn.kernels.plan import KernelFailed, LaunchRefused, Plan
 from fusedrnn.kernels.spec import SPECS
-from fusedrnn.layer import group_weights
-from fusedrnn.layout import Sequences
+from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
 from fusedrnn.reference import differentiable_stack
-from fusedrnn.stack import StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
 #: Calls of functions, Python's and C's, before a forward and a backward launch.
@@ -48,10 +46,10 @@ def backward(inputs, outputs, config, needs=(True, True), sequences=Sequences())
 
 @pytest.mark.parametrize("cell", SPECS)
 def test_dropout_between_layers_equals_the_reference(cell):
-    config = config_of(cell, bidirectional=True, compact=True)
+    config = config_of(cell, bidirectional=True)
     inputs, sequences = inputs_of(config), Sequences(torch.tensor([2, 5, 1]))
     leaves = [t.requires_grad_() for t in (*inputs[:3], *inputs.params) if t is not None]
-    weights = group_weights(inputs.params, config)
+    weights = config.group(inputs.params)
     want = differentiable_stack(cell, *inputs[:3], weights, inputs.dropout_masks, sequences)[:3]
     arriving = StackGrads(*(None if t is None else torch.randn_like(t) for t in want), None)
     outputs, given = ([t for t in each if t is not None] for each in (want, arriving))
@@ -81,7 +79,7 @@ def test_nothing_is_saved_without_gradients(cell):
 
 
 def test_shapes_of_what_is_saved_depend_on_no_length():
-    config = config_of("lstm", compact=True)
+    config = config_of("lstm")
     inputs = inputs_of(config)
     for lengths in ([5, 5, 5], [1, 0, 2]):
         kept = stack.forward(inputs, Sequences(torch.tensor(lengths)), config, True)
@@ -94,7 +92,7 @@ def test_shapes_of_what_is_saved_depend_on_no_length():
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_results_are_no_views_and_may_be_changed(cell, sequences):
     """As of torch's operator on the CPU: backward does not read the output."""
-    config = config_of(cell, compact=True)
+    config = config_of(cell)
     inputs = inputs_of(config)
     outputs = stack.forward(inputs, sequences, config, True)
     assert not any(t._is_view() for t in outputs[:3] if t is not None)
