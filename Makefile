@@ -19,7 +19,7 @@ PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist l
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format lesson study gpu clean
+.PHONY: help demo test test-all lint format lesson study predict gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -44,6 +44,9 @@ format: $(READY)  ## repair what ruff can repair
 
 lesson: $(READY)  ## run an experiment of a course (NAME=gates; without NAME: list them)
 	$(PY) -m bench lesson $(NAME) $(ARGS)
+
+predict: $(READY)  ## compile the kernels for absent GPUs and predict their steps (ARGS="--again cooperative")
+	$(PY) -m fusedrnn.kernels.predict $(ARGS)
 
 study: $(READY)  ## show which kernels a layer becomes; needs no GPU (ARGS="--hidden 512 --cell gru")
 	$(PY) -m fusedrnn study $(or $(ARGS),--hidden 128)

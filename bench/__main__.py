@@ -1,7 +1,5 @@
 """``python -m bench``: fusedrnn beside torch.nn, from the same weights and on the same inputs."""
 
-from __future__ import annotations
-
 import argparse
 import math
 import os
@@ -19,7 +17,7 @@ from . import UserError
 #: Options of several commands, whose modules list those that they take.
 SHARED: dict[str, dict[str, Any]] = {
     "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "default: auto"},
-    "imdb": {"metavar": "PATH", "help": "imdb.npz or aclImdb_v1.tar.gz; also FUSEDRNN_IMDB"},
+    "imdb": {"metavar": "PATH", "help": "Keras' imdb.npz; also FUSEDRNN_IMDB"},
     "download": {"action": "store_true", "help": "fetch imdb.npz (17 MB) if there is none"},
     "out": {"type": Path, "metavar": "DIR", "help": "of the results; default bench/results/local"},
     "seed": {"type": int, "default": 0, "help": "of weights, data and dropout"},
@@ -39,8 +37,7 @@ COMMANDS = {
     "tune": ("tune.run", "find the fastest plans, as entries for kernels/plan.py"),
     "lesson": ("lessons.command.run", "an experiment of a course; without a name, the list"),
     "compare": ("compare.run", "what became slower, wrong or larger between CSV files"),
-    "plot": ("plot.run", "draw a results folder"),
-    "report": ("report.run", "print a folder's table of speeds"),
+    "report": ("pictures.run", "the table of a results folder; --plot draws it"),
     "references": ("references.run", "times of the named cases that others have published"),
     "distributed": ("distributed.run", "DDP and fully_shard beside one process"),
 }

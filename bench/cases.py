@@ -1,7 +1,5 @@
 """The list of workloads: shapes, tasks and training lengths, each with a name."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from difflib import get_close_matches

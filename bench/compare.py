@@ -5,8 +5,6 @@ where the spread of its new ratio lies below the spreads of all old ones by more
 One old file does not show how far a ratio moves between runs of the same code, so give several.
 """
 
-from __future__ import annotations
-
 import argparse
 from collections.abc import Iterator
 from pathlib import Path
@@ -26,10 +24,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(options: argparse.Namespace) -> int:
     """Prints the changes; returns 1 if anything became slower, wrong or larger, else 0."""
-    if len(options.files) < 2:
+    *old, new = map(read, options.files)
+    if not old:
         raise UserError("compare takes at least two files, the new one last")
-    *old, new = options.files
-    found = list(changes([read(path) for path in old], read(new), options.tolerance))
+    found = list(changes(old, new, options.tolerance))
     for kind, line in found:
         print(f"{kind:<8} {line}")
     bad = sum(kind in ("slower", "wrong", "larger") for kind, _ in found)

@@ -4,8 +4,6 @@ Each case and cell is timed in new processes, because times depend on the state 
 which CPUs a process gets. The row is that of the process in the middle.
 """
 
-from __future__ import annotations
-
 import argparse
 from typing import Any
 

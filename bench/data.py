@@ -1,25 +1,18 @@
 """The data of the workloads: IMDB reviews, real or generated, and two series.
 
 Cite the reviews as Maas et al., "Learning Word Vectors for Sentiment Analysis", ACL 2011. They have
-no licence and are not part of this project. Files are not trusted: pickles are read by an unpickler
-that only builds lists, and nothing in a tar is extracted to disk.
+no licence and are not part of this project. A file is not trusted: its pickles are read by an
+unpickler that only builds lists.
 """
 
-from __future__ import annotations
-
-import gzip
 import hashlib
 import io
 import math
 import os
 import pickle
-import re
-import sys
-import tarfile
 import urllib.request
 import zipfile
 from array import array
-from collections import Counter
 from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -29,13 +22,10 @@ from torch import Tensor, nn
 
 from . import UserError
 
-#: sha256 of the files that Keras and Stanford publish.
-OFFICIAL = {
-    "69664113be75683a8fe16e3ed0ab59fda8886cb3cd7ada244f7d9544e4676b9f": "Keras' imdb.npz",
-    "c40f74a18d3b61f90feba1e17730e0d38e8b97c05fde7008942e91923d1658fe": "Stanford's aclImdb_v1",
-}
+#: sha256 of the file that Keras publishes.
+OFFICIAL = "69664113be75683a8fe16e3ed0ab59fda8886cb3cd7ada244f7d9544e4676b9f"
 KERAS_URL = "https://storage.googleapis.com/tensorflow/tf-keras-datasets/imdb.npz"
-#: Limits for hostile files. Stanford's has 84 MB, unpacks to under 400 MB, and has 12 M words.
+#: Limits for hostile files. Keras' has 17 MB and 12 M words.
 MAX_FILE_BYTES, MAX_UNPACKED_BYTES, MAX_WORDS = 1 << 28, 1 << 29, 50_000_000
 #: Keras' conventions: 0 pads, 1 starts a review, 2 replaces rare words, rank 1 becomes 4.
 START, RARE, FIRST = 1, 2, 3
@@ -59,9 +49,9 @@ class Corpus(NamedTuple):
 def load(path: Any, download: bool = False, seed: int = 0, needed: int = 25_000) -> Corpus:
     """Returns the reviews of a file, of the cache, of a download, or generated ones.
 
-    The file is Keras' ``imdb.npz`` or Stanford's tar.gz, by default that of ``FUSEDRNN_IMDB``. A
-    download is Keras' file; it is kept in the cache, ``$XDG_CACHE_HOME/fusedrnn``. Twice as many
-    reviews are generated as are ``needed``, because they are drawn at random, as from a file.
+    The file is Keras' ``imdb.npz``, by default that of ``FUSEDRNN_IMDB``. A download is kept in the
+    cache, ``$XDG_CACHE_HOME/fusedrnn``. Twice as many reviews are generated as are ``needed``,
+    because they are drawn at random, as from a file.
     """
     path = path or os.environ.get("FUSEDRNN_IMDB")
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "fusedrnn/imdb.npz"
@@ -78,11 +68,11 @@ def load(path: Any, download: bool = False, seed: int = 0, needed: int = 25_000)
         blob = file.read_bytes()
     except OSError as error:
         raise UserError(f"{file} cannot be read: {error.strerror}") from error
-    digest = hashlib.sha256(blob).hexdigest()
-    if not path and digest not in OFFICIAL:
+    official = hashlib.sha256(blob).hexdigest() == OFFICIAL
+    if not path and not official:
         raise UserError(f"{file} is damaged; remove it and pass --download again")
-    source = f"{file.name}, sha256 {digest[:12]}..., which is not an official one"
-    return parse(blob, file.name)._replace(source=f"IMDB, {OFFICIAL.get(digest, source)}")
+    source = "IMDB, Keras' imdb.npz" if official else f"{file.name}, which is not Keras' own"
+    return parse(blob, file.name)._replace(source=source)
 
 
 def _download(cache: Path) -> None:
@@ -90,8 +80,8 @@ def _download(cache: Path) -> None:
     try:
         with urllib.request.urlopen(KERAS_URL, timeout=60) as response:
             blob = response.read(MAX_FILE_BYTES)
-        if hashlib.sha256(blob).hexdigest() not in OFFICIAL:
-            raise ValueError("it has no official sha256")
+        if hashlib.sha256(blob).hexdigest() != OFFICIAL:
+            raise ValueError("its sha256 is not the official one")
         cache.parent.mkdir(parents=True, exist_ok=True)
         cache.write_bytes(blob)
     except (OSError, ValueError) as error:
@@ -99,15 +89,14 @@ def _download(cache: Path) -> None:
 
 
 def parse(blob: bytes, name: str) -> Corpus:
-    """Reads either form, which its first bytes tell apart."""
-    read = {b"PK": _read_npz, b"\x1f\x8b": _read_tar}.get(blob[:2])
-    if read is None:
-        raise UserError(f"{name} is neither Keras' imdb.npz nor Stanford's aclImdb tar.gz")
+    """Reads the content of an ``imdb.npz``; an error is one sentence that begins with the name."""
     try:
-        return read(io.BytesIO(blob))
+        return _read_npz(io.BytesIO(blob))
     except UserError as error:
         raise UserError(f"{name} {error}") from error
-    except Exception as error:  # damaged zips and pickles raise errors of many kinds
+    except zipfile.BadZipFile as error:
+        raise UserError(f"{name} is damaged, or no npz file ({error})") from error
+    except Exception as error:  # damaged pickles raise errors of many kinds
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:200]
         raise UserError(f"{name} is damaged ({reason})") from error
 
@@ -150,38 +139,6 @@ class _Stored:
 
     def __setstate__(self, state: Any) -> None:
         self.state = state
-
-
-_REVIEW = re.compile(r"(?:\./)?aclImdb/(train|test)/(neg|pos)/(\d{1,9})_\d{1,2}\.txt")
-_SEPARATORS = str.maketrans(dict.fromkeys('!"#$%&()*+,-./:;<=>?@[\\]^_`{|}~\t\n\r', " "))
-
-
-def _read_tar(file: io.BytesIO) -> Corpus:
-    """Ranks words by frequency in the training reviews, ties alphabetically, as Keras does."""
-    unpacked = gzip.GzipFile(fileobj=file).read(MAX_UNPACKED_BYTES + 1)
-    if len(unpacked) > MAX_UNPACKED_BYTES:
-        raise UserError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
-    parts: dict[str, dict[tuple[str, int], list[str]]] = {"train": {}, "test": {}}
-    with tarfile.open(fileobj=io.BytesIO(unpacked)) as tar:
-        for member in tar:
-            tarfile.data_filter(member, "/nowhere")  # raises for paths and links that lead outside
-            match = _REVIEW.fullmatch(member.name)
-            if match and (text := tar.extractfile(member)):
-                words = text.read().decode().lower().translate(_SEPARATORS).split()
-                parts[match[1]][match[2], int(match[3])] = list(map(sys.intern, words))
-        if unpacked[tar.offset :].strip(b"\0"):  # tarfile ends quietly at a broken header
-            raise UserError("is damaged (a header of the tar is broken)")
-    counts = Counter(chain.from_iterable(parts["train"].values()))
-    ranked = sorted(counts, key=lambda word: (-counts[word], word))
-    rank = {word: min(n, MAX_RANK) for n, word in enumerate(ranked, start=1)}
-    last = min(len(rank) + 1, MAX_RANK)  # of words that only the test reviews have
-
-    def split(part: str) -> Reviews:
-        reviews = sorted(parts[part].items())  # the order of members means nothing
-        lists = [[rank.get(word, last) for word in words] for _, words in reviews]
-        return _reviews(lists, [int(kind == "pos") for (kind, _), _ in reviews])
-
-    return Corpus(split("train"), split("test"))
 
 
 def _reviews(lists: Any, labels: list[int]) -> Reviews:

@@ -5,8 +5,6 @@ each process where there are enough GPUs, else with gloo on the CPU. Every proce
 the same batches in fp64, so the losses must be those of a single process.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os

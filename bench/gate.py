@@ -4,8 +4,6 @@ All providers get the same weights, input, initial states and cotangents. Every 
 and gradient must be within the error budget of ``fusedrnn.testing``, against torch.nn in fp64.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any, NamedTuple

@@ -5,8 +5,6 @@ on disk before the next step begins; a second run in the same folder leaves out 
 succeeded. A red test leaves nothing out: it is reported, and each number has its own gate.
 """
 
-from __future__ import annotations
-
 import argparse
 import math
 import os

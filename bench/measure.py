@@ -1,7 +1,5 @@
 """Times and memory of one workload and cell: several providers in turns, on the same numbers."""
 
-from __future__ import annotations
-
 import multiprocessing
 import pickle
 import time
@@ -60,7 +58,7 @@ class BenchmarkCase(NamedTuple):
     @classmethod
     def of(
         cls, workload: Workload, cell: str, settings: Settings, corpus: Corpus | None = None
-    ) -> BenchmarkCase:
+    ) -> "BenchmarkCase":
         torch.manual_seed(settings.seed)
         start = examples = lengths = None
         rnn = build(TORCH, cell, workload)
@@ -82,7 +80,7 @@ class BenchmarkCase(NamedTuple):
         weights = {name: weight.to(dtype) for name, weight in rnn.state_dict().items()}
         return cls(workload, cell, weights, x.to(settings.device, dtype), lengths, start, examples)
 
-    def shortened(self) -> BenchmarkCase:
+    def shortened(self) -> "BenchmarkCase":
         """The case that the gate runs."""
         if self.examples is not None or len(self.x[0]) <= _GATED_STEPS:
             return self

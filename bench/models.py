@@ -1,7 +1,5 @@
 """The models of the workloads around an RNN, and their examples."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

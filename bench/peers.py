@@ -1,7 +1,5 @@
 """``python -m bench cases``: all implementations that are installed, on named cases."""
 
-from __future__ import annotations
-
 import argparse
 
 import torch

@@ -1,7 +1,5 @@
 """The implementations that are compared; each builds RNNs with torch's constructor arguments."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
@@ -14,6 +12,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 import fusedrnn
+from fusedrnn import use_backend
+from fusedrnn.kernels import plan
 
 from .cases import Workload
 
@@ -57,15 +57,14 @@ class Adapter(nn.RNNBase):
     def forward(self, input: Any, hx: Any = None) -> Any:
         if not isinstance(input, Tensor) or input.dtype not in self.dtypes:
             raise NotImplementedError(f"does not support packed sequences or {input.data.dtype}")
-        count = 2 if self.mode == "LSTM" else 1
         if hx is None:
-            states: Any = (input.new_zeros(len(input), self.hidden_size),) * count
-        else:
-            states = tuple(s[0] for s in (hx if count == 2 else (hx,)))
+            zeros = input.new_zeros(1, len(input), self.hidden_size)
+            hx = (zeros, zeros) if self.mode == "LSTM" else zeros
+        states = tuple(s[0] for s in (hx if self.mode == "LSTM" else (hx,)))
         weights = self.fixed or self.convert(*self._flat_weights)  # type: ignore[arg-type]
         output, final = self.layer(weights, input, states)
-        final = tuple(state.unsqueeze(0) for state in final)
-        return output, final if count == 2 else final[0]
+        h_n, *c_n = (state.unsqueeze(0) for state in final)
+        return output, (h_n, *c_n) if c_n else h_n
 
 
 def _loop(mode: str, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
@@ -181,22 +180,19 @@ def matmul_fp32() -> str:
 @contextmanager
 def scheduled(name: str) -> Iterator[None]:
     """Runs every layer inside by one schedule of the triton backend, each in its own launch."""
-    from fusedrnn.kernels import plan
 
     def planner(problem: Any, chip: Any) -> tuple:
         return (plan.SCHEDULES[name](problem._replace(layers=1), chip),) * problem.layers
 
-    with fusedrnn.use_backend("triton"), plan.forced(planner):
+    with use_backend("triton"), plan.forced(planner):
         yield
 
 
 class Provider(NamedTuple):
     """An implementation that can be measured."""
 
-    build: Callable[
-        ..., Any
-    ]  # from "LSTM", "GRU" or "RNN" and the arguments of torch's constructor
-    context: Callable[[], AbstractContextManager[Any]] = nullcontext  # around every call
+    build: Callable  # from "LSTM", "GRU" or "RNN" and the arguments of torch's constructor
+    context: Callable[[], AbstractContextManager] = nullcontext  # around every call
     package: str = ""  # if it may be absent
     devices: tuple[str, ...] = ("cpu", "cuda")
     fp32: Callable[[], str] = rnn_fp32  # how it multiplies on CUDA
@@ -204,14 +200,12 @@ class Provider(NamedTuple):
     step: bool = False  # runs single steps forward only, by module.stream()
 
 
-def _of(namespace: Any, **fixed: Any) -> Callable[..., Any]:
+def _of(namespace: Any, **fixed: Any) -> Callable:
     return lambda cell, *sizes, **options: getattr(namespace, cell)(*sizes, **options, **fixed)
 
 
-def _by(name: str, *devices: str) -> Provider:
-    schedule = name in ("resident", "cooperative", "stepwise")
-    context = partial(scheduled if schedule else fusedrnn.use_backend, name)
-    return Provider(_of(fusedrnn), context, devices=devices or ("cuda",))
+def _by(context: Callable, name: str, *devices: str, **fixed: Any) -> Provider:
+    return Provider(_of(fusedrnn, **fixed), partial(context, name), devices=devices or ("cuda",))
 
 
 PROVIDERS = {
@@ -220,13 +214,11 @@ PROVIDERS = {
     "torch.nn padded": Provider(_of(nn), layout="padded"),
     "fusedrnn lengths": Provider(_of(fusedrnn), layout="lengths"),
     "fusedrnn stream": Provider(_of(fusedrnn), step=True),
-    "fusedrnn torch": _by("torch", "cpu", "cuda"),
-    "fusedrnn recompute": _by("torch", "cpu", "cuda")._replace(build=_of(fusedrnn, recompute=True)),
-    "fusedrnn aten": _by("aten", "cpu", "cuda"),
-    "fusedrnn triton": _by("triton"),
-    "fusedrnn resident": _by("resident"),
-    "fusedrnn cooperative": _by("cooperative"),
-    "fusedrnn stepwise": _by("stepwise"),
+    "fusedrnn torch": _by(use_backend, "torch", "cpu", "cuda"),
+    "fusedrnn recompute": _by(use_backend, "torch", "cpu", "cuda", recompute=True),
+    "fusedrnn aten": _by(use_backend, "aten", "cpu", "cuda"),
+    "fusedrnn triton": _by(use_backend, "triton"),
+    **{f"fusedrnn {name}": _by(scheduled, name) for name in plan.SCHEDULES},
     "eager loop": Provider(EagerLoop, fp32=matmul_fp32),
     "compiled loop": Provider(CompiledLoop, fp32=matmul_fp32),
     # FlashRNN's LSTM has tf32 only; Haste's GRU lets cuBLAS round to fp16, which is as coarse.

@@ -1,7 +1,5 @@
 """Published times of other people's runs, beside which the report prints ours."""
 
-from __future__ import annotations
-
 import argparse
 import re
 from collections.abc import Iterator, Sequence

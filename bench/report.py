@@ -1,8 +1,5 @@
-"""The results on disk, which are the only source of tables and plots, and the tables."""
+"""The results on disk, which are the only source of tables and plots, and the rows of a run."""
 
-from __future__ import annotations
-
-import argparse
 import csv
 import json
 import os
@@ -170,26 +167,3 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a results.csv in it")
-
-
-def run(options: argparse.Namespace) -> int:
-    """Prints torch.nn's time divided by each provider's, for every case, cell and pass."""
-    import pandas
-
-    try:
-        frame = pandas.read_csv(options.folder / "results.csv")
-        env = json.loads((options.folder / "environment.json").read_text())
-        frame = frame[frame.provider != TORCH].dropna(subset=["x"])
-        keys = {"index": ["case", "provider"], "columns": ["cell", "pass"], "values": "x"}
-        wide = frame.pivot_table(**keys, sort=False).reset_index()
-        caption = f"{env['device']}, {env['threads']} threads, torch {env['torch']}, {env['date']}"
-    except (OSError, ValueError, KeyError, AttributeError) as error:
-        raise UserError(f"{options.folder} has no results that can be read: {error}") from error
-    wide.columns = [" ".join(name).strip() for name in wide.columns]
-    print(wide.to_markdown(index=False, floatfmt=".2f", missingval="-"))
-    print(f"\n{caption}: `{env['command']}`")
-    return 0

@@ -1,7 +1,5 @@
 """The loop over cases: gate, times, training, a line of the table, rows on disk."""
 
-from __future__ import annotations
-
 import argparse
 import sys
 import time

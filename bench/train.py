@@ -1,7 +1,5 @@
 """Short trainings: from the same weights and in the same order of examples."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import NamedTuple
 

@@ -4,13 +4,10 @@ Each candidate passes the gate before it is timed, in turns with the others and 
 is printed are entries of ``MEASURED`` in ``kernels/plan.py``, ready to be copied there.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import time
 from datetime import datetime, timezone
-from functools import partial
 from itertools import islice
 from typing import Any
 
@@ -18,7 +15,7 @@ import torch
 
 from fusedrnn import dispatch
 from fusedrnn.kernels import plan as planning
-from fusedrnn.kernels.plan import Chip, Measured, Plan, Problem, chip_of
+from fusedrnn.kernels.plan import Measured, Plan, Problem, chip_of
 
 from . import DEFAULT_FOLDER, UserError
 from .cases import named
@@ -26,6 +23,7 @@ from .gate import Gate
 from .measure import PASSES, BenchmarkCase, Settings, Times, interleaved
 from .providers import TORCH
 from .report import append
+from .run import guarded
 
 OPTIONS = ("out", "device", "seed", "minutes")
 #: Candidates of a problem; each takes seconds to compile, and the model's best come first.
@@ -78,25 +76,19 @@ def tune(case: BenchmarkCase, mode: str, settings: Settings) -> tuple[list[dict[
     gate, fp32 = Gate(case), precision if case.x.dtype == torch.float32 else ""
     calls = {name: case.call(name, mode) for name in (TORCH, TRITON)}
     rows: list[dict[str, Any]] = []
-    passed = {}
+    passed: dict[Plan, dict[str, Times]] = {}
     for plan in islice(planning.candidates(problem, chip), MOST):
-        times: dict[str, Times] = {}
         # The plan is forced around all calls, not in each, so that calls cost what they do.
-        with planning.forced(partial(_always, plan)):
-            try:
+        with planning.forced(lambda *_, plan=plan: (plan,)):
+            row: dict[str, Any] = {"plan": plan.describe()}
+            with guarded(row):
                 verdict = gate.judge(TRITON, fp32, backward=mode == "training")
-            except (RuntimeError, ValueError) as error:
-                if "CUDA error" in str(error):  # no later call of this process would work
-                    raise RuntimeError(f"CUDA error by {plan.describe()}") from error
-                outcome, note = "failed", f"{type(error).__name__}: {error}"[:200]
-            else:
-                outcome = "ok" if verdict.ok else "red"
-                note = f"{verdict.share:.2f} of the error budget"
+                row["gate"] = "ok" if verdict.ok else "red"
+                row["note"] = f"{verdict.share:.2f} of the error budget"
                 if verdict.ok:
-                    times = interleaved(calls, settings)
-                    passed[plan] = times
-        row = {"plan": plan.describe(), "gate": outcome, "note": note}
-        rows.append(row | {f"{name} ms": times[name].ms if times else "" for name in calls})
+                    times = passed[plan] = interleaved(calls, settings)
+                    row |= {f"{name} ms": times[name].ms for name in calls}
+            rows.append(row)
     if not passed:
         return rows, ""
     best = max(passed, key=lambda plan: passed[plan][TRITON].x)
@@ -107,7 +99,3 @@ def tune(case: BenchmarkCase, mode: str, settings: Settings) -> tuple[list[dict[
     us = [round(1000 * passed[best][name].ms / case.workload.T, 3) for name in (TRITON, TORCH)]
     measured = Measured(best.schedule, best.forward, best.backward, us[0], us[1], where)
     return rows, f"    {(chip.arch, chip.sms, problem)!r}: {measured!r},"
-
-
-def _always(plan: Plan, problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    return (plan,)

@@ -24,15 +24,15 @@ import torch
 
 from .arguments import Facts
 from .kernels import plan as planning
-from .kernels.model import cudnn_step
+from .kernels.expected import judge
 from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
 from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
-#: The B of a compiler's choice: that of its example must not become a guard.
-_COMPILED_BATCH = 16
+#: The B and T of a compiler's choice: those of its example must not become guards.
+_COMPILED_BATCH, _COMPILED_STEPS = 16, 256
 _PREFERENCE = ("triton", "aten", "torch")
 # TorchDynamo cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -178,7 +178,7 @@ class Explanation:
     source: str  # "default", "use_backend" or "FUSEDRNN_BACKEND"
     backend: str | None  # the backend that will run, or None if the named one refuses
     precision: str | None  # of fp32 dots on triton, else None
-    layers: tuple[str, ...]  # for triton the schedule and tiles of each launch, by its layers
+    layers: tuple[str, ...]  # for triton the schedule and tiles of each launch, and the times
     refused: tuple[tuple[str, str], ...]  # the backends tried before, each with its reason
     compiled: str | None = None  # the backend inside the one node of a compiler, or None
 
@@ -228,11 +228,14 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     lines, first, used = [], 0, None
     if backend == "triton" and kernels:
         used = kernels.precision if facts.dtype == torch.float32 else None
-        for plan in planning.plan_stack(_problem(facts, kernels.precision), chip_of(facts.device)):
+        problem, chip = _problem(facts, kernels.precision), chip_of(facts.device)
+        plans = planning.plan_stack(problem, chip)
+        for plan in plans:
             last = first + plan.layers - 1
             name = f"layer {first}" if last == first else f"layers {first}-{last}"
             lines.append(f"{name}: {plan.describe()}")
             first = last + 1
+        lines.append(f"expected: {judge(problem, plans, chip, facts.steps, facts.input_size)}")
     return Explanation(facts, requested, source, backend, used, tuple(lines), refused, compiled)
 
 
@@ -300,17 +303,21 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     judged = requested == "auto" and _aten_refusal(facts, requested) is None
     if judged and not facts.compiled and facts.steps == 1:
         return "a single step leaves no step to keep the weights for"
-    return _planned_refusal(tuple(_problem(facts, kernels.precision)), device, judged)
+    steps = _COMPILED_STEPS if facts.compiled else facts.steps
+    sizes = (steps, facts.input_size) if judged else None
+    return _planned_refusal(tuple(_problem(facts, kernels.precision)), device, sizes)
 
 
-def _planned_refusal(fields: tuple, device: torch.device, judged: bool) -> str | None:
-    """Returns why no kernel takes a ``Problem`` of these fields or, if ``judged``, should not."""
+def _planned_refusal(
+    fields: tuple, device: torch.device, judged: tuple[int, int] | None
+) -> str | None:
+    """Returns why no kernel takes a ``Problem`` of these fields or, judged by T and I, should."""
     problem = Problem(*fields)
     try:
         plans = planning.plan_stack(problem, chip_of(device))
     except NoPlan as no_plan:
         return str(no_plan)
-    return _expected_slower(problem, plans) if judged else None
+    return _expected_slower(problem, plans, chip_of(device), *judged) if judged else None
 
 
 # A compiler calls it while tracing and keeps the answer, for the planner caches. This is what
@@ -318,22 +325,17 @@ def _planned_refusal(fields: tuple, device: torch.device, judged: bool) -> str |
 _planned_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _expected_slower(problem: Problem, plans: tuple[Plan, ...]) -> str | None:
+def _expected_slower(
+    problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int
+) -> str | None:
     """Returns why torch's own operator is the better choice on a GPU, or None."""
     found = [plan.measured for plan in plans if plan.measured]
     if len(found) == len(plans):
         if sum(m.us for m in found) <= sum(m.torch_us for m in found):
             return None
         return f"torch.nn was faster: {found[0]}"
-    if any(plan.schedule == "stepwise" for plan in plans):
-        return "schedule stepwise reads all weights in each step (no speed is measured yet)"
-    ours, theirs = sum(plan.step for plan in plans), cudnn_step(problem)
-    if theirs is not None and ours > theirs:
-        return (
-            f"a step takes {ours:.1f} us at least (modelled), and cuDNN's is reported at "
-            f"{theirs:.1f} us"
-        )
-    return None
+    verdict = judge(problem, plans, chip, T, I)
+    return None if verdict.favours_ours else f"it is not expected to be faster: {verdict}"
 
 
 def _aten_refusal(facts: Facts, requested: str) -> str | None:

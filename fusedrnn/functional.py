@@ -17,8 +17,8 @@ from . import dispatch
 from .arguments import Call, Layers, as_hx, prepare
 from .ops import ATEN, is_eager, rnn_stack
 
-# cuDNN's advice to call flatten_parameters(), which does nothing here by design. Only warnings
-# raised by this package are silenced, so that nn.LSTM's remain.
+# cuDNN's advice to call flatten_parameters(), which helps no function and no computed weight. Only
+# warnings raised by this package are silenced, so that nn.LSTM's remain.
 warnings.filterwarnings(
     "ignore",
     "RNN module weights are not part of single contiguous",

@@ -3,7 +3,7 @@
 They derive from ``nn.RNNBase`` and not from ``nn.LSTM``: TorchDynamo breaks the graph at every
 instance of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, subclasses included. Weights are read by
 attribute at every call, so whatever replaces them (weight_norm, parametrize, pruning,
-functional_call) takes effect without a flat copy.
+functional_call) takes effect.
 """
 
 from __future__ import annotations
@@ -89,9 +89,17 @@ class _Stack(torch.nn.RNNBase):
     def _init_flat_weights(self) -> None:
         """Forgets assignments to ``_flat_weights``, as torch rebuilds its list."""
         self.__dict__.pop("_assigned", None)
+        self.flatten_parameters()
 
     def flatten_parameters(self) -> None:
-        """Does nothing: no backend needs one buffer. Code written for ``nn.LSTM`` calls it."""
+        """Moves the Parameters into one buffer for cuDNN, which else copies them at every call.
+
+        As in torch it happens by itself where a module is made or moved, and elsewhere than on
+        CUDA it does nothing. Weights that something computes are left alone.
+        """
+        is_plain = all(name in self._parameters for name in self._flat_weights_names)
+        if is_plain and not self._assigned:
+            super().flatten_parameters()
 
     def _update_flat_weights(self) -> None:
         """Does nothing: there is no list to update."""
@@ -171,6 +179,7 @@ class _Stack(torch.nn.RNNBase):
         # A module that was pickled as torch's and is loaded under patch() brings its list along.
         self.__dict__.pop("_flat_weights", None)
         self.__dict__.setdefault("proj_size", 0)  # since torch 1.8
+        self.flatten_parameters()  # torch's modules leave a copy to cuDNN's, at every call
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for pickle and deepcopy, which refuse tensors that have a history.

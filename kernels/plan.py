@@ -23,7 +23,7 @@ from .limits import (
     resident_bytes,
     slice_bytes,
 )
-from .model import dots_per_accumulator, floors_of
+from .model import dots_per_accumulator, floor_us, step_us
 from .problem import (  # noqa: F401, re-exported
     CHIPS,
     Chip,
@@ -38,6 +38,7 @@ from .problem import (  # noqa: F401, re-exported
     give_up,
     refuse_cooperation,
 )
+from .spec import SPECS
 
 #: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
 #: be one of ``candidates``.
@@ -85,8 +86,10 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
 def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     best = (plan(problem._replace(layers=1), chip),) * problem.layers
     if problem.layers > 1 and problem.directions == 1 and not problem.layer_by_layer:
-        waves = _wavefront(problem, chip)
-        if waves and sum(p.step for p in waves) < sum(p.step for p in best):
+        waves, one = _wavefront(problem, chip), problem._replace(layers=1)
+        if waves and sum(
+            step_us(p, problem._replace(layers=p.layers), chip) for p in waves
+        ) < problem.layers * step_us(best[0], one, chip):
             return waves
     return best
 
@@ -98,9 +101,11 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
+    if problem.cell not in SPECS:
+        raise NoPlan(f"no kernel knows the cell {problem.cell!r}; known are {', '.join(SPECS)}")
     found = MEASURED.get((chip.arch, chip.sms, problem))
     if found and (chip.cooperates or found.schedule != "cooperative"):
-        best = _with_floors(found.schedule, found.forward, found.backward, problem, chip)
+        best = _made(found.schedule, found.forward, found.backward, problem)
         return replace(best, measured=found)
     refused = []
     for schedule in SCHEDULES.values():
@@ -128,8 +133,8 @@ def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
         elif name == "cooperative":
             sides = (_slices(problem, chip, forward) for forward in (True, False))
             pairs = list(product(*([tiles for *_, tiles in side] for side in sides)))
-        others = {_with_floors(name, one, two, problem, chip) for one, two in pairs} - {best}
-        yield from sorted(others, key=lambda other: (other.step, str(other)))
+        others = {_made(name, one, two, problem) for one, two in pairs} - {best}
+        yield from sorted(others, key=lambda other: (step_us(other, problem, chip), str(other)))
 
 
 def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
@@ -174,7 +179,7 @@ def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     block_b = 8 if few or units * spec.gates * itemsize > 512 else 16
     shared = 2 * max(spec.gates, 2) * block_b * units * itemsize
     tiles = Tiles(block_b, units, min(8, units // 16), 255, "tf32", shared)
-    return _with_floors("resident_nvidia", tiles, tiles, problem, chip)
+    return _made("resident_nvidia", tiles, tiles, problem)
 
 
 @lru_cache(maxsize=4096)
@@ -210,7 +215,7 @@ def resident(problem: Problem, chip: Chip) -> Plan:
         )
     precision = kind if wide else "ieee"  # 16-bit operands are multiplied exactly
     tiles = Tiles(block_b, units, num_warps, None if amd else 255, precision, shared)
-    return _with_floors("resident", tiles, tiles, problem, chip)
+    return _made("resident", tiles, tiles, problem)
 
 
 @lru_cache(maxsize=4096)
@@ -238,7 +243,7 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
                 f"{chip.sms} SMs for {problem.cell} in {kind} at H={problem.hidden_size}"
             )
         best.append(min(fitting, key=lambda found: found[:3])[-1])
-    return _with_floors("cooperative", best[0], best[1], problem, chip)
+    return _made("cooperative", best[0], best[1], problem)
 
 
 def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float, int, int, Tiles]]:
@@ -261,8 +266,7 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
         precision = kind if kind != "16-bit" else "ieee"
         tiles = Tiles(rows, units, 8, 255, precision, shared, chunks, at_once)
         tiles = replace(tiles, folded=dots_per_accumulator(problem, kind, tiles, forward))
-        floors = floors_of("cooperative", problem, chip, tiles, forward)
-        yield floors.step, rows, units, tiles
+        yield floor_us("cooperative", problem, chip, tiles, forward), rows, units, tiles
 
 
 def stepwise(problem: Problem, chip: Chip) -> Plan:
@@ -277,7 +281,7 @@ def stepwise(problem: Problem, chip: Chip) -> Plan:
     # tile may change hands between threads through shared memory, at 8 bytes an element.
     units = min(64, 1 << (problem.hidden_size - 1).bit_length())
     tiles = Tiles(512 // units, units, 8, None, "ieee", 4096)
-    return _with_floors("stepwise", tiles, tiles, problem, chip)
+    return _made("stepwise", tiles, tiles, problem)
 
 
 #: In the order in which they are asked.
@@ -289,14 +293,6 @@ SCHEDULES: dict[str, Callable[[Problem, Chip], Plan]] = {
 }
 
 
-def _with_floors(
-    schedule: str, forward: Tiles, backward: Tiles | None, problem: Problem, chip: Chip
-) -> Plan:
-    """A plan with its modelled times, and without backward where none is needed."""
-    backward = backward if problem.needs_grad else None
-    floors = (
-        floors_of(schedule, problem, chip, tiles, is_forward)
-        for tiles, is_forward in ((forward, True), (backward, False))
-        if tiles
-    )
-    return Plan(schedule, forward, backward, problem.layers, tuple(floors))
+def _made(schedule: str, forward: Tiles, backward: Tiles | None, problem: Problem) -> Plan:
+    """A plan without backward where none is needed."""
+    return Plan(schedule, forward, backward if problem.needs_grad else None, problem.layers)

@@ -32,6 +32,7 @@ class Chip(NamedTuple):
     warp_size: int = 32
     concurrent: bool = True  # False in Triton's interpreter: one program after the other
     cooperates: bool = True  # False once the device has refused a cooperative launch
+    mhz: float = 0.0  # the highest clock, 0 where it is not known
     #: What ``give_up`` was told: cell, H and dtype, and the cause.
     failed: tuple[tuple[tuple, str], ...] = ()
 
@@ -58,8 +59,9 @@ CHIPS = {
     )
 }
 
-#: The SMs that a running collective of NCCL may take, by its default for NCCL_MAX_CTAS. A
-#: cooperative launch that needs them would begin after its end.
+#: The SMs that a running collective of NCCL may take: one for each CTA, of which ``maxCTAs`` in
+#: docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html allows 32 by default (since NCCL
+#: 2.25 NCCL_MAX_CTAS may raise it to 64). A cooperative launch that needs them waits for its end.
 _SMS_OF_NCCL = 32
 _REFUSING: set[torch.device] = set()
 _FAILED: dict[torch.device, dict[tuple, str]] = {}
@@ -98,7 +100,8 @@ def _chip_of(device: torch.device) -> Chip:
     arch = f"sm_{found.major}{found.minor}"
     if torch.version.hip is not None:
         arch = found.gcnArchName.partition(":")[0]
-    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size)
+    mhz = getattr(found, "clock_rate", 0) / 1000  # torch has it in kHz
+    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size, mhz=mhz)
 
 
 class Problem(NamedTuple):
@@ -117,13 +120,7 @@ class Problem(NamedTuple):
 
     @property
     def spec(self) -> CellSpec:
-        """The counts of the cell.
-
-        Raises:
-            NoPlan: no kernel has this cell.
-        """
-        if self.cell not in SPECS:
-            raise NoPlan(f"no kernel knows the cell {self.cell!r}; known are {', '.join(SPECS)}")
+        """The counts of the cell."""
         return SPECS[self.cell]
 
     def kind(self, chip: Chip) -> str:
@@ -153,26 +150,6 @@ class Tiles:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
 
 
-class Floors(NamedTuple):
-    """Microseconds of one step of the whole batch, by what bounds it."""
-
-    products: float = 0.0  # matrix units of the busiest SM
-    shared: float = 0.0  # weights from shared memory to the matrix units
-    specials: float = 0.0  # exponentials and reciprocals
-    l2: float = 0.0  # what all programs read through L2
-    mma: float = 0.0  # the longest chain of dependent mma instructions
-    chain: float = 0.0  # operands through shared memory, activations
-    sync: float = 0.0  # handing h or dgates to the other programs, or launching
-
-    @property
-    def step(self) -> float:
-        return max(self[:5]) + self.chain + self.sync
-
-    def __str__(self) -> str:
-        parts = ", ".join(f"{name} {value:.2f}" for name, value in self._asdict().items() if value)
-        return f"{self.step:.2f} us a step ({parts})"
-
-
 class Measured(NamedTuple):
     """A plan of one layer that a GPU preferred, with microseconds of a step in that run."""
 
@@ -195,13 +172,7 @@ class Plan:
     forward: Tiles
     backward: Tiles | None
     layers: int = 1
-    floors: tuple[Floors, ...] = ()  # of a step forward and, if planned, backward
     measured: Measured | None = None  # None: the model's choice
-
-    @property
-    def step(self) -> float:
-        """Microseconds of one step of the whole batch, forward and backward, modelled."""
-        return sum(floors.step for floors in self.floors)
 
     def describe(self) -> str:
         """Returns the plan in one line, as ``explain`` prints it."""
@@ -210,7 +181,6 @@ class Plan:
             parts.append(f"backward {self.backward}")
         if self.layers > 1:
             parts.append(f"{self.layers} layers as a wavefront")
-        names = ("forward at least", "backward at least")
-        parts += [f"{n} {floors}" for n, floors in zip(names, self.floors, strict=False)]
-        source = self.measured or "modelled, not measured"
-        return f"{self.schedule}: {'; '.join(parts)} ({source})"
+        return f"{self.schedule}: {'; '.join(parts)}" + (
+            f" ({self.measured})" if self.measured else ""
+        )

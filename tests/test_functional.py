@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import warnings
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
-from models import LoopGRU
 from pairs import (
     CELLS,
     LENGTHS,
@@ -25,11 +28,9 @@ from pairs import (
     run,
     states_for,
 )
-from torch.nn.utils.rnn import unpack_sequence
 
 import fusedrnn
 from fusedrnn import arguments, functional
-from fusedrnn.testing import assert_budget
 
 BACKENDS = ("aten", "torch")
 STACKS = {
@@ -87,17 +88,6 @@ def pick(states, i):
     if isinstance(states, tuple):
         return tuple(pick(state, i) for state in states)
     return states[:, i : i + 1].contiguous()
-
-
-def test_the_older_gru_equals_a_loop_of_its_equations():
-    kwargs = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
-    loop, ours = LoopGRU(I, H, **kwargs), fusedrnn.GRU(I, H, reset_after=False, **kwargs)
-    ours.load_state_dict(loop.state_dict())
-    input, hx = packed(), states_for(ours, 3)
-    output, h_n = ours(input, hx)
-    for i, (got, s) in enumerate(zip(unpack_sequence(output), unpack_sequence(input), strict=True)):
-        want, last = loop(s.unsqueeze(1), hx[:, i : i + 1])
-        assert_close((got, h_n[:, i : i + 1]), (want.squeeze(1), last))
 
 
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
@@ -174,12 +164,6 @@ def test_the_older_gru_cell_is_one_step_of_the_gru():
     assert torch.equal(cell(x, h), gru(x.unsqueeze(0), h.unsqueeze(0))[0][0])
 
 
-@backends
-def test_backward_works_in_eval(backend):
-    theirs, ours = build("LSTM", num_layers=2)
-    assert_same(backend, theirs.eval(), ours.eval(), batch())
-
-
 def spread(x):
     room = torch.full((2 * T, B + 2, 2 * I), torch.nan, dtype=x.dtype)
     view = room[1::2, 1:-1, ::2]
@@ -204,22 +188,6 @@ def test_inputs_of_every_layout(backend, lay, batch_first):
     x = LAYOUTS[lay](batch())
     x = x.transpose(0, 1) if batch_first else x
     assert_same(backend, theirs, ours, x, states_for(ours, B))
-
-
-KERNELS = [("LSTM", False), ("GRU", False), ("RNN relu", False), ("LSTM", True)]
-
-
-@pytest.mark.parametrize(("name", "is_packed"), KERNELS)
-def test_modules_on_the_kernels(name, is_packed, device):
-    theirs, ours = build(name, torch.float32, num_layers=2, bidirectional=True)
-    input = packed(False, (1, 3, 3)) if is_packed else batch()
-    input = input.to(device, torch.float32)
-    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
-        got = run(ours.to(device), input)
-    ref = run(theirs, input.to("cpu"))
-    truth = run(theirs.double(), input.to("cpu", torch.float64))
-    for i, tensors in enumerate(zip(got, ref, truth, strict=True)):
-        assert_budget(f"tensor {i}", *tensors)
 
 
 def cudnn(op):
@@ -258,6 +226,66 @@ def test_promises_are_kept_on_cudnn(name, is_packed, monkeypatch):
     assert_close(got[: states.start], want[: states.start], 0)
     assert_close(got[states], [grad.sum(1, keepdim=True) for grad in want[states]])
     assert_close(got[states.stop :], want[states.stop :], 0)
+
+
+@contextmanager
+def flattening():
+    """torch's flatten_parameters() with a CPU in place of the GPU and of cuDNN."""
+
+    def flatten(weights, *_):
+        buffer = torch.cat([weight.flatten() for weight in weights])
+        for weight, part in zip(weights, buffer.split([w.numel() for w in weights]), strict=True):
+            weight.set_(part.view_as(weight))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten)
+        patch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda weight: True)
+        patch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: 0)
+        patch.setattr(torch.cuda, "device_of", lambda weight: nullcontext())
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        yield
+
+
+CHANGES = {
+    "made": lambda module: module,
+    "moved": lambda module: module.double(),
+    "copied": copy.deepcopy,
+    "pickled": lambda module: pickle.loads(pickle.dumps(module)),
+    "torch's": lambda _: fusedrnn.replace_modules(torch.nn.LSTM(I, H, 2)),
+    "assigned": lambda m: (setattr(m, "bias_hh_l1", m.bias_ih_l1), m.flatten_parameters(), m)[2],
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cudnn_gets_the_weights_as_one_buffer(change, monkeypatch):
+    """Else it copies all of them at every call."""
+    with flattening():
+        module = CHANGES[change](fusedrnn.LSTM(I, H, 2))
+    theirs, x = torch.nn.LSTM(I, H, 2), torch.randn(T, B, I)
+    theirs.load_state_dict(module.state_dict())
+    op, places = functional.ATEN["lstm"], []
+
+    def recording(input, hx, params, *flags):
+        places.extend((p.data_ptr(), p.data_ptr() + p.nbytes) for p in params)
+        return op(input, hx, params, *flags)
+
+    monkeypatch.setitem(functional.ATEN, "lstm", recording)
+    x = x.to(module.weight_hh_l0.dtype)
+    torch.testing.assert_close(module(x), theirs.to(x.dtype)(x), rtol=0, atol=0)
+    is_one = all(a[1] == b[0] for a, b in pairwise(places))
+    assert is_one == (change != "assigned")  # one tensor cannot be at two places, as in torch
+
+
+def test_computed_weights_are_neither_flattened_nor_computed_for_it():
+    """The power iteration of spectral_norm would go on."""
+    module = torch.nn.utils.parametrizations.spectral_norm(fusedrnn.LSTM(I, H), "weight_hh_l0")
+    before = copy.deepcopy(module.state_dict())
+    with flattening():
+        module.to(torch.float32).flatten_parameters()
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    module(batch().float())[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
 
 
 @backends

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from pairs import CELLS, NAMES, input_of, output_of
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -31,10 +32,6 @@ CONSTRUCTORS = [
 ]
 
 
-def ids(cases):
-    return [f"{i}-{case[0]}" for i, case in enumerate(cases)]
-
-
 def both(name, args, kwargs):
     """torch's module and ours, each built after the same seed."""
     torch.manual_seed(5)
@@ -43,14 +40,9 @@ def both(name, args, kwargs):
     return theirs, getattr(fusedrnn, name)(*args, **kwargs)
 
 
-def output_of(module, *args):
-    result = module(*args)
-    return result[0] if isinstance(result, tuple) else result
-
-
-@pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTORS, ids=ids(CONSTRUCTORS))
+@pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTORS)
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")
-def test_constructor_weights_and_repr_are_torchs(name, args, kwargs):
+def test_constructor_weights_repr_and_state_dict_are_torchs(name, args, kwargs):
     theirs, ours = both(name, args, kwargs)
     assert repr(ours) == repr(theirs)
     for attribute in theirs.__constants__:
@@ -61,16 +53,6 @@ def test_constructor_weights_and_repr_are_torchs(name, args, kwargs):
         q = ours.get_parameter(n)
         assert (q.dtype, q.device, q.shape) == (p.dtype, p.device, p.shape), n
         assert torch.equal(p, q), n
-
-
-@pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTORS, ids=ids(CONSTRUCTORS))
-@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
-def test_state_dict_loads_both_ways(name, args, kwargs):
-    theirs, ours = getattr(nn, name)(*args, **kwargs), getattr(fusedrnn, name)(*args, **kwargs)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert not same_weights(theirs, ours)
-    ours.load_state_dict(theirs.state_dict())
-    assert same_weights(theirs, ours)
     ours.reset_parameters()
     assert not same_weights(theirs, ours)
     theirs.load_state_dict(ours.state_dict())
@@ -95,14 +77,11 @@ def make(name: str) -> nn.Module:
     return getattr(fusedrnn, name)(3, 4, **kwargs)
 
 
-def input_of(name: str) -> torch.Tensor:
-    return torch.randn(5, 3) if name.endswith("Cell") else torch.randn(6, 5, 3)
+every_stack = pytest.mark.parametrize("name", NAMES)
+every_class = pytest.mark.parametrize("name", NAMES + CELLS)
 
 
-NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
-
-
-@pytest.mark.parametrize("name", NAMES)
+@every_class
 def test_copies_and_pickles_run_and_are_independent(name):
     module, x = make(name), input_of(name)
     expected = output_of(module, x)
@@ -123,7 +102,7 @@ def test_copies_and_pickles_run_and_are_independent(name):
         assert torch.equal(output_of(module, x), expected)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_class
 def test_moving_between_dtypes_and_from_meta(name):
     module, x = make(name), input_of(name)
     module.double()
@@ -133,7 +112,7 @@ def test_moving_between_dtypes_and_from_meta(name):
     assert torch.isfinite(output_of(empty, x)).all()
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_weights_are_read_at_every_call(name):
     module, twin, x = make(name), make(name), input_of(name)
     expected = output_of(twin, x)
@@ -179,13 +158,6 @@ def drop_by_hand(module):
     module.register_forward_pre_hook(draw)
 
 
-def mixed(module):
-    parametrizations.weight_norm(module, "weight_hh_l0")
-    parametrize.register_parametrization(module, "weight_hh_l0", Drop())
-    parametrizations.spectral_norm(module, "weight_ih_l1_reverse")
-    prune.random_unstructured(module, "bias_hh_l0", 0.5)
-
-
 WRAPS = {
     "old weight_norm": old_weight_norm,
     "weight_norm": lambda m: parametrizations.weight_norm(m, "weight_ih_l1"),
@@ -193,7 +165,7 @@ WRAPS = {
     "orthogonal": lambda m: parametrizations.orthogonal(m, "weight_hh_l1"),
     "drop by hand": drop_by_hand,
     "pruning": lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.5),
-    "mixed": mixed,
+    "drop": lambda m: parametrize.register_parametrization(m, "weight_hh_l0", Drop()),
 }
 
 
@@ -234,23 +206,6 @@ def test_a_dropped_weight_is_drawn_once_a_call():
     assert not torch.equal(*drop.drawn)
 
 
-def test_tied_and_frozen_weights():
-    """Gradients of a weight that is used for two things add; frozen weights get none."""
-    found = []
-    for kind in (nn.GRU, fusedrnn.GRU):
-        torch.manual_seed(2)
-        module = kind(4, 4, 2, dtype=torch.float64)
-        module.weight_ih_l1 = module.weight_hh_l1
-        module.bias_hh_l0.requires_grad_(False)
-        with fusedrnn.use_backend("torch"):
-            output, _ = module(torch.ones(5, 2, 4, dtype=torch.float64).cumsum(0))
-        output.square().sum().backward()
-        assert module.bias_hh_l0.grad is None
-        found.append([p.grad for p in module.parameters() if p.requires_grad])
-    assert len(found[0]) == 6
-    torch.testing.assert_close(*found)
-
-
 def test_a_weight_changed_before_backward_is_noticed():
     """The optimizer stepped too early: torch's error, and no wrong gradient."""
     for backend in ("auto", "torch"):
@@ -263,7 +218,7 @@ def test_a_weight_changed_before_backward_is_noticed():
             output.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_assignments_to_flat_weights_act_as_in_torch(name):
     """By index and as a whole, with gradients; a new Parameter or a conversion ends them."""
     theirs, ours = both(name, (3, 4, 2), {})
@@ -287,7 +242,7 @@ def test_assignments_to_flat_weights_act_as_in_torch(name):
         ours(x)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_class
 def test_names_and_signatures_are_torchs(name):
     theirs, ours = getattr(nn, name), getattr(fusedrnn, name)
     assert set(dir(theirs)) <= set(dir(ours))
@@ -334,23 +289,8 @@ def test_classes_behind_ours_are_called():
     assert pickle.loads(pickle.dumps(module))._restored
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_pickles_of_torchs_modules_load_as_ours_while_patched(name):
-    theirs, x = getattr(nn, name)(3, 4, 2), input_of(name)
-    want = output_of(theirs, x)
-    for _ in range(2):
-        dumped = pickle.dumps(theirs)
-        with fusedrnn.patch():
-            ours = pickle.loads(dumped)
-        assert type(ours) is getattr(fusedrnn, name)
-        assert repr(ours) == f"{name}(3, 4, num_layers=2)"
-        assert torch.equal(output_of(ours, x), want)
-        assert torch.equal(output_of(fusedrnn.to_torch(ours), x), want)
-        theirs.__dict__.pop("proj_size", None)  # as torch's before 1.8
-
-
 @pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
-@pytest.mark.parametrize("name", NAMES[3:])
+@pytest.mark.parametrize("name", CELLS)
 def test_cells_with_one_bias(name, missing):
     theirs, ours = both(name, (3, 4), {})
     x, found = input_of(name), []
@@ -378,7 +318,7 @@ class Tagger(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_jit_trace_records_torchs_operators_for_all_sizes(name):
     theirs, ours = Tagger(nn, name), Tagger(fusedrnn, name)
     ours.load_state_dict(theirs.state_dict())
@@ -393,7 +333,7 @@ def test_jit_trace_records_torchs_operators_for_all_sizes(name):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_symbolic_trace_sees_leaves(name):
     class Model(Tagger):
         def forward(self, x, hx):
@@ -408,7 +348,7 @@ def test_symbolic_trace_sees_leaves(name):
     assert torch.equal(torch.fx.symbolic_trace(model)(x, hx)[0], model(x, hx)[0])
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_data_parallel_replica_reads_its_own_weights(name):
     module, x = make(name), input_of(name)
     replica = module._replicate_for_data_parallel()

@@ -80,22 +80,12 @@ def test_opcheck(cell, form):
 
 @pytest.mark.parametrize(
     ("backend", "recompute", "save"),
-    [("torch", False, True), ("torch", True, True), ("torch", False, False), ("aten", False, True)],
+    [("torch", True, True), ("torch", False, False), ("aten", False, True)],
 )
 def test_fake_results_have_the_real_shapes(backend, recompute, save):
     given = arguments("lstm", backend=backend, recompute=recompute, requires_grad=False)
-    found = torch.ops.fusedrnn.rnn_forward(*given, save)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = [
-            mode.from_tensor(a)
-            if isinstance(a, torch.Tensor)
-            else [mode.from_tensor(t) for t in a]
-            if isinstance(a, list)
-            else a
-            for a in given
-        ]
-        shapes = [t.shape for t in torch.ops.fusedrnn.rnn_forward(*fake, save)]
-    assert shapes == [t.shape for t in found]
+    operator, checks = torch.ops.fusedrnn.rnn_forward, ("test_faketensor",)
+    torch.library.opcheck(operator, (*given, save), test_utils=checks)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -170,22 +160,6 @@ def test_arguments_that_depend_on_each_other(backend, compose, order):
         with fusedrnn.use_backend(backend):
             loss = loss_of(compose(module, x))
             found.append(penalised(loss, [x, *module.parameters()], order))
-    assert_close(found[1], found[0], 1e-10)
-
-
-def test_gradients_through_training_steps():
-    """Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400), of second order."""
-    tasks, found = [batch() for _ in range(3)], []
-    for module in build("GRU", num_layers=2):
-        weights = dict(module.named_parameters())
-        with fusedrnn.use_backend("torch"):
-            for x in tasks[1:]:
-                loss = loss_of(torch.func.functional_call(module, weights, (x,)))
-                grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-                pairs = zip(weights.items(), grads, strict=True)
-                weights = {n: w - 0.1 * g for (n, w), g in pairs}
-            loss = loss_of(torch.func.functional_call(module, weights, (tasks[0],)))
-        found.append(torch.autograd.grad(loss, list(module.parameters())))
     assert_close(found[1], found[0], 1e-10)
 
 

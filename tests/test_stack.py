@@ -117,6 +117,17 @@ def test_only_what_is_needed_is_computed(recompute):
     assert all(map(torch.equal, backward(inputs, outputs, config, (False, True))[3], d_params))
 
 
+def test_absent_gradients_are_zeros():
+    config = config_of("lstm")
+    inputs = inputs_of(config)
+    outputs = stack.forward(inputs, Sequences(), config, True)
+    zeros = StackGrads(*map(torch.zeros_like, (*outputs[:3], outputs.cs)))
+    ones, found = torch.ones_like(outputs.h_n), []
+    for of_h_n in (StackGrads(None, ones, None, None), zeros._replace(h_n=ones)):
+        found.append(stack.backward(inputs, outputs, of_h_n, Sequences(), config, True, True))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
+
+
 def test_tensors_of_any_strides():
     config = config_of("lstm", bidirectional=True)
     inputs = inputs_of(config)

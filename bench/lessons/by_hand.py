@@ -1,7 +1,5 @@
 """An LSTM written by hand, equal to the module."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 import torch

@@ -1,7 +1,5 @@
 """``python -m bench lesson NAME``: runs one experiment, prints its table and draws its picture."""
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 from types import ModuleType

@@ -1,7 +1,5 @@
 """The gates of an LSTM over time, while it follows a sine."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Sequences of unequal length: padding changes the result, packing and lengths= do not."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 import torch

@@ -1,7 +1,5 @@
 """The parameters of RNN, GRU and LSTM, by formula and counted."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 
 from ..cases import TRAINED, Workload

@@ -1,7 +1,5 @@
 """Good film reviews told from bad ones: confusion matrix, precision and recall."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from dataclasses import replace
 from typing import Any

@@ -1,7 +1,5 @@
 """Training curves of RNN, LSTM and GRU on the same sine."""
 
-from __future__ import annotations
-
 from argparse import Namespace
 from typing import Any
 

@@ -3,8 +3,6 @@
 The text comes from a small grammar, in which the verb agrees with the number of the animals.
 """
 
-from __future__ import annotations
-
 import random
 from argparse import Namespace
 

@@ -6,8 +6,6 @@ long-term dependencies with gradient descent is difficult", 1994; Jozefowicz et 
 exploration of recurrent network architectures", 2015 (the bias of the forget gate).
 """
 
-from __future__ import annotations
-
 from argparse import Namespace
 from typing import Any
 

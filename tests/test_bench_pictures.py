@@ -2,7 +2,7 @@
 
 import pytest
 
-from bench import UserError, plot
+from bench import UserError, pictures
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("pandas", reason="pandas is not installed")
@@ -20,12 +20,12 @@ def rows():
 
 def test_every_picture_there_are_data_for_is_drawn(tmp_path):
     (tmp_path / "results.csv").write_text(HEADER + "".join(rows()))
-    assert [path.name for path in plot.draw(tmp_path)] == ["speed.png"]
+    assert [path.name for path in pictures.draw(tmp_path)] == ["speed.png"]
     losses = "".join(
         f"sine,lstm,{p},{n},{1 / n}\n" for p in ("torch.nn", "fusedrnn") for n in (1, 2)
     )
     (tmp_path / "losses.csv").write_text("case,cell,provider,step,loss\n" + losses)
-    drawn = plot.draw(tmp_path)
+    drawn = pictures.draw(tmp_path)
     assert [path.name for path in drawn] == ["speed.png", "losses.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
@@ -33,9 +33,10 @@ def test_every_picture_there_are_data_for_is_drawn(tmp_path):
 def test_a_folder_without_results_is_one_sentence(tmp_path):
     class Options:
         folder = tmp_path
+        plot = True
 
-    with pytest.raises(UserError, match="no results that can be drawn"):
-        plot.run(Options())
+    with pytest.raises(UserError, match="no results that can be read"):
+        pictures.run(Options())
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
-    with pytest.raises(UserError, match="no results that can be drawn"):
-        plot.run(Options())
+    with pytest.raises(UserError, match="no results that can be read"):
+        pictures.run(Options())

@@ -1,0 +1,91 @@
+"""``python -m bench report FOLDER``: the table and the pictures of a results folder."""
+
+import argparse
+import json
+from collections.abc import Callable
+from pathlib import Path
+
+from . import UserError
+from .providers import TORCH
+
+COLUMNS = 4
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a results.csv in it")
+    parser.add_argument("--plot", action="store_true", help="also draw speed.png and losses.png")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints torch.nn's time divided by each provider's, for every case, cell and pass."""
+    try:
+        print(table(options.folder))
+        if options.plot:
+            print("\n".join(map(str, draw(options.folder))))
+    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{options.folder} has no results that can be read: {error}") from error
+    return 0
+
+
+def table(folder: Path) -> str:
+    import pandas
+
+    frame = pandas.read_csv(folder / "results.csv")
+    env = json.loads((folder / "environment.json").read_text())
+    frame = frame[frame.provider != TORCH].dropna(subset=["x"])
+    keys = {"index": ["case", "provider"], "columns": ["cell", "pass"], "values": "x"}
+    wide = frame.pivot_table(**keys, sort=False).reset_index()
+    wide.columns = [" ".join(name).strip() for name in wide.columns]
+    caption = f"{env['device']}, {env['threads']} threads, torch {env['torch']}, {env['date']}"
+    text = wide.to_markdown(index=False, floatfmt=".2f", missingval="-")
+    return f"{text}\n\n{caption}: `{env['command']}`"
+
+
+def draw(folder: Path) -> list[Path]:
+    """Writes speed.png and, where something was trained, losses.png; returns the files."""
+    import pandas
+
+    drawn = []
+    for name, picture, value, keys, paint in (
+        ("results.csv", "speed.png", "ms", ["case", "cell", "pass"], _bars),
+        ("losses.csv", "losses.png", "loss", ["case", "cell"], _curves),
+    ):
+        if name == "results.csv" or (folder / name).exists():
+            table = pandas.read_csv(folder / name).dropna(subset=[value])
+            if len(table):
+                drawn.append(folder / picture)
+                _panels(table, keys, paint).savefig(drawn[-1], dpi=110)
+    return drawn
+
+
+def _panels(table, keys: list[str], paint: Callable[..., None]):
+    """Returns a figure with a panel for each group of rows, in lines of four."""
+    from matplotlib.figure import Figure
+
+    palette = {name: f"C{n}" for n, name in enumerate(table["provider"].unique())}
+    groups = list(table.groupby(keys, sort=False))
+    height = -(-len(groups) // COLUMNS)
+    figure = Figure(figsize=(13, 0.5 + 2.3 * height), layout="constrained")
+    axes = figure.subplots(height, COLUMNS, squeeze=False).flat
+    for (title, group), axis in zip(groups, axes, strict=False):
+        axis.set_title(" ".join(title), fontsize=8)
+        axis.tick_params(labelsize=7)
+        paint(axis, group, palette)
+    for axis in axes:  # those that are left
+        axis.set_axis_off()
+    return figure
+
+
+def _bars(axis, group, palette: dict[str, str]) -> None:
+    """Draws the median ms of each provider, and lines from the 20th to the 80th percentile."""
+    spread = [(group["ms"] - group["p20"]).clip(0), (group["p80"] - group["ms"]).clip(0)]
+    axis.barh(group["provider"], group["ms"], xerr=spread, color=group["provider"].map(palette))
+    axis.set_xlabel("ms", fontsize=7)
+    axis.invert_yaxis()
+
+
+def _curves(axis, group, palette: dict[str, str]) -> None:
+    """Draws the loss by step. The curves lie on each other, so each is thinner than the last."""
+    for n, (provider, curve) in enumerate(group.groupby("provider", sort=False)):
+        axis.plot("step", "loss", data=curve, color=palette[provider], lw=3 / (n + 1))
+    axis.legend(list(group["provider"].unique()), fontsize=6)

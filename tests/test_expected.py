@@ -1,0 +1,163 @@
+"""Predicted beside published: the arithmetic, the rules, and the tables that are shipped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fusedrnn.kernels import expected, predict
+from fusedrnn.kernels.expected import Figure, Key, Side, Step, figure_of, find_step, judge
+from fusedrnn.kernels.plan import cooperative, plan_stack
+from fusedrnn.kernels.problem import CHIPS, Problem
+
+ROOT, H100 = Path(__file__).parents[1], CHIPS["sm_90"]
+LSTM = Problem("lstm", 64, 8, 1, torch.float16, "tf32", True)
+SHIPPED = expected.read_steps()
+TICK = 1755  # cycles of a microsecond
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Round numbers: a step takes 1 us forward and 2 us backward; nothing is free but the host."""
+    one, two = (Side(8, 64, 4, 100, 1.0, n * TICK, 0) for n in (1, 2))
+    steps = {
+        key: Step(key, schedule, one._replace(units=units), two._replace(units=units))
+        for key, schedule, units in (
+            (Key("sm_90", "lstm", "16-bit", 64, 1), "resident_nvidia", 64),
+            (Key("sm_90", "lstm", "16-bit", 512, 1), "cooperative", 8),
+            (Key("sm_90", "lstm", "16-bit", 1024, 1), "cooperative", 8),
+            (Key("sm_90", "rnn_tanh", "16-bit", 64, 1), "resident_nvidia", 64),
+        )
+    }
+    figures = tuple(Figure("lstm", "fp16", "small", H, 3.0 * H, 5.0, "X") for H in (1, 64))
+    monkeypatch.setattr(expected, "read_steps", lambda: steps)
+    monkeypatch.setattr(expected, "read_figures", lambda: figures)
+    monkeypatch.setattr(expected, "MEMORY", 1e30)
+    monkeypatch.setattr(expected, "LAUNCH_US", 0.0)
+    monkeypatch.setattr(expected, "HOST_US", (0.0, 0.0))
+
+
+def ours(problem=LSTM, chip=H100, T=100):
+    return judge(problem, plan_stack(problem, chip), chip, T, 0).ours
+
+
+def test_a_call_worked_out_by_hand(tables, monkeypatch):
+    gradient_of_w_hh = expected._products_us(LSTM, H100, 100, 0)
+    assert gradient_of_w_hh == pytest.approx(2 * 800 * 256 * 64 / (4 * 4096 / 6.5 * 132 * 1755))
+    monkeypatch.setattr(expected, "_products_us", lambda *_: 0.0)
+    assert ours() == pytest.approx(100 * 3)
+    assert ours(LSTM._replace(needs_grad=False)) == pytest.approx(100)
+    assert ours(T=1) == pytest.approx(3)
+    assert ours(LSTM._replace(layers=2)) == pytest.approx(600)
+    assert ours(LSTM._replace(ragged=True)) == pytest.approx(345)
+    assert ours(LSTM._replace(batch=8 * 132)) == pytest.approx(300)
+    assert ours(LSTM._replace(batch=8 * 132 + 1)) == pytest.approx(600)  # a second wave
+    assert ours(LSTM._replace(batch=8 * 66 + 1, directions=2)) == pytest.approx(600)
+    assert ours(LSTM._replace(hidden_size=40)) == pytest.approx(300)  # padded to 64
+    assert ours(LSTM._replace(cell="rnn_relu")) == pytest.approx(300)
+    monkeypatch.setattr(expected, "HOST_US", (10.0, 20.0))
+    monkeypatch.setattr(expected, "LAUNCH_US", 1.0)
+    assert ours() == pytest.approx(300 + 30 + 2)
+
+
+def test_chips_take_their_familys_cycles_and_their_own_clock(tables):
+    slow = H100._replace(name="H100 PCIe", sms=114, mhz=TICK / 2)
+    assert ours(chip=slow) == pytest.approx(2 * ours(), rel=0.01)
+    b200 = CHIPS["sm_100"]
+    assert ours(chip=b200) == pytest.approx(ours() * TICK / 1965, rel=0.01)
+    assert ours(chip=CHIPS["sm_80"]) is None
+    assert ours(chip=H100._replace(arch="gfx942", warp_size=64)) is None
+
+
+def test_theirs_and_the_margin(tables):
+    verdict = judge(LSTM, plan_stack(LSTM, H100), H100, 100, 0)
+    assert verdict.theirs == pytest.approx(100 * (192 + 5), rel=0.01)
+    assert verdict.sources[1] == "X"
+    for theirs, favours in (
+        (1.25 * verdict.ours, True),
+        (1.24 * verdict.ours, False),
+        (None, False),
+    ):
+        assert verdict._replace(theirs=theirs).favours_ours is favours
+    assert not verdict._replace(ours=None).favours_ours
+
+
+@pytest.mark.parametrize(
+    ("changes", "I", "algorithm"),
+    [
+        ({}, 64, "small"),
+        ({"hidden_size": 192}, 64, "small"),
+        ({"hidden_size": 193}, 64, "standard"),
+        ({"cell": "rnn_relu", "hidden_size": 384}, 64, "small"),
+        ({"ragged": True}, 64, "standard"),  # packed
+        ({"dtype": torch.bfloat16}, 64, "standard"),
+        ({"dtype": torch.float32}, 64, "small"),
+        ({"hidden_size": 256}, 128, "static"),
+        ({"hidden_size": 256, "ragged": True}, 128, "standard"),
+        ({"hidden_size": 256}, 64, "standard"),
+        ({"hidden_size": 256, "batch": 7}, 128, "standard"),
+        ({"hidden_size": 256, "batch": 136}, 128, "standard"),
+        ({"hidden_size": 256, "layers": 2}, 128, "standard"),
+        ({"hidden_size": 256, "dtype": torch.float32}, 128, "standard"),
+        ({"hidden_size": 256, "cell": "gru"}, 128, "standard"),
+        ({"dtype": torch.float32, "precision": "ieee"}, 64, None),
+        ({"dtype": torch.float64}, 64, None),
+        ({"cell": "gru_reset_before"}, 64, None),
+    ],
+)
+def test_cudnns_algorithm(changes, I, algorithm):
+    figure = figure_of(LSTM._replace(**changes), I)
+    assert (figure and figure.algorithm) == algorithm
+
+
+def test_published_figures_hold_from_their_h_on():
+    at = [figure_of(LSTM._replace(hidden_size=H), 64).H for H in (16, 64, 65, 79, 80, 128)]
+    assert at == [1, 1, 65, 65, 80, 80]
+    for figure in expected.read_figures():
+        assert figure.source.startswith(("published: ", "derived: "))
+        assert 0 < figure.forward < figure.backward
+
+
+def test_the_shipped_steps_are_of_the_planners_kernels():
+    """A plan that changes makes lines of the table stale: `make predict` makes them again."""
+    assert 100 < len(SHIPPED) < 200
+    for key in predict.grid():
+        chosen = predict.plan_of(key)
+        found = SHIPPED.get(key)
+        assert (chosen and chosen.schedule) == (found and found.schedule), key
+        if found:
+            for side, tiles in ((found.forward, chosen.forward), (found.backward, chosen.backward)):
+                sizes = tiles.block_b, tiles.block_h, tiles.num_warps
+                assert (side.rows, side.units, side.warps) == sizes, key
+                assert side.spills <= 16
+
+
+def test_the_next_larger_line_stands_for_a_size_between():
+    for H, line in ((65, 128), (128, 128), (200, 256), (300, 512), (1025, None)):
+        problem = LSTM._replace(hidden_size=H)
+        plan, *_ = plan_stack(problem, H100)
+        found = find_step(problem, plan, H100)
+        assert (found and found.key.H) == line
+    wavefront = LSTM._replace(hidden_size=256, layers=3)
+    assert find_step(wavefront, cooperative(wavefront, H100), H100).key.layers == 2
+
+
+FRESH = [Key("sm_90", "lstm", "16-bit", 32, 1)]
+SLOW = [Key("sm_80", "gru", "tf32", 64, 1), Key("sm_86", "rnn_tanh", "16-bit", 128, 1)]
+SLOW += [Key("sm_90", "lstm", "16-bit", 256, 1), Key("sm_80", "gru", "tf32", 512, 1)]
+
+
+@pytest.mark.parametrize("key", FRESH + [pytest.param(key, marks=pytest.mark.slow) for key in SLOW])
+def test_a_shipped_step_is_that_of_a_fresh_binary(key):
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fusedrnn.kernels.predict", "--line", ",".join(map(str, key))]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() == ",".join(SHIPPED[key].cells()), done.stderr
+
+
+def test_the_page_shows_the_tables():
+    page = (ROOT / "docs" / "predicted.md").read_text().splitlines()
+    assert [line for line in predict.tables() if line not in page] == []
