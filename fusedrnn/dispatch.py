@@ -26,6 +26,7 @@ from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
 from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
+from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -141,7 +142,7 @@ def kind_of(facts: Facts) -> tuple[Facts, str]:
     """Returns what the times of a call depend on, with T in three classes."""
     steps = 32 if facts.steps <= 32 else 256 if facts.steps <= 256 else 257
     layers = facts.layers._replace(batch_first=False, dropout=0.0, training=False)
-    return facts._replace(steps=steps, layers=layers, needs_input_grad=False), precision()
+    return facts._replace(steps=steps, layers=layers), precision()
 
 
 class _Kernels(NamedTuple):
@@ -170,6 +171,14 @@ def choose(facts: Facts) -> str:
     if backend is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
     return backend
+
+
+def config_of(facts: Facts, backend: str) -> StackConfig:
+    """Returns how the operator runs a call."""
+    layers, products = facts.layers, precision() if backend == "triton" else "ieee"
+    backend = "auto" if backend == "triton" and is_auto() else backend
+    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
 
 
 @dataclass(frozen=True, repr=False)

@@ -88,7 +88,7 @@ def _detached(call: Call, dtype: torch.dtype | None = None) -> Call:
 def _results(call: Call, run: _Run, backend: str) -> Sequence[Tensor]:
     """Returns output, final states and gradients, the output's own being the output."""
     with torch.set_grad_enabled(call.facts.needs_grad), dispatch.use_backend(backend):
-        output, hx = run(call._replace(jagged=None))
+        output, hx = run(call._replace(nested=None))
         output = output if isinstance(output, Tensor) else output.data
         results = [output, *((hx,) if isinstance(hx, Tensor) else hx)]
         if call.facts.needs_grad:

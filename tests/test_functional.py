@@ -29,7 +29,7 @@ from pairs import (
 )
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import arguments, functional
 
 BACKENDS = ("aten", "torch")
 STACKS = {
@@ -263,7 +263,7 @@ def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
     def checked(*arguments):
         raise AssertionError("checked")
 
-    monkeypatch.setattr(functional, "prepare", checked)
+    monkeypatch.setattr(arguments, "_sizes", checked)
     torch.testing.assert_close(module(x), first, rtol=0, atol=0)
     for other in (x[:1], x.double(), x[:, :, :2]):
         with pytest.raises(AssertionError, match="checked"):

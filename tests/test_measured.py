@@ -28,7 +28,6 @@ def timed(monkeypatch):
     timed = Timed()
     monkeypatch.setattr(dispatch, "_is_gpu", lambda device: True)
     monkeypatch.setattr(dispatch, "MEASURED", {})
-    monkeypatch.setattr(functional, "_KINDS", {})  # whose calls skip it, on a CPU
     monkeypatch.setattr(measured, "_milliseconds", stopwatch)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     dispatch._decided.cache_clear()
