@@ -17,7 +17,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from triton.runtime.interpreter import GridExecutor
 
-from fusedrnn import dispatch, functional, stack
+from fusedrnn import arguments, dispatch, stack
 from fusedrnn.arguments import as_hx
 
 T, B = 3, 4
@@ -97,7 +97,7 @@ PLANTED = {
     "mask": lambda t: t[t > 0],
     "repeat": lambda t: torch.repeat_interleave(t.flatten().long().abs()),
 }
-WHERE = [(functional, "dropout_masks"), (stack, "layout_of"), (stack, "backward")]
+WHERE = [(arguments.Call, "stack_inputs"), (stack, "rows_of"), (stack, "backward")]
 
 
 @pytest.mark.parametrize("look", PLANTED)
