@@ -31,6 +31,7 @@ COMMANDS = {
     "imdb": ("run.demo", "the part of the demo on reviews"),
     "sine": ("run.demo", "the part of the demo on a sine and a price"),
     "cpu": ("cpu.run", "all workloads on the CPU, in new processes (8 minutes)"),
+    "host": ("host.run", "the host's time from call to launch, and cells; needs no GPU"),
     "ragged": ("run.ragged", "different lengths: padded, packed, with lengths"),
     "cases": ("peers.run", "all implementations on named cases; without names, their list"),
     "gpu": ("gpu.run", "on a CUDA machine: gate, times, tests, tuning"),
