@@ -1,14 +1,12 @@
 """Chooses the schedule and the tiles of a layer from its sizes and the limits of the chip.
 
-A pure function: it neither imports triton nor touches a device. A choice comes from ``MEASURED``
-if a GPU was measured on exactly this problem, else from ``model.py``.
+A pure function: it neither imports triton nor touches a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -28,7 +26,6 @@ from .problem import (  # noqa: F401, re-exported
     Chip,
     KernelFailed,
     LaunchRefused,
-    Measured,
     NoPlan,
     Plan,
     Problem,
@@ -38,10 +35,6 @@ from .problem import (  # noqa: F401, re-exported
     refuse_cooperation,
 )
 from .spec import SPECS
-
-#: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
-#: be one of ``candidates``.
-MEASURED: dict[tuple[str, int, Problem], Measured] = {}
 
 #: Of a step of schedule cooperative: bytes a cycle from L2 to all SMs, and cycles of the rest, as
 #: predicted: barriers, the wait, the cell.
@@ -99,17 +92,13 @@ def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, chip: Chip) -> Plan:
-    """Plans one layer: as measured on such a chip, else resident, cooperative or stepwise.
+    """Plans one layer: resident, cooperative or stepwise, the first that takes it.
 
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
     if problem.cell not in SPECS:
         raise NoPlan(f"no kernel knows the cell {problem.cell!r}; known are {', '.join(SPECS)}")
-    found = MEASURED.get((chip.arch, chip.sms, problem))
-    if found and (chip.cooperates or found.schedule != "cooperative"):
-        best = _made(found.schedule, found.forward, found.backward, problem)
-        return replace(best, measured=found)
     refused = []
     for schedule in SCHEDULES.values():
         try:
@@ -117,27 +106,6 @@ def plan(problem: Problem, chip: Chip) -> Plan:
         except NoPlan as reason:
             refused.append(reason)
     raise NoPlan("; ".join(dict.fromkeys(map(str, refused))))
-
-
-def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
-    """Yields every plan of one layer within the limits, the model's choice of a schedule first."""
-    for name, schedule in SCHEDULES.items():
-        try:
-            best = schedule(problem, chip)
-        except NoPlan:
-            continue
-        yield best
-        pairs: list[tuple[Tiles, ...]] = []
-        if name == "resident":  # fewer warps or more rows would spill
-            rows, warps = best.forward.block_b, best.forward.num_warps
-            for r, w in product((8, 16), (2, 4, 8)):
-                if chip.warp_size // 4 <= r <= rows and warps <= w:
-                    pairs.append((replace(best.forward, block_b=r, num_warps=w),) * 2)
-        elif name == "cooperative":
-            sides = (_slices(problem, chip, forward) for forward in (True, False))
-            pairs = list(product(*([tiles for _, tiles in side] for side in sides)))
-        others = {_made(name, one, two, problem) for one, two in pairs} - {best}
-        yield from sorted(others, key=lambda other: (step_us(other, problem, chip), str(other)))
 
 
 def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:

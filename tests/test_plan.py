@@ -9,10 +9,8 @@ from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.model import LONGEST_CHAIN, dependent_mma
 from fusedrnn.kernels.plan import (
     CHIPS,
-    Measured,
     NoPlan,
     Problem,
-    candidates,
     chip_of,
     cooperative,
     give_up,
@@ -179,30 +177,6 @@ def test_a_process_group_keeps_sms(backend, sms, monkeypatch):
     for B in (16, 512):
         tiles = cooperative(problem(hidden_size=1024, batch=B), chip).forward
         assert 1024 // tiles.block_h * tiles.at_once <= sms
-
-
-def test_a_measurement_overrules_the_model(monkeypatch):
-    planning.plan.cache_clear()
-    asked = problem(hidden_size=512)
-    best, *others = candidates(asked, H100)
-    assert plan(asked, H100) == best
-    other = next(c for c in others if c.forward.block_h != best.forward.block_h)
-    found = Measured(other.schedule, other.forward, other.backward, 1.5, 9.0, "H100, 2030-01-01")
-    monkeypatch.setitem(planning.MEASURED, ("sm_90", 132, asked), found)
-    planning.plan.cache_clear()
-    chosen = plan(asked, H100)
-    assert (chosen.forward, chosen.backward) == (other.forward, other.backward)
-    assert "1.50 us a step (torch.nn 9.00), measured on H100" in chosen.describe()
-    assert plan(asked, H100._replace(sms=114)).measured is None
-    assert plan(asked, H100._replace(cooperates=False)).schedule == "stepwise"
-    planning.plan.cache_clear()
-
-
-def test_the_table_holds_candidates():
-    for (arch, sms, asked), found in planning.MEASURED.items():
-        chip = CHIPS[arch]._replace(sms=sms)
-        pairs = [(c.schedule, c.forward, c.backward) for c in candidates(asked, chip)]
-        assert found[:3] in pairs
 
 
 def test_forced_planners_last_for_a_context(monkeypatch):
