@@ -7,7 +7,6 @@ argument, what came and what was expected.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -120,7 +119,6 @@ class Call(NamedTuple):
             # As cuDNN's path does: input, states and weights alike; fp64 is left alone.
             input, h_0, *c_0 = (_cast(t, facts.autocast) for t in tensors)
             params = [_cast(p, facts.autocast) for p in params]
-            _check_alike(input, (h_0, *c_0), params)
         masks = dropout_masks(self) if facts.layers.dropout and facts.layers.training else []
         return StackInputs(input, h_0, c_0[0] if c_0 else None, params, masks)
 
@@ -160,8 +158,7 @@ def dropout_masks(call: Call) -> list[Tensor]:
 
 
 def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if cast else tensor
+    return tensor if tensor.dtype in (dtype, torch.float64) else tensor.to(dtype)
 
 
 class _Sizes(NamedTuple):
@@ -222,7 +219,7 @@ def prepare(
             sequences = Sequences(*of)
     rows = layers.num_layers * layers.directions
     if hx is None:
-        states = _zeros(data, (rows, batch), columns)
+        states = _zeros(data, facts.dtype, (rows, batch), columns)
     else:
         states = _fitted(states, (rows, batch) if batched else (rows,), columns)
         states = states if batched else tuple(s.unsqueeze(1) for s in states)
@@ -250,12 +247,14 @@ def _checked(
     tensors = data, *states, *params
     autocast, compiled, kind = _autocast_dtype(data), torch.compiler.is_compiling(), None
     if not compiled and torch._C._get_tracing_state() is None:
-        with suppress(AttributeError, TypeError):  # not all are tensors: the checks name the one
+        try:
             grads = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
             about = cell, layers, dims, ragged, autocast, grads, is_transformed(), len(states)
             kind = *about, *[(t.shape, t.dtype, t.device) for t in tensors]
             if known := _KNOWN.get(kind):
                 return known
+        except (AttributeError, TypeError):
+            pass  # not all are tensors: the checks name the one
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
     (steps, batch, _), sizes = dims, _sizes(cell, params, layers)
@@ -272,7 +271,7 @@ def _checked(
         raise RuntimeError(
             "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
         )
-    _check_alike(data, states, params, check_dtype=autocast is None)
+    _check_alike(data, states, params, autocast)
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
     # Autocast leaves fp64 alone, as everywhere in torch.
     dtype = data.dtype if autocast is None or data.dtype == torch.float64 else autocast
@@ -437,10 +436,16 @@ def _hx_names(count: int) -> tuple[str, ...]:
     return ("hx",) if count == 1 else ("hx[0]", "hx[1]")
 
 
-def _zeros(data: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Tensor, ...]:
+def _zeros(
+    data: Tensor, dtype: torch.dtype, rows: tuple[int, ...], columns: tuple[int, ...]
+) -> tuple[Tensor, ...]:
     """Returns initial states of zeros; they are only read, so equal ones are one tensor."""
-    h_0 = data.new_zeros(*rows, columns[0])
-    return h_0, *(h_0 if n == columns[0] else data.new_zeros(*rows, n) for n in columns[1:])
+    h_0 = data.new_zeros((*rows, columns[0]), dtype=dtype)
+    if len(columns) == 1:
+        return (h_0,)
+    return h_0, h_0 if columns[1] == columns[0] else data.new_zeros(
+        (*rows, columns[1]), dtype=dtype
+    )
 
 
 def _fitted(
@@ -461,17 +466,19 @@ def _fitted(
 
 
 def _check_alike(
-    data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *, check_dtype: bool = True
+    data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], autocast: torch.dtype | None
 ) -> None:
-    """Demands one device and, without autocast, one dtype of all tensors."""
-    device, dtype = data.device, data.dtype
+    """Demands one device and one dtype, under autocast after its casts, of all tensors."""
+    device, dtypes = data.device, [t.dtype for t in (data, *states, *params)]
+    if autocast is not None:
+        dtypes = [autocast if t.is_floating_point and t != torch.float64 else t for t in dtypes]
     for i, tensor in enumerate((*states, *params)):
-        if tensor.device == device and (tensor.dtype == dtype or not check_dtype):
+        if tensor.device == device and dtypes[i + 1] == dtypes[0]:
             continue
         name = _hx_names(len(states))[i] if i < len(states) else f"params[{i - len(states)}]"
         if tensor.device != device:
             raise RuntimeError(f"{name} is on {tensor.device}; expected {device}, the input's")
-        raise RuntimeError(f"{name} is {tensor.dtype}; expected {dtype}, the input's")
+        raise RuntimeError(f"{name} is {dtypes[i + 1]}; expected {dtypes[0]}, the input's")
 
 
 def _autocast_dtype(data: Tensor) -> torch.dtype | None:

@@ -25,7 +25,7 @@ import torch
 from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
-from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
+from .kernels.problem import Chip, NoPlan, Plan, Problem, chip_of
 from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
@@ -41,6 +41,7 @@ _local = threading.local()
 # A look-up in os.environ raises and catches two exceptions when a variable is not set.
 _environ: Any = getattr(os.environ, "_data", {})
 _KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+_INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET")
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -114,7 +115,10 @@ def precision() -> str:
     name = getattr(_local, "precision", None)
     if name is not None:
         return name
-    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    else:
+        switch = torch._C._get_fp32_precision_getter("cuda", "rnn")  # the same, sooner
     return "tf32" if switch == "tf32" else "ieee"
 
 
@@ -141,8 +145,12 @@ class _Kernels(NamedTuple):
     interpreted: bool
 
 
-#: The backend, None if the named one refuses, and the refusals before it.
-_Choice = tuple[str | None, tuple[tuple[str, str], ...]]
+class Choice(NamedTuple):
+    """The choice for one call."""
+
+    backend: str | None  # None if the named one refuses
+    refused: tuple[tuple[str, str], ...]  # the backends before it, each with its reason
+    config: StackConfig | None  # how the operator runs the call
 
 
 def choose(facts: Facts) -> str:
@@ -152,21 +160,18 @@ def choose(facts: Facts) -> str:
         NotImplementedError: the named backend refuses; the message is the reason.
         ValueError: ``FUSEDRNN_BACKEND`` names no backend.
     """
+    return decide(facts)[0]
+
+
+def decide(facts: Facts) -> tuple[str, StackConfig]:
+    """Returns the backend that runs a call, and how the operator does; raises as ``choose``."""
     requested = "auto" if is_auto() else requested_backend()[0]
     # A compiler has symbols for sizes, which have no hash.
-    decide = _decide if facts.compiled else _decided
-    backend, refused = decide(facts, requested, _kernels(facts, requested))
-    if backend is None:
+    make = _decide if facts.compiled else _decided
+    backend, refused, config = make(facts, requested, _kernels(facts, requested))
+    if backend is None or config is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
-    return backend
-
-
-def config_of(facts: Facts, backend: str) -> StackConfig:
-    """Returns how the operator runs a call."""
-    layers, products = facts.layers, precision() if backend == "triton" else "ieee"
-    backend = "auto" if backend == "triton" and is_auto() else backend
-    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
-    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
+    return backend, config
 
 
 @dataclass(frozen=True, repr=False)
@@ -223,8 +228,8 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     facts = prepare(*inputs, **options).facts
     requested, source = requested_backend()
     kernels = _kernels(facts, requested)
-    backend, refused = _decide(facts, requested, kernels)
-    compiled, _ = _decide(facts._replace(compiled=True), requested, kernels)
+    backend, refused, _ = _decide(facts, requested, kernels)
+    compiled, *_ = _decide(facts._replace(compiled=True), requested, kernels)
     lines, first, used = [], 0, None
     if backend == "triton" and kernels:
         used = kernels.precision if facts.dtype == torch.float32 else None
@@ -259,10 +264,11 @@ def _kernels(facts: Facts, requested: str) -> _Kernels | None:
         return None
     # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
     chip = None if facts.compiled else chip_of(facts.device)
-    return _Kernels(chip, precision(), _interpreting())
+    products = precision() if facts.dtype == torch.float32 else "ieee"
+    return _Kernels(chip, products, _interpreting())
 
 
-def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
+def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
     """Returns the first backend that does not refuse."""
     refused: list[tuple[str, str]] = []
     for backend in _PREFERENCE if requested == "auto" else (requested,):
@@ -275,9 +281,17 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
         else:
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
-            return backend, tuple(refused)
+            return Choice(backend, tuple(refused), _config(facts, requested, backend, kernels))
         refused.append((backend, reason))
-    return None, tuple(refused)
+    return Choice(None, tuple(refused), None)
+
+
+def _config(facts: Facts, requested: str, backend: str, kernels: _Kernels | None) -> StackConfig:
+    layers, products = facts.layers, "ieee"
+    if backend == "triton" and kernels:
+        backend, products = requested, kernels.precision
+    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
 
 
 _decided = lru_cache(maxsize=4096)(_decide)
@@ -404,4 +418,6 @@ _onednn_takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _interpreting() -> bool:
     """Returns whether Triton runs its kernels in its interpreter; it accepts these values."""
+    if not torch.compiler.is_compiling() and _INTERPRET not in _environ:
+        return False
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -199,7 +199,7 @@ def _run_stack(
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     facts, layers = call.facts, call.facts.layers
-    backend = dispatch.choose(facts)
+    backend, config = dispatch.decide(facts)
     if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
         hx = as_hx([state.contiguous() for state in call.states])  # cuDNN takes no strided states
         dropout = layers.dropout if layers.training else 0.0
@@ -213,7 +213,6 @@ def run(call: Call) -> Any:
     else:
         if backend == "torch" and "lengths" in facts.ragged and is_eager(call.input):
             call = call.compact()
-        config = dispatch.config_of(facts, backend)
         output, states, _ = rnn_stack(call.stack_inputs(), call.sequences, config)
     # As torch's, the output is then no view, and detach_() takes it; others save it for backward.
     in_place = backend == "torch" or (backend == "aten" and facts.cell != "lstm")

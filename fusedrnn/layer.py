@@ -13,8 +13,9 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +25,7 @@ from torch.nn import functional as F
 from . import loop
 from .grads import input_grad, weight_grads
 from .kernels import plan as planning
-from .kernels.plan import KernelFailed, LaunchRefused, Plan
+from .kernels.problem import Chip, KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers
 from .layout import empty_grads, entering, previous_rows, rows_by_sequence
@@ -52,20 +53,34 @@ class Launch(NamedTuple):
     plan: Plan | None
 
 
-def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> list[Launch]:
+def launches_of(
+    config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows
+) -> tuple[Launch, ...]:
     """Returns the launches of a stack, from the first layer up."""
-    if config.is_loop:
-        return [Launch(range(n, n + 1), None) for n in range(config.num_layers)]
-    _, B, H = h_0.shape
+    chip = None if config.is_loop else planning.chip_of(h_0.device)
+    sizes = h_0.shape[1], h_0.shape[2], h_0.dtype
+    return _launches(config, sizes, needs_grad, rows.origins is not None, chip)
+
+
+@lru_cache(maxsize=4096)
+def _launches(
+    config: StackConfig, sizes: tuple, needs_grad: bool, ragged: bool, chip: Chip | None
+) -> tuple[Launch, ...]:
+    if chip is None:
+        return tuple(Launch(range(n, n + 1), None) for n in range(config.num_layers))
+    B, H, dtype = sizes
     problem = planning.Problem(
-        config.cell, H, B, config.directions, h_0.dtype, config.precision, needs_grad,
-        config.num_layers, rows.origins is not None, config.recompute,
+        config.cell, H, B, config.directions, dtype, config.precision, needs_grad,
+        config.num_layers, ragged, config.recompute,
     )  # fmt: skip
-    launches: list[Launch] = []
-    for plan in planning.plan_stack(problem, planning.chip_of(h_0.device)):
-        first = launches[-1].layers.stop if launches else 0
-        launches.append(Launch(range(first, first + plan.layers), plan))
-    return launches
+    plans = planning.plan_stack(problem, chip)
+    ends = list(accumulate(plan.layers for plan in plans))
+    return tuple(
+        Launch(range(end - plan.layers, end), plan) for plan, end in zip(plans, ends, strict=True)
+    )
+
+
+planning.CACHES.append(_launches.cache_clear)
 
 
 @cache

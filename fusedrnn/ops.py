@@ -170,24 +170,23 @@ class _Node(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, pull_back, fixed, *tensors):
+    def forward(ctx, run, pull_back, *tensors):
         results, kept, constant = run(*tensors)
-        ctx.pull_back, ctx.counts = pull_back, (len(fixed), len(tensors))
+        every = *tensors, *kept
+        ctx.pull_back, ctx.count = pull_back, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in constant if tensor is not None])
-        every = *fixed, *tensors, *kept
         ctx.present = [tensor is not None for tensor in every]
         # Tools that walk a graph's saved tensors expect no None.
-        ctx.save_for_backward(*(tensor for tensor in every if tensor is not None))
+        ctx.save_for_backward(*[tensor for tensor in every if tensor is not None])
         return results
 
     @staticmethod
     def backward(ctx, *grads):
-        n, m = ctx.counts
-        tensors, needs = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
+        tensors = iter(ctx.saved_tensors)
         saved = [next(tensors) if present else None for present in ctx.present]
-        parts = saved[:n], saved[n : n + m], saved[n + m :]
-        return None, None, None, *ctx.pull_back(*parts, grads, needs)
+        parts, needs = (saved[: ctx.count], saved[ctx.count :]), ctx.needs_input_grad[2:]
+        return None, None, *ctx.pull_back(*parts, grads, needs)
 
 
 #: ``_Node.apply`` without its checks for ``torch.func``, which the operators' keys take care of.
@@ -209,21 +208,21 @@ def _forward_node(
     input, h_0, c_0, params, masks = inputs
     # The values that backward multiplies by remain those of forward when p.data is replaced.
     values = [p.detach() for p in params]
-    keeps_output = config.hidden_layers < config.num_layers  # else it may be modified in place
 
     def run_flat(input, h_0, c_0, *params):
         results = tuple(run(StackInputs(input, h_0, c_0, params, masks)))
         output, _, _, gates, cs, hidden = results
-        return results, (output if keeps_output else None, gates, cs, hidden), (gates, hidden)
+        # Else the output may be modified in place.
+        output = output if config.hidden_layers < config.num_layers else None
+        return results, (output, gates, cs, hidden), (gates, hidden)
 
-    pull_back = partial(_pull_back, config, values)
-    return _apply(run_flat, pull_back, (*sequences, *masks), input, h_0, c_0, *params)
+    pull_back = partial(_pull_back, config, sequences, masks, values)
+    return _apply(run_flat, pull_back, input, h_0, c_0, *params)
 
 
-def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any, ...]:
+def _pull_back(config, sequences, masks, values, tensors, kept, grads, needs) -> tuple[Any, ...]:
     """Returns the gradients of input, h_0, c_0 and params from those of a stack's results."""
-    (lengths, reset, batch_sizes, *masks), (input, h_0, c_0, *params) = fixed, tensors
-    output, gates, cs, hidden = kept
+    (input, h_0, c_0, *params), (output, gates, cs, hidden) = tensors, kept
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
     given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
     present = [grad for grad in given if grad is not None]
@@ -237,7 +236,7 @@ def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any,
         StackInputs(input, h_0, c_0, params if through_op else values, masks),
         StackOutputs(output, None, None, gates, cs, hidden),  # type: ignore[arg-type]
         given,
-        Sequences(lengths, reset, batch_sizes),
+        sequences,
         config,
         needs[0],
         any(needs[3:]),
@@ -346,13 +345,13 @@ def _backward_autograd(*flat):
         results = _below_autograd(_run_backward, own, outputs, tensors[:4], *arguments)
         return (*results[:3], *results[3]), (), ()
 
-    pull_back = partial(_pull_back_again, config, needs_input)
+    pull_back = partial(_pull_back_again, config, sequences, masks, needs_input)
     with enable_single_level_autograd_function():
-        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, (*sequences, *masks), *tensors)
+        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, *tensors)
     return d_input, d_h_0, d_c_0, d_params
 
 
-def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, needs):
+def _pull_back_again(config, sequences, masks, needs_input, tensors, kept, directions, needs):
     """Pulls ``directions`` back through the gradients of a stack, by the reference.
 
     The gradients are a pullback of the stack's results, so theirs are a pullback of that one. What
@@ -376,9 +375,7 @@ def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, need
     def results(primals):
         input, h_0, *params = primals.values()
         c_0 = params.pop(0) if 6 in primals else None
-        every = _by_reference(
-            StackInputs(input, h_0, c_0, params, fixed[3:]), Sequences(*fixed[:3]), config
-        )
+        every = _by_reference(StackInputs(input, h_0, c_0, params, masks), sequences, config)
         return {i: every[i] for i in cotangents}
 
     def gradients(primals, cotangents):

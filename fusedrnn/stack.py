@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from . import layer
-from .kernels.plan import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
+from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
 from .kernels.tensors import Grads, Layers
 from .layer import Launch, launches_of
 from .layout import rows_of, without_padding
@@ -35,32 +35,39 @@ def _fail_safe(run: _Run) -> _Run:
 
     @wraps(run)
     def call(inputs: StackInputs, *arguments: Any) -> Any:
-        config = next(a for a in arguments if isinstance(a, StackConfig))
-        h_0, device = inputs.h_0, inputs.input.device
         try:
             return run(inputs, *arguments)
         except LaunchRefused as refusal:
-            refuse_cooperation(device)
+            refuse_cooperation(inputs.input.device)
             _warn(
-                f"{device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
-                "the schedules that need none"
+                f"{inputs.input.device} refused a cooperative launch ({refusal}); from now on "
+                "fusedrnn uses the schedules that need none"
             )
             return call(inputs, *arguments)
-        except NoPlan:  # of a program that was compiled before the kernels failed
-            if config.backend != "auto":
-                raise
-        except KernelFailed as cause:
-            if config.backend != "auto":
-                raise KernelFailed(f"the kernels failed on {device}: {cause}") from cause
-            give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
-            _warn(
-                f"fusedrnn's kernels failed on {device} ({cause}); from now on torch's operator, "
-                "or plain torch where that cannot, runs such layers"
-            )
-        other = config._replace(backend="instead", precision="ieee")
-        return run(inputs, *(other if a is config else a for a in arguments))
+        except (NoPlan, KernelFailed) as cause:
+            other = _config_without_kernels(cause, inputs, *arguments)
+        return run(inputs, *(other if isinstance(a, StackConfig) else a for a in arguments))
 
     return cast(_Run, call)
+
+
+def _config_without_kernels(
+    cause: NoPlan | KernelFailed, inputs: StackInputs, *arguments: Any
+) -> StackConfig:
+    """Returns the configuration of the loop, unless the user has named the kernels."""
+    config = next(a for a in arguments if isinstance(a, StackConfig))
+    h_0, device = inputs.h_0, inputs.input.device
+    if config.backend != "auto":
+        if isinstance(cause, KernelFailed):
+            raise KernelFailed(f"the kernels failed on {device}: {cause}") from cause
+        raise cause
+    if isinstance(cause, KernelFailed):  # else a program was compiled before they failed
+        give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
+        _warn(
+            f"fusedrnn's kernels failed on {device} ({cause}); from now on torch's operator, "
+            "or plain torch where that cannot, runs such layers"
+        )
+    return config._replace(backend="instead", precision="ieee")
 
 
 def _warn(message: str) -> None:
@@ -160,14 +167,13 @@ def _layers(
     """Returns the tensors of all layers as those of one launch."""
     _, h_0, c_0, params, _ = inputs
     # The weights that a parametrisation computes may have any strides.
-    groups = config.group([p.contiguous() for p in params])
-    w_ih, w_hh, b_ih, b_hh, _ = zip(*(w for group in groups for w in group), strict=True)
-    D = config.directions
+    weights = tuple([p.contiguous() for p in params])
+    D, each = config.directions, 4 if config.has_bias else 2
     return Layers(
-        w_ih=w_ih,
-        b_ih=b_ih if config.has_bias else None,
-        w_hh=w_hh,
-        b_hh=b_hh if config.has_bias else None,
+        w_ih=weights[::each],
+        b_ih=weights[2::4] if config.has_bias else None,
+        w_hh=weights[1::each],
+        b_hh=weights[3::4] if config.has_bias else None,
         masks=tuple(m for m in (masks[0], *masks) for _ in range(D)) if masks else None,
         h_0=h_0.contiguous(),
         c_0=_contiguous(c_0),

@@ -50,7 +50,7 @@ def run(call: Call, wants_gates: bool) -> States:
     gradients flow through h, and no backend has to know about them.
     """
     facts = call.facts._replace(states=True)
-    config = dispatch.config_of(facts, dispatch.choose(facts))._replace(num_layers=1)
+    config = dispatch.decide(facts)[1]._replace(num_layers=1)
     x, h_0, c_0, params, masks = call.stack_inputs()
     D, L, H = config.directions, facts.layers.num_layers, facts.hidden_size
     rows = rows_of(x, h_0.shape[1], D, call.sequences)
