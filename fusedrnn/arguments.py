@@ -440,12 +440,8 @@ def _zeros(
     data: Tensor, dtype: torch.dtype, rows: tuple[int, ...], columns: tuple[int, ...]
 ) -> tuple[Tensor, ...]:
     """Returns initial states of zeros; they are only read, so equal ones are one tensor."""
-    h_0 = data.new_zeros((*rows, columns[0]), dtype=dtype)
-    if len(columns) == 1:
-        return (h_0,)
-    return h_0, h_0 if columns[1] == columns[0] else data.new_zeros(
-        (*rows, columns[1]), dtype=dtype
-    )
+    zeros = {n: data.new_zeros((*rows, n), dtype=dtype) for n in set(columns)}
+    return tuple([zeros[n] for n in columns])
 
 
 def _fitted(

@@ -19,7 +19,6 @@ from torch import _VF, Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
-from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
 from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
@@ -71,8 +70,6 @@ def rnn_stack(
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
     elif _needs_dispatcher(inputs.input):
         input, h_0, c_0, params, masks = inputs
-        if not torch.compiler.is_compiling():
-            _register_flops()
         output, h_n, c_n, _, cs, _ = torch.ops.fusedrnn.rnn_forward(
             input, h_0, c_0, list(params), list(masks), *sequences, *config, keep_states
         )
@@ -104,28 +101,6 @@ def is_eager(tensor: Tensor) -> bool:
 def _needs_dispatcher(tensor: Tensor) -> bool:
     """Returns whether something that must see operators is active, such as a profiler."""
     return not is_eager(tensor) or torch._C._autograd._profiler_enabled()
-
-
-def _register_flops() -> None:
-    """Gives the active FlopCounterModes formulas; to import their module would import Triton."""
-    for mode in _get_current_dispatch_mode_stack():
-        registry = getattr(getattr(mode, "counter", None), "flop_registry", {})
-        registry[torch.ops.fusedrnn.rnn_forward] = _forward_flops
-        registry[torch.ops.fusedrnn.rnn_backward] = _backward_flops
-
-
-def _forward_flops(input, h_0, c_0, params, *rest, out_val=None) -> int:
-    """Counts two for each row and element of a matrix, as for torch's products."""
-    return 2 * math.prod(input.shape[:-1]) * sum(p.numel() for p in params if p.dim() == 2)
-
-
-def _backward_flops(*flat, out_val=None) -> int:
-    """Counts the products for the gradients of the rows below, of h and of the weights."""
-    inputs, _, _, _, config, needs_input, needs_params = _split_backward(flat)
-    first = [w.w_ih for w in config.group(inputs.params)[0]]
-    passes = 1 + needs_params + (config.recompute and config.spec.saved > 0)
-    without = 0 if needs_input else _forward_flops(inputs.input, None, None, first)
-    return passes * _forward_flops(*inputs) - without
 
 
 def _has_projection(inputs: StackInputs, config: StackConfig) -> bool:
@@ -399,10 +374,11 @@ def _backward_fake(*flat):
     )
 
 
-for _name, _kernel, _autograd, _rule in (
-    ("fusedrnn::rnn_forward", _forward_kernel, _forward_autograd, vmap.map_forward),
-    ("fusedrnn::rnn_backward", _backward_kernel, _backward_autograd, vmap.map_backward),
+for _name, _kernel, _autograd in (
+    ("rnn_forward", _forward_kernel, _forward_autograd),
+    ("rnn_backward", _backward_kernel, _backward_autograd),
 ):
-    torch.library.impl(_name, ("cpu", "cuda"), _kernel)
-    torch.library.impl(_name, "Autograd", _autograd)
-    torch.library.register_vmap(_name, _rule)
+    torch.library.impl(f"fusedrnn::{_name}", ("cpu", "cuda"), _kernel)
+    torch.library.impl(f"fusedrnn::{_name}", "Autograd", _autograd)
+    _rule = partial(vmap.map_operator, getattr(torch.ops.fusedrnn, _name))
+    torch.library.register_vmap(f"fusedrnn::{_name}", _rule)
