@@ -4,8 +4,6 @@ Wrong input raises the exception type of torch's own module, with one sentence t
 argument, what came and what was expected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -92,7 +90,7 @@ class Call(NamedTuple):
     unsort: Tensor | None = None  # [B], the place of each sequence among sorted ones
     places: Tensor | None = None  # [R], the place of each packed row in the padded input
 
-    def compact(self) -> Call:
+    def compact(self) -> "Call":
         """Packs padded input on the CPU, so that missing steps cost nothing; reads lengths."""
         lengths, reset, _ = self.sequences
         T, B, by_sequence = self.facts.steps, self.facts.batch, self.facts.layers.batch_first
@@ -204,7 +202,7 @@ def prepare(
         where, size = data.device, batch if batched else None
         lengths = None if lengths is None else _checked_lengths(lengths, steps, size)
         reset = None if reset is None else _checked_reset(reset, steps, size, layers.batch_first)
-        of = lengths, reset
+        of: Any = lengths, reset
         if where.type == "cuda":  # once, for backward too, and without a wait
             of = [None if t is None else t.to(where, non_blocking=True) for t in of]
         sequences = Sequences(*of)
@@ -237,7 +235,7 @@ def _facts(
 ) -> Facts:  # fmt: skip
     """Returns the facts about a call of T, B and batched or not; checks a kind of call once."""
     tensors, kind = (data, *states, *params), None
-    modes = _autocast_dtype(data), torch.compiler.is_compiling(), is_transformed()
+    modes: Any = _autocast_dtype(data), torch.compiler.is_compiling(), is_transformed()
     if not modes[1] and torch._C._get_tracing_state() is None:
         try:
             grads = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
@@ -317,10 +315,9 @@ def _check_states_and_dtypes(
             raise RuntimeError(f"{name} has shape {tuple(state.shape)}; expected {expected}")
     names += [f"params[{i}]" for i in range(len(params))]
     for name, tensor in zip(names, (*states, *params), strict=True):
-        if tensor.device != facts.device:
-            raise RuntimeError(
-                f"{name} is on {tensor.device}; expected {facts.device}, the input's"
-            )
+        where = facts.device
+        if tensor.device != where:
+            raise RuntimeError(f"{name} is on {tensor.device}; expected {where}, the input's")
         dtype = _cast_dtype(tensor.dtype, facts.autocast)
         if dtype != facts.dtype:
             raise RuntimeError(f"{name} is {dtype}; expected {facts.dtype}, the input's")

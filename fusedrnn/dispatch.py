@@ -9,8 +9,6 @@ Backends, best first:
 ``auto`` runs the first that does not refuse. A named backend runs, or raises with its refusal.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import threading

@@ -4,8 +4,6 @@
 modules are a thin layer over this file.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any

@@ -7,8 +7,6 @@ first computes them again, of some steps at a time: the states that entered thos
 are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence

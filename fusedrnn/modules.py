@@ -6,8 +6,6 @@ attribute at every call, so whatever replaces them (weight_norm, parametrize, pr
 functional_call) takes effect.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -6,8 +6,6 @@ reference, hence derivatives of every order exist. A call that neither a compile
 see skips the dispatcher.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext

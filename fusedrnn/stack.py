@@ -5,8 +5,6 @@ The plan cuts the stack into launches of one layer each, or of several that run 
 autograd.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
