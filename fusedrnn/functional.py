@@ -176,22 +176,20 @@ def rnn(
         ValueError, RuntimeError, AttributeError, NotImplementedError: as ``lstm``; ValueError also
             for another nonlinearity.
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    check_nonlinearity(nonlinearity)
     return _run_stack(f"rnn_{nonlinearity}", input, hx, params, **options)
 
 
+def check_nonlinearity(name: str) -> None:
+    """Raises torch's ValueError for another function than tanh or relu."""
+    if name not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
+
+
 def _run_stack(
-    cell: str,
-    input: Any,
-    hx: Any,
-    params: Sequence[Tensor],
-    *,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
-    **layers: Any,
+    cell: str, input: Any, hx: Any, params: Any, *, lengths: Any = None, reset: Any = None, **o: Any
 ) -> Any:
-    return run(prepare(cell, input, hx, params, Layers(**layers), lengths, reset))
+    return run(prepare(cell, input, hx, params, Layers(**o), lengths, reset))
 
 
 def run(call: Call) -> Any:

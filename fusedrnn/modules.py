@@ -11,7 +11,6 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
@@ -36,8 +35,16 @@ class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
     recompute: bool = False  # of the class for modules that began as torch's
-
     _run = staticmethod(functional.run)
+
+    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        # By position proj_size keeps its place between bidirectional and device.
+        projects = "proj_size" in kwargs or any(type(size) is int and size for size in args[7:8])
+        if projects and mode != "LSTM":
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(mode, *args, **kwargs)
+        if recompute:
+            self.recompute = True
 
     @property
     def _cell(self) -> str:
@@ -88,14 +95,7 @@ class _Stack(torch.nn.RNNBase):
         # Module.__getattr__ is slow.
         return [plain[name] if name in plain else getattr(self, name) for name in names]  # type: ignore[misc]
 
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
-    ):
+    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
@@ -104,14 +104,9 @@ class _Stack(torch.nn.RNNBase):
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
+        self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None,
         gates: bool = False,
-    ) -> states.States:
+    ) -> states.States:  # fmt: skip
         """Runs the stack and returns every state of every step; see ``fusedrnn.States``.
 
         Args:
@@ -191,10 +186,8 @@ class LSTM(_Stack):
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
-        if recompute:  # else the class says so, also in modules that began as torch's
-            self.recompute = True
 
 
 @replaces(torch.nn.GRU)
@@ -215,14 +208,9 @@ class GRU(_Stack):
 
     reset_after: bool = True
 
-    # torch's signature: by position proj_size keeps its place between bidirectional and device.
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        recompute = kwargs.pop("recompute", False)
-        _refuse_proj_size(args[7:8], kwargs)
         super().__init__("GRU", *args, **kwargs)
         self.reset_after = reset_after
-        if recompute:
-            self.recompute = True
 
     @property
     def _cell(self) -> str:
@@ -248,20 +236,14 @@ class RNN(_Stack):
     """
 
     # torch's signature: only RNN has an argument between num_layers and bias.
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        _refuse_proj_size(args[7:8], kwargs)
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(
-                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-            )
+        functional.check_nonlinearity(nonlinearity)
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
-        if recompute:
-            self.recompute = True
 
 
 class _SingleStep(torch.nn.RNNCellBase):
@@ -281,8 +263,8 @@ class _SingleStep(torch.nn.RNNCellBase):
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx)
         op, p = ATEN_CELL.get(self._cell), self._parameters
-        backend = "auto" if dispatch.is_auto() else dispatch.requested_backend()[0]
-        if op is None or backend in ("triton", "torch") or is_transformed():
+        by_aten = dispatch.is_auto() or dispatch.requested_backend()[0] in ("auto", "aten")
+        if op is None or not by_aten or is_transformed():
             return functional.run_cell(self._prepare(input, hx))
         try:
             if input.dim() == 2:
@@ -360,9 +342,3 @@ class RNNCell(_SingleStep, torch.nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
-
-
-def _refuse_proj_size(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses proj_size as torch does: by keyword always, by position unless it is 0."""
-    if "proj_size" in kwargs or (positional and isinstance(positional[0], int) and positional[0]):
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

@@ -6,7 +6,6 @@ reference, hence derivatives of every order exist. A call that neither a compile
 see skips the dispatcher.
 """
 
-import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -272,20 +271,9 @@ def _forward_autograd(input, h_0, c_0, params, dropout_masks, *rest):
 @torch.library.register_fake("fusedrnn::rnn_forward")
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
     _, config, (save,) = _split_arguments(rest)
-    *rows, _ = input.shape
-    R, (Z, _, P), D = math.prod(rows), h_0.shape, config.directions
-    H, saves = (h_0 if c_0 is None else c_0).shape[-1], save and config.backend != "aten"
-    saved, empty = config.spec.saved, input.new_empty
-    keeps_gates = saves and not (config.recompute and saved)
-    keeps_hidden = saves and config.hidden_layers > 0
-    return (
-        empty(*rows, D * P),
-        empty(h_0.shape),
-        empty(0) if c_0 is None else empty(c_0.shape),
-        empty(Z, R, saved * H) if keeps_gates else empty(0),
-        empty(Z, R, H) if saves and c_0 is not None else empty(0),
-        empty(config.hidden_layers, R, D * H) if keeps_hidden else empty(0),
-    )
+    inputs = StackInputs(input, h_0, c_0, params, ())
+    save = save and config.backend != "aten"
+    return _none_to_empty(input, stack.empty_outputs(inputs, config, save))
 
 
 def _split_backward(flat: Sequence[Any]) -> tuple[Any, ...]:

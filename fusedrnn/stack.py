@@ -5,6 +5,7 @@ The plan cuts the stack into launches of one layer each, or of several that run 
 autograd.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -72,23 +73,32 @@ def _warn(message: str) -> None:
     warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
+def empty_outputs(inputs: StackInputs, config: StackConfig, save: bool) -> StackOutputs:
+    """Allocates the results of a stack and, with ``save``, what backward needs."""
+    input, h_0, c_0, *_ = inputs
+    *rows, _ = input.shape
+    D, tiles, empty = config.directions, config.spec.saved, input.new_empty
+    (Z, _, P), H, R = h_0.shape, (h_0 if c_0 is None else c_0).shape[-1], math.prod(rows)
+    below = config.hidden_layers if save else 0
+    return StackOutputs(
+        output=empty(*rows, D * P),
+        h_n=empty(h_0.shape),
+        c_n=None if c_0 is None else empty(c_0.shape),
+        gates=empty(Z, R, tiles * H) if save and not (config.recompute and tiles) else None,
+        cs=empty(Z, R, H) if save and c_0 is not None else None,
+        hidden=empty(below, R, D * H) if below else None,
+    )
+
+
 @_fail_safe
 def forward(
     inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
 ) -> StackOutputs:
     """Runs all layers; with ``save`` keeps what backward needs."""
-    input, h_0, c_0, _, masks = inputs
-    L, D, H, tiles = config.num_layers, config.directions, h_0.shape[-1], config.spec.saved
-    rows = rows_of(input, h_0.shape[1], D, sequences)
-    R, below, empty = rows.total, config.hidden_layers if save else 0, input.new_empty
-    results = StackOutputs(
-        output=empty(*input.shape[:-1], D * H),
-        h_n=empty(h_0.shape),
-        c_n=None if c_0 is None else empty(h_0.shape),
-        gates=empty(L * D, R, tiles * H) if save and not (config.recompute and tiles) else None,
-        cs=empty(L * D, R, H) if save and c_0 is not None else None,
-        hidden=empty(below, R, D * H) if below else None,
-    )
+    input, h_0, _, _, masks = inputs
+    L, D, H = config.num_layers, config.directions, h_0.shape[-1]
+    rows, below = rows_of(input, h_0.shape[1], D, sequences), config.hidden_layers if save else 0
+    results = empty_outputs(inputs, config, save)
     hidden, last = cast(Any, results.hidden), results.output.view(-1, D * H)
     outs = [hidden[n] if n < below else torch.empty_like(last) for n in range(L - 1)]
     outs.append(hidden[-1] if below == L else last)
