@@ -36,10 +36,6 @@ _PREFERENCE = ("triton", "aten", "torch")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A threading.local and not a ContextVar, at which TorchDynamo breaks the graph.
 _local = threading.local()
-# A look-up in os.environ raises and catches two exceptions when a variable is not set.
-_environ: Any = getattr(os.environ, "_data", {})
-_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
-_INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET")
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -98,10 +94,8 @@ def requested_backend() -> tuple[str, str]:
 
 
 def is_auto() -> bool:
-    """Returns whether no backend is named; a fast path of ``requested_backend``."""
-    if torch.compiler.is_compiling():
-        return requested_backend()[0] == "auto"
-    return getattr(_local, "backend", None) is None and _KEY not in _environ
+    """Returns whether no backend is named."""
+    return requested_backend()[0] == "auto"
 
 
 def precision() -> str:
@@ -163,7 +157,7 @@ def choose(facts: Facts) -> str:
 
 def decide(facts: Facts) -> tuple[str, StackConfig]:
     """Returns the backend that runs a call, and how the operator does; raises as ``choose``."""
-    requested = "auto" if is_auto() else requested_backend()[0]
+    requested, _ = requested_backend()
     # A compiler has symbols for sizes, which have no hash.
     make = _decide if facts.compiled else _decided
     backend, refused, config = make(facts, requested, _kernels(facts, requested))
@@ -187,10 +181,7 @@ class Explanation:
 
     def __str__(self) -> str:
         chosen = self.backend or "none, the call would raise"
-        lines = [
-            str(self.facts),
-            f"backend: {chosen} (asked for: {self.requested}, {self.source})",
-        ]
+        lines = [f"{self.facts}\nbackend: {chosen} (asked for: {self.requested}, {self.source})"]
         lines += [f"precision: {self.precision}"] if self.precision else []
         lines += self.layers
         lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
@@ -263,7 +254,8 @@ def _kernels(facts: Facts, requested: str) -> _Kernels | None:
     # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
     chip = None if facts.compiled else chip_of(facts.device)
     products = precision() if facts.dtype == torch.float32 else "ieee"
-    return _Kernels(chip, products, _interpreting())
+    needs_interpreter = facts.device.type == "cpu" or facts.dtype == torch.bfloat16
+    return _Kernels(chip, products, needs_interpreter and _interpreting())
 
 
 def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
@@ -279,17 +271,13 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
         else:
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
-            return Choice(backend, tuple(refused), _config(facts, requested, backend, kernels))
+            layers, by = facts.layers, kernels if backend == "triton" else None
+            how = (requested, by.precision) if by else (backend, "ieee")
+            sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+            config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
+            return Choice(backend, tuple(refused), config)
         refused.append((backend, reason))
     return Choice(None, tuple(refused), None)
-
-
-def _config(facts: Facts, requested: str, backend: str, kernels: _Kernels | None) -> StackConfig:
-    layers, products = facts.layers, "ieee"
-    if backend == "triton" and kernels:
-        backend, products = requested, kernels.precision
-    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
-    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
 
 
 _decided = lru_cache(maxsize=4096)(_decide)
@@ -416,6 +404,4 @@ _onednn_takes._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 def _interpreting() -> bool:
     """Returns whether Triton runs its kernels in its interpreter; it accepts these values."""
-    if not torch.compiler.is_compiling() and _INTERPRET not in _environ:
-        return False
     return os.environ.get("TRITON_INTERPRET", "").lower() in ("1", "true", "yes", "on", "y")

@@ -34,10 +34,7 @@ from .reference import saved_gates
 #: launches cost more.
 _SEGMENT, _SEGMENT_ON_GPU = 1 << 21, 1 << 24
 #: The fields that a launch writes.
-_WRITTEN = {
-    "forward": ("out", "h_n", "c_n", "gates", "cs"),
-    "backward": ("gates", "h_0", "c_0"),
-}
+_WRITTEN = {"forward": ("out", "h_n", "c_n", "gates", "cs"), "backward": ("gates", "h_0", "c_0")}
 #: The errors after which a CUDA context takes no more calls.
 _STICKY = re.compile(
     r"illegal|misaligned|assert|launch failure|timed out|ECC|hardware stack|invalid address space"
@@ -52,9 +49,7 @@ class Launch(NamedTuple):
     plan: Plan | None
 
 
-def launches_of(
-    config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows
-) -> tuple[Launch, ...]:
+def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> Sequence[Launch]:
     """Returns the launches of a stack, from the first layer up."""
     chip = None if config.is_loop else planning.chip_of(h_0.device)
     sizes = h_0.shape[1], h_0.shape[2], h_0.dtype
@@ -64,7 +59,7 @@ def launches_of(
 @lru_cache(maxsize=4096)
 def _launches(
     config: StackConfig, sizes: tuple, needs_grad: bool, ragged: bool, chip: Chip | None
-) -> tuple[Launch, ...]:
+) -> Sequence[Launch]:
     if chip is None:
         return tuple(Launch(range(n, n + 1), None) for n in range(config.num_layers))
     B, H, dtype = sizes
@@ -73,10 +68,9 @@ def _launches(
         config.num_layers, ragged, config.recompute,
     )  # fmt: skip
     plans = planning.plan_stack(problem, chip)
-    ends = list(accumulate(plan.layers for plan in plans))
-    return tuple(
-        Launch(range(end - plan.layers, end), plan) for plan, end in zip(plans, ends, strict=True)
-    )
+    ends = accumulate(plan.layers for plan in plans)
+    pairs = zip(plans, ends, strict=True)
+    return tuple(Launch(range(end - plan.layers, end), plan) for plan, end in pairs)
 
 
 planning.CACHES.append(_launches.cache_clear)
@@ -89,13 +83,7 @@ def _schedule(name: str) -> Any:
 
 
 def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows: Rows) -> None:
-    """Runs a schedule on Layers and, backward, Grads.
-
-    Raises:
-        KernelFailed: its kernels did not compile or launch, for whatever reason. A lack of memory,
-            and errors after which the device takes no more calls, are raised as they are.
-        LaunchRefused: the device does not hold all programs of a cooperative launch at once.
-    """
+    """Runs a schedule on Layers and, backward, Grads; its own failures become KernelFailed."""
     *read, written = tensors
     aligned, pairs = _aligned(written)
     try:
@@ -114,13 +102,10 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
 
 
 def _aligned(tensors: Any) -> tuple[Any, list[tuple[str, Tensor, Tensor]]]:
-    """Copies the tensors that begin at other than multiples of 16 bytes.
+    """Copies tensors that begin at other than multiples of 16 bytes; returns the pairs by field.
 
-    A kernel is compiled for aligned pointers, and again for every mixture of these and others. The
-    parts of a buffer, one for each layer, would be such a mixture, which depends on T and B.
-
-    Returns:
-        The tensors with the copies in their place, and the copied ones by field.
+    A kernel is compiled again for every mixture of aligned and other pointers, as which the parts
+    of a buffer, one for each layer, would come.
     """
     addresses = 0
     for value in tensors:

@@ -263,7 +263,7 @@ class _SingleStep(torch.nn.RNNCellBase):
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx)
         op, p = ATEN_CELL.get(self._cell), self._parameters
-        by_aten = dispatch.is_auto() or dispatch.requested_backend()[0] in ("auto", "aten")
+        by_aten = dispatch.requested_backend()[0] in ("auto", "aten")
         if op is None or not by_aten or is_transformed():
             return functional.run_cell(self._prepare(input, hx))
         try:

@@ -316,14 +316,8 @@ def _pull_back_again(config, sequences, masks, needs_input, tensors, kept, direc
     """Pulls ``directions`` back through the gradients of a stack, by the reference.
 
     The gradients are a pullback of the stack's results, so theirs are a pullback of that one. What
-    forward saved has no gradient: it is a function of the other tensors.
-
-    Args:
-        directions: one for each of d_input, d_h_0, d_c_0 and d_params; None where it is zero.
-        tensors: d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params; None where there is none.
-
-    Returns:
-        A gradient for each of ``tensors``.
+    forward saved has no gradient: it is a function of the other tensors, which are d_output, d_h_n,
+    d_c_n, d_cs, input, h_0, c_0 and params.
     """
     present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
     cotangents = {i: present.pop(i) for i in range(4) if i in present}

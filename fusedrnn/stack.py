@@ -27,50 +27,36 @@ _Run = TypeVar("_Run", bound=Callable)
 def _fail_safe(run: _Run) -> _Run:
     """Makes ``run`` answer where its kernels do not.
 
-    After a refused cooperative launch it plans again without those: the plan allows for the whole
-    device, and under MPS or in a green context there is less of it. If ``auto`` chose the kernels
-    and they fail, the loop answers this call, and later ones are planned without them.
+    A refused cooperative launch is planned again: the plan allows for the whole device, and under
+    MPS or in a green context there is less of it. Where kernels fail that ``auto`` chose, the loop
+    answers this call, and later ones are planned without them.
     """
 
     @wraps(run)
     def call(inputs: StackInputs, *arguments: Any) -> Any:
         try:
             return run(inputs, *arguments)
-        except LaunchRefused as refusal:
-            refuse_cooperation(inputs.input.device)
-            _warn(
-                f"{inputs.input.device} refused a cooperative launch ({refusal}); from now on "
-                "fusedrnn uses the schedules that need none"
+        except (LaunchRefused, NoPlan, KernelFailed) as error:
+            cause = error
+        config = next(a for a in arguments if isinstance(a, StackConfig))
+        h_0, device, text = inputs.h_0, inputs.input.device, ""
+        other = config._replace(backend="instead", precision="ieee")
+        if isinstance(cause, LaunchRefused):
+            refuse_cooperation(device)
+            other = config
+            text = f"{device} refused a cooperative launch ({cause}); schedules that need none"
+        elif config.backend != "auto":
+            raise cause
+        elif isinstance(cause, KernelFailed):  # else a program was compiled before they failed
+            give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
+            text = (
+                f"fusedrnn's kernels failed on {device} ({cause}); torch's operator or plain torch"
             )
-            return call(inputs, *arguments)
-        except (NoPlan, KernelFailed) as cause:
-            other = _config_without_kernels(cause, inputs, *arguments)
-        return run(inputs, *(other if isinstance(a, StackConfig) else a for a in arguments))
+        if text:
+            warnings.warn(f"{text} will run such layers from now on", RuntimeWarning, stacklevel=3)
+        return call(inputs, *(other if a is config else a for a in arguments))
 
     return cast(_Run, call)
-
-
-def _config_without_kernels(
-    cause: NoPlan | KernelFailed, inputs: StackInputs, *arguments: Any
-) -> StackConfig:
-    """Returns the configuration of the loop, unless the user has named the kernels."""
-    config = next(a for a in arguments if isinstance(a, StackConfig))
-    h_0, device = inputs.h_0, inputs.input.device
-    if config.backend != "auto":
-        if isinstance(cause, KernelFailed):
-            raise KernelFailed(f"the kernels failed on {device}: {cause}") from cause
-        raise cause
-    if isinstance(cause, KernelFailed):  # else a program was compiled before they failed
-        give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
-        _warn(
-            f"fusedrnn's kernels failed on {device} ({cause}); from now on torch's operator, "
-            "or plain torch where that cannot, runs such layers"
-        )
-    return config._replace(backend="instead", precision="ieee")
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
 
 
 def empty_outputs(inputs: StackInputs, config: StackConfig, save: bool) -> StackOutputs:
