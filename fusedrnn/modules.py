@@ -6,6 +6,7 @@ attribute at every call, so whatever replaces them (weight_norm, parametrize, pr
 functional_call) takes effect.
 """
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -31,10 +32,36 @@ def _as_leaf(module: torch.nn.Module, input: torch.fx.Proxy, *hx: Any, **options
     return input.tracer.create_proxy("call_module", path, (input, *hx), given)
 
 
+def _warn_of_quantization(name: str) -> None:
+    """Warns where torch's quantization marks a module, which it would then pass over."""
+    if name == "qconfig":
+        warnings.warn(
+            "torch's quantization takes none of fusedrnn's modules and leaves this one as it is; "
+            "to quantize it, call fusedrnn.to_torch(model) first, outside patch()",
+            stacklevel=3,
+        )
+
+
+class _FlatWeights(list):
+    """The weights of a module in torch's order; an assignment replaces one for its forward."""
+
+    def __init__(self, module: "_Stack") -> None:
+        assigned = module._assigned or {}
+        names = module._flat_weights_names
+        super().__init__(assigned.get(name, getattr(module, name, None)) for name in names)
+        self._module = module
+
+    def __setitem__(self, index: Any, weight: Any) -> None:
+        super().__setitem__(index, weight)
+        self._module._flat_weights = self
+
+
 class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
-    recompute: bool = False  # of the class for modules that began as torch's
+    # Of the class for modules that began as torch's.
+    recompute: bool = False
+    _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
     _run = staticmethod(functional.run)
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
@@ -56,13 +83,17 @@ class _Stack(torch.nn.RNNBase):
     @property
     def _flat_weights(self) -> list[Tensor | None]:
         """The weights as they are now. RNNBase would keep a list, stale once one is replaced."""
-        return [getattr(self, name, None) for name in self._flat_weights_names]
+        return _FlatWeights(self)
 
     @_flat_weights.setter
     def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
-        pass
+        pairs = zip(self._flat_weights_names, weights, strict=True)
+        assigned = {name: w for name, w in pairs if w is not getattr(self, name, None)}
+        self.__dict__["_assigned"] = assigned or None
 
     def _init_flat_weights(self) -> None:
+        """Forgets assignments to ``_flat_weights``, as torch rebuilds its list."""
+        self.__dict__.pop("_assigned", None)
         self.flatten_parameters()
 
     def flatten_parameters(self) -> None:
@@ -71,7 +102,8 @@ class _Stack(torch.nn.RNNBase):
         As in torch it happens by itself where a module is made or moved, and elsewhere than on
         CUDA it does nothing. Weights that something computes are left alone.
         """
-        if all(name in self._parameters for name in self._flat_weights_names):
+        is_plain = all(name in self._parameters for name in self._flat_weights_names)
+        if is_plain and not self._assigned:
             super().flatten_parameters()
 
     def _update_flat_weights(self) -> None:
@@ -91,6 +123,8 @@ class _Stack(torch.nn.RNNBase):
 
     def _params(self) -> list[Tensor]:
         """Returns the weights as they are now, computed ones too, in torch's order."""
+        if self._assigned:
+            return self._flat_weights  # type: ignore[return-value]
         plain, names = self._parameters, self._flat_weights_names
         # Module.__getattr__ is slow.
         return [plain[name] if name in plain else getattr(self, name) for name in names]  # type: ignore[misc]
@@ -125,7 +159,10 @@ class _Stack(torch.nn.RNNBase):
     # RNNBase overrides the following three to keep its list of weights.
 
     def __setattr__(self, name: str, value: Any) -> None:
+        _warn_of_quantization(name)
         super(torch.nn.RNNBase, self).__setattr__(name, value)
+        if self._assigned and name in self._flat_weights_names:
+            self._init_flat_weights()
 
     def _replicate_for_data_parallel(self):
         return super(torch.nn.RNNBase, self)._replicate_for_data_parallel()
@@ -250,6 +287,10 @@ class _SingleStep(torch.nn.RNNCellBase):
     """The common part of the cells, which derive from torch's."""
 
     _cell = "lstm"
+
+    def __setattr__(self, name: str, value: Any) -> None:
+        _warn_of_quantization(name)
+        super().__setattr__(name, value)
 
     def _prepare(self, input: Tensor, hx: Any = None) -> arguments.Call:
         params, biases = [self.weight_ih, self.weight_hh], [self.bias_ih, self.bias_hh]

@@ -6,6 +6,7 @@ reference, hence derivatives of every order exist. A call that neither a compile
 see skips the dispatcher.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from functools import partial
@@ -16,6 +17,7 @@ from torch import _VF, Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
+from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
 from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
@@ -61,12 +63,14 @@ def rnn_stack(
 
     Returns:
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
-        ``[L*D, B, H]`` each; and c of every step, ``[L*D, R, H]``, where it is kept.
+        ``[L*D, B, H]`` each; and c of every step, ``[L*D, T, B, H]``, where it is kept.
     """
     if vmap.has_tangents() or _has_projection(inputs, config):
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
     elif _needs_dispatcher(inputs.input):
         input, h_0, c_0, params, masks = inputs
+        if not torch.compiler.is_compiling():
+            _register_flops()
         output, h_n, c_n, _, cs, _ = torch.ops.fusedrnn.rnn_forward(
             input, h_0, c_0, list(params), list(masks), *sequences, *config, keep_states
         )
@@ -98,6 +102,28 @@ def is_eager(tensor: Tensor) -> bool:
 def _needs_dispatcher(tensor: Tensor) -> bool:
     """Returns whether something that must see operators is active, such as a profiler."""
     return not is_eager(tensor) or torch._C._autograd._profiler_enabled()
+
+
+def _register_flops() -> None:
+    """Gives the active FlopCounterModes formulas; to import their module would import Triton."""
+    for mode in _get_current_dispatch_mode_stack():
+        registry = getattr(getattr(mode, "counter", None), "flop_registry", {})
+        registry[torch.ops.fusedrnn.rnn_forward] = _forward_flops
+        registry[torch.ops.fusedrnn.rnn_backward] = _backward_flops
+
+
+def _forward_flops(input, h_0, c_0, params, *rest, out_val=None) -> int:
+    """Counts two for each row and element of a matrix, as for torch's products."""
+    return 2 * math.prod(input.shape[:-1]) * sum(p.numel() for p in params if p.dim() == 2)
+
+
+def _backward_flops(*flat, out_val=None) -> int:
+    """Counts the products for the gradients of the rows below, of h and of the weights."""
+    inputs, _, _, _, config, needs_input, needs_params = _split_backward(flat)
+    first = [w.w_ih for w in config.group(inputs.params)[0]]
+    passes = 1 + needs_params + (config.recompute and config.spec.saved > 0)
+    without = 0 if needs_input else _forward_flops(inputs.input, None, None, first)
+    return passes * _forward_flops(*inputs) - without
 
 
 def _has_projection(inputs: StackInputs, config: StackConfig) -> bool:
@@ -194,7 +220,7 @@ def _forward_node(
 
 def _pull_back(config, sequences, masks, values, tensors, kept, grads, needs) -> tuple[Any, ...]:
     """Returns the gradients of input, h_0, c_0 and params from those of a stack's results."""
-    (input, h_0, c_0, *params), (output, gates, cs, hidden) = tensors, kept
+    (input, h_0, c_0, *params), (output, gates, cs, hidden) = tensors, _empty_to_none(kept)
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
     given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
     present = [grad for grad in given if grad is not None]
@@ -354,11 +380,10 @@ def _backward_fake(*flat):
     )
 
 
-for _name, _kernel, _autograd in (
-    ("rnn_forward", _forward_kernel, _forward_autograd),
-    ("rnn_backward", _backward_kernel, _backward_autograd),
+for _name, _kernel, _autograd, _rule in (
+    ("fusedrnn::rnn_forward", _forward_kernel, _forward_autograd, vmap.map_forward),
+    ("fusedrnn::rnn_backward", _backward_kernel, _backward_autograd, vmap.map_backward),
 ):
-    torch.library.impl(f"fusedrnn::{_name}", ("cpu", "cuda"), _kernel)
-    torch.library.impl(f"fusedrnn::{_name}", "Autograd", _autograd)
-    _rule = partial(vmap.map_operator, getattr(torch.ops.fusedrnn, _name))
-    torch.library.register_vmap(f"fusedrnn::{_name}", _rule)
+    torch.library.impl(_name, ("cpu", "cuda"), _kernel)
+    torch.library.impl(_name, "Autograd", _autograd)
+    torch.library.register_vmap(_name, _rule)

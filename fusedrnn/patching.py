@@ -6,7 +6,9 @@ classes, for models that are built afterwards. ``replace_modules`` converts an e
 
 import copy
 import functools
+import sys
 import threading
+import warnings
 from collections.abc import Callable
 from typing import Any, TypeVar
 
@@ -86,6 +88,9 @@ def _update() -> None:
             _undo.pop()()
     elif not _undo:
         _undo.append(functools.partial(_allow_rnn, *_allow_rnn(True, True)))
+        if quantize := sys.modules.get("torch.ao.quantization.quantize"):
+            mark = _with_warning(quantize.propagate_qconfig_)
+            _undo.append(_replace(quantize, mark.__name__, mark))
         for theirs, ours in _OURS.items():
             for place in _PLACES:
                 _undo.append(_replace(place, ours.__name__, ours))
@@ -118,6 +123,19 @@ def _for_both(ours: type, theirs: type, method: str) -> Callable:
         return called(self, *args, **kwargs)
 
     return shared
+
+
+def _with_warning(mark: Callable) -> Callable:
+    """Wraps the function that marks the modules to quantize, which names torch's classes."""
+
+    @functools.wraps(mark)
+    def warned(model: Any, *args: Any, **kwargs: Any) -> Any:
+        if any(type(module) in _OURS for module in model.modules()):
+            message = "torch's quantization finds no nn.LSTM or nn.GRU while torch is patched; "
+            warnings.warn(message + "call fusedrnn.unpatch() first", stacklevel=3)
+        return mark(model, *args, **kwargs)
+
+    return warned
 
 
 def _allow_rnn(default: bool, current: bool) -> tuple[bool, bool]:
@@ -217,7 +235,7 @@ def _change_class(module: torch.nn.Module, classes: _Classes) -> None:
         base = type(former.__name__, (base,), members)
     object.__setattr__(module, "__class__", base)
     if classes is _TORCHS:
-        for name in ("reset_after", "recompute"):
+        for name in ("reset_after", "recompute", "_assigned"):
             module.__dict__.pop(name, None)
         if isinstance(module, torch.nn.RNNBase):
             module._init_flat_weights()

@@ -5,7 +5,6 @@ The plan cuts the stack into launches of one layer each, or of several that run 
 autograd.
 """
 
-import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -64,15 +63,15 @@ def empty_outputs(inputs: StackInputs, config: StackConfig, save: bool) -> Stack
     input, h_0, c_0, *_ = inputs
     *rows, _ = input.shape
     D, tiles, empty = config.directions, config.spec.saved, input.new_empty
-    (Z, _, P), H, R = h_0.shape, (h_0 if c_0 is None else c_0).shape[-1], math.prod(rows)
+    (Z, _, P), H = h_0.shape, (h_0 if c_0 is None else c_0).shape[-1]
     below = config.hidden_layers if save else 0
     return StackOutputs(
         output=empty(*rows, D * P),
         h_n=empty(h_0.shape),
         c_n=None if c_0 is None else empty(c_0.shape),
-        gates=empty(Z, R, tiles * H) if save and not (config.recompute and tiles) else None,
-        cs=empty(Z, R, H) if save and c_0 is not None else None,
-        hidden=empty(below, R, D * H) if below else None,
+        gates=empty(Z, *rows, tiles * H) if save and not (config.recompute and tiles) else None,
+        cs=empty(Z, *rows, H) if save and c_0 is not None else None,
+        hidden=empty(below, *rows, D * H) if below else None,
     )
 
 
@@ -85,7 +84,7 @@ def forward(
     L, D, H = config.num_layers, config.directions, h_0.shape[-1]
     rows, below = rows_of(input, h_0.shape[1], D, sequences), config.hidden_layers if save else 0
     results = empty_outputs(inputs, config, save)
-    hidden, last = cast(Any, results.hidden), results.output.view(-1, D * H)
+    hidden, last = _rows(results.hidden), results.output.view(-1, D * H)
     outs = [hidden[n] if n < below else torch.empty_like(last) for n in range(L - 1)]
     outs.append(hidden[-1] if below == L else last)
     masks = [mask.reshape(-1, D * H) for mask in masks]
@@ -119,13 +118,13 @@ def backward(
     L, D, H = config.num_layers, config.directions, h_0.shape[-1]
     rows = rows_of(input, h_0.shape[1], D, sequences)
     masks = [mask.reshape(-1, D * H) for mask in masks]
-    hidden = [] if outputs.hidden is None else list(outputs.hidden.contiguous())
+    hidden = [] if outputs.hidden is None else list(_rows(outputs.hidden))
     if len(hidden) < L:
         hidden.append(outputs.output.reshape(-1, D * H))
     whole = _layers(inputs, outputs, hidden, masks, config)
     zeros = h_0.new_zeros(h_0.shape) if grads.h_n is None or grads.c_n is None else None
     whole_grads = Grads(
-        cs=_contiguous(grads.cs),
+        cs=_rows(grads.cs),
         h_n=zeros if grads.h_n is None else grads.h_n.contiguous(),
         c_n=None if c_0 is None else zeros if grads.c_n is None else grads.c_n.contiguous(),
         h_0=h_0.new_empty(h_0.shape),
@@ -170,17 +169,20 @@ def _layers(
         b_hh=weights[3::4] if config.has_bias else None,
         masks=tuple(m for m in (masks[0], *masks) for _ in range(D)) if masks else None,
         h_0=h_0.contiguous(),
-        c_0=_contiguous(c_0),
+        c_0=None if c_0 is None else c_0.contiguous(),
         h_n=outputs.h_n,
         c_n=outputs.c_n,
         out=tuple(out for out in outs for _ in range(D)),
-        gates=_contiguous(outputs.gates),
-        cs=_contiguous(outputs.cs),
+        gates=_rows(outputs.gates),
+        cs=_rows(outputs.cs),
     )
 
 
-def _contiguous(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.contiguous()
+def _rows(tensor: Tensor | None) -> Any:
+    """Returns a tensor ``[Z, T, B, C]``, or packed, as rows ``[Z, R, C]``."""
+    if tensor is None:
+        return None
+    return tensor.contiguous().flatten(1, -2)
 
 
 def _part(tensors: Any, launch: Launch, config: StackConfig) -> Any:

@@ -1,4 +1,8 @@
-"""The rules of ``torch.func`` for the operators of ``ops.py``."""
+"""The rules by which ``torch.func.vmap`` maps the operators of ``ops.py``.
+
+Sequences are independent, so a mapped axis of N calls with the same weights joins the batch. Where
+calls have weights, or a gradient of the weights, for themselves, they run one after the other.
+"""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,8 +26,55 @@ for _function in (has_tangents, is_transformed):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def map_operator(op: Callable, info: Any, in_dims: Sequence[Any], *arguments: Any) -> Any:
-    """Runs the mapped calls of an operator one after the other and stacks their results."""
+#: The axis of the sequences in each tensor of an operator, None where there is none.
+_FORWARD = (1, 1, 1, None, 1, 0, 1, None)
+_BACKWARD = (1, 1, 1, 2, 1, 1, 1, None, 1, 1, 2, 2, 2, 0, 1, None)
+_RESULTS = {len(_FORWARD): (1, 1, 1, 2, 2, 2), len(_BACKWARD): (1, 1, 1, None)}
+
+
+def map_forward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+    """Maps ``rnn_forward``."""
+    return _map(torch.ops.fusedrnn.rnn_forward, _FORWARD, info.batch_size, dims, arguments)
+
+
+def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
+    """Maps ``rnn_backward``, call by call if weights need a gradient."""
+    op, N = torch.ops.fusedrnn.rnn_backward, info.batch_size
+    if arguments[-1]:
+        return _one_by_one(op, N, dims, arguments)
+    return _map(op, _BACKWARD, N, dims, arguments)
+
+
+def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
+    """Runs the N calls as one, or one by one where weights are mapped or rows are packed."""
+    if arguments[len(axes) - 1] is not None or any(d is not None for d in dims[axes.index(None)]):
+        return _one_by_one(op, N, dims, arguments)
+
+    def join(tensor: Any, dim: Any, axis: int | None) -> Any:
+        if tensor is None or axis is None:
+            return tensor
+        if isinstance(tensor, (list, tuple)):
+            return [join(each, d, axis) for each, d in zip(tensor, dim, strict=True)]
+        mapped = tensor.expand(N, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        if mapped.dim() == 2 and axis:
+            return mapped[0]  # a placeholder
+        return mapped.movedim(0, axis).flatten(axis, axis + 1)
+
+    def split(tensor: Any, axis: int | None) -> Any:
+        if axis is None:
+            return tensor  # no gradient of a weight
+        if tensor.dim() == 1:
+            return tensor.expand(N, *tensor.shape)
+        return tensor.unflatten(axis, (N, tensor.shape[axis] // N)).movedim(axis, 0)
+
+    joined = [join(*each) for each in zip(arguments, dims, axes, strict=False)]
+    results = op(*joined, *arguments[len(axes) :])
+    found = tuple(split(*each) for each in zip(results, _RESULTS[len(axes)], strict=True))
+    return found, tuple([] if axis is None else 0 for axis in _RESULTS[len(axes)])
+
+
+def _one_by_one(op: Callable, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
+    """Runs the calls one after the other and stacks their results."""
 
     def nth(argument: Any, dims: Any, n: int) -> Any:
         if isinstance(argument, (list, tuple)):
@@ -35,6 +86,6 @@ def map_operator(op: Callable, info: Any, in_dims: Sequence[Any], *arguments: An
             return [torch.stack(parts) for parts in zip(*each, strict=True)]
         return torch.stack(each)
 
-    calls = [op(*nth(arguments, in_dims, n)) for n in range(info.batch_size)]
+    calls = [op(*nth(arguments, dims, n)) for n in range(N)]
     results = tuple(stacked(each) for each in zip(*calls, strict=True))
     return results, tuple([0] * len(r) if isinstance(r, list) else 0 for r in results)

@@ -218,6 +218,30 @@ def test_a_weight_changed_before_backward_is_noticed():
             output.sum().backward()
 
 
+@every_stack
+def test_assignments_to_flat_weights_act_as_in_torch(name):
+    """By index and as a whole, with gradients; a new Parameter or a conversion ends them."""
+    theirs, ours = both(name, (3, 4, 2), {})
+    x, found = input_of(name), []
+    for module in (theirs, ours):
+        w = module.weight_hh_l0.detach().clone().requires_grad_()
+        module._flat_weights[1] = w * 2
+        outputs = [output_of(module, x)]
+        grads = torch.autograd.grad(outputs[0].sum(), w)
+        module._flat_weights = [3 * p.detach() for p in module.parameters()]
+        outputs.append(output_of(module, x))
+        module.weight_hh_l0 = nn.Parameter(w.detach())
+        outputs.append(output_of(module, x))
+        module.float()
+        outputs.append(output_of(module, x))
+        found.append([*outputs, *grads])
+    assert all(map(torch.equal, *found))
+    assert [id(p) for p in ours._flat_weights] == [id(p) for p in ours.parameters()]
+    ours._flat_weights[0] = ours._flat_weights[0].double()
+    with pytest.raises(ValueError, match=r"the weights are torch\.float64"):
+        ours(x)
+
+
 @every_class
 def test_names_and_signatures_are_torchs(name):
     theirs, ours = getattr(nn, name), getattr(fusedrnn, name)

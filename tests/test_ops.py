@@ -16,10 +16,12 @@ from pairs import (
     batch,
     build,
     leaves,
+    states_for,
 )
 from torch import nn
 from torch.autograd import forward_ad
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import reference
@@ -220,6 +222,21 @@ def test_programs_exported_without_gradients_can_be_differentiated(name, kwargs,
         sources = [given, *(() if frozen else run.parameters())]
         found.append(torch.autograd.grad(loss, sources))
     assert_close(found[1], found[0])
+
+
+@pytest.mark.parametrize("needs_input", [False, True])
+@pytest.mark.parametrize("name", ["GRU", "RNN"])
+def test_flops_are_those_of_torchs_products(name, needs_input):
+    """For an LSTM on the CPU torch counts none."""
+    theirs, ours = build(name, num_layers=2, bidirectional=True)
+    x, hx, found = batch().requires_grad_(needs_input), states_for(ours, B).requires_grad_(), []
+    for module in (theirs, ours):
+        with fusedrnn.use_backend("torch"), FlopCounterMode(display=False) as counter:
+            loss = module(x, hx)[0].sum()
+            forward = counter.get_total_flops()
+            loss.backward()
+        found.append((forward, counter.get_total_flops()))
+    assert found[0] == found[1]
 
 
 def test_walkers_of_saved_tensors_meet_no_none():

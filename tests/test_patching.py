@@ -314,6 +314,23 @@ def test_scripts_run_torchs_operators(name):
     assert [p.data_ptr() for p in script.parameters()] == [p.data_ptr() for p in parameters]
 
 
+@pytest.mark.filterwarnings("ignore:torch.ao.quantization is deprecated:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
+@pytest.mark.parametrize("name", ["LSTM", "GRU", "LSTMCell"])
+def test_quantization_leaves_nothing_out_without_a_word(name):
+    quantize, model = torch.ao.quantization.quantize_dynamic, nn.Sequential(OURS[name](3, 4))
+    early = nn.Sequential(TORCHS[name](3, 4))
+    with pytest.warns(UserWarning, match="takes none of fusedrnn's modules"):
+        quantize(model)
+    with fusedrnn.patch():
+        with pytest.warns(UserWarning, match="takes none of fusedrnn's modules"):
+            quantize(model, {getattr(nn, name)})
+        with pytest.warns(UserWarning, match="finds no nn.LSTM or nn.GRU while torch is patched"):
+            quantize(early)
+    quantized = quantize(fusedrnn.to_torch(model))
+    assert "quantized" in type(quantized[0]).__module__
+
+
 def test_compiled_code_follows():
     graphs = []
 

@@ -69,8 +69,8 @@ def test_nothing_is_saved_without_gradients(cell):
     bare = stack.forward(inputs, Sequences(), config, False)
     assert bare[3:] == (None, None, None)
     kept = stack.forward(inputs, Sequences(), config, True)
-    assert kept.gates.shape == (L, T * B, spec.saved * H)
-    assert kept.hidden.shape == (L, T * B, H)
+    assert kept.gates.shape == (L, T, B, spec.saved * H)
+    assert kept.hidden.shape == (L, T, B, H)
     assert (kept.cs is None) == (spec.states == 1)
     again = stack.forward(inputs, Sequences(), config._replace(recompute=True), True)
     assert (again.gates is None) == (spec.saved > 0)
@@ -84,7 +84,7 @@ def test_shapes_of_what_is_saved_depend_on_no_length():
     for lengths in ([5, 5, 5], [1, 0, 2]):
         kept = stack.forward(inputs, Sequences(torch.tensor(lengths)), config, True)
         shapes = [t.shape for t in kept if t is not None]
-        rows = (L, T * B)
+        rows = (L, T, B)
         assert shapes == [(T, B, H), (L, B, H), (L, B, H), (*rows, 4 * H), (*rows, H), (*rows, H)]
 
 

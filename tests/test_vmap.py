@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import PackedSequence
 from torch.utils._pytree import tree_leaves, tree_map
 
 import fusedrnn
+from fusedrnn import stack, vmap
 from fusedrnn.records import Sequences, StackConfig
 from fusedrnn.reference import differentiable_stack
 
@@ -179,6 +180,33 @@ def test_plain_autograd_of_a_map_and_a_dual_number():
         dual = forward_ad.make_dual(xs[0], xs[1])
         found = [f(weights_of(module), dual)[0] for f in (call_of(module), reference_of(module))]
         assert_alike(*(forward_ad.unpack_dual(output).tangent for output in found))
+
+
+def test_vmap_over_inputs_is_one_call(monkeypatch):
+    """N calls of B sequences run as one of N * B, forward and backward."""
+    batches = []
+
+    def counted(run):
+        return lambda i, *rest: (batches.append(i.h_0.shape[1]), run(i, *rest))[1]
+
+    for name in ("forward", "backward"):
+        monkeypatch.setattr(stack, name, counted(getattr(stack, name)))
+    module = MODULES["gru"]().double()
+    with fusedrnn.use_backend("torch"):
+        TRANSFORMS["of inputs"](call_of(module), weights_of(module), inputs(N, T), None)
+    assert batches == [N * B, N * B]
+
+
+def test_rows_mapped_to_the_wrong_sequence_are_found(monkeypatch):
+    real = vmap._map
+
+    def turned(*call):
+        found, dims = real(*call)
+        return tuple(t.flip(0) if isinstance(t, torch.Tensor) else t for t in found), dims
+
+    monkeypatch.setattr(vmap, "_map", turned)
+    with pytest.raises(AssertionError):
+        check(MODULES["gru"]().double(), "inputs")
 
 
 @pytest.mark.parametrize("mapped", [True, False])
