@@ -92,7 +92,7 @@ class Call(NamedTuple):
 
     def compact(self) -> "Call":
         """Packs padded input on the CPU, so that missing steps cost nothing; reads lengths."""
-        lengths, reset, _ = self.sequences
+        lengths, reset = self.sequences[:2]
         T, B, by_sequence = self.facts.steps, self.facts.batch, self.facts.layers.batch_first
         assert lengths is not None
         starts = torch.arange(B, device="cpu") * (T if by_sequence else 1)
@@ -203,7 +203,7 @@ def prepare(
         lengths = None if lengths is None else _checked_lengths(lengths, steps, size)
         reset = None if reset is None else _checked_reset(reset, steps, size, layers.batch_first)
         of: Any = lengths, reset
-        if where.type == "cuda":  # once, for backward too, and without a wait
+        if where.type != "cpu":  # once, for backward too, and without a wait
             of = [None if t is None else t.to(where, non_blocking=True) for t in of]
         sequences = Sequences(*of)
     if hx is None:

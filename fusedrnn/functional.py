@@ -11,7 +11,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch
+from . import dispatch, measured
 from .arguments import Call, Layers, as_hx, prepare
 from .ops import ATEN, is_eager, rnn_stack
 
@@ -195,6 +195,8 @@ def _run_stack(
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     facts, layers = call.facts, call.facts.layers
+    if not facts.compiled:
+        measured.consider(call, run)
     backend, config = dispatch.decide(facts)
     if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
         hx = as_hx([state.contiguous() for state in call.states])  # cuDNN takes no strided states

@@ -10,7 +10,16 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .kernels.rows import INITIAL, PREVIOUS, SKIPPED, SLACK, Rows, origins_of, packed_rows
+from .kernels.rows import (
+    INITIAL,
+    PREVIOUS,
+    SKIPPED,
+    SLACK,
+    Rows,
+    origins_of,
+    packed_rows,
+    packed_table,
+)
 from .records import Sequences
 
 
@@ -57,11 +66,18 @@ def to_grid(rows: Tensor, index: Tensor, T: int, B: int) -> Tensor:
     return grid.index_copy(0, index, rows).unflatten(0, (T, B))
 
 
+def with_table(sequences: Sequences, B: int, device: torch.device) -> Sequences:
+    """Returns the sequences with the table of packed input, which backward needs too."""
+    if sequences.batch_sizes is None or sequences.table is not None:
+        return sequences
+    return sequences._replace(table=packed_table(sequences.batch_sizes, B, device))
+
+
 def rows_of(input: Tensor, B: int, D: int, sequences: Sequences) -> Rows:
     """Returns the rows of a call with ``input [T, B, I]``, or packed ``[R, I]``."""
-    lengths, reset, batch_sizes = sequences
+    lengths, reset, batch_sizes, table = with_table(sequences, B, input.device)
     if batch_sizes is not None:
-        return packed_rows(batch_sizes, D, input.device, reset, B)
+        return packed_rows(batch_sizes, D, input.device, reset, B, table)
     T = input.shape[0]
     if lengths is None and reset is None:
         return Rows(T, B)

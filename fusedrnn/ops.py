@@ -20,6 +20,7 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
+from .layout import with_table
 from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
 from .reference import differentiable_stack
 
@@ -28,7 +29,7 @@ _NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 ATEN: dict[str, Callable] = {name: getattr(_VF, name) for name in _NAMES}
 ATEN_CELL: dict[str, Callable] = {name: getattr(_VF, f"{name}_cell") for name in _NAMES}
 
-_SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
+_SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes, Tensor? table"
 _CONFIG = (
     "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision, "
     "bool recompute"
@@ -65,6 +66,7 @@ def rnn_stack(
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
         ``[L*D, B, H]`` each; and c of every step, ``[L*D, T, B, H]``, where it is kept.
     """
+    sequences = with_table(sequences, inputs.h_0.shape[1], inputs.input.device)
     if vmap.has_tangents() or _has_projection(inputs, config):
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
     elif _needs_dispatcher(inputs.input):

@@ -27,8 +27,8 @@ for _function in (has_tangents, is_transformed):
 
 
 #: The axis of the sequences in each tensor of an operator, None where there is none.
-_FORWARD = (1, 1, 1, None, 1, 0, 1, None)
-_BACKWARD = (1, 1, 1, 2, 1, 1, 1, None, 1, 1, 2, 2, 2, 0, 1, None)
+_FORWARD = (1, 1, 1, None, 1, 0, 1, None, None)
+_BACKWARD = (1, 1, 1, 2, 1, 1, 1, None, 1, 1, 2, 2, 2, 0, 1, None, None)
 _RESULTS = {len(_FORWARD): (1, 1, 1, 2, 2, 2), len(_BACKWARD): (1, 1, 1, None)}
 
 
@@ -47,7 +47,7 @@ def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, 
 
 def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
     """Runs the N calls as one, or one by one where weights are mapped or rows are packed."""
-    if arguments[len(axes) - 1] is not None or any(d is not None for d in dims[axes.index(None)]):
+    if arguments[len(axes) - 2] is not None or any(d is not None for d in dims[axes.index(None)]):
         return _one_by_one(op, N, dims, arguments)
 
     def join(tensor: Any, dim: Any, axis: int | None) -> Any:

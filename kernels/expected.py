@@ -21,7 +21,9 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 #: Ours is chosen up to this share of cuDNN's time: a prediction is good to 20 %.
 MARGIN = 0.8
 #: The chip of the table whose cycles stand for those of an architecture; others as sm_90.
-FAMILIES = {"sm_80": "sm_80"} | dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120"), "sm_86")
+FAMILIES = {"sm_80": "sm_80"} | dict.fromkeys(
+    ("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86"
+)
 RAGGED = 1.15  # times a dense step
 HOST_US = (60.0, 80.0)  # of the Python around a call, forward and backward
 LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
@@ -46,7 +48,7 @@ class Side(NamedTuple):
     warps: int
     instructions: int
     barriers: float
-    cycles: int  # without the hop between programs
+    cycles: int
     spills: int  # bytes of a thread
 
 
@@ -67,11 +69,6 @@ class Step(NamedTuple):
         """Returns the line as text, in the order of :meth:`heads`."""
         values = [*self.key, self.schedule, *self.forward, *self.backward]
         return [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-
-    def us(self, forward: bool, mhz: float) -> float:
-        """Returns microseconds of a step, with the hops between programs."""
-        hops = TIMINGS[self.key.chip].hop_us if self.schedule.startswith("cooperative") else 0.0
-        return (self.forward if forward else self.backward).cycles / mhz + hops
 
 
 class Figure(NamedTuple):
@@ -118,8 +115,8 @@ def read_steps() -> dict[Key, Step]:
 def read_figures() -> tuple[Figure, ...]:
     """Returns the shipped table of published steps of cuDNN."""
     return tuple(
-        Figure(*names, int(H), float(forward), float(backward), source)
-        for *names, H, forward, backward, source in _lines(PUBLISHED)
+        Figure(cell, precision, algorithm, int(H), float(forward), float(backward), source)
+        for cell, precision, algorithm, H, forward, backward, source in _lines(PUBLISHED)
     )
 
 
@@ -186,11 +183,11 @@ def _launch_us(problem: Problem, plan: Plan, chip: Chip, step: Step, T: int) -> 
         if plan.layers > step.key.layers == 1:
             larger *= 2  # a wavefront's upper layers multiply by W_ih, too
         groups = -(-problem.batch // tiles.block_b)
-        if plan.schedule.startswith("cooperative"):
+        if plan.schedule == "cooperative":
             waves = -(-groups // tiles.at_once)
         else:
             waves = -(-groups * problem.directions // chip.sms)
-        us = step.us(forward, mhz) * larger * (RAGGED if problem.ragged else 1.0)
+        us = compiled.cycles / mhz * larger * (RAGGED if problem.ragged else 1.0)
         total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
     return total
 
@@ -221,22 +218,15 @@ def figure_of(problem: Problem, I: int) -> Figure | None:
     return max(found, key=lambda figure: figure.H, default=None)
 
 
-def _products_us(problem: Problem, chip: Chip, T: int, I: int) -> float:
+def _products_us(p: Problem, chip: Chip, T: int, I: int) -> float:
     """The GEMMs over all steps, which both sides need: by peak throughput and bandwidth."""
-    p, width = problem, problem.spec.gates * problem.hidden_size * problem.directions
-    sm = TIMINGS.get(chip.arch, TIMINGS["sm_90"])
+    sm, rows, units = TIMINGS.get(chip.arch, TIMINGS["sm_90"]), T * p.batch, p.hidden_size
+    width, columns = p.spec.gates * units * p.directions, I + (p.layers - 1) * p.directions * units
+    work, moved = 2 * rows * width * columns, rows * (columns + 2 * p.layers * width)
+    if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
+        work, moved = 3 * work + 2 * rows * width * units * p.layers, 3 * moved
     flops = 4 * 4096 / sm.hmma * chip.sms * (chip.mhz or sm.mhz) / (p.dtype.itemsize / 2)
-    total, columns = 0.0, I
-    for _ in range(p.layers):
-        rows = T * p.batch
-        work = 2 * rows * width * columns
-        moved = rows * (columns + 2 * width) * p.dtype.itemsize
-        if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
-            work = 3 * work + 2 * rows * width * p.hidden_size
-            moved *= 3
-        total += max(work / flops, moved / MEMORY)
-        columns = p.hidden_size * p.directions
-    return total
+    return max(work / flops, moved * p.dtype.itemsize / MEMORY)
 
 
 def _mhz(chip: Chip, step: Step) -> float:

@@ -26,9 +26,7 @@ def constants(cell: Any, tiles: Tiles, L: int, D: int, H: int) -> tuple[Any, Til
     if made is None:
         if len(_CONSTANTS) >= 4096:
             _CONSTANTS.clear()
-        tile = Tile(
-            L, D, H, tiles.block_b, tiles.block_h, tiles.precision, tiles.k_chunks, tiles.folded
-        )
+        tile = Tile(L, D, H, tiles.block_b, tiles.block_h, tiles.precision)
         # The entry holds the tiles, so that no others can get their id.
         made = _CONSTANTS[key] = cell, tile, options_of(tiles), tiles
     return made[:3]
@@ -42,10 +40,6 @@ def options_of(tiles: Tiles) -> dict[str, Any]:
     if tiles.max_registers:
         # Otherwise ptxas may stop at 128 registers, to fit two programs on an SM, and spill.
         options["maxnreg"] = tiles.max_registers
-    if tiles.k_chunks:
-        # Cooperative programs all run at once, or the launch is refused. Their device assertion
-        # needs debug, which by itself would also check every integer sum for overflow.
-        options |= {"debug": True, "sanitize_overflow": False, "launch_cooperative_grid": True}
     return options
 
 

@@ -1,7 +1,8 @@
 """Compiles the kernels that the planner chooses and writes their predicted steps.
 
 ``python -m fusedrnn.kernels.predict`` (or ``make predict``) adds the lines that ``predicted.csv``
-lacks and prints the tables of ``docs/predicted.md``, which follow from it. It needs no GPU.
+lacks, or that are of other tiles than the planner's, and prints the tables of
+``docs/predicted.md``, which follow from it. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
+from itertools import groupby, product
 
 import torch
 
@@ -54,18 +55,26 @@ def plan_of(key: Key) -> Plan | None:
 
 def predict(key: Key) -> Step:
     """Compiles forward and backward of a line that has a plan, and predicts their steps."""
-    from . import steptime
-    from .compile import compile_plan
-    from .sass import trace
+    from .compile import compile_plan  # imports triton
 
     chosen, sides = plan_of(key), []
     assert chosen is not None
     for kernel in compile_plan(_problem(key), chosen, CHIPS[key.chip]):
-        tiles, path = kernel.tiles, trace(kernel.instructions)
-        found = steptime.predict(path, timings(key.chip), tiles.num_warps, 0, kernel.steps)
+        tiles, found = kernel.tiles, kernel.predict(key.chip)
         counts = round(found.instructions), found.barriers, round(found.cycles)
         sides.append(Side(tiles.block_b, tiles.block_h, tiles.num_warps, *counts, kernel.spills))
     return Step(key, chosen.schedule, *sides)
+
+
+def is_fresh(step: Step | None, chosen: Plan | None) -> bool:
+    """Returns whether a line is of the planner's present tiles; a kernel may still be another."""
+    if step is None or chosen is None:
+        return step is chosen
+    sides = zip((step.forward, step.backward), (chosen.forward, chosen.backward), strict=True)
+    return step.schedule == chosen.schedule and all(
+        tiles and side[:3] == (tiles.block_b, tiles.block_h, tiles.num_warps)
+        for side, tiles in sides
+    )
 
 
 def _write(steps: dict[Key, Step]) -> None:
@@ -79,16 +88,17 @@ def tables() -> Iterator[str]:
     """Yields the lines of the tables of ``docs/predicted.md``."""
     yield f"| | {' | '.join(f'H {H}' for H in SIZES)} |"
     yield f"|---{'|---' * len(SIZES)}|"
-    for chip, products, cell in product(CHIP_NAMES[:2], DTYPES, CELLS):
-        steps = (read_steps().get(Key(chip, cell, products, H, 1)) for H in SIZES)
-        mhz = timings(chip).mhz
-        times = (f"{s.us(True, mhz):.2f} / {s.us(False, mhz):.2f}" if s else "" for s in steps)
-        yield f"| {chip}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
+    for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
+        steps = (read_steps().get(Key(name, cell, products, H, 1)) for H in SIZES)
+        mhz = timings(name).mhz
+        sides = ((s.forward.cycles, s.backward.cycles) if s else () for s in steps)
+        times = (" / ".join(f"{cycles / mhz:.2f}" for cycles in both) for both in sides)
+        yield f"| {name}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
     yield "| | sm_90, inference | sm_90, training | sm_80, inference | sm_80, training |"
     yield "|---|---|---|---|---|"
-    for name in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32"):
         cases = product(CHIP_NAMES[:2], (False, True))
-        yield f"| {name} | {' | '.join(_chosen(name, *case) for case in cases)} |"
+        yield f"| {dtype} | {' | '.join(_chosen(dtype, *case) for case in cases)} |"
     yield "| KernelBench | predicted ms | published ms, H100 |"
     yield "|---|---|---|"
     chip = CHIPS["sm_90"]
@@ -104,11 +114,12 @@ def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
     """Returns the sizes of each cell at which ``auto`` takes the kernels, T 512 and B 16."""
     chip, found = CHIPS[name], []
     for cell in CELLS:
-        sizes = []
+        takes = {}
         for H in SIZES:
             problem = Problem(cell, H, 16, 1, getattr(torch, dtype), "tf32", needs_grad)
-            if judge(problem, plan_stack(problem, chip), chip, 512, H).favours_ours:
-                sizes.append(str(H))
+            takes[H] = judge(problem, plan_stack(problem, chip), chip, 512, H).favours_ours
+        runs = ([H for H, _ in run] for ours, run in groupby(takes.items(), lambda t: t[1]) if ours)
+        sizes = (f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs)
         found.append(f"{CELLS[cell]} {', '.join(sizes) or 'none'}")
     return "; ".join(found)
 
@@ -124,10 +135,13 @@ def main() -> None:
         cells = predict(Key(chip, cell, products, int(H), int(layers))).cells()
         sys.stdout.write(",".join(cells) + "\n")
         return
-    steps = read_steps()
-    for key in [k for k, s in steps.items() if (options.again or "\0") in ",".join(s.cells())]:
-        del steps[key]
-    wanted = [key for key in grid() if key not in steps and plan_of(key)]
+    again, plans = options.again or "\0", {key: plan_of(key) for key in grid()}
+    steps = {
+        key: step
+        for key, step in read_steps().items()
+        if is_fresh(step, plans.get(key)) and again not in ",".join(step.cells())
+    }
+    wanted = [key for key, chosen in plans.items() if chosen and key not in steps]
     with ProcessPoolExecutor(options.jobs) as processes:
         futures = [processes.submit(predict, key) for key in wanted]
         for number, future in enumerate(as_completed(futures), 1):

@@ -140,11 +140,7 @@ class Tiles:
     max_registers: int | None  # a thread's; None where the compiler has no such option
     precision: str  # of products, as tl.dot's input_precision
     shared_bytes: int  # an upper bound of the compiler's figure
-    # Of schedule cooperative: how the sum over H is cut (start, pieces, columns of each), how many
-    # batch tiles run at once, and how many dots share an accumulator (0: all).
-    k_chunks: tuple[tuple[int, int, int], ...] = ()
-    at_once: int = 1
-    folded: int = 0
+    at_once: int = 1  # batch tiles in a launch of schedule cooperative
 
     def __str__(self) -> str:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"

@@ -20,9 +20,10 @@ def test_a_step_of_an_lstm_worked_out_by_hand():
     reading = 4 * 16 * 1024 * 2 / 128  # cycles, the slowest part: W_hh from shared memory
     fixed = 0.65 + (100 + 150 + 270) / 1755
     assert floor() == pytest.approx(reading / 1755 + fixed)
-    read = 4 * 16 * 1024 * 2 / 64  # every gate's gradients from L2
+    read = 64 * 4 * 16 * 1024 * 2 / 132 / 24  # every gate's gradients from L2
     assert floor(forward=False) == pytest.approx(read / 1755 + fixed)
-    assert floor(problem=LSTM._replace(batch=96)) == pytest.approx(3 * floor())  # rounds of tiles
+    two, six = (floor(problem=LSTM._replace(batch=B)) for B in (32, 96))
+    assert six == pytest.approx(3 * two)  # rounds of batch tiles
     assert floor(problem=LSTM._replace(layers=2)) == pytest.approx(2 * reading / 1755 + fixed)
     two_hops = floor(problem=LSTM._replace(cell="gru_reset_before"))
     assert two_hops == pytest.approx((0.75 * reading + 350) / 1755 + 2 * (0.65 + 270 / 1755))
@@ -40,7 +41,7 @@ def test_weights_in_registers_are_not_read():
 
 def test_stepwise_reads_the_weights_from_l2_and_launches():
     large = LSTM._replace(hidden_size=2048)
-    reading = 4 * 2048 * 2048 * 2 / 64 / CHIP.sms
+    reading = 4 * 2048 * 2048 * 2 / 24 / CHIP.sms
     assert floor("stepwise", large) == pytest.approx(reading / 1755 + 2 * 1.3)  # a GEMM and a cell
 
 
