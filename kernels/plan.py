@@ -1,14 +1,12 @@
 """Chooses the schedule and the tiles of a layer from its sizes and the limits of the chip.
 
-A pure function: it neither imports triton nor touches a device. A choice comes from ``MEASURED``
-if a GPU was measured on exactly this problem, else from ``model.py``.
+A pure function: it neither imports triton nor touches a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -22,13 +20,11 @@ from .limits import (
     resident_bytes,
     slice_needs,
 )
-from .model import step_us
 from .problem import (  # noqa: F401, re-exported
     CHIPS,
     Chip,
     KernelFailed,
     LaunchRefused,
-    Measured,
     NoPlan,
     Plan,
     Problem,
@@ -39,13 +35,11 @@ from .problem import (  # noqa: F401, re-exported
 )
 from .spec import SPECS
 
-#: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
-#: be one of ``candidates``.
-MEASURED: dict[tuple[str, int, Problem], Measured] = {}
-
 #: Of a step of schedule cooperative: bytes a cycle from L2 to all SMs, and cycles of the rest, as
 #: predicted: barriers, the wait, the cell.
 L2, REST = 3100, 450
+#: Times a layer's step: the predicted step of layers that share a launch (``predicted.csv``).
+WAVEFRONT = 1.5
 
 #: Forget what was decided by another planner; ``forced`` calls them.
 CACHES: list[Callable[[], object]] = []
@@ -73,8 +67,7 @@ def _use(planner: Callable[[Problem, Chip], tuple[Plan, ...]] | None) -> None:
 def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     """Plans the launches of a stack of ``problem.layers`` layers, from the first layer up.
 
-    Each layer by itself, or as many as the chip holds as a wavefront, whichever the model finds
-    faster.
+    Each layer by itself, or as many as the chip holds as a wavefront, where that is faster.
 
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
@@ -87,29 +80,29 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
 
 @lru_cache(maxsize=4096)
 def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    best = (plan(problem._replace(layers=1), chip),) * problem.layers
-    if problem.layers > 1 and problem.directions == 1 and not problem.layer_by_layer:
-        waves, one = _wavefront(problem, chip), problem._replace(layers=1)
-        if waves and sum(
-            step_us(p, problem._replace(layers=p.layers), chip) for p in waves
-        ) < problem.layers * step_us(best[0], one, chip):
+    one, L = plan(problem._replace(layers=1), chip), problem.layers
+    alone = L == 1 or problem.directions > 1 or problem.layer_by_layer
+    if not alone and one.schedule == "cooperative":  # in the others a layer takes less than a hop
+        waves = _wavefront(problem, chip) or ()
+        steps = sum(_rounds(p, problem.batch) * (WAVEFRONT if p.layers > 1 else 1) for p in waves)
+        if waves and steps < L * _rounds(one, problem.batch):
             return waves
-    return best
+    return (one,) * L
+
+
+def _rounds(chosen: Plan, batch: int) -> int:
+    return -(-batch // (chosen.forward.block_b * chosen.forward.at_once))
 
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, chip: Chip) -> Plan:
-    """Plans one layer: as measured on such a chip, else resident, cooperative or stepwise.
+    """Plans one layer by the first schedule that takes it.
 
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
     if problem.cell not in SPECS:
         raise NoPlan(f"no kernel knows the cell {problem.cell!r}; known are {', '.join(SPECS)}")
-    found = MEASURED.get((chip.arch, chip.sms, problem))
-    if found and (chip.cooperates or found.schedule != "cooperative"):
-        best = _made(found.schedule, found.forward, found.backward, problem)
-        return replace(best, measured=found)
     refused = []
     for schedule in SCHEDULES.values():
         try:
@@ -117,27 +110,6 @@ def plan(problem: Problem, chip: Chip) -> Plan:
         except NoPlan as reason:
             refused.append(reason)
     raise NoPlan("; ".join(dict.fromkeys(map(str, refused))))
-
-
-def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
-    """Yields every plan of one layer within the limits, the model's choice of a schedule first."""
-    for name, schedule in SCHEDULES.items():
-        try:
-            best = schedule(problem, chip)
-        except NoPlan:
-            continue
-        yield best
-        pairs: list[tuple[Tiles, ...]] = []
-        if name == "resident":  # fewer warps or more rows would spill
-            rows, warps = best.forward.block_b, best.forward.num_warps
-            for r, w in product((8, 16), (2, 4, 8)):
-                if chip.warp_size // 4 <= r <= rows and warps <= w:
-                    pairs.append((replace(best.forward, block_b=r, num_warps=w),) * 2)
-        elif name == "cooperative":
-            sides = (_slices(problem, chip, forward) for forward in (True, False))
-            pairs = list(product(*([tiles for _, tiles in side] for side in sides)))
-        others = {_made(name, one, two, problem) for one, two in pairs} - {best}
-        yield from sorted(others, key=lambda other: (step_us(other, problem, chip), str(other)))
 
 
 def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
