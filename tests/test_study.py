@@ -1,14 +1,12 @@
 """``python -m fusedrnn study``: its report says what the files beside it hold."""
 
 import json
-import os
 import re
-import subprocess
-import sys
 from functools import cache
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from fusedrnn.__main__ import main
 from fusedrnn.kernels.sass import read, run_tool, trace
@@ -18,9 +16,7 @@ ROOT = Path(__file__).parents[1]
 
 def study(folder, *options):
     """The finished process; in this one Triton may interpret."""
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fusedrnn", "study", *options, "--out", str(folder)]
-    return subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    return python("-m", "fusedrnn", "study", *options, "--out", folder)
 
 
 CASES = {
