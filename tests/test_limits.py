@@ -1,11 +1,7 @@
 """The limits by themselves; ``test_compile.py`` holds them against the compiler."""
 
-from fusedrnn.kernels.limits import SliceNeeds, padded_units, resident_bytes, slice_needs
+from fusedrnn.kernels.limits import SliceNeeds, resident_bytes, slice_needs
 from fusedrnn.kernels.spec import SPECS
-
-
-def test_units_are_padded_to_a_power_of_two():
-    assert [padded_units(H) for H in (1, 16, 17, 64, 65, 256)] == [16, 16, 32, 64, 128, 256]
 
 
 def test_shared_memory_worked_out_by_hand():

@@ -120,6 +120,8 @@ def test_tiles_are_chosen_for_latency_while_programs_are_few():
     assert plan(problem(batch=1), AMD).forward.block_b == 16
     assert resident(problem(), H100).forward.precision == "ieee"  # 16-bit products are exact
     assert resident(problem(dtype=FP32), H100).forward.precision == "tf32"
+    padded = [resident(problem(hidden_size=H), H100).forward.block_h for H in (1, 16, 17, 65)]
+    assert padded == [16, 16, 32, 128]
 
 
 def test_who_runs_the_kernels_in_gluon():
