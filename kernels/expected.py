@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -27,41 +27,6 @@ RAGGED = 1.15  # times a dense step
 HOST_US = (60.0, 80.0)  # of the Python around a call, forward and backward
 LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
 MEMORY = 1.5e6  # bytes a microsecond, an A100's
-
-#: The first columns of ``predicted.csv``: chip, cell, "16-bit" or "tf32", H, layers of a launch.
-Key = tuple[str, str, str, int, int]
-
-
-class Side(NamedTuple):
-    """The columns of one direction; instructions, barriers and cycles are of one step."""
-
-    rows: float
-    units: float
-    warps: float
-    instructions: float
-    barriers: float
-    cycles: float
-    spills: float  # bytes of a thread
-
-
-class Step(NamedTuple):
-    """The kernels of one line."""
-
-    schedule: str
-    forward: Side
-    backward: Side
-
-
-class Figure(NamedTuple):
-    """A line of ``published.csv``: microseconds of a step of one layer, from H units on."""
-
-    cell: str
-    precision: str  # "fp16", "fp32" (with tf32 products) or "any"
-    algorithm: str  # cuDNN's: PERSIST_STATIC_SMALL_H, PERSIST_STATIC or STANDARD
-    H: int
-    forward: float
-    backward: float
-    source: str
 
 
 class Verdict(NamedTuple):
@@ -81,79 +46,66 @@ class Verdict(NamedTuple):
         return f"the kernels {ours}; torch's operator {theirs}"
 
 
-def _lines(path: Path) -> list[list[str]]:
+@lru_cache
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a table, with numbers as such."""
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))[1:]
-
-
-@lru_cache
-def read_steps() -> dict[Key, Step]:
-    """Returns the shipped table of predicted steps."""
-    return {
-        (chip, cell, products, int(H), int(layers)): Step(
-            schedule, Side(*map(float, numbers[:7])), Side(*map(float, numbers[7:]))
-        )
-        for chip, cell, products, H, layers, schedule, *numbers in _lines(PREDICTED)
-    }
-
-
-@lru_cache
-def read_figures() -> tuple[Figure, ...]:
-    """Returns the shipped table of published steps of cuDNN."""
-    return tuple(
-        Figure(cell, precision, algorithm, int(H), float(forward), float(backward), source)
-        for cell, precision, algorithm, H, forward, backward, source in _lines(PUBLISHED)
-    )
+        return [
+            {name: float(v) if v.replace(".", "").isdigit() else v for name, v in line.items()}
+            for line in csv.DictReader(file)
+        ]
 
 
 def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int) -> Verdict:
     """Returns the expected times of a call of the stack ``problem`` with T steps of I features."""
-    family, figure = FAMILIES.get(chip.arch, "sm_90"), figure_of(problem, I)
+    family, figure = FAMILIES.get(chip.arch, "sm_90"), find_figure(problem, I)
     mhz = chip.mhz or TIMINGS.get(chip.arch, TIMINGS[family]).mhz
     both = _products_us(problem, chip.sms * mhz / TIMINGS[family].hmma, T, I)
     theirs, source = None, "published nowhere"
     if figure:  # persistent kernels run directions side by side, as far as is known
-        times = problem.layers * (problem.directions if figure.algorithm == "standard" else 1)
-        step = figure.forward + figure.backward * problem.needs_grad
-        theirs, source = both + T * times * step, figure.source
+        times = problem.layers * (problem.directions if figure["algorithm"] == "standard" else 1)
+        step = figure["forward"] + figure["backward"] * problem.needs_grad
+        theirs, source = both + T * times * step, figure["source"]
     ours = both + sum(HOST_US[: 1 + problem.needs_grad])
     for plan in plans:
-        key = find_key(problem, plan, family) if chip.warp_size == 32 else None
-        if key is None:
+        line = find_line(problem, plan, family) if chip.warp_size == 32 else None
+        if line is None:
             unknown = f"not predicted for schedule {plan.schedule} on {chip.name}"
             return Verdict(None, theirs, (unknown, source))
-        ours += _launch_us(problem, plan, chip.sms, mhz, key, T)
+        ours += _launch_us(problem, plan, chip.sms, mhz, line, T)
     return Verdict(ours, theirs, (f"predicted: {family}'s cycles at {mhz:.0f} MHz", source))
 
 
-def find_key(problem: Problem, plan: Plan, family: str) -> Key | None:
-    """Returns the key of the next larger H of the same schedule, None if there is none."""
+def find_line(problem: Problem, plan: Plan, family: str) -> dict[str, Any] | None:
+    """Returns the line of the next larger H of the same schedule, None if there is none."""
     cell = "rnn_tanh" if problem.cell == "rnn_relu" else problem.cell
     products = "16-bit" if problem.dtype.itemsize == 2 else problem.precision
+    wanted = {"chip": family, "cell": cell, "products": products, "schedule": plan.schedule}
     fitting = [
-        key
-        for key, step in read_steps().items()
-        if (*key[:3], step.schedule) == (family, cell, products, plan.schedule)
-        and key[3] >= problem.hidden_size
-        and key[4] <= plan.layers
+        line
+        for line in read(PREDICTED)
+        if wanted.items() <= line.items()
+        and problem.hidden_size <= line["H"]
+        and line["layers"] <= plan.layers
     ]
-    return min(fitting, key=lambda key: (key[3], -key[4]), default=None)
+    return min(fitting, key=lambda line: (line["H"], -line["layers"]), default=None)
 
 
-def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, key: Key, T: int) -> float:
+def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, line: dict[str, Any], T: int) -> float:
     """Forward and backward of one plan, all its programs one wave after the other."""
-    total, step, together = 0.0, read_steps()[key], plan.schedule == "cooperative"
-    hop_us = TIMINGS[key[0]].hop_us * together  # it does not grow with what a program computes
-    for side, tiles in ((step.forward, plan.forward), (step.backward, plan.backward)):
+    total, sm, together = 0.0, TIMINGS[line["chip"]], plan.schedule == "cooperative"
+    hop_us = sm.hop_us * together  # it does not grow with what a program computes
+    for side, tiles in (("fw", plan.forward), ("bw", plan.backward)):
         if tiles is None:
             continue
         # A wavefront's upper layers multiply by W_ih, too.
-        larger = 2.0 if plan.layers > key[4] == 1 else 1.0
-        larger *= max(1.0, tiles.block_b / side.rows) * max(1.0, tiles.block_h / side.units)
+        larger = 2.0 if plan.layers > line["layers"] == 1 else 1.0
+        larger *= max(1.0, tiles.block_b / line[f"{side}_rows"])
+        larger *= max(1.0, tiles.block_h / line[f"{side}_units"])
         larger *= RAGGED if p.ragged else 1.0
         groups = -(-p.batch // tiles.block_b)
         waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // sms)
-        us = hop_us + (side.cycles - hop_us * TIMINGS[key[0]].mhz) / mhz * larger
+        us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / mhz * larger
         total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
     return total
 
@@ -170,8 +122,12 @@ def _products_us(p: Problem, speed: float, T: int, I: int) -> float:
     )
 
 
-def figure_of(p: Problem, I: int) -> Figure | None:
-    """Returns the published step of cuDNN, by the algorithm that torch takes (``RNN.cpp``)."""
+def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
+    """Returns the published step of cuDNN, by the algorithm that torch takes (``RNN.cpp``).
+
+    Algorithms are PERSIST_STATIC_SMALL_H, PERSIST_STATIC and STANDARD; a figure holds from its H
+    up to that of the next line; "fp32" has tf32 products.
+    """
     cell, H = "rnn" if p.cell.startswith("rnn") else p.cell, p.hidden_size
     precision = {torch.float16: "fp16", torch.float32: "fp32", torch.bfloat16: "bf16"}.get(p.dtype)
     if precision is None or (precision == "fp32" and p.precision != "tf32"):
@@ -184,11 +140,12 @@ def figure_of(p: Problem, I: int) -> Figure | None:
             algorithm = "small"
         elif alone and H % 128 == I % 128 == p.batch % 8 == 0 and H <= 1024 and p.batch <= 128:
             algorithm = "static"
+    wanted = {"cell": cell, "algorithm": algorithm}
     found = [
         figure
-        for figure in read_figures()
-        if (figure.cell, figure.algorithm) == (cell, algorithm)
-        and figure.precision in (precision, "any")
-        and figure.H <= H
+        for figure in read(PUBLISHED)
+        if wanted.items() <= figure.items()
+        and figure["precision"] in (precision, "any")
+        and figure["H"] <= H
     ]
-    return max(found, key=lambda figure: figure.H, default=None)
+    return max(found, key=lambda figure: figure["H"], default=None)

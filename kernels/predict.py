@@ -13,10 +13,11 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from itertools import groupby, product
+from typing import Any
 
 import torch
 
-from .expected import PREDICTED, Key, Side, Step, judge, read_steps
+from .expected import PREDICTED, judge, read
 from .latencies import timings
 from .plan import cooperative, plan, plan_stack
 from .problem import CHIPS, NoPlan, Plan, Problem
@@ -30,6 +31,12 @@ KERNELBENCH = {
     35: ("lstm", 1, "16.9 to 29.4"), 38: ("lstm", 2, "32.0 to 56.9"),
     39: ("gru", 1, "21.7 to 39.1"), 41: ("gru", 2, "42.6 to 77.5"),
 }  # fmt: skip
+Key = tuple[str, str, str, int, int]
+Line = dict[str, Any]
+KEY = ("chip", "cell", "products", "H", "layers")
+#: Of each direction; instructions, barriers and cycles are of one step.
+SIDE = ("rows", "units", "warps", "instructions", "barriers", "cycles", "spills")
+COLUMNS = (*KEY, "schedule", *(f"{side}_{name}" for side in ("fw", "bw") for name in SIDE))
 
 
 def grid() -> dict[Key, Plan]:
@@ -52,40 +59,43 @@ def _problem(key: Key) -> Problem:
     return Problem(cell, H, 16, 1, DTYPES[products], "tf32", True, layers)
 
 
-def is_fresh(step: Step, chosen: Plan) -> bool:
-    """Returns whether a line has the planner's present tiles; its kernel may still be another."""
-    tiles = (chosen.forward, chosen.backward)
-    sizes = [(each.block_b, each.block_h, each.num_warps) for each in tiles if each]
-    return (step.schedule, [side[:3] for side in step[1:]]) == (chosen.schedule, sizes)
+def planned(key: Key, chosen: Plan) -> Line:
+    """Returns the columns that the planner decides; a line with others is stale."""
+    line: Line = dict(zip(KEY, key, strict=True)) | {"schedule": chosen.schedule}
+    for side, t in (("fw", chosen.forward), ("bw", chosen.backward)):
+        sizes = (t.block_b, t.block_h, t.num_warps) if t else ()
+        line |= {f"{side}_{name}": n for name, n in zip(SIDE, sizes, strict=False)}
+    return line
 
 
-def predict(key: Key, chosen: Plan) -> Step:
+def predict(key: Key, chosen: Plan) -> Line:
     """Compiles forward and backward of a line, and predicts their steps."""
     from .compile import compile_plan  # imports triton
 
-    sides = []
-    for kernel in compile_plan(_problem(key), chosen, CHIPS[key[0]]):
-        tiles, found = kernel.tiles, kernel.predict(key[0])
-        counts = round(found.instructions), found.barriers, round(found.cycles)
-        sides.append(Side(tiles.block_b, tiles.block_h, tiles.num_warps, *counts, kernel.spills))
-    return Step(chosen.schedule, *sides)
+    line, kernels = planned(key, chosen), compile_plan(_problem(key), chosen, CHIPS[key[0]])
+    for side, kernel in zip(("fw", "bw"), kernels, strict=True):
+        found = kernel.predict(key[0])
+        counts = round(found.instructions), found.barriers, round(found.cycles), kernel.spills
+        line |= {f"{side}_{name}": n for name, n in zip(SIDE[3:], counts, strict=True)}
+    return line
 
 
-def line(key: Key, step: Step) -> str:
+def text(line: Line) -> str:
     """Returns a line of ``predicted.csv``."""
-    numbers = (f"{number:g}" for side in step[1:] for number in side)
-    return ",".join([*map(str, key), step.schedule, *numbers])
+    values = (line[name] for name in COLUMNS)
+    return ",".join(v if isinstance(v, str) else f"{v:g}" for v in values)
 
 
 def tables() -> Iterator[str]:
     """Yields the lines of the tables of ``docs/predicted.md``."""
     yield f"| | {' | '.join(f'H {H}' for H in SIZES)} |"
     yield f"|---{'|---' * len(SIZES)}|"
+    lines = {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
     for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
-        steps = (read_steps().get((name, cell, products, H, 1)) for H in SIZES)
+        found = (lines.get((name, cell, products, H, 1)) for H in SIZES)
         mhz = timings(name).mhz
         times = (
-            " / ".join(f"{s.cycles / mhz:.2f}" for s in step[1:]) if step else "" for step in steps
+            f"{f['fw_cycles'] / mhz:.2f} / {f['bw_cycles'] / mhz:.2f}" if f else "" for f in found
         )
         yield f"| {name}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
     yield "| | sm_90, inference | sm_90, training | sm_80, inference | sm_80, training |"
@@ -129,24 +139,25 @@ def main() -> None:
     plans = grid()
     if options.line:
         (key,) = (key for key in plans if ",".join(map(str, key)) == options.line)
-        sys.stdout.write(line(key, predict(key, plans[key])) + "\n")
+        sys.stdout.write(text(predict(key, plans[key])) + "\n")
         return
-    again, steps = options.again or "\0", read_steps()
-    stale = [k for k, s in steps.items() if k not in plans or not is_fresh(s, plans[k])]
-    for key in {*stale, *(key for key, step in steps.items() if again in line(key, step))}:
-        del steps[key]
-    wanted = [key for key in plans if key not in steps]
-    heads = [f"{side}_{name}" for side in ("fw", "bw") for name in Side._fields]
+    lines = {
+        key: line
+        for key, chosen in plans.items()
+        for line in read(PREDICTED)
+        if planned(key, chosen).items() <= line.items()
+        and not (options.again and options.again in text(line))
+    }
+    wanted = [key for key in plans if key not in lines]
     with ProcessPoolExecutor(options.jobs) as processes:
         futures = {processes.submit(predict, key, plans[key]): key for key in wanted}
         for number, future in enumerate(as_completed(futures), 1):
-            key = futures[future]
-            steps[key] = future.result()
-            sys.stderr.write(f"{number}/{len(wanted)} {line(key, steps[key])}\n")
+            line = lines[futures[future]] = future.result()
+            sys.stderr.write(f"{number}/{len(wanted)} {text(line)}\n")
             # Written after each, so that an interrupted run goes on where it ended.
-            lines = [",".join(["chip,cell,products,H,layers,schedule", *heads])]
-            lines += [line(key, steps[key]) for key in plans if key in steps]
-            PREDICTED.write_text("\n".join(lines) + "\n", encoding="utf-8")
+            found = [",".join(COLUMNS), *(text(lines[key]) for key in plans if key in lines)]
+            PREDICTED.write_text("\n".join(found) + "\n", encoding="utf-8")
+    read.cache_clear()
     sys.stdout.write("\n".join(tables()) + "\n")
 
 

@@ -10,13 +10,13 @@ import torch
 
 from bench import references
 from fusedrnn.kernels import expected, predict
-from fusedrnn.kernels.expected import Figure, Side, Step, figure_of, find_key, judge
+from fusedrnn.kernels.expected import PREDICTED, PUBLISHED, find_figure, find_line, judge, read
 from fusedrnn.kernels.plan import cooperative, plan_stack
 from fusedrnn.kernels.problem import CHIPS, Problem
 
 ROOT, H100 = Path(__file__).parents[1], CHIPS["sm_90"]
 LSTM = Problem("lstm", 64, 8, 1, torch.float16, "tf32", True)
-SHIPPED = expected.read_steps()
+SHIPPED = read(PREDICTED)
 TICK = 1755  # cycles of a microsecond
 
 
@@ -24,16 +24,16 @@ TICK = 1755  # cycles of a microsecond
 def tables(monkeypatch):
     """Round numbers: a step takes 1 us forward and 2 us backward; nothing is free but the host."""
     sizes = {("lstm", 64): 64, ("rnn_tanh", 64): 64, ("lstm", 512): 8, ("lstm", 1024): 8}
-    steps = {
-        ("sm_90", cell, "16-bit", H, 1): Step(
-            "resident_nvidia" if units == 64 else "cooperative",
-            *(Side(8, units, 4, 100, 1, n * TICK, 0) for n in (1, 2)),
-        )
+    shared = {"chip": "sm_90", "products": "16-bit", "layers": 1, "fw_rows": 8, "bw_rows": 8}
+    shared |= {"fw_cycles": TICK, "bw_cycles": 2 * TICK}
+    lines = [
+        shared | {"cell": cell, "H": H, "fw_units": units, "bw_units": units}
+        | {"schedule": "resident_nvidia" if units == 64 else "cooperative"}
         for (cell, H), units in sizes.items()
-    }
-    figures = tuple(Figure("lstm", "fp16", "small", H, 3.0 * H, 5.0, "X") for H in (1, 64))
-    monkeypatch.setattr(expected, "read_steps", lambda: steps)
-    monkeypatch.setattr(expected, "read_figures", lambda: figures)
+    ]  # fmt: skip
+    figure = {"cell": "lstm", "precision": "fp16", "algorithm": "small", "source": "X"}
+    figures = [figure | {"H": H, "forward": 3.0 * H, "backward": 5.0} for H in (1, 64)]
+    monkeypatch.setattr(expected, "read", {PREDICTED: lines, PUBLISHED: figures}.get)
     monkeypatch.setattr(expected, "MEMORY", 1e30)
     monkeypatch.setattr(expected, "LAUNCH_US", 0.0)
     monkeypatch.setattr(expected, "HOST_US", (0.0, 0.0))
@@ -108,35 +108,36 @@ def test_theirs_and_the_margin(tables):
     ],
 )
 def test_cudnns_algorithm(changes, I, algorithm):
-    figure = figure_of(LSTM._replace(**changes), I)
-    assert (figure and figure.algorithm) == algorithm
+    figure = find_figure(LSTM._replace(**changes), I)
+    assert (figure and figure["algorithm"]) == algorithm
 
 
 def test_published_figures_hold_from_their_h_on():
-    at = [figure_of(LSTM._replace(hidden_size=H), 64).H for H in (16, 64, 65, 79, 80, 128)]
+    sizes = (16, 64, 65, 79, 80, 128)
+    at = [find_figure(LSTM._replace(hidden_size=H), 64)["H"] for H in sizes]
     assert at == [1, 1, 65, 65, 80, 80]
-    for figure in expected.read_figures():
-        assert figure.source.startswith(("published: ", "derived: "))
-        assert 0 < figure.forward < figure.backward
+    for figure in read(PUBLISHED):
+        assert figure["source"].startswith(("published: ", "derived: "))
+        assert 0 < figure["forward"] < figure["backward"]
 
 
 def test_the_shipped_steps_are_of_the_planners_kernels():
     """A plan that changes makes lines of the table stale: `make predict` makes them again."""
-    plans = predict.grid()
-    assert 100 < len(plans) < 200
-    assert SHIPPED.keys() == plans.keys()
-    assert [key for key, step in SHIPPED.items() if not predict.is_fresh(step, plans[key])] == []
-    assert max(side.spills for step in SHIPPED.values() for side in step[1:]) <= 64
+    expected_lines = [predict.planned(*each) for each in predict.grid().items()]
+    assert 100 < len(expected_lines) == len(SHIPPED) < 200
+    for decided, line in zip(expected_lines, SHIPPED, strict=True):
+        assert decided.items() <= line.items()
+        assert max(line["fw_spills"], line["bw_spills"]) <= 64
 
 
 def test_the_next_larger_line_stands_for_a_size_between():
     for H, line in ((65, 128), (128, 128), (200, 256), (300, 512)):
         problem = LSTM._replace(hidden_size=H)
         plan, *_ = plan_stack(problem, H100)
-        assert find_key(problem, plan, "sm_90")[3] == line
-    assert find_key(problem._replace(hidden_size=1025), plan, "sm_90") is None
+        assert find_line(problem, plan, "sm_90")["H"] == line
+    assert find_line(problem._replace(hidden_size=1025), plan, "sm_90") is None
     wavefront = LSTM._replace(hidden_size=256, layers=3)
-    assert find_key(wavefront, cooperative(wavefront, H100), "sm_90")[4] == 2
+    assert find_line(wavefront, cooperative(wavefront, H100), "sm_90")["layers"] == 2
 
 
 FRESH = ["sm_90,lstm,16-bit,32,1"]
@@ -148,7 +149,7 @@ def test_a_shipped_step_is_that_of_a_fresh_binary(key):
     environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
     command = [sys.executable, "-m", "fusedrnn.kernels.predict", "--line", key]
     done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
-    assert done.stdout.strip() in expected.PREDICTED.read_text().splitlines(), done.stderr
+    assert done.stdout.strip() in PREDICTED.read_text().splitlines(), done.stderr
 
 
 def test_published_times_of_kernelbench():
