@@ -125,6 +125,7 @@ def test_a_refused_launch_is_planned_again(monkeypatch):
     monkeypatch.setattr(layer, "_schedule", lambda name: Schedule(name=name))
     monkeypatch.setattr(stack, "refuse_cooperation", refused.append)
     monkeypatch.setattr(layer.planning, "plan_stack", plan_stack)
+    monkeypatch.setattr(layer, "_launches", layer._launches.__wrapped__)
     config = config_of("gru", backend="triton")
     with pytest.warns(RuntimeWarning, match="refused a cooperative launch .too few SMs."):
         outputs = stack.forward(inputs_of(config, torch.float32), Sequences(), config, False)
