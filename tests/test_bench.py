@@ -46,12 +46,15 @@ def rows_in(folder, name="results.csv"):
         (["imdb", "--imdb", "/nowhere/imdb.npz"], "/nowhere/imdb.npz cannot be read: No"),
         (["cpu", "--only", "sine-7"], "there is no case 'sine-7'; similar names are"),
         (["report", "/nowhere"], "/nowhere has no results that can be read"),
+        (["compare", "/nowhere"], "/nowhere cannot be read: [Errno 2]"),
+        (["lesson", "nothing"], "there is no lesson 'nothing'"),
+        (["gpu", "--only", "sweep,nothing"], "--only: there is no step nothing"),
+        (["gpu"], "gpu needs a CUDA device"),
         (["sine", "--out", "/dev/null/x"], "no results can be written to /dev/null/x: Not"),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2(argv, sentence, capsys):
-    if "cuda" in argv and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_bad_input_is_a_sentence_and_exit_code_2(argv, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(argv) == 2
     error = capsys.readouterr().err
     command = "demo" if argv[0].startswith("-") else argv[0]
