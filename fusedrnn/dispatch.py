@@ -9,8 +9,6 @@ Backends, best first:
 ``auto`` runs the first that does not refuse. A named backend runs, or raises with its refusal.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import threading
@@ -25,7 +23,7 @@ import torch
 from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
-from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
+from .kernels.problem import Chip, NoPlan, Plan, Problem, chip_of
 from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
@@ -38,9 +36,6 @@ _PREFERENCE = ("triton", "aten", "torch")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A threading.local and not a ContextVar, at which TorchDynamo breaks the graph.
 _local = threading.local()
-# A look-up in os.environ raises and catches two exceptions when a variable is not set.
-_environ: Any = getattr(os.environ, "_data", {})
-_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -99,10 +94,8 @@ def requested_backend() -> tuple[str, str]:
 
 
 def is_auto() -> bool:
-    """Returns whether no backend is named; a fast path of ``requested_backend``."""
-    if torch.compiler.is_compiling():
-        return requested_backend()[0] == "auto"
-    return getattr(_local, "backend", None) is None and _KEY not in _environ
+    """Returns whether no backend is named."""
+    return requested_backend()[0] == "auto"
 
 
 def precision() -> str:
@@ -114,7 +107,10 @@ def precision() -> str:
     name = getattr(_local, "precision", None)
     if name is not None:
         return name
-    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    else:
+        switch = torch._C._get_fp32_precision_getter("cuda", "rnn")  # the same, sooner
     return "tf32" if switch == "tf32" else "ieee"
 
 
@@ -153,8 +149,12 @@ class _Kernels(NamedTuple):
     interpreted: bool
 
 
-#: The backend, None if the named one refuses, and the refusals before it.
-_Choice = tuple[str | None, tuple[tuple[str, str], ...]]
+class Choice(NamedTuple):
+    """The choice for one call."""
+
+    backend: str | None  # None if the named one refuses
+    refused: tuple[tuple[str, str], ...]  # the backends before it, each with its reason
+    config: StackConfig | None  # how the operator runs the call
 
 
 def choose(facts: Facts) -> str:
@@ -164,21 +164,18 @@ def choose(facts: Facts) -> str:
         NotImplementedError: the named backend refuses; the message is the reason.
         ValueError: ``FUSEDRNN_BACKEND`` names no backend.
     """
-    requested = "auto" if is_auto() else requested_backend()[0]
+    return decide(facts)[0]
+
+
+def decide(facts: Facts) -> tuple[str, StackConfig]:
+    """Returns the backend that runs a call, and how the operator does; raises as ``choose``."""
+    requested, _ = requested_backend()
     # A compiler has symbols for sizes, which have no hash.
-    decide = _decide if facts.compiled else _decided
-    backend, refused = decide(facts, requested, _kernels(facts, requested))
-    if backend is None:
+    make = _decide if facts.compiled else _decided
+    backend, refused, config = make(facts, requested, _kernels(facts, requested))
+    if backend is None or config is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
-    return backend
-
-
-def config_of(facts: Facts, backend: str) -> StackConfig:
-    """Returns how the operator runs a call."""
-    layers, products = facts.layers, precision() if backend == "triton" else "ieee"
-    backend = "auto" if backend == "triton" and is_auto() else backend
-    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
-    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
+    return backend, config
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,10 +194,7 @@ class Explanation:
 
     def __str__(self) -> str:
         chosen = self.backend or "none, the call would raise"
-        lines = [
-            str(self.facts),
-            f"backend: {chosen} (asked for: {self.requested}, {self.source})",
-        ]
+        lines = [f"{self.facts}\nbackend: {chosen} (asked for: {self.requested}, {self.source})"]
         lines += [f"precision: {self.precision}"] if self.precision else []
         lines += self.layers
         lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
@@ -239,8 +233,8 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     facts = prepare(*inputs, **options).facts
     requested, source = requested_backend()
     kernels = _kernels(facts, requested)
-    backend, refused = _decide(facts, requested, kernels)
-    compiled, _ = _decide(facts._replace(compiled=True), requested, kernels)
+    backend, refused, _ = _decide(facts, requested, kernels)
+    compiled, *_ = _decide(facts._replace(compiled=True), requested, kernels)
     lines, first, used = [], 0, None
     if backend == "triton" and kernels:
         used = kernels.precision if facts.dtype == torch.float32 else None
@@ -276,10 +270,12 @@ def _kernels(facts: Facts, requested: str) -> _Kernels | None:
         return None
     # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
     chip = None if facts.compiled else chip_of(facts.device)
-    return _Kernels(chip, precision(), _interpreting())
+    products = precision() if facts.dtype == torch.float32 else "ieee"
+    needs_interpreter = facts.device.type == "cpu" or facts.dtype == torch.bfloat16
+    return _Kernels(chip, products, needs_interpreter and _interpreting())
 
 
-def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
+def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
     """Returns the first backend that does not refuse."""
     refused: list[tuple[str, str]] = []
     for backend in _PREFERENCE if requested == "auto" else (requested,):
@@ -292,9 +288,13 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
         else:
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
-            return backend, tuple(refused)
+            layers, by = facts.layers, kernels if backend == "triton" else None
+            how = (requested, by.precision) if by else (backend, "ieee")
+            sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+            config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
+            return Choice(backend, tuple(refused), config)
         refused.append((backend, reason))
-    return None, tuple(refused)
+    return Choice(None, tuple(refused), None)
 
 
 _decided = lru_cache(maxsize=4096)(_decide)
@@ -350,11 +350,6 @@ def _expected_slower(
     problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int
 ) -> str | None:
     """Returns why torch's own operator is the better choice on a GPU, or None."""
-    found = [plan.measured for plan in plans if plan.measured]
-    if len(found) == len(plans):
-        if sum(m.us for m in found) <= sum(m.torch_us for m in found):
-            return None
-        return f"torch.nn was faster: {found[0]}"
     verdict = judge(problem, plans, chip, T, I)
     return None if verdict.favours_ours else f"it is not expected to be faster: {verdict}"
 

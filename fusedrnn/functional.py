@@ -4,8 +4,6 @@
 modules are a thin layer over this file.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any
@@ -178,22 +176,20 @@ def rnn(
         ValueError, RuntimeError, AttributeError, NotImplementedError: as ``lstm``; ValueError also
             for another nonlinearity.
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    check_nonlinearity(nonlinearity)
     return _run_stack(f"rnn_{nonlinearity}", input, hx, params, **options)
 
 
+def check_nonlinearity(name: str) -> None:
+    """Raises torch's ValueError for another function than tanh or relu."""
+    if name not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
+
+
 def _run_stack(
-    cell: str,
-    input: Any,
-    hx: Any,
-    params: Sequence[Tensor],
-    *,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
-    **layers: Any,
+    cell: str, input: Any, hx: Any, params: Any, *, lengths: Any = None, reset: Any = None, **o: Any
 ) -> Any:
-    return run(prepare(cell, input, hx, params, Layers(**layers), lengths, reset))
+    return run(prepare(cell, input, hx, params, Layers(**o), lengths, reset))
 
 
 def run(call: Call) -> Any:
@@ -201,7 +197,7 @@ def run(call: Call) -> Any:
     facts, layers = call.facts, call.facts.layers
     if not facts.compiled:
         measured.consider(call, run)
-    backend = dispatch.choose(facts)
+    backend, config = dispatch.decide(facts)
     if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
         hx = as_hx([state.contiguous() for state in call.states])  # cuDNN takes no strided states
         dropout = layers.dropout if layers.training else 0.0
@@ -215,7 +211,6 @@ def run(call: Call) -> Any:
     else:
         if backend == "torch" and "lengths" in facts.ragged and is_eager(call.input):
             call = call.compact()
-        config = dispatch.config_of(facts, backend)
         output, states, _ = rnn_stack(call.stack_inputs(), call.sequences, config)
     # As torch's, the output is then no view, and detach_() takes it; others save it for backward.
     in_place = backend == "torch" or (backend == "aten" and facts.cell != "lstm")

@@ -5,8 +5,6 @@ It does where ``torch.backends.cudnn.benchmark`` is set, by which a user asks cu
 rest of the process, instead of what it would expect.
 """
 
-from __future__ import annotations
-
 import os
 import warnings
 from collections.abc import Callable, Sequence

@@ -4,8 +4,6 @@
 classes, for models that are built afterwards. ``replace_modules`` converts an existing model.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import sys
@@ -31,7 +29,7 @@ _FLAT = {"_flat_weights", "_flat_weight_refs"}
 _PLACES = (torch.nn, torch.nn.modules, torchs_rnn)
 
 _lock = threading.Lock()
-_active: dict[Patch, int] = {}  # how many blocks of each are open; 0 for a plain call
+_active: dict["Patch", int] = {}  # how many blocks of each are open; 0 for a plain call
 _undo: list[Callable[[], object]] = []  # restores what patching changed; empty while not patched
 
 

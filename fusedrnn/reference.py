@@ -68,6 +68,11 @@ _CELLS: dict[str, Callable] = {
 _GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 
 
+def saved_gates(cell: str, gx: Tensor, h: Tensor, c: State, w: Weights) -> Tensor:
+    """Returns the tiles ``[R, S*H]`` that a kernel saves, of many steps at once."""
+    return torch.cat(_CELLS[cell](gx, h, c, w)[2], -1)
+
+
 def gates_of(cell: str, gx: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
     """Returns the activated gates of many steps at once, by name.
 
@@ -101,7 +106,7 @@ def differentiable_stack(
 
     Returns:
         output ``[T, B, D*P]``, h_n ``[L*D, B, P]``, c_n or None, and c of every step
-        ``[L*D, R, H]`` or None.
+        ``[L*D, T, B, H]`` or None.
     """
     B, sizes = h_0.shape[1], sequences.batch_sizes
     T = input.shape[0] if sizes is None else len(sizes)
@@ -124,12 +129,12 @@ def differentiable_stack(
             outputs.append(out)
             h_n.append(h)
             c_n.append(c)
-            cs += [every_c.flatten(0, 1)] if every_c is not None else []
+            cs += [every_c] if every_c is not None else []
         input = torch.cat(outputs, -1)
         if dropout_masks and layer < len(weights) - 1:
             input = input * dropout_masks[layer]
     if sizes is not None:
-        input, cs = input.flatten(0, 1)[index], [c[index] for c in cs]
+        input, cs = input.flatten(0, 1)[index], [c.flatten(0, 1)[index] for c in cs]
     if c_0 is None:
         return input, torch.stack(h_n), None, None
     return input, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)

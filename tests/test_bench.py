@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import report, run
+from bench import host, report, run
 from bench.__main__ import COMMANDS, main
 from bench.cases import named
 from bench.measure import BenchmarkCase, Settings, in_fresh_process, interleaved
@@ -221,3 +221,11 @@ def test_adapters_convert_weights_without_losing_any(provider):
         w_hh.flatten().sort().values, case.weights["weight_hh_l0"].flatten().sort()[0]
     )
     assert w_ih.numel() == 32
+
+
+def test_host_times_a_call_up_to_its_launches_and_the_cells(monkeypatch):
+    _, *lines = in_fresh_process(host.stack_lines)
+    assert [line.split()[0] for line in lines] == list(host.GOALS)
+    assert all(0 < float(n) < 1e5 for line in lines for n in line.split()[1:])
+    monkeypatch.setattr(host, "_us", lambda call: float(len(call())))
+    assert len(host.cell_lines()) == 1 + 18

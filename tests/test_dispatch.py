@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from dataclasses import replace
 
 import pytest
 import torch
@@ -151,15 +150,6 @@ def test_no_plan_is_a_reason(cuda, monkeypatch):
     monkeypatch.setattr(planning, "plan_stack", no_plan)
     assert choose(facts(cuda)) == "aten"
     assert refusal("triton", facts(cuda)) == "backend 'triton': H does not fit."
-
-
-def test_a_measurement_decides(cuda):
-    asked, chip = facts(cuda), CHIPS["sm_90"]
-    best = planning.plan(dispatch._problem(asked, "tf32"), chip)
-    for us, chosen in ((1.0, "triton"), (3.0, "aten")):
-        row = planning.Measured(best.schedule, best.forward, best.backward, us, 2.0, "a GPU")
-        with planning.forced(lambda *_, row=row: (replace(best, measured=row),)):
-            assert choose(asked) == chosen
 
 
 def test_the_plan_gets_the_whole_question(cuda, monkeypatch):

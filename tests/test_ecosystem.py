@@ -172,6 +172,22 @@ def test_onnx_by_the_older_exporter(cell, tmp_path):
     torch.testing.assert_close(torch.from_numpy(got), theirs(x), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
+def test_tensorboard_draws_torchs_operators(cell, tmp_path):
+    pytest.importorskip("tensorboard")
+    from torch.utils.tensorboard import SummaryWriter
+    from torch.utils.tensorboard._pytorch_graph import graph
+
+    ours, theirs = pair(cell)
+    with SummaryWriter(tmp_path) as writer:
+        writer.add_graph(ours, batch())
+    found = [sorted(n.op for n in graph(m, batch())[0].node) for m in (ours, theirs)]
+    assert found[0] == found[1]
+    assert f"aten::{cell.lower()}" in " ".join(found[0])
+
+
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_pyro_draws_weights(cell):
     """A Bayesian layer: its weights are samples, drawn by attribute."""
