@@ -1,7 +1,5 @@
 """Chooses the backend of a call, by the user's settings and what the backends take.
 
-Backends, best first:
-
 - ``triton``: the fused kernels, on CUDA tensors (or in Triton's interpreter, if named).
 - ``aten``: torch's own operator: cuDNN on CUDA, oneDNN or ATen on the CPU.
 - ``torch``: the recurrence step by step in plain torch (``loop.py``); takes every call.
@@ -41,12 +39,11 @@ _local = threading.local()
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Chooses the backend of every call of this thread inside the ``with`` block.
 
-    Blocks nest, and the former choice comes back when a block is left, by an exception too. It
-    takes precedence over the environment variable ``FUSEDRNN_BACKEND``.
+    Blocks nest, and take precedence over the environment variable ``FUSEDRNN_BACKEND``.
 
     Args:
-        name: ``"auto"``, ``"triton"``, ``"torch"`` or ``"aten"``. A named backend (all but
-            ``"auto"``) runs or raises ``NotImplementedError`` with the reason.
+        name: ``"auto"``, or ``"triton"``, ``"torch"`` or ``"aten"``, which run or raise
+            ``NotImplementedError`` with the reason.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -62,9 +59,8 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 def use_precision(name: str) -> AbstractContextManager[None]:
     """Chooses how this thread's triton backend multiplies fp32 inside the ``with`` block.
 
-    Without it torch's own switch decides, ``torch.backends.cudnn.rnn.fp32_precision`` (set also
-    by the older ``torch.backends.cudnn.allow_tf32``): by torch's default that is tf32. It has no
-    effect on other dtypes and other backends.
+    Without it torch's own switch decides, ``torch.backends.cudnn.rnn.fp32_precision``: by default
+    tf32. It has no effect on other dtypes and other backends.
 
     Args:
         name: ``"ieee"`` (fp32 throughout), ``"tf32"`` (operands of products rounded to 10 bits of
@@ -78,11 +74,7 @@ def use_precision(name: str) -> AbstractContextManager[None]:
 
 
 def requested_backend() -> tuple[str, str]:
-    """Returns the requested backend and its source: ``use_backend``, the environment or a default.
-
-    Raises:
-        ValueError: ``FUSEDRNN_BACKEND`` names no backend.
-    """
+    """Returns the requested backend and its source; raises ValueError for an unknown name."""
     name = getattr(_local, "backend", None)
     if name is not None:
         return name, "use_backend"
@@ -99,11 +91,7 @@ def is_auto() -> bool:
 
 
 def precision() -> str:
-    """Returns how fp32 is multiplied on triton: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``.
-
-    Follows ``use_precision``, else the switch that torch's own RNNs follow. That one getter takes
-    torch's older and newer switches alike; ``cudnn.allow_tf32`` raises when the two were mixed.
-    """
+    """Returns how triton multiplies fp32, by ``use_precision`` or the switch of torch's RNNs."""
     name = getattr(_local, "precision", None)
     if name is not None:
         return name
@@ -219,8 +207,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
 
     Returns:
         An ``Explanation`` whose text names the backend, with triton the schedule and tile sizes,
-        and why the better backends were refused. At a prompt it shows itself; in a script write
-        ``print(fusedrnn.explain(module, input))``.
+        and why the better backends were refused; a prompt shows it.
 
     Raises:
         TypeError: the module is not fusedrnn's.
@@ -251,10 +238,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
 
 
 def runs_as_one_node(facts: Facts) -> bool:
-    """Returns whether torch's operator can run inside ours, which compilers leave alone.
-
-    There it has no autograd, for which ours would have to return what it saves.
-    """
+    """Returns whether torch's operator can run inside ours, where it has no autograd."""
     layers = facts.layers
     drops_out = layers.training and layers.dropout > 0 and layers.num_layers > 1
     return not (facts.needs_grad or drops_out or "packed" in facts.ragged)
@@ -382,10 +366,7 @@ def _aten_refusal(facts: Facts, requested: str) -> str | None:
 
 
 def _loop_is_faster(facts: Facts) -> str | None:
-    """Returns why ``auto`` leaves a call on the CPU to the loop although torch's operator takes it.
-
-    ``python -m bench cpu`` measures these rules.
-    """
+    """Returns why ``auto`` prefers the loop on the CPU, by ``python -m bench cpu``, or None."""
     T, B, I, H = facts.steps, facts.batch, facts.input_size, facts.hidden_size
     if not facts.needs_grad or facts.dtype != torch.float32 or facts.autocast or facts.proj_size:
         return None
