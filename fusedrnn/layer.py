@@ -2,7 +2,7 @@
 
 Forward computes ``gx = x W_ih^T + b_ih`` for all steps in one product and runs a schedule of the
 kernels, or the loop. Backward runs it in reverse, which leaves ``dgates``, and computes from them
-the gradients of weights and input. Where gates were not saved (``recompute``), it first computes them
+the gradients of weights and input. Where gates were not saved (``recompute``), it computes them
 again, of some steps at a time (Chen et al. 2016, arXiv 1604.06174).
 """
 
