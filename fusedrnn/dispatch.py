@@ -34,6 +34,8 @@ _PREFERENCE = ("triton", "aten", "torch")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A threading.local and not a ContextVar, at which TorchDynamo breaks the graph.
 _local = threading.local()
+_environ: Any = getattr(os.environ, "_data", {})
+_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -78,7 +80,9 @@ def requested_backend() -> tuple[str, str]:
     name = getattr(_local, "backend", None)
     if name is not None:
         return name, "use_backend"
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    # A look-up in os.environ raises and catches two exceptions when a variable is not set.
+    is_set = torch.compiler.is_compiling() or _KEY in _environ
+    name = os.environ.get(ENVIRONMENT_VARIABLE) if is_set else None
     if not name:
         return "auto", "default"
     _check_name(ENVIRONMENT_VARIABLE, name, BACKENDS)
