@@ -21,7 +21,7 @@ import torch
 from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
-from .kernels.problem import Chip, NoPlan, Plan, Problem, chip_of
+from .kernels.problem import Chip, NoPlan, Problem, chip_of
 from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
@@ -321,12 +321,14 @@ def _planned_refusal(
     fields: tuple, device: torch.device, judged: tuple[int, int] | None
 ) -> str | None:
     """Returns why no kernel takes a ``Problem`` of these fields or, judged by T and I, should."""
-    problem = Problem(*fields)
+    problem, chip = Problem(*fields), chip_of(device)
     try:
-        plans = planning.plan_stack(problem, chip_of(device))
+        plans = planning.plan_stack(problem, chip)
     except NoPlan as no_plan:
         return str(no_plan)
-    return _expected_slower(problem, plans, chip_of(device), *judged) if judged else None
+    verdict = judge(problem, plans, chip, *judged) if judged else None
+    is_slower = verdict is not None and not verdict.favours_ours
+    return f"it is not expected to be faster: {verdict}" if is_slower else None
 
 
 # A compiler calls it while tracing and keeps the answer, for the planner caches. This is what
@@ -334,30 +336,21 @@ def _planned_refusal(
 _planned_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _expected_slower(
-    problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int
-) -> str | None:
-    """Returns why torch's own operator is the better choice on a GPU, or None."""
-    verdict = judge(problem, plans, chip, T, I)
-    return None if verdict.favours_ours else f"it is not expected to be faster: {verdict}"
-
-
 def _aten_refusal(facts: Facts, requested: str) -> str | None:
     """Returns why torch's operator cannot run the call, or under ``auto`` should not, or None."""
-    if facts.cell == "gru_reset_before":
-        return "torch has no operator for GRU(reset_after=False)"
-    if "lengths" in facts.ragged or "reset" in facts.ragged:
-        return "torch's operator takes no lengths and no reset"
-    if facts.states:
-        return "torch's operator keeps no state but the last"
-    if facts.recompute:
-        return "torch's operator saves all that its backward needs"
-    is_auto = requested == "auto"
-    if is_auto and facts.transformed:
-        return "torch.func has no rules for torch's operator"
-    if is_auto and facts.compiled and not runs_as_one_node(facts):
+    is_auto, is_cut = requested == "auto", bool({"lengths", "reset"} & {*facts.ragged})
+    unrolls = is_auto and facts.compiled and not runs_as_one_node(facts)
+    for refuses, reason in (
+        (facts.cell == "gru_reset_before", "torch has no operator for GRU(reset_after=False)"),
+        (is_cut, "torch's operator takes no lengths and no reset"),
+        (facts.states, "torch's operator keeps no state but the last"),
+        (facts.recompute, "torch's operator saves all that its backward needs"),
+        (is_auto and facts.transformed, "torch.func has no rules for torch's operator"),
         # And AOTAutograd fails on what oneDNN's LSTM saves for its backward (torch 2.11 to 2.13).
-        return "torch.compile unrolls torch's operator over T, and would for each T again"
+        (unrolls, "torch.compile unrolls torch's operator over T, and would for each T again"),
+    ):
+        if refuses:
+            return reason
     if facts.device.type != "cpu" or _is_gpu(facts.device):
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
