@@ -1,10 +1,9 @@
 """The layers of one launch: the input GEMM and the recurrence, forward and backward.
 
 Forward computes ``gx = x W_ih^T + b_ih`` for all steps in one product and runs a schedule of the
-kernels, or the loop on the CPU. Backward runs it in reverse, which leaves ``dgates``, and computes
-the gradients of weights and input from them. Where gates were not saved (``recompute``), backward
-first computes them again, of some steps at a time: the states that entered those are known, so they
-are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
+kernels, or the loop. Backward runs it in reverse, which leaves ``dgates``, and computes from them
+the gradients of weights and input. Where gates were not saved (``recompute``), it computes them
+again, of some steps at a time (Chen et al. 2016, arXiv 1604.06174).
 """
 
 import re
@@ -186,8 +185,7 @@ def backward(
     computed again. ``grads`` has the gradients of out, cs, h_n and c_n; h_0 and c_0 are filled.
 
     Returns:
-        dx ``[R, I]`` of the first layer, None unless it is needed, and the gradients of the weights
-        in torch's order, an empty list unless they are needed.
+        dx ``[R, I]`` of the first layer or None, and the gradients of the weights in torch's order.
     """
     D, (Z, _, H) = config.directions, layers.h_0.shape
     parts: Iterable[_Segment] = [_Segment(slice(None), layers, grads, rows)]
@@ -230,8 +228,8 @@ def _segments(
 ) -> Iterator[_Segment]:
     """Yields the segments of a layer with their gates, the last steps first.
 
-    Dense rows of one direction are cut in time. All others are one segment, because a slice of rows
-    does not hold the same steps of both directions or of all sequences.
+    A slice of rows does not hold the same steps of both directions or of all sequences, so only
+    dense rows of one direction are cut.
     """
     D, B, H = layers.h_0.shape
     left = layers.out[0].unflatten(1, (D, H)).transpose(0, 1)
@@ -282,11 +280,7 @@ def _gates(
 
 
 def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]:
-    """Makes the library's fp32 products on CUDA as exact as those in the kernels.
-
-    torch has only a process-wide switch, which is set and put back. cuBLAS has no tf32x3; ieee is
-    at least as exact.
-    """
+    """Makes the library's fp32 products on CUDA as exact as the kernels' (tf32x3: ieee)."""
     return _switched(precision) if like.is_cuda and like.dtype == torch.float32 else nullcontext()
 
 
