@@ -6,18 +6,12 @@ through shared memory, activations, and the hop from one program's store to anot
 """
 
 from .latencies import TIMINGS, Timings
-from .problem import Chip, Plan, Problem, Tiles
+from .problem import Chip, Problem, Tiles
 
 ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
 ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
 L2_BYTES = 24  # a cycle and SM: 5.5 TB/s of an H100
 LAUNCH_US = 1.3  # from kernel to kernel in a CUDA graph, on an H100
-
-
-def step_us(plan: Plan, problem: Problem, chip: Chip) -> float:
-    """Returns the floor of a step, forward and, if planned, backward, in microseconds."""
-    sides = ((plan.forward, True), (plan.backward, False))
-    return sum(floor_us(plan.schedule, problem, chip, tiles, f) for tiles, f in sides if tiles)
 
 
 def floor_us(schedule: str, problem: Problem, chip: Chip, tiles: Tiles, forward: bool) -> float:

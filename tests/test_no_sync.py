@@ -36,8 +36,8 @@ def on_device():
             sent.append(not kwargs.get("non_blocking", False))
         return result
 
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(dispatch, "choose", lambda facts: "triton")
+    with pytest.MonkeyPatch.context() as patch, dispatch.use_backend("triton"):
+        patch.setattr(dispatch, "_is_gpu", lambda device: True)
         patch.setattr(GridExecutor, "__call__", lambda *given, **_: launches.append(given))
         patch.setattr(Tensor, "to", noting)
         yield launches, sent
@@ -97,7 +97,7 @@ PLANTED = {
     "mask": lambda t: t[t > 0],
     "repeat": lambda t: torch.repeat_interleave(t.flatten().long().abs()),
 }
-WHERE = [(arguments, "dropout_masks"), (stack, "rows_of"), (stack, "backward")]
+WHERE = [(arguments.Call, "stack_inputs"), (stack, "rows_of"), (stack, "backward")]
 
 
 @pytest.mark.parametrize("look", PLANTED)
