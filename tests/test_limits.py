@@ -1,29 +1,7 @@
 """The limits by themselves; ``test_compile.py`` holds them against the compiler."""
 
-import pytest
-
-from fusedrnn.kernels.limits import (
-    OPERAND_COLUMNS,
-    k_chunks,
-    padded_units,
-    resident_bytes,
-    slice_bytes,
-)
-
-
-@pytest.mark.parametrize("H", [1, 64, 65, 100, 128, 192, 200, 384, 600, 768, 1000, 2048])
-@pytest.mark.parametrize("kind", OPERAND_COLUMNS)
-def test_chunks_cover_h_in_equally_many_pieces(H, kind):
-    chunks = k_chunks(H, kind)
-    assert len({pieces for _, pieces, _ in chunks}) == 1
-    ends = [start + pieces * width for start, pieces, width in chunks]
-    assert [start for start, _, _ in chunks] == [0, *ends[:-1]]
-    assert ends[-1] >= H
-    # Powers of two of at least an mma, and no more than an operand may have.
-    assert all(width & (width - 1) == 0 and width >= 16 for _, _, width in chunks)
-    assert all(pieces * width <= OPERAND_COLUMNS[kind] for _, pieces, width in chunks)
-    # At most a chunk is padding.
-    assert ends[-1] - H < max(pieces * width for _, pieces, width in chunks)
+from fusedrnn.kernels.limits import padded_units, resident_bytes, slice_needs
+from fusedrnn.kernels.spec import SPECS
 
 
 def test_units_are_padded_to_a_power_of_two():
@@ -34,6 +12,17 @@ def test_shared_memory_worked_out_by_hand():
     # W_hh of an LSTM with H = 128 in bf16, and 16 rows of h and of four gates.
     assert resident_bytes("16-bit", 4, 128, 8) == 4 * 128 * 128 * 2 + 16 * 5 * 128 * 2
     assert resident_bytes("tf32x3", 4, 64, 8) == 2 * resident_bytes("tf32", 4, 64, 8)
-    # 16 units of it with H = 512, and 16 rows of h.
-    assert slice_bytes("16-bit", 4, 1, 16, 16, 512) == 4 * 16 * 512 * 2 + 4 * 8 * 16 * 16 * 4
-    assert slice_bytes("tf32", 1, 2, 8, 32, 512) == 2 * 8 * 512 * 4 + 32 * 512 * 4
+
+
+def test_the_needs_of_a_slice_worked_out_by_hand():
+    # 16 units of an LSTM with H = 512 in bf16, 16 sequences, 4 warps with 128 columns each.
+    lstm = SPECS["lstm"]
+    weights, operand, sums = 4 * 16 * 512 * 2 // 512, 16 * 512 * 2 // 512, 4 * 16 * 16 // 32
+    needs = slice_needs(lstm, "16-bit", 1, True, 512, 16, 16, 4)
+    assert needs == (weights + operand + sums, 4 * 4 * 16 * 16 * 4, 4 * 8 * 2, 16 * 512 * 2)
+    # Backward the columns are those of all gates, and the rows the units alone.
+    back = slice_needs(lstm, "16-bit", 1, False, 512, 16, 16, 4)
+    assert back == (weights + 4 * operand + sums // 4, 4 * 16 * 16 * 4, needs.mma, 16 * 2048 * 2)
+    # A layer above the first holds W_ih too, and the input's part of n in the GRU is its own sum.
+    one, two = (slice_needs(SPECS["gru"], "tf32", n, True, 128, 16, 8, 4) for n in (1, 2))
+    assert (two.mma, two.shared_bytes) == (2 * one.mma, one.shared_bytes * 4 // 3)

@@ -6,7 +6,6 @@ import pytest
 import torch
 
 from fusedrnn.kernels import plan as planning
-from fusedrnn.kernels.model import LONGEST_CHAIN, dependent_mma
 from fusedrnn.kernels.plan import (
     CHIPS,
     Measured,
@@ -52,7 +51,7 @@ def test_every_plan_fits_its_chip(cell, H):
 
 
 def check(chosen, p, chip):
-    for tiles, forward in ((chosen.forward, True), (chosen.backward, False)):
+    for tiles in (chosen.forward, chosen.backward):
         assert tiles.shared_bytes <= chip.shared_bytes
         partners = -(-p.hidden_size // tiles.block_h)
         if chosen.schedule.startswith("resident"):
@@ -62,10 +61,7 @@ def check(chosen, p, chip):
             programs = partners * p.directions * p.layers * tiles.at_once
             assert programs <= chip.sms
             assert chip.warp_size == 32
-            assert chip.concurrent or partners == 1
-            assert max(dependent_mma(p, p.kind(chip), tiles, forward)) <= LONGEST_CHAIN
-            covered = [start + pieces * width for start, pieces, width in tiles.k_chunks]
-            assert covered[-1] >= p.hidden_size
+            assert chip.concurrent
 
 
 def test_schedules_by_size():
@@ -91,7 +87,7 @@ def test_refusals_name_what_is_missing():
         (resident, problem(), small, "toy has 20,000"),
         (cooperative, problem(hidden_size=512), small, "no slices of W_hh that toy holds"),
         (cooperative, problem(dtype=FP32, precision="ieee"), H100, "no products in ieee"),
-        (cooperative, problem(), AMD, "which MI300 lacks"),
+        (cooperative, problem(), AMD, "runs on NVIDIA's GPUs alone"),
         (cooperative, problem(directions=2, layers=2), H100, "one direction"),
     ):
         with pytest.raises(NoPlan, match=message):
