@@ -76,7 +76,8 @@ def wait(counter_ptr, target, patience):
         mov.u32 $0, 1;
         setp.ne.u32 done, polls, 0;
         @done bra DONE;
-        POLL: ld.acquire.gpu.global.u32 seen, [$1];
+        POLL:
+        ld.acquire.gpu.global.u32 seen, [$1];
         setp.ge.s32 done, seen, $2;
         @done bra DONE;
         add.u32 polls, polls, 1;
@@ -113,7 +114,8 @@ def wait_for_three(first, target, second, second_target, third, third_target, pa
         setp.eq.u32 mine, thread, 2;
         selp.b64 counter, $3, counter, mine;
         selp.b32 target, $6, target, mine;
-        POLL: ld.acquire.gpu.global.u32 seen, [counter];
+        POLL:
+        ld.acquire.gpu.global.u32 seen, [counter];
         setp.ge.s32 done, seen, target;
         @done bra DONE;
         add.u32 polls, polls, 1;

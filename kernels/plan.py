@@ -14,16 +14,15 @@ from itertools import product
 
 import torch
 
+from .latencies import TIMINGS
 from .limits import (
     LARGEST_H,
-    LARGEST_SLICE,
     holds_slice,
-    k_chunks,
     padded_units,
     resident_bytes,
-    slice_bytes,
+    slice_needs,
 )
-from .model import dots_per_accumulator, floor_us, step_us
+from .model import step_us
 from .problem import (  # noqa: F401, re-exported
     CHIPS,
     Chip,
@@ -43,6 +42,10 @@ from .spec import SPECS
 #: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
 #: be one of ``candidates``.
 MEASURED: dict[tuple[str, int, Problem], Measured] = {}
+
+#: Of a step of schedule cooperative: bytes a cycle from L2 to all SMs, and cycles of the rest, as
+#: predicted: barriers, the wait, the cell.
+L2, REST = 3100, 450
 
 #: Forget what was decided by another planner; ``forced`` calls them.
 CACHES: list[Callable[[], object]] = []
@@ -132,7 +135,7 @@ def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
                     pairs.append((replace(best.forward, block_b=r, num_warps=w),) * 2)
         elif name == "cooperative":
             sides = (_slices(problem, chip, forward) for forward in (True, False))
-            pairs = list(product(*([tiles for *_, tiles in side] for side in sides)))
+            pairs = list(product(*([tiles for _, tiles in side] for side in sides)))
         others = {_made(name, one, two, problem) for one, two in pairs} - {best}
         yield from sorted(others, key=lambda other: (step_us(other, problem, chip), str(other)))
 
@@ -228,45 +231,50 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
     kind = problem.kind(chip)
     if not chip.cooperates:
         raise NoPlan(f"{chip.name} has refused a cooperative launch")
-    if chip.warp_size == 64:
-        raise NoPlan(f"schedule cooperative needs NVIDIA's tensor cores, which {chip.name} lacks")
-    if kind not in LARGEST_SLICE:
+    if chip.warp_size != 32 or not chip.concurrent:
+        raise NoPlan("schedule cooperative runs on NVIDIA's GPUs alone")
+    if kind not in ("16-bit", "tf32"):
         raise NoPlan(f"schedule cooperative has no products in {kind}")
     if problem.layers > 1 and problem.directions > 1:
         raise NoPlan("a wavefront has one direction; the other needs the whole layer below")
     best = []
-    for forward in (True, False):
+    for forward in (True, False)[: 1 + problem.needs_grad]:
         fitting = list(_slices(problem, chip, forward))
         if not fitting:
             raise NoPlan(
                 f"schedule cooperative found no slices of W_hh that {chip.name} holds on its "
                 f"{chip.sms} SMs for {problem.cell} in {kind} at H={problem.hidden_size}"
             )
-        best.append(min(fitting, key=lambda found: found[:3])[-1])
-    return _made("cooperative", best[0], best[1], problem)
+        best.append(min(fitting, key=lambda found: found[0])[1])
+    return _made("cooperative", best[0], best[-1], problem)
 
 
-def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float, int, int, Tiles]]:
-    """Everything that fits: its modelled time, its size for ties, and the tiles."""
-    H, L, gates = problem.hidden_size, problem.layers, problem.spec.gates
-    kind = problem.kind(chip)
-    chunks = k_chunks(H, kind)
-    columns = sum(pieces * width for _, pieces, width in chunks)
-    for units, rows in product((8, 16, 32, 64), (16, 32)):
+def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float, Tiles]]:
+    """Yields every slice that fits: the estimated cycles of a step, and the tiles."""
+    spec, kind, L, H = problem.spec, problem.kind(chip), problem.layers, problem.hidden_size
+    sm = TIMINGS.get(chip.arch, TIMINGS["sm_90"])
+    for units, rows, warps in product((8, 16, 32, 64), (8, 16, 32), (4, 8)):
+        needs = slice_needs(spec, kind, L, forward, H, units, rows, warps)
         programs = -(-H // units) * problem.directions * L  # of a batch tile
-        shared = slice_bytes(kind, gates, L, units, rows, columns)
         if (
             programs > chip.sms
-            or (units < H and not chip.concurrent)
-            or shared > chip.shared_bytes
-            or not holds_slice(kind, gates, L, problem.ragged, units, rows, columns)
+            or needs.shared_bytes > chip.shared_bytes
+            or not holds_slice(needs, L, problem.ragged)
+            or (units == 8 and (L > 1 or not forward))  # whose instructions have 16 rows
         ):
             continue
-        at_once = max(1, min(-(-problem.batch // rows), chip.sms // programs))
-        precision = kind if kind != "16-bit" else "ieee"
-        tiles = Tiles(rows, units, 8, 255, precision, shared, chunks, at_once)
-        tiles = replace(tiles, folded=dots_per_accumulator(problem, kind, tiles, forward))
-        yield floor_us("cooperative", problem, chip, tiles, forward), rows, units, tiles
+        tiles = -(-problem.batch // rows)
+        at_once = min(tiles, chip.sms // programs)
+        # Loads, products and sums follow each other; the hop and the rest of a step are the same
+        # for all slices, but not for all rounds.
+        read = max(needs.read_bytes / sm.global_bytes, at_once * programs * needs.read_bytes / L2)
+        products = needs.mma * -(-warps // 4) * sm.hmma
+        sums = 2 * needs.shared_bytes / sm.shared_bytes
+        cycles = len(spec.phases) * (sm.hop_us * sm.mhz + sm.l2 + REST) + read + products + sums
+        yield (
+            -(-tiles // at_once) * cycles,
+            Tiles(rows, units, warps, 255, "tf32", needs.shared_bytes, at_once),
+        )
 
 
 def stepwise(problem: Problem, chip: Chip) -> Plan:
