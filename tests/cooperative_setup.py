@@ -23,14 +23,14 @@ def prepared(cell: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Dat
 
 def workspaces(cell: str, shape: Shape, data: Data) -> list[exchange.Workspace]:
     """The memory of both launches, which the programs share."""
-    h_0, tiles = data.layers.h_0, -(-shape.B // 16)
-    sizes = 16, shape.block_h, 4, h_0.element_size()
-    plain = shape.L, shape.D, shape.H
-    columns = (shape.H,) * len(CELLS[cell].phases)
-    forward = slices.slice_of(*plain, *sizes, columns)
-    _, backward = cooperative_backward.slots_of(CELLS[cell], *plain, *sizes)
+    h_0, of, count = data.layers.h_0, CELLS[cell], -(-shape.B // 16)
+    tiles, sizes = cooperative_plan(shape).forward, (shape.L, shape.D, shape.H)
+    columns = (shape.H,) * len(of.phases)
+    itemsize = h_0.element_size()
+    forward = slices.slice_of(*sizes, 16, shape.block_h, tiles.num_warps, itemsize, columns)
+    backward = cooperative_backward.tile_of(of, *sizes, tiles, itemsize)
     return [
-        shared(exchange.workspace(h_0, shape.L * shape.D, tiles, 16, side.pitch))
+        shared(exchange.workspace(h_0, shape.L * shape.D, count, 16, side.pitch))
         for side in (forward, backward)
     ]
 
