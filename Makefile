@@ -14,6 +14,10 @@ TRITONS := 3.6 3.9
 TRITONS_READY := $(TRITONS:%=.triton-%/.installed)
 TRITON_PATHS := FUSEDRNN_TRITON_36=$(CURDIR)/.triton-3.6 FUSEDRNN_TRITON_39=$(CURDIR)/.triton-3.9
 
+# What the tests need of fastai's and speechbrain's dependencies. The others are torchvision and
+# torchaudio, whose wheels do not load beside every build of torch, and models of spaCy.
+NEEDED := fastdownload fastprogress fasttransform hyperpyyaml sentencepiece
+
 # One thread for each of the two processes, so that they do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
@@ -68,6 +72,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(ECOSYSTEM): $(READY)
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[ecosystem]'
+	$(PIP) install --constraint constraints.txt $(NEEDED)
+	$(PIP) install --constraint constraints.txt --no-deps fastai speechbrain
 	@touch $@
 
 .triton-%/.installed: | $(READY)

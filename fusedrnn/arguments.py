@@ -140,7 +140,7 @@ def prepare(
             _checked_lengths(lengths, steps, batch if batched else None),
             _checked_reset(reset, steps, batch if batched else None, layers.batch_first),
         )
-        if data.device.type == "cuda":  # once, for backward too, and without a wait
+        if data.device.type != "cpu":  # once, for backward too, and without a wait
             of = (None if t is None else t.to(data.device, non_blocking=True) for t in sequences)
             sequences = Sequences(*of)
     rows = layers.num_layers * layers.directions
@@ -182,7 +182,7 @@ def _facts(
 ) -> Facts:
     """Returns the facts about a call with these tensors, the input first."""
     data, (steps, batch, sizes) = tensors[0], dims
-    pairs = () if sequences is _DENSE else zip(_KINDS, sequences, strict=True)
+    pairs = () if sequences is _DENSE else zip(_KINDS, sequences, strict=False)
     ragged = tuple([kind for kind, given in pairs if given is not None])
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
     grads = needs_grad, needs_grad and data.requires_grad

@@ -320,11 +320,6 @@ def _expected_slower(
     problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int
 ) -> str | None:
     """Returns why torch's own operator is the better choice on a GPU, or None."""
-    found = [plan.measured for plan in plans if plan.measured]
-    if len(found) == len(plans):
-        if sum(m.us for m in found) <= sum(m.torch_us for m in found):
-            return None
-        return f"torch.nn was faster: {found[0]}"
     verdict = judge(problem, plans, chip, T, I)
     return None if verdict.favours_ours else f"it is not expected to be faster: {verdict}"
 

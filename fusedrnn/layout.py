@@ -10,7 +10,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .kernels.rows import INITIAL, PREVIOUS, SKIPPED, SLACK, Rows, origins_of, packed_rows
+from .kernels.rows import (
+    INITIAL,
+    PREVIOUS,
+    SKIPPED,
+    SLACK,
+    Rows,
+    origins_of,
+    packed_rows,
+    packed_table,
+)
 
 
 class Sequences(NamedTuple):
@@ -19,6 +28,13 @@ class Sequences(NamedTuple):
     lengths: Tensor | None = None  # [B], integers, on any device
     reset: Tensor | None = None  # bool [T, B]
     batch_sizes: Tensor | None = None  # int64 [T] on the CPU, as in a PackedSequence
+    table: Tensor | None = None  # of these, ``packed_table`` on the input's device
+
+    def with_table(self, B: int, device: torch.device) -> "Sequences":
+        """Returns the sequences with the table of packed input, which backward needs too."""
+        if self.batch_sizes is None or self.table is not None:
+            return self
+        return self._replace(table=packed_table(self.batch_sizes, B, device))
 
 
 class Layout(NamedTuple):
@@ -80,9 +96,9 @@ def layout_of(input: Tensor, B: int, D: int, sequences: Sequences, compact: bool
 
     compact: whether lengths are packed, for which their values are read.
     """
-    lengths, reset, batch_sizes = sequences
-    if batch_sizes is not None:
-        return Layout(packed_rows(batch_sizes, D, input.device, None))
+    lengths, reset, batch_sizes, table = sequences.with_table(B, input.device)
+    if batch_sizes is not None and table is not None:
+        return Layout(packed_rows(batch_sizes, table, D))
     T = input.shape[0]
     if lengths is None and reset is None:
         return Layout(Rows(T, B))
@@ -92,7 +108,8 @@ def layout_of(input: Tensor, B: int, D: int, sequences: Sequences, compact: bool
     times = torch.arange(T, device="cpu").unsqueeze(1)
     is_there = times < known
     reset = None if reset is None else reset.cpu().index_select(1, order)
-    rows = packed_rows(is_there.sum(1), D, input.device, reset, B)
+    sizes = is_there.sum(1)
+    rows = packed_rows(sizes, packed_table(sizes, B, input.device), D, reset)
     grid_index = (times * B + order)[is_there]
     return with_index(rows, grid_index, input.device)._replace(order=order.to(input.device))
 
@@ -101,7 +118,8 @@ def with_index(rows: Rows, grid_index: Tensor, device: torch.device) -> Layout:
     """Returns the layout of rows that are at ``grid_index`` (on the CPU) of the call's grid."""
     row_index = torch.full((rows.T * rows.B,), rows.total, device="cpu")
     row_index[grid_index] = torch.arange(rows.total, device="cpu")
-    return Layout(rows, grid_index.to(device), row_index=row_index.to(device))
+    grid_index, row_index = (i.to(device, non_blocking=True) for i in (grid_index, row_index))
+    return Layout(rows, grid_index, row_index=row_index)
 
 
 def previous_rows(rows: Rows, d: int, device: torch.device) -> Tensor:

@@ -32,7 +32,7 @@ _NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 ATEN: dict[str, Callable] = {name: getattr(_VF, name) for name in _NAMES}
 ATEN_CELL: dict[str, Callable] = {name: getattr(_VF, f"{name}_cell") for name in _NAMES}
 
-_SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
+_SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes, Tensor? table"
 _CONFIG = (
     "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision, "
     "bool compact, bool recompute"
@@ -69,6 +69,7 @@ def rnn_stack(
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
         ``[L*D, B, H]`` each; and c of every step, ``[L*D, R, H]``, where it is kept.
     """
+    sequences = sequences.with_table(inputs.h_0.shape[1], inputs.input.device)
     if vmap.has_tangents() or _has_projection(inputs, config):
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
     elif _needs_dispatcher(inputs.input):
@@ -220,8 +221,8 @@ def _forward_node(
 
 def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any, ...]:
     """Returns the gradients of input, h_0, c_0 and params from those of a stack's results."""
-    (lengths, reset, batch_sizes, *masks), (input, h_0, c_0, *params) = fixed, tensors
-    output, gates, cs, hidden = kept
+    sequences, masks = _split_fixed(fixed)
+    (input, h_0, c_0, *params), (output, gates, cs, hidden) = tensors, kept
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
     given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
     present = [grad for grad in given if grad is not None]
@@ -235,7 +236,7 @@ def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any,
         StackInputs(input, h_0, c_0, params if through_op else values, masks),
         StackOutputs(output, None, None, gates, cs, hidden),  # type: ignore[arg-type]
         given,
-        Sequences(lengths, reset, batch_sizes),
+        sequences,
         config,
         needs[0],
         any(needs[3:]),
@@ -255,6 +256,12 @@ def _split_arguments(flat: Sequence[Any]) -> tuple[Sequences, StackConfig, Seque
     """Splits the arguments behind the tensors into sequences, config and flags."""
     n, m = len(Sequences._fields), len(Sequences._fields) + len(StackConfig._fields)
     return Sequences(*flat[:n]), StackConfig(*flat[n:m]), flat[m:]
+
+
+def _split_fixed(fixed: Sequence[Any]) -> tuple[Sequences, Sequence[Tensor]]:
+    """Splits what a node keeps beside the tensors it differentiates: sequences and masks."""
+    n = len(Sequences._fields)
+    return Sequences(*fixed[:n]), fixed[n:]
 
 
 def _none_to_empty(like: Tensor, tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -363,8 +370,7 @@ def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, need
     Returns:
         A gradient for each of ``tensors``.
     """
-    lengths, reset, batch_sizes, *masks = fixed
-    sequences, primals = Sequences(lengths, reset, batch_sizes), tensors[4:]
+    (sequences, masks), primals = _split_fixed(fixed), tensors[4:]
     found: list[Any] = [None] * len(tensors)
     directions = [*directions, *[None] * (len(primals) - len(directions))]
     directions[0] = directions[0] if needs_input else None

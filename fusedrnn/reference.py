@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.rows import Rows, packed_rows
+from .kernels.rows import Rows
 from .kernels.tensors import Weights
 from .layout import Layout, Sequences, with_index
 
@@ -170,6 +170,6 @@ def _packing(batch_sizes: Tensor | None, device: torch.device) -> Layout:
     """Returns the layout of packed rows in the grid ``[T, B]``."""
     if batch_sizes is None:
         return Layout(Rows(0, 0))
-    rows = packed_rows(batch_sizes, 1, device)
+    rows = Rows(len(batch_sizes), int(batch_sizes[0]), sizes=batch_sizes)
     there = torch.arange(rows.B, device=batch_sizes.device) < batch_sizes.unsqueeze(1)
     return with_index(rows, there.flatten().nonzero().squeeze(1), device)

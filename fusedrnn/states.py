@@ -55,13 +55,14 @@ def run(call: Call, wants_gates: bool) -> States:
     config = config_of(call, dispatch.choose(facts))._replace(num_layers=1, compact=False)
     x, h_0, c_0, params, masks = operands(call)
     D, L, H = config.directions, facts.layers.num_layers, facts.hidden_size
-    rows = layout_of(x, h_0.shape[1], D, call.sequences, False).rows
+    sequences = call.sequences.with_table(h_0.shape[1], x.device)
+    rows = layout_of(x, h_0.shape[1], D, sequences, False).rows
     each, finals, h, c, gates = len(params) // L, [], [], [], []
     for layer in range(L):
         of_layer = slice(layer * D, (layer + 1) * D)
         own = params[layer * each : (layer + 1) * each]
         inputs = StackInputs(x, h_0[of_layer], None if c_0 is None else c_0[of_layer], own, [])
-        out, final, cs = rnn_stack(inputs, call.sequences, config, keep_states=True)
+        out, final, cs = rnn_stack(inputs, sequences, config, keep_states=True)
         finals.append(final)
         h.append(out.chunk(D, -1))
         if cs is not None:

@@ -70,7 +70,7 @@ class _Fold(NamedTuple):
 def map_forward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     """Maps ``rnn_forward``."""
     forward = torch.ops.fusedrnn.rnn_forward
-    input, h_0, c_0, params, masks, lengths, reset, batch_sizes, *config = arguments
+    input, h_0, c_0, params, masks, lengths, reset, batch_sizes, table, *config = arguments
     if batch_sizes is not None or any(dim is not None for dim in dims[3]):
         return _one_by_one(forward, info.batch_size, dims, arguments)
     fold = _fold(info, input, dims[0])
@@ -80,7 +80,8 @@ def map_forward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, A
         [fold.join(mask, dim) for mask, dim in zip(masks or (), dims[4] or (), strict=True)],
         fold.join(lengths, dims[5], 0),
         fold.join(reset, dims[6]),
-        None,
+        batch_sizes,
+        table,
         *config,
     )
     of_batch = [fold.split(result) for result in results[:3]]
@@ -91,7 +92,7 @@ def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, 
     """Maps ``rnn_backward``, as one call unless weights need a gradient or are mapped."""
     backward = torch.ops.fusedrnn.rnn_backward
     d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, masks, *rest = arguments
-    output, gates, cs, hidden, lengths, reset, batch_sizes, *config, needs_params = rest
+    output, gates, cs, hidden, lengths, reset, batch_sizes, table, *config, needs_params = rest
     if batch_sizes is not None or needs_params or any(dim is not None for dim in dims[7]):
         return _one_by_one(backward, info.batch_size, dims, arguments)
     fold = _fold(info, input, dims[4])
@@ -105,7 +106,8 @@ def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, 
         *map(fold.join_rows, (gates, cs, hidden), dims[10:13]),
         fold.join(lengths, dims[13], 0),
         fold.join(reset, dims[14]),
-        None,
+        batch_sizes,
+        table,
         *config,
         needs_params,
     )

@@ -9,7 +9,7 @@ from __future__ import annotations
 import csv
 from functools import lru_cache
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -21,223 +21,131 @@ PUBLISHED = Path(__file__).with_name("published.csv")
 #: Ours is chosen up to this share of cuDNN's time: a prediction is good to 20 %.
 MARGIN = 0.8
 #: The chip of the table whose cycles stand for those of an architecture; others as sm_90.
-FAMILIES = {"sm_80": "sm_80"} | dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120"), "sm_86")
+FAMILIES = {"sm_80": "sm_80"}
+FAMILIES |= dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86")
 RAGGED = 1.15  # times a dense step
 HOST_US = (60.0, 80.0)  # of the Python around a call, forward and backward
 LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
 MEMORY = 1.5e6  # bytes a microsecond, an A100's
 
 
-class Key(NamedTuple):
-    """The first columns of a line of ``predicted.csv``."""
-
-    chip: str
-    cell: str
-    products: str  # "16-bit" or "tf32"
-    H: int
-    layers: int  # of one launch
-
-
-class Side(NamedTuple):
-    """Forward or backward of one line; instructions, barriers and cycles are of one step."""
-
-    rows: int
-    units: int
-    warps: int
-    instructions: int
-    barriers: float
-    cycles: int  # without the hop between programs
-    spills: int  # bytes of a thread
-
-
-class Step(NamedTuple):
-    """A line of ``predicted.csv``."""
-
-    key: Key
-    schedule: str
-    forward: Side
-    backward: Side
-
-    @staticmethod
-    def heads() -> list[str]:
-        sides = [f"{side}_{name}" for side in ("fw", "bw") for name in Side._fields]
-        return [*Key._fields, "schedule", *sides]
-
-    def cells(self) -> list[str]:
-        """Returns the line as text, in the order of :meth:`heads`."""
-        values = [*self.key, self.schedule, *self.forward, *self.backward]
-        return [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
-
-    def us(self, forward: bool, mhz: float) -> float:
-        """Returns microseconds of a step, with the hops between programs."""
-        hops = TIMINGS[self.key.chip].hop_us if self.schedule.startswith("cooperative") else 0.0
-        return (self.forward if forward else self.backward).cycles / mhz + hops
-
-
-class Figure(NamedTuple):
-    """A line of ``published.csv``: microseconds of a step of one layer."""
-
-    cell: str
-    precision: str  # "fp16", "fp32" (with tf32 products) or "any"
-    algorithm: str  # cuDNN's: PERSIST_STATIC_SMALL_H, PERSIST_STATIC or STANDARD
-    H: int  # the figure holds from here up to the next line's
-    forward: float
-    backward: float
-    source: str
-
-
 class Verdict(NamedTuple):
-    """The expected times of a call, forward and, with gradients, backward."""
+    """The expected microseconds of a call, forward and, with gradients, backward."""
 
-    ours: float | None  # microseconds
-    theirs: float | None  # of torch's operator
-    sources: tuple[str, str]  # of both figures, or why there is none
+    ours: float | None  # None: not predicted
+    theirs: float | None  # of torch's operator; None: published nowhere
+    sources: tuple[str, str]
 
     @property
     def favours_ours(self) -> bool:
         return self.ours is not None and (self.theirs or 0.0) * MARGIN >= self.ours
 
     def __str__(self) -> str:
-        times = (f"{us / 1000:.3g} ms" if us else "no figure" for us in (self.ours, self.theirs))
+        times = (f"{us / 1000:.3g} ms" if us else "no figure" for us in self[:2])
         ours, theirs = (f"{us}, {source}" for us, source in zip(times, self.sources, strict=True))
         return f"the kernels {ours}; torch's operator {theirs}"
 
 
 @lru_cache
-def read_steps() -> dict[Key, Step]:
-    """Returns the shipped table of predicted steps."""
-    steps = {}
-    for chip, cell, products, H, layers, schedule, *numbers in _lines(PREDICTED):
-        key = Key(chip, cell, products, int(H), int(layers))
-        values = [float(n) if i % 7 == 4 else int(n) for i, n in enumerate(numbers)]
-        steps[key] = Step(key, schedule, Side(*values[:7]), Side(*values[7:]))  # type: ignore
-    return steps
-
-
-@lru_cache
-def read_figures() -> tuple[Figure, ...]:
-    """Returns the shipped table of published steps of cuDNN."""
-    return tuple(
-        Figure(*names, int(H), float(forward), float(backward), source)
-        for *names, H, forward, backward, source in _lines(PUBLISHED)
-    )
-
-
-def _lines(path: Path) -> list[list[str]]:
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a table, with numbers as such."""
     with path.open(encoding="utf-8", newline="") as file:
-        return list(csv.reader(file))[1:]
+        return [
+            {name: float(v) if v.replace(".", "").isdigit() else v for name, v in line.items()}
+            for line in csv.DictReader(file)
+        ]
 
 
 def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int) -> Verdict:
-    """Returns the expected times of a call with ``T`` steps of ``I`` features.
-
-    Args:
-        problem: the whole stack of layers.
-        plans: its launches, as ``plan_stack`` returns them.
-        chip: the GPU.
-        T: steps.
-        I: features of the input.
-    """
-    products = _products_us(problem, chip, T, I)
-    figure = figure_of(problem, I)
-    if figure is None:
-        theirs, source = None, f"published nowhere in {problem.kind(chip)} for this cell"
-    else:
-        # The persistent kernels run directions side by side, as far as is known.
-        times = problem.layers * (problem.directions if figure.algorithm == "standard" else 1)
-        step = figure.forward + figure.backward * problem.needs_grad
-        theirs, source = T * times * step + products, figure.source
-    total, said = sum(HOST_US[: 1 + problem.needs_grad]) + products, set()
+    """Returns the expected times of a call of the stack ``problem`` with T steps of I features."""
+    family, figure = FAMILIES.get(chip.arch, "sm_90"), find_figure(problem, I)
+    mhz = chip.mhz or TIMINGS.get(chip.arch, TIMINGS[family]).mhz
+    both = _products_us(problem, chip.sms * mhz / TIMINGS[family].hmma, T, I)
+    theirs, source = None, "published nowhere"
+    if figure:  # persistent kernels run directions side by side, as far as is known
+        times = problem.layers * (problem.directions if figure["algorithm"] == "standard" else 1)
+        step = figure["forward"] + figure["backward"] * problem.needs_grad
+        theirs, source = both + T * times * step, figure["source"]
+    ours = both + sum(HOST_US[: 1 + problem.needs_grad])
     for plan in plans:
-        step_of = find_step(problem, plan, chip)
-        if step_of is None:
-            why = f"not predicted for schedule {plan.schedule} on {chip.name}"
-            return Verdict(None, theirs, (why, source))
-        total += _launch_us(problem, plan, chip, step_of, T)
-        said.add(f"{step_of.key.chip}'s cycles at {_mhz(chip, step_of):.0f} MHz")
-    return Verdict(total, theirs, (f"predicted: {', '.join(sorted(said))}", source))
+        line = find_line(problem, plan, family) if chip.warp_size == 32 else None
+        if line is None:
+            unknown = f"not predicted for schedule {plan.schedule} on {chip.name}"
+            return Verdict(None, theirs, (unknown, source))
+        ours += _launch_us(problem, plan, chip.sms, mhz, line, T)
+    return Verdict(ours, theirs, (f"predicted: {family}'s cycles at {mhz:.0f} MHz", source))
 
 
-def find_step(problem: Problem, plan: Plan, chip: Chip) -> Step | None:
+def find_line(problem: Problem, plan: Plan, family: str) -> dict[str, Any] | None:
     """Returns the line of the next larger H of the same schedule, None if there is none."""
-    if chip.warp_size != 32:
-        return None
-    family = FAMILIES.get(chip.arch, "sm_90")
     cell = "rnn_tanh" if problem.cell == "rnn_relu" else problem.cell
-    wanted = (family, cell, problem.kind(chip), plan.schedule)
+    products = "16-bit" if problem.dtype.itemsize == 2 else problem.precision
+    wanted = {"chip": family, "cell": cell, "products": products, "schedule": plan.schedule}
     fitting = [
-        step
-        for key, step in read_steps().items()
-        if (*key[:3], step.schedule) == wanted
-        and key.H >= problem.hidden_size
-        and key.layers <= plan.layers
+        line
+        for line in read(PREDICTED)
+        if wanted.items() <= line.items()
+        and problem.hidden_size <= line["H"]
+        and line["layers"] <= plan.layers
     ]
-    return min(fitting, key=lambda step: (step.key.H, -step.key.layers), default=None)
+    return min(fitting, key=lambda line: (line["H"], -line["layers"]), default=None)
 
 
-def _launch_us(problem: Problem, plan: Plan, chip: Chip, step: Step, T: int) -> float:
+def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, line: dict[str, Any], T: int) -> float:
     """Forward and backward of one plan, all its programs one wave after the other."""
-    total, mhz = 0.0, _mhz(chip, step)
-    for forward, tiles in ((True, plan.forward), (False, plan.backward)):
+    total, sm, together = 0.0, TIMINGS[line["chip"]], plan.schedule == "cooperative"
+    hop_us = sm.hop_us * together  # it does not grow with what a program computes
+    for side, tiles in (("fw", plan.forward), ("bw", plan.backward)):
         if tiles is None:
             continue
-        compiled = step.forward if forward else step.backward
-        larger = max(1.0, tiles.block_b / compiled.rows) * max(1.0, tiles.block_h / compiled.units)
-        if plan.layers > step.key.layers == 1:
-            larger *= 2  # a wavefront's upper layers multiply by W_ih, too
-        groups = -(-problem.batch // tiles.block_b)
-        if plan.schedule.startswith("cooperative"):
-            waves = -(-groups // tiles.at_once)
-        else:
-            waves = -(-groups * problem.directions // chip.sms)
-        us = step.us(forward, mhz) * larger * (RAGGED if problem.ragged else 1.0)
+        # A wavefront's upper layers multiply by W_ih, too.
+        larger = 2.0 if plan.layers > line["layers"] == 1 else 1.0
+        larger *= max(1.0, tiles.block_b / line[f"{side}_rows"])
+        larger *= max(1.0, tiles.block_h / line[f"{side}_units"])
+        larger *= RAGGED if p.ragged else 1.0
+        groups = -(-p.batch // tiles.block_b)
+        waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // sms)
+        us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / mhz * larger
         total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
     return total
 
 
-def figure_of(problem: Problem, I: int) -> Figure | None:
-    """Returns the published step of cuDNN, by the algorithm that torch takes (``RNN.cpp``)."""
-    p, H = problem, problem.hidden_size
-    cell = "rnn" if p.cell.startswith("rnn") else p.cell
+def _products_us(p: Problem, speed: float, T: int, I: int) -> float:
+    """The GEMMs over all steps, which both sides need; ``speed`` in ``mma`` a us and sub-core."""
+    rows, units, width = T * p.batch, p.hidden_size, p.spec.gates * p.hidden_size * p.directions
+    columns = I + (p.layers - 1) * p.directions * units
+    work, moved = 2 * rows * width * columns, rows * (columns + 2 * p.layers * width)
+    if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
+        work, moved = 3 * work + 2 * rows * width * units * p.layers, 3 * moved
+    return max(
+        work / (4 * 4096 * speed / (p.dtype.itemsize / 2)), moved * p.dtype.itemsize / MEMORY
+    )
+
+
+def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
+    """Returns the published step of cuDNN, by the algorithm that torch takes (``RNN.cpp``).
+
+    Algorithms are PERSIST_STATIC_SMALL_H, PERSIST_STATIC and STANDARD; a figure holds from its H
+    up to that of the next line; "fp32" has tf32 products.
+    """
+    cell, H = "rnn" if p.cell.startswith("rnn") else p.cell, p.hidden_size
     precision = {torch.float16: "fp16", torch.float32: "fp32", torch.bfloat16: "bf16"}.get(p.dtype)
     if precision is None or (precision == "fp32" and p.precision != "tf32"):
         return None
-    static = (
-        (cell, precision, p.layers, p.directions) == ("lstm", "fp16", 1, 1)
-        and H % 128 == I % 128 == p.batch % 8 == 0
-        and p.batch <= 128
-        and 192 < H <= 1024
-    )
+    algorithm = "standard"
     # In bf16 a step at H = 64 is published at 12 us (0z5a/flashrnn): no persistent kernel.
-    small = not p.ragged and precision != "bf16" and (384 if cell == "rnn" else 192) >= H
-    algorithm = "small" if small else "static" if static and not p.ragged else "standard"
+    if not p.ragged and precision != "bf16":
+        alone = (cell, precision, p.layers, p.directions) == ("lstm", "fp16", 1, 1)
+        if (384 if cell == "rnn" else 192) >= H:
+            algorithm = "small"
+        elif alone and H % 128 == I % 128 == p.batch % 8 == 0 and H <= 1024 and p.batch <= 128:
+            algorithm = "static"
+    wanted = {"cell": cell, "algorithm": algorithm}
     found = [
         figure
-        for figure in read_figures()
-        if (figure.cell, figure.algorithm) == (cell, algorithm)
-        and figure.precision in (precision, "any")
-        and figure.H <= H
+        for figure in read(PUBLISHED)
+        if wanted.items() <= figure.items()
+        and figure["precision"] in (precision, "any")
+        and figure["H"] <= H
     ]
-    return max(found, key=lambda figure: figure.H, default=None)
-
-
-def _products_us(problem: Problem, chip: Chip, T: int, I: int) -> float:
-    """The GEMMs over all steps, which both sides need: by peak throughput and bandwidth."""
-    p, width = problem, problem.spec.gates * problem.hidden_size * problem.directions
-    sm = TIMINGS.get(chip.arch, TIMINGS["sm_90"])
-    flops = 4 * 4096 / sm.hmma * chip.sms * (chip.mhz or sm.mhz) / (p.dtype.itemsize / 2)
-    total, columns = 0.0, I
-    for _ in range(p.layers):
-        rows = T * p.batch
-        work = 2 * rows * width * columns
-        moved = rows * (columns + 2 * width) * p.dtype.itemsize
-        if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
-            work = 3 * work + 2 * rows * width * p.hidden_size
-            moved *= 3
-        total += max(work / flops, moved / MEMORY)
-        columns = p.hidden_size * p.directions
-    return total
-
-
-def _mhz(chip: Chip, step: Step) -> float:
-    return chip.mhz or TIMINGS.get(chip.arch, TIMINGS[step.key.chip]).mhz
+    return max(found, key=lambda figure: figure["H"], default=None)

@@ -18,15 +18,6 @@ LARGEST_H = {
 }
 
 
-def padded_units(H: int) -> int:
-    """Returns the power of two to which a program of schedule resident pads H.
-
-    >>> padded_units(5), padded_units(65)
-    (16, 128)
-    """
-    return max(16, 1 << (H - 1).bit_length())
-
-
 def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:
     """An upper bound: W_hh, and the operands of every dot on their way through shared memory."""
     itemsize = 2 if kind == "16-bit" else 4

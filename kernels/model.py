@@ -6,17 +6,12 @@ through shared memory, activations, and the hop from one program's store to anot
 """
 
 from .latencies import TIMINGS, Timings
-from .problem import Chip, Plan, Problem, Tiles
+from .problem import Chip, Problem, Tiles
 
 ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
 ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
+L2_BYTES = 24  # a cycle and SM: 5.5 TB/s of an H100
 LAUNCH_US = 1.3  # from kernel to kernel in a CUDA graph, on an H100
-
-
-def step_us(plan: Plan, problem: Problem, chip: Chip) -> float:
-    """Returns the floor of a step, forward and, if planned, backward, in microseconds."""
-    sides = ((plan.forward, True), (plan.backward, False))
-    return sum(floor_us(plan.schedule, problem, chip, tiles, f) for tiles, f in sides if tiles)
 
 
 def floor_us(schedule: str, problem: Problem, chip: Chip, tiles: Tiles, forward: bool) -> float:
@@ -33,16 +28,18 @@ def _on_chip(
     schedule: str, p: Problem, chip: Chip, sm: Timings, tiles: Tiles, forward: bool
 ) -> float:
     """Programs that keep their weights; they exchange h or dgates if units are cut."""
-    gluon, cut = schedule in ("resident_nvidia", "cooperative"), schedule == "cooperative"
+    gluon, cut = schedule != "resident", schedule == "cooperative"
     rows, units, itemsize, phases = tiles.block_b, tiles.block_h, p.dtype.itemsize, p.spec.phases
     columns = p.hidden_size if cut else units
     weights = p.spec.gates * units * columns * (2 if p.layers > 1 else 1)
-    read = rows * columns * itemsize * (1 if forward else p.spec.gates)
+    groups = min(-(-p.batch // rows), tiles.at_once) * p.directions * p.layers
+    busy = groups * -(-p.hidden_size // units) / chip.sms  # the share of SMs
+    read = busy * rows * columns * itemsize * (1 if forward else p.spec.gates)
     throughputs = (
         2 * (rows if gluon else max(rows, 16)) * weights / flops_a_cycle(p.kind(chip), sm),
         0 if gluon else weights * itemsize / sm.shared_bytes,  # W_hh, or it is in registers
         rows * units * p.spec.specials[not forward] * sm.mufu / 128,
-        read / sm.global_bytes if cut else 0,
+        read / L2_BYTES if cut else 0,
     )
     cycles = max(throughputs) + ROUND_TRIP * len(phases) + ACTIVATIONS
     hops = len(phases) * (sm.hop_us + sm.l2 / sm.mhz) if cut else 0.0
@@ -57,7 +54,7 @@ def _gemms(p: Problem, chip: Chip, sm: Timings, forward: bool) -> float:
     throughputs = (
         2 * p.batch * weights / flops_a_cycle(p.kind(chip), sm),
         specials * sm.mufu / 128,
-        weights * p.dtype.itemsize / sm.global_bytes,
+        weights * p.dtype.itemsize / L2_BYTES,
     )
     return max(throughputs) / chip.sms
 

@@ -1,14 +1,12 @@
 """Chooses the schedule and the tiles of a layer from its sizes and the limits of the chip.
 
-A pure function: it neither imports triton nor touches a device. A choice comes from ``MEASURED``
-if a GPU was measured on exactly this problem, else from ``model.py``.
+A pure function: it neither imports triton nor touches a device.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
@@ -18,17 +16,14 @@ from .latencies import TIMINGS
 from .limits import (
     LARGEST_H,
     holds_slice,
-    padded_units,
     resident_bytes,
     slice_needs,
 )
-from .model import step_us
 from .problem import (  # noqa: F401, re-exported
     CHIPS,
     Chip,
     KernelFailed,
     LaunchRefused,
-    Measured,
     NoPlan,
     Plan,
     Problem,
@@ -39,13 +34,11 @@ from .problem import (  # noqa: F401, re-exported
 )
 from .spec import SPECS
 
-#: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
-#: be one of ``candidates``.
-MEASURED: dict[tuple[str, int, Problem], Measured] = {}
-
 #: Of a step of schedule cooperative: bytes a cycle from L2 to all SMs, and cycles of the rest, as
 #: predicted: barriers, the wait, the cell.
 L2, REST = 3100, 450
+#: Times a layer's step: the predicted step of layers that share a launch (``predicted.csv``).
+WAVEFRONT = 1.5
 
 #: Forget what was decided by another planner; ``forced`` calls them.
 CACHES: list[Callable[[], object]] = []
@@ -73,8 +66,7 @@ def _use(planner: Callable[[Problem, Chip], tuple[Plan, ...]] | None) -> None:
 def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     """Plans the launches of a stack of ``problem.layers`` layers, from the first layer up.
 
-    Each layer by itself, or as many as the chip holds as a wavefront, whichever the model finds
-    faster.
+    Each layer by itself, or as many as the chip holds as a wavefront, where that is faster.
 
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
@@ -87,29 +79,29 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
 
 @lru_cache(maxsize=4096)
 def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    best = (plan(problem._replace(layers=1), chip),) * problem.layers
-    if problem.layers > 1 and problem.directions == 1 and not problem.layer_by_layer:
-        waves, one = _wavefront(problem, chip), problem._replace(layers=1)
-        if waves and sum(
-            step_us(p, problem._replace(layers=p.layers), chip) for p in waves
-        ) < problem.layers * step_us(best[0], one, chip):
+    one, L = plan(problem._replace(layers=1), chip), problem.layers
+    alone = L == 1 or problem.directions > 1 or problem.layer_by_layer
+    if not alone and one.schedule == "cooperative":  # in the others a layer takes less than a hop
+        waves = _wavefront(problem, chip) or ()
+        steps = sum(_rounds(p, problem.batch) * (WAVEFRONT if p.layers > 1 else 1) for p in waves)
+        if waves and steps < L * _rounds(one, problem.batch):
             return waves
-    return best
+    return (one,) * L
+
+
+def _rounds(chosen: Plan, batch: int) -> int:
+    return -(-batch // (chosen.forward.block_b * chosen.forward.at_once))
 
 
 @lru_cache(maxsize=4096)
 def plan(problem: Problem, chip: Chip) -> Plan:
-    """Plans one layer: as measured on such a chip, else resident, cooperative or stepwise.
+    """Plans one layer by the first schedule that takes it.
 
     Raises:
         NoPlan: no schedule takes the problem; the message is the reason.
     """
     if problem.cell not in SPECS:
         raise NoPlan(f"no kernel knows the cell {problem.cell!r}; known are {', '.join(SPECS)}")
-    found = MEASURED.get((chip.arch, chip.sms, problem))
-    if found and (chip.cooperates or found.schedule != "cooperative"):
-        best = _made(found.schedule, found.forward, found.backward, problem)
-        return replace(best, measured=found)
     refused = []
     for schedule in SCHEDULES.values():
         try:
@@ -117,27 +109,6 @@ def plan(problem: Problem, chip: Chip) -> Plan:
         except NoPlan as reason:
             refused.append(reason)
     raise NoPlan("; ".join(dict.fromkeys(map(str, refused))))
-
-
-def candidates(problem: Problem, chip: Chip) -> Iterator[Plan]:
-    """Yields every plan of one layer within the limits, the model's choice of a schedule first."""
-    for name, schedule in SCHEDULES.items():
-        try:
-            best = schedule(problem, chip)
-        except NoPlan:
-            continue
-        yield best
-        pairs: list[tuple[Tiles, ...]] = []
-        if name == "resident":  # fewer warps or more rows would spill
-            rows, warps = best.forward.block_b, best.forward.num_warps
-            for r, w in product((8, 16), (2, 4, 8)):
-                if chip.warp_size // 4 <= r <= rows and warps <= w:
-                    pairs.append((replace(best.forward, block_b=r, num_warps=w),) * 2)
-        elif name == "cooperative":
-            sides = (_slices(problem, chip, forward) for forward in (True, False))
-            pairs = list(product(*([tiles for _, tiles in side] for side in sides)))
-        others = {_made(name, one, two, problem) for one, two in pairs} - {best}
-        yield from sorted(others, key=lambda other: (step_us(other, problem, chip), str(other)))
 
 
 def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
@@ -157,6 +128,27 @@ def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
     return tuple(waves)
 
 
+def _needs_nvidia(schedule: str, problem: Problem, chip: Chip) -> None:
+    if chip.warp_size != 32 or not chip.concurrent:
+        raise NoPlan(f"schedule {schedule} runs on NVIDIA's GPUs alone")
+    if problem.kind(chip) not in ("16-bit", "tf32"):
+        raise NoPlan(f"schedule {schedule} has no products in {problem.kind(chip)}")
+
+
+def _all_units(schedule: str, problem: Problem, chip: Chip) -> int:
+    """The units of a program that holds all of W_hh: H, padded to a power of two."""
+    kind, cell, H = problem.kind(chip), problem.cell, problem.hidden_size
+    if kind not in LARGEST_H:
+        raise NoPlan(f"schedule {schedule} has no products of {problem.dtype}")
+    largest = LARGEST_H[kind][problem.spec.gates] // (2 if chip.warp_size == 64 else 1)
+    if largest < H:
+        raise NoPlan(
+            f"schedule {schedule} holds W_hh in one program, which for {cell} in {kind} ends at "
+            f"H={largest}; H is {H}"
+        )
+    return max(16, 1 << (H - 1).bit_length())
+
+
 @lru_cache(maxsize=4096)
 def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     """Plans schedule *resident* with W_hh in the registers of one program.
@@ -164,18 +156,9 @@ def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: W_hh is too large, or the chip does not have these products.
     """
-    spec, kind, H = problem.spec, problem.kind(chip), problem.hidden_size
-    if chip.warp_size != 32 or not chip.concurrent:
-        raise NoPlan("schedule resident_nvidia runs on NVIDIA's GPUs alone")
-    if kind not in ("16-bit", "tf32"):
-        raise NoPlan(f"schedule resident_nvidia has no products in {kind}")
-    largest = LARGEST_H[kind][spec.gates]
-    if largest < H:
-        raise NoPlan(
-            f"schedule resident_nvidia holds W_hh in registers, which for {problem.cell} in {kind} "
-            f"ends at H={largest}; H is {H}"
-        )
-    units, itemsize = padded_units(H), problem.dtype.itemsize
+    _needs_nvidia("resident_nvidia", problem, chip)
+    spec, itemsize = problem.spec, problem.dtype.itemsize
+    units = _all_units("resident_nvidia", problem, chip)
     # Two programs of 8 rows on an SM are faster than one of 16, for which a full program has no
     # registers anyway.
     few = -(-problem.batch // 8) * problem.directions <= 2 * chip.sms
@@ -192,17 +175,10 @@ def resident(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: W_hh is too large, or the dtype has no products.
     """
-    spec, kind, amd = problem.spec, problem.kind(chip), chip.warp_size == 64
-    if kind not in LARGEST_H:
-        raise NoPlan(f"schedule resident has no products of {problem.dtype}")
-    H, largest = problem.hidden_size, LARGEST_H[kind][spec.gates] // (2 if amd else 1)
-    if largest < H:
-        raise NoPlan(
-            f"schedule resident holds W_hh in one program, which for {problem.cell} in {kind} "
-            f"ends at H={largest}; H is {H}"
-        )
+    units, amd = _all_units("resident", problem, chip), chip.warp_size == 64
+    spec, kind = problem.spec, problem.kind(chip)
     # Two warps cut a 16-wide tile into the 8 columns of an mma; wider ones keep more warps busy.
-    units, wide = padded_units(H), kind != "16-bit"
+    wide = kind != "16-bit"
     num_warps = 2 if units == 16 else 4 if amd or units <= (32 if wide else 64) else 8
     # Latency, not occupancy: half the rows halve the special-function work of a step, as long as
     # there are SMs for twice the programs. The three products of tf32x3, or ragged rows in fp32,
@@ -214,7 +190,7 @@ def resident(problem: Problem, chip: Chip) -> Plan:
     if shared > chip.shared_bytes:
         raise NoPlan(
             f"schedule resident needs {shared:,} bytes of shared memory for {problem.cell} in "
-            f"{kind} at H={H}; {chip.name} has {chip.shared_bytes:,}"
+            f"{kind} at H={problem.hidden_size}; {chip.name} has {chip.shared_bytes:,}"
         )
     precision = kind if wide else "ieee"  # 16-bit operands are multiplied exactly
     tiles = Tiles(block_b, units, num_warps, None if amd else 255, precision, shared)
@@ -228,13 +204,9 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
     Raises:
         NoPlan: no slice of W_hh fits, or the programs cannot exchange h.
     """
-    kind = problem.kind(chip)
     if not chip.cooperates:
         raise NoPlan(f"{chip.name} has refused a cooperative launch")
-    if chip.warp_size != 32 or not chip.concurrent:
-        raise NoPlan("schedule cooperative runs on NVIDIA's GPUs alone")
-    if kind not in ("16-bit", "tf32"):
-        raise NoPlan(f"schedule cooperative has no products in {kind}")
+    _needs_nvidia("cooperative", problem, chip)
     if problem.layers > 1 and problem.directions > 1:
         raise NoPlan("a wavefront has one direction; the other needs the whole layer below")
     best = []
@@ -243,7 +215,8 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
         if not fitting:
             raise NoPlan(
                 f"schedule cooperative found no slices of W_hh that {chip.name} holds on its "
-                f"{chip.sms} SMs for {problem.cell} in {kind} at H={problem.hidden_size}"
+                f"{chip.sms} SMs for {problem.cell} in {problem.kind(chip)} at "
+                f"H={problem.hidden_size}"
             )
         best.append(min(fitting, key=lambda found: found[0])[1])
     return _made("cooperative", best[0], best[-1], problem)

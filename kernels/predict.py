@@ -1,7 +1,8 @@
 """Compiles the kernels that the planner chooses and writes their predicted steps.
 
 ``python -m fusedrnn.kernels.predict`` (or ``make predict``) adds the lines that ``predicted.csv``
-lacks and prints the tables of ``docs/predicted.md``, which follow from it. It needs no GPU.
+lacks, or that are of other tiles than the planner's, and prints the tables of
+``docs/predicted.md``, which follow from it. It needs no GPU.
 """
 
 from __future__ import annotations
@@ -11,11 +12,12 @@ import os
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from itertools import product
+from itertools import groupby, product
+from typing import Any
 
 import torch
 
-from .expected import PREDICTED, Key, Side, Step, judge, read_steps
+from .expected import PREDICTED, judge, read
 from .latencies import timings
 from .plan import cooperative, plan, plan_stack
 from .problem import CHIPS, NoPlan, Plan, Problem
@@ -29,66 +31,78 @@ KERNELBENCH = {
     35: ("lstm", 1, "16.9 to 29.4"), 38: ("lstm", 2, "32.0 to 56.9"),
     39: ("gru", 1, "21.7 to 39.1"), 41: ("gru", 2, "42.6 to 77.5"),
 }  # fmt: skip
+Key = tuple[str, str, str, int, int]
+Line = dict[str, Any]
+KEY = ("chip", "cell", "products", "H", "layers")
+#: Of each direction; instructions, barriers and cycles are of one step.
+SIDE = ("rows", "units", "warps", "instructions", "barriers", "cycles", "spills")
+COLUMNS = (*KEY, "schedule", *(f"{side}_{name}" for side in ("fw", "bw") for name in SIDE))
 
 
-def grid() -> Iterator[Key]:
-    """Yields every line that the table may have; a wavefront is compiled with two layers."""
-    for chip, cell, products, H in product(CHIP_NAMES, CELLS, DTYPES, SIZES):
-        yield Key(chip, cell, products, H, 1)
-        if H in (256, 512) and cell != "rnn_tanh":
-            yield Key(chip, cell, products, H, 2)
+def grid() -> dict[Key, Plan]:
+    """Returns the plan of every line; a wavefront is compiled with two layers."""
+    found = {}
+    for chip, cell, products, H, L in product(CHIP_NAMES, CELLS, DTYPES, SIZES, (1, 2)):
+        if L == 1 or (H in (256, 512) and cell != "rnn_tanh"):
+            key = chip, cell, products, H, L
+            try:
+                chosen = (plan if L == 1 else cooperative)(_problem(key), CHIPS[chip])
+            except NoPlan:
+                continue
+            if chosen.schedule != "stepwise":
+                found[key] = chosen
+    return found
 
 
 def _problem(key: Key) -> Problem:
-    return Problem(key.cell, key.H, 16, 1, DTYPES[key.products], "tf32", True, key.layers)
+    _, cell, products, H, layers = key
+    return Problem(cell, H, 16, 1, DTYPES[products], "tf32", True, layers)
 
 
-def plan_of(key: Key) -> Plan | None:
-    """Returns the plan of a line, None where no schedule that keeps the weights takes it."""
-    try:
-        chosen = (plan if key.layers == 1 else cooperative)(_problem(key), CHIPS[key.chip])
-    except NoPlan:
-        return None
-    return None if chosen.schedule == "stepwise" else chosen
+def planned(key: Key, chosen: Plan) -> Line:
+    """Returns the columns that the planner decides; a line with others is stale."""
+    line: Line = dict(zip(KEY, key, strict=True)) | {"schedule": chosen.schedule}
+    for side, t in (("fw", chosen.forward), ("bw", chosen.backward)):
+        sizes = (t.block_b, t.block_h, t.num_warps) if t else ()
+        line |= {f"{side}_{name}": n for name, n in zip(SIDE, sizes, strict=False)}
+    return line
 
 
-def predict(key: Key) -> Step:
-    """Compiles forward and backward of a line that has a plan, and predicts their steps."""
-    from . import steptime
-    from .compile import compile_plan
-    from .sass import trace
+def predict(key: Key, chosen: Plan) -> Line:
+    """Compiles forward and backward of a line, and predicts their steps."""
+    from .compile import compile_plan  # imports triton
 
-    chosen, sides = plan_of(key), []
-    assert chosen is not None
-    for kernel in compile_plan(_problem(key), chosen, CHIPS[key.chip]):
-        tiles, path = kernel.tiles, trace(kernel.instructions)
-        found = steptime.predict(path, timings(key.chip), tiles.num_warps, 0, kernel.steps)
-        counts = round(found.instructions), found.barriers, round(found.cycles)
-        sides.append(Side(tiles.block_b, tiles.block_h, tiles.num_warps, *counts, kernel.spills))
-    return Step(key, chosen.schedule, *sides)
+    line, kernels = planned(key, chosen), compile_plan(_problem(key), chosen, CHIPS[key[0]])
+    for side, kernel in zip(("fw", "bw"), kernels, strict=True):
+        found = kernel.predict(key[0])
+        counts = round(found.instructions), found.barriers, round(found.cycles), kernel.spills
+        line |= {f"{side}_{name}": n for name, n in zip(SIDE[3:], counts, strict=True)}
+    return line
 
 
-def _write(steps: dict[Key, Step]) -> None:
-    lines = [Step.heads(), *(steps[key].cells() for key in grid() if key in steps)]
-    new = PREDICTED.with_suffix(".new")
-    new.write_text("".join(",".join(line) + "\n" for line in lines), encoding="utf-8")
-    new.replace(PREDICTED)
+def text(line: Line) -> str:
+    """Returns a line of ``predicted.csv``."""
+    values = (line[name] for name in COLUMNS)
+    return ",".join(v if isinstance(v, str) else f"{v:g}" for v in values)
 
 
 def tables() -> Iterator[str]:
     """Yields the lines of the tables of ``docs/predicted.md``."""
     yield f"| | {' | '.join(f'H {H}' for H in SIZES)} |"
     yield f"|---{'|---' * len(SIZES)}|"
-    for chip, products, cell in product(CHIP_NAMES[:2], DTYPES, CELLS):
-        steps = (read_steps().get(Key(chip, cell, products, H, 1)) for H in SIZES)
-        mhz = timings(chip).mhz
-        times = (f"{s.us(True, mhz):.2f} / {s.us(False, mhz):.2f}" if s else "" for s in steps)
-        yield f"| {chip}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
+    lines = {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
+    for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
+        found = (lines.get((name, cell, products, H, 1)) for H in SIZES)
+        mhz = timings(name).mhz
+        times = (
+            f"{f['fw_cycles'] / mhz:.2f} / {f['bw_cycles'] / mhz:.2f}" if f else "" for f in found
+        )
+        yield f"| {name}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
     yield "| | sm_90, inference | sm_90, training | sm_80, inference | sm_80, training |"
     yield "|---|---|---|---|---|"
-    for name in ("bfloat16", "float16", "float32"):
+    for dtype in ("bfloat16", "float16", "float32"):
         cases = product(CHIP_NAMES[:2], (False, True))
-        yield f"| {name} | {' | '.join(_chosen(name, *case) for case in cases)} |"
+        yield f"| {dtype} | {' | '.join(_chosen(dtype, *case) for case in cases)} |"
     yield "| KernelBench | predicted ms | published ms, H100 |"
     yield "|---|---|---|"
     chip = CHIPS["sm_90"]
@@ -96,20 +110,23 @@ def tables() -> Iterator[str]:
         problem = Problem(cell, 256, 10, D, torch.float32, "tf32", False, 6)
         ours = judge(problem, plan_stack(problem, chip), chip, 512, 128).ours
         both = ", both directions" if D == 2 else ""
-        time = "none" if ours is None else f"{ours / 1000:.2f}"
-        yield f"| {number}: {CELLS[cell]}{both} | {time} | {published} |"
+        yield f"| {number}: {CELLS[cell]}{both} | {(ours or 0) / 1000:.2f} | {published} |"
 
 
 def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
     """Returns the sizes of each cell at which ``auto`` takes the kernels, T 512 and B 16."""
-    chip, found = CHIPS[name], []
+
+    def takes(cell: str, H: int) -> bool:
+        problem = Problem(cell, H, 16, 1, getattr(torch, dtype), "tf32", needs_grad)
+        plans = plan_stack(problem, CHIPS[name])
+        return judge(problem, plans, CHIPS[name], 512, H).favours_ours
+
+    found = []
     for cell in CELLS:
-        sizes = []
-        for H in SIZES:
-            problem = Problem(cell, H, 16, 1, getattr(torch, dtype), "tf32", needs_grad)
-            if judge(problem, plan_stack(problem, chip), chip, 512, H).favours_ours:
-                sizes.append(str(H))
-        found.append(f"{CELLS[cell]} {', '.join(sizes) or 'none'}")
+        runs = groupby(SIZES, lambda H, cell=cell: takes(cell, H))  # type: ignore[misc]
+        ends = [(sizes[0], sizes[-1]) for ours, run in runs if ours for sizes in [list(run)]]
+        said = (f"{a} to {b}" if a < b else f"{a}" for a, b in ends)
+        found.append(f"{CELLS[cell]} {', '.join(said) or 'none'}")
     return "; ".join(found)
 
 
@@ -119,22 +136,28 @@ def main() -> None:
     parser.add_argument("--line", help="print this line made anew, as sm_90,lstm,tf32,64,1")
     parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     options = parser.parse_args()
+    plans = grid()
     if options.line:
-        chip, cell, products, H, layers = options.line.split(",")
-        cells = predict(Key(chip, cell, products, int(H), int(layers))).cells()
-        sys.stdout.write(",".join(cells) + "\n")
+        (key,) = (key for key in plans if ",".join(map(str, key)) == options.line)
+        sys.stdout.write(text(predict(key, plans[key])) + "\n")
         return
-    steps = read_steps()
-    for key in [k for k, s in steps.items() if (options.again or "\0") in ",".join(s.cells())]:
-        del steps[key]
-    wanted = [key for key in grid() if key not in steps and plan_of(key)]
+    lines = {
+        key: line
+        for key, chosen in plans.items()
+        for line in read(PREDICTED)
+        if planned(key, chosen).items() <= line.items()
+        and not (options.again and options.again in text(line))
+    }
+    wanted = [key for key in plans if key not in lines]
     with ProcessPoolExecutor(options.jobs) as processes:
-        futures = [processes.submit(predict, key) for key in wanted]
+        futures = {processes.submit(predict, key, plans[key]): key for key in wanted}
         for number, future in enumerate(as_completed(futures), 1):
-            step = future.result()
-            steps[step.key] = step
-            _write(steps)  # an interrupted run goes on where it ended
-            sys.stderr.write(f"{number}/{len(wanted)} {','.join(step.cells())}\n")
+            line = lines[futures[future]] = future.result()
+            sys.stderr.write(f"{number}/{len(wanted)} {text(line)}\n")
+            # Written after each, so that an interrupted run goes on where it ended.
+            found = [",".join(COLUMNS), *(text(lines[key]) for key in plans if key in lines)]
+            PREDICTED.write_text("\n".join(found) + "\n", encoding="utf-8")
+    read.cache_clear()
     sys.stdout.write("\n".join(tables()) + "\n")
 
 

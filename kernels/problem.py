@@ -146,20 +146,6 @@ class Tiles:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
 
 
-class Measured(NamedTuple):
-    """A plan of one layer that a GPU preferred, with microseconds of a step in that run."""
-
-    schedule: str
-    forward: Tiles
-    backward: Tiles | None
-    us: float
-    torch_us: float  # of torch.nn in the same process
-    where: str  # the GPU's full name and the date
-
-    def __str__(self) -> str:
-        return f"{self.us:.2f} us a step (torch.nn {self.torch_us:.2f}), measured on {self.where}"
-
-
 @dataclass(frozen=True)
 class Plan:
     """One launch of ``layers`` layers, or in schedule stepwise one a step, with its tiles."""
@@ -168,7 +154,6 @@ class Plan:
     forward: Tiles
     backward: Tiles | None
     layers: int = 1
-    measured: Measured | None = None  # None: the model's choice
 
     def describe(self) -> str:
         """Returns the plan in one line, as ``explain`` prints it."""
@@ -177,6 +162,4 @@ class Plan:
             parts.append(f"backward {self.backward}")
         if self.layers > 1:
             parts.append(f"{self.layers} layers as a wavefront")
-        return f"{self.schedule}: {'; '.join(parts)}" + (
-            f" ({self.measured})" if self.measured else ""
-        )
+        return f"{self.schedule}: {'; '.join(parts)}"

@@ -89,23 +89,25 @@ def origins_of(
     return origins.masked_fill_(~present[:T], SKIPPED)
 
 
-def packed_rows(
-    batch_sizes: Tensor,
-    D: int,
-    device: torch.device,
-    reset: Tensor | None = None,
-    B: int | None = None,
-) -> Rows:
-    """Returns the rows of packed input with ``batch_sizes [T]``, which are on the CPU as in torch.
+def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:
+    """Returns of packed input the first row of each step and the steps of each sequence.
+
+    int64 ``[T + B]`` on the device. It is one copy, for which the host does not wait.
 
     Args:
-        reset: bool ``[T, B]``, with the sequences by falling length, or None.
-        B: the number of sequences, if some have no step at all.
+        batch_sizes: int64 ``[T]`` on the CPU, as in torch.
+        B: the number of sequences, of which some may have no step at all.
     """
-    T, B = len(batch_sizes), int(batch_sizes[0]) if B is None else B
     lengths = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
     starts = batch_sizes.cumsum(0) - batch_sizes
-    # One copy, for which the host does not wait.
-    starts, lengths = torch.cat([starts, lengths]).to(device, non_blocking=True).split([T, B])
-    origins = origins_of(T, B, D, device, lengths, reset)
-    return Rows(T, B, origins, batch_sizes, starts)
+    return torch.cat([starts, lengths]).to(device, non_blocking=True)
+
+
+def packed_rows(batch_sizes: Tensor, table: Tensor, D: int, reset: Tensor | None = None) -> Rows:
+    """Returns the rows of packed input, by its ``packed_table``.
+
+    reset: bool ``[T, B]``, with the sequences by falling length, or None.
+    """
+    T, B = len(batch_sizes), len(table) - len(batch_sizes)
+    starts, lengths = table.split([T, B])
+    return Rows(T, B, origins_of(T, B, D, table.device, lengths, reset), batch_sizes, starts)

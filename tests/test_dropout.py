@@ -9,7 +9,6 @@ import pytest
 import torch
 from pairs import LENGTHS, NAMES, RESET, B, H, T, assert_close, batch, build, leaves, packed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from fusedrnn import functional
@@ -88,24 +87,3 @@ def test_every_form_of_input_draws_alike_on_every_backend(form):
     assert_close(found[2], found[1])
     assert_close(found[3], found[1])
     assert all(map(torch.equal, found[0], found[2]))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_activation_checkpointing_repeats_the_masks(backend, use_reentrant):
-    """The recomputed forward draws the same masks; without the generator's state it would not."""
-    _, ours = build("GRU", num_layers=2, dropout=0.5)
-    x = batch().requires_grad_()
-
-    def gradients(**options):
-        torch.manual_seed(7)
-        with fusedrnn.use_backend(backend):
-            output = checkpoint(lambda x: ours(x)[0], x, **options) if options else ours(x)[0]
-            x.grad = None
-            output.square().sum().backward()
-        return x.grad
-
-    want = gradients()
-    assert torch.equal(gradients(use_reentrant=use_reentrant), want)
-    other = gradients(use_reentrant=use_reentrant, preserve_rng_state=False)
-    assert not torch.allclose(other, want)

@@ -42,12 +42,6 @@ def test_launches_follow_the_plan(monkeypatch):
     ]
 
 
-def fail_within(context, seen):
-    with context:
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
-        raise KeyError
-
-
 def test_precision_of_gemms_with_threads(monkeypatch):
     """The last thread puts back what the first has found; where it is right nothing is set."""
 
@@ -83,9 +77,11 @@ def test_precision_of_gemms_is_set_and_put_back(monkeypatch):
         assert matmul.fp32_precision == before
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     for precision, want in (("tf32", "tf32"), ("tf32x3", "ieee"), ("ieee", "ieee")):
-        seen = []
-        with pytest.raises(KeyError):
-            fail_within(gemm_precision(precision, x), seen)
-        assert (seen, matmul.fp32_precision) == ([want], before)
+        with gemm_precision(precision, x):
+            assert matmul.fp32_precision == want
+        assert matmul.fp32_precision == before
+    with pytest.raises(KeyError), gemm_precision("tf32", x):
+        raise KeyError
+    assert matmul.fp32_precision == before
     with gemm_precision("tf32", x.half()):
         assert matmul.fp32_precision == before

@@ -5,13 +5,9 @@ Its numbers are checked in `test_equivalence.py`.
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import python
 from test_equivalence import MODULES, build, states_for
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -87,16 +83,15 @@ def train():
 
 torch.set_num_threads(2)
 train()
-child = multiprocessing.get_context("fork").Process(target=train)
+child = multiprocessing.get_context("fork").Process(target=train, daemon=True)
 child.start()
-child.join()
+child.join(30)
+assert child.exitcode == 0
 assert torch.get_num_threads() == 2
 """
 
 
 def test_a_forked_process_trains():
     """OpenMP's threads do not survive a fork; a second one of them would wait for ever."""
-    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent.parent)}
-    environment.pop("OMP_NUM_THREADS", None)
-    command = [sys.executable, "-W", "ignore", "-c", FORK]
-    subprocess.run(command, env=environment, check=True, timeout=60)
+    done = python("-W", "ignore", "-c", FORK, OMP_NUM_THREADS=None)
+    assert done.returncode == 0, done.stderr

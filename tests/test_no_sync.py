@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 import fusedrnn
-from fusedrnn import arguments, functional, stack
+from fusedrnn import arguments, dispatch, functional, layer, stack
 
 T, B = 3, 4
 DEVICE = torch.device("cpu")  # it stands for the GPU
@@ -177,6 +177,30 @@ def test_a_blocking_copy_is_found():
         LENGTHS.to(DEVICE)
     with blind(LENGTHS):
         LENGTHS.to(DEVICE, non_blocking=True)
+
+
+@pytest.mark.parametrize("form", ["packed", "lengths", "reset", "states"])
+def test_rows_and_lengths_are_sent_once_for_forward_and_backward(form, monkeypatch):
+    """To "meta", from which nothing can be read, in place of a GPU; no kernel is launched."""
+    sent, to = [], torch.Tensor.to
+
+    def noting(self, *args, **kwargs):
+        result = to(self, *args, **kwargs)
+        if (self.device.type, result.device.type) == ("cpu", "meta"):
+            sent.append(kwargs.get("non_blocking", False))
+        return result
+
+    monkeypatch.setattr(torch.Tensor, "to", noting)
+    monkeypatch.setattr(layer, "_launch", lambda *_: None)
+    monkeypatch.setattr(dispatch, "choose", lambda facts: "triton")
+    module, x = fusedrnn.GRU(3, 4, 2, bidirectional=True, device="meta"), torch.randn(T, B, 3)
+    options = {"lengths": {"lengths": LENGTHS.tolist()}, "reset": {"reset": RESET}}.get(form, {})
+    x = x if options else pack_sequence([x[:n, 0] for n in (3, 3, 2, 1)])
+    x = x.to("meta") if options else x._replace(data=x.data.to("meta"))
+    sent.clear()
+    output = module.states(x).output if form == "states" else module(x, **options)[0]
+    leaves(output)[0].sum().backward()
+    assert sent == [True]
 
 
 PLANTED = {

@@ -20,7 +20,6 @@ from pairs import (
 )
 from torch import nn
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
@@ -146,8 +145,9 @@ def encoded(module, x):
 
 
 def tied(module, x):
-    """One parameter is two arguments of one call."""
+    """One parameter is two arguments of one call, and one is frozen."""
     module.bias_hh_l0 = module.bias_ih_l0
+    module.weight_ih_l0.requires_grad_(False)
     return module(x)
 
 
@@ -160,7 +160,8 @@ def test_arguments_that_depend_on_each_other(backend, compose, order):
     for module in build("LSTM"):
         with fusedrnn.use_backend(backend):
             loss = loss_of(compose(module, x))
-            found.append(penalised(loss, [x, *module.parameters()], order))
+            sources = [x, *(p for p in module.parameters() if p.requires_grad)]
+            found.append(penalised(loss, sources, order))
     assert_close(found[1], found[0], 1e-10)
 
 
@@ -238,27 +239,6 @@ def test_flops_are_those_of_torchs_products(name, needs_input):
             loss.backward()
         found.append((forward, counter.get_total_flops()))
     assert found[0] == found[1]
-
-
-def test_walkers_of_saved_tensors_meet_no_none():
-    for name in NAMES:
-        with fusedrnn.use_backend("torch"):
-            output, _ = build(name)[1](batch())
-        shapes = [tensor.shape for tensor in output.grad_fn.saved_tensors]
-        assert shapes[0] == (T, B, I)
-
-
-def test_a_traced_graph_contains_both_operators():
-    module, x = build("GRU")[1], batch().requires_grad_()
-
-    def step(x):
-        return torch.autograd.grad(module(x)[0].sum(), x)[0]
-
-    with fusedrnn.use_backend("torch"):
-        graph = make_fx(step)(x)
-        names = [str(n.target) for n in graph.graph.nodes if "fusedrnn" in str(n.target)]
-        assert names == ["fusedrnn.rnn_forward.default", "fusedrnn.rnn_backward.default"]
-        assert_close([graph(x)], [step(x)])
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

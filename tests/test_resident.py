@@ -3,9 +3,9 @@
 import pytest
 import torch
 from kernel_cases import Data, Shape, differences, resident_plan, results, rows_of, tensors
+from mutants import ORIGIN_BUGS
 
 from fusedrnn.kernels import resident
-from fusedrnn.kernels import rows as rows_module
 from fusedrnn.kernels.spec import SPECS
 
 CELLS = list(SPECS)
@@ -83,23 +83,7 @@ def test_saturated_gates_stay_finite(cell, device):
     assert all(value.isfinite().all() for value in found.values())
 
 
-def first_step_for_all(origins):
-    return origins[:, :1].expand_as(origins).contiguous()
-
-
-def padding_counts(origins):
-    return origins.masked_fill(origins == rows_module.SKIPPED, rows_module.PREVIOUS)
-
-
-def resets_lost(origins):
-    return origins.masked_fill(origins == rows_module.ZERO, rows_module.PREVIOUS)
-
-
-def initial_lost(origins):
-    return origins.masked_fill(origins == rows_module.INITIAL, rows_module.PREVIOUS)
-
-
-@pytest.mark.parametrize("bug", [first_step_for_all, padding_counts, resets_lost, initial_lost])
+@pytest.mark.parametrize("bug", ORIGIN_BUGS)
 def test_planted_bugs_in_the_origins_are_found(bug, device):
     shape = Shape(5, 6, 16, rows="ragged", D=2)
     data = tensors("gru", shape, device=device)

@@ -10,10 +10,7 @@ import torch
 
 from fusedrnn import layer, stack
 from fusedrnn.kernels.plan import KernelFailed, LaunchRefused, Plan
-from fusedrnn.kernels.spec import SPECS
-from fusedrnn.layer import group_weights
 from fusedrnn.layout import Sequences
-from fusedrnn.reference import differentiable_stack
 from fusedrnn.stack import StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
@@ -44,50 +41,6 @@ def backward(inputs, outputs, config, needs=(True, True), sequences=Sequences())
     c_n = None if outputs.c_n is None else torch.ones_like(outputs.c_n)
     grads = StackGrads(torch.ones(T, B, H, dtype=torch.float64), None, c_n, None)
     return stack.backward(inputs, outputs, grads, sequences, config, *needs)
-
-
-@pytest.mark.parametrize("cell", SPECS)
-def test_dropout_between_layers_equals_the_reference(cell):
-    config = config_of(cell, bidirectional=True, compact=True)
-    inputs, sequences = inputs_of(config), Sequences(torch.tensor([2, 5, 1]))
-    leaves = [t.requires_grad_() for t in (*inputs[:3], *inputs.params) if t is not None]
-    weights = group_weights(inputs.params, config)
-    want = differentiable_stack(cell, *inputs[:3], weights, inputs.dropout_masks, sequences)[:3]
-    arriving = StackGrads(*(None if t is None else torch.randn_like(t) for t in want), None)
-    outputs, given = ([t for t in each if t is not None] for each in (want, arriving))
-    d_want = torch.autograd.grad(outputs, leaves, given)
-    with torch.no_grad():
-        found = stack.forward(inputs, sequences, config, True)
-        got = stack.backward(inputs, found, arriving, sequences, config, True, True)
-    torch.testing.assert_close(found.output, want[0])
-    d_states = [d for d in got[:3] if d is not None]
-    torch.testing.assert_close((*d_states, *got[3]), d_want, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("cell", SPECS)
-def test_nothing_is_saved_without_gradients(cell):
-    config, spec = config_of(cell), SPECS[cell]
-    inputs = inputs_of(config)
-    bare = stack.forward(inputs, Sequences(), config, False)
-    assert bare[3:] == (None, None, None)
-    kept = stack.forward(inputs, Sequences(), config, True)
-    assert kept.gates.shape == (L, T * B, spec.saved * H)
-    assert kept.hidden.shape == (L, T * B, H)
-    assert (kept.cs is None) == (spec.states == 1)
-    again = stack.forward(inputs, Sequences(), config._replace(recompute=True), True)
-    assert (again.gates is None) == (spec.saved > 0)
-    assert torch.equal(kept.output, bare.output)
-    assert torch.equal(kept.output, again.output)
-
-
-def test_shapes_of_what_is_saved_depend_on_no_length():
-    config = config_of("lstm", compact=True)
-    inputs = inputs_of(config)
-    for lengths in ([5, 5, 5], [1, 0, 2]):
-        kept = stack.forward(inputs, Sequences(torch.tensor(lengths)), config, True)
-        shapes = [t.shape for t in kept if t is not None]
-        rows = (L, T * B)
-        assert shapes == [(T, B, H), (L, B, H), (L, B, H), (*rows, 4 * H), (*rows, H), (*rows, H)]
 
 
 @pytest.mark.parametrize("sequences", [Sequences(), Sequences(torch.tensor([2, 5, 1]))])
@@ -181,8 +134,7 @@ def test_a_refused_launch_is_planned_again(monkeypatch):
     assert calls == ["cooperative", *["stepwise"] * L]
 
 
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("broken", ["forward", "backward"])
+@pytest.mark.parametrize(("broken", "recompute"), [("forward", False), ("backward", True)])
 def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
     """It goes on from what the kernels have saved; only ``auto`` does so, and remembers it."""
     monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
