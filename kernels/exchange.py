@@ -76,7 +76,8 @@ def wait(counter_ptr, target, patience):
         mov.u32 $0, 1;
         setp.ne.u32 done, polls, 0;
         @done bra DONE;
-        POLL: ld.acquire.gpu.global.u32 seen, [$1];
+        POLL:
+        ld.acquire.gpu.global.u32 seen, [$1];
         setp.ge.s32 done, seen, $2;
         @done bra DONE;
         add.u32 polls, polls, 1;
@@ -96,34 +97,30 @@ def wait(counter_ptr, target, patience):
 
 
 @gluon.jit
-def wait_for_three(first, target, second, second_target, third, third_target, patience):
-    """``wait`` for three counters at once, each polled by a thread of its own."""
+def wait_for_both(counter_ptr, target, other_ptr, other_target, patience):
+    """``wait`` for two counters at once, each polled by a thread of its own."""
     met = gl.inline_asm_elementwise(
         """{
-        .reg .pred done; .reg .pred mine; .reg .u32 thread; .reg .u32 polls; .reg .s32 seen;
+        .reg .pred done; .reg .pred mine; .reg .u32 polls; .reg .s32 seen;
         .reg .b64 counter; .reg .s32 target;
-        mov.u32 thread, %tid.x;
-        mov.u32 polls, 0;
+        mov.u32 polls, %tid.x;
         mov.u32 $0, 1;
-        setp.gt.u32 done, thread, 2;
+        setp.gt.u32 done, polls, 1;
         @done bra DONE;
-        setp.eq.u32 mine, thread, 1;
-        selp.b64 counter, $2, $1, mine;
-        selp.b32 target, $5, $4, mine;
-        setp.eq.u32 mine, thread, 2;
-        selp.b64 counter, $3, counter, mine;
-        selp.b32 target, $6, target, mine;
+        setp.eq.u32 mine, polls, 0;
+        selp.b64 counter, $1, $2, mine;
+        selp.b32 target, $3, $4, mine;
         POLL: ld.acquire.gpu.global.u32 seen, [counter];
         setp.ge.s32 done, seen, target;
         @done bra DONE;
         add.u32 polls, polls, 1;
-        setp.le.u32 done, polls, $7;
+        setp.le.u32 done, polls, $5;
         @done bra POLL;
         mov.u32 $0, 0;
         DONE:
         }""",
-        "=&r,l,l,l,r,r,r,r,~{memory}",
-        [first, second, third, target, second_target, third_target, patience],
+        "=&r,l,l,r,r,r,~{memory}",
+        [counter_ptr, other_ptr, target, other_target, patience],
         tl.int32,
         False,
         1,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import gluon_interpreter
 import torch
 from concurrency import run_concurrently, shared
 from kernel_cases import Data, Shape, cooperative_plan, differences, rows_of, tensors
 
-from fusedrnn.kernels import cooperative, exchange
+from fusedrnn.kernels import cooperative, cooperative_backward, exchange, slices
+from fusedrnn.kernels.cells import CELLS
 
 #: Polls until a test gives up on a lost program: half a minute without pauses.
 PATIENCE = 1_000_000
@@ -19,14 +21,23 @@ def prepared(cell: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Dat
     return shared(tensors(cell, shape, dtype))
 
 
-def workspace(cell: str, shape: Shape) -> exchange.Workspace:
-    tiles = -(-shape.B // 16)
-    like = torch.empty(0)
-    return shared(exchange.workspace(cell, like, shape.L * shape.D, tiles, shape.B, shape.H))
+def workspaces(cell: str, shape: Shape, data: Data) -> list[exchange.Workspace]:
+    """The memory of both launches, which the programs share."""
+    h_0, of, count = data.layers.h_0, CELLS[cell], -(-shape.B // 16)
+    tiles, sizes = cooperative_plan(shape).forward, (shape.L, shape.D, shape.H)
+    columns = (shape.H,) * len(of.phases)
+    itemsize = h_0.element_size()
+    forward = slices.slice_of(*sizes, 16, shape.block_h, tiles.num_warps, itemsize, columns)
+    backward = cooperative_backward.tile_of(of, *sizes, tiles, itemsize)
+    return [
+        shared(exchange.workspace(h_0, shape.L * shape.D, count, 16, side.pitch))
+        for side in (forward, backward)
+    ]
 
 
 def launches(cell, shape, data, works, patience=PATIENCE):
-    """The launches of forward and backward as calls without arguments."""
+    """The launches of forward and backward as calls without arguments, with exact products."""
+    gluon_interpreter.round_to_tf32 = lambda x: x
     plan, rows = cooperative_plan(shape), rows_of(shape)
 
     def forward():
@@ -40,7 +51,7 @@ def launches(cell, shape, data, works, patience=PATIENCE):
 
 def run(cell, shape, data, *, works=None, patience=PATIENCE, delay=DELAY, **pauses) -> list[str]:
     """Runs both launches, which fill ``data``, and returns what failed."""
-    works = works or [workspace(cell, shape) for _ in range(2)]
+    works = works or workspaces(cell, shape, data)
     forward, backward = launches(cell, shape, data, works, patience)
     failed = run_concurrently([forward], shape.programs, delay=delay, **pauses)
     return failed or run_concurrently([backward], shape.programs, delay=delay, **pauses)

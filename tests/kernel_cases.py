@@ -22,8 +22,7 @@ class Shape(NamedTuple):
     """T steps, B sequences, H units, L layers, D directions.
 
     ``rows`` are "dense", "ragged" (with lengths and resets) or "packed". In schedule cooperative a
-    program owns ``block_h`` units, ``at_once`` batch tiles of 16 rows run in one launch, and
-    ``folded`` products share an accumulator.
+    program owns ``block_h`` units, and ``at_once`` batch tiles of 16 rows run in one launch.
     """
 
     T: int
@@ -36,7 +35,6 @@ class Shape(NamedTuple):
     rows: str = "dense"
     bias: bool = True
     at_once: int = 2
-    folded: int = 0
 
     @property
     def programs(self) -> int:
@@ -63,8 +61,7 @@ def stepwise_plan() -> Plan:
 
 
 def cooperative_plan(shape: Shape) -> Plan:
-    chunks = ((0, 2, 16), (32, 2, 16))[: 1 + (shape.H > 32)]
-    tiles = Tiles(16, shape.block_h, 4, None, "ieee", 0, chunks, shape.at_once, shape.folded)
+    tiles = Tiles(16, shape.block_h, 4, None, "tf32", 0, shape.at_once)
     return Plan("cooperative", tiles, tiles, shape.L)
 
 
