@@ -28,7 +28,7 @@ from .kernels.plan import KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
 from .kernels.spec import SPECS, CellSpec
 from .kernels.tensors import Grads, Layers, Weights
-from .layout import empty_grads, entering, previous_rows, rows_by_sequence
+from .layout import entering, previous_rows, rows_by_sequence
 
 #: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
 #: launches cost more.
@@ -243,7 +243,7 @@ def backward(
     total: list[Tensor] = []
     for own, part, part_grads, part_rows in parts:
         shape = Z, part_rows.total, config.spec.grad_tiles * H
-        part_grads = part_grads._replace(gates=empty_grads(layers.h_0, shape, rows))
+        part_grads = part_grads._replace(gates=layers.h_0.new_empty(shape))
         with gemm_precision(config.precision, layers.h_0):
             if plan is None:
                 loop.backward(config.cell, part, part_grads, part_rows)

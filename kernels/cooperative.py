@@ -4,8 +4,8 @@ W_hh does not fit one program, so it is cut: a program owns BLOCK_H hidden units
 gates and keeps their rows of W_hh for the whole launch. c and the gates of these units stay with
 it. The others need h, which goes through slots by the protocol of ``exchange.py``. A step
 is: wait for h, load all of it into the operands of a product (``slices.py``), multiply, sum over
-the warps, apply the cell, put h into the next slot, publish. What nobody waits for, the stores of
-out, gates and c, follows the publication, and the loads of gx precede the wait.
+the warps, apply the cell, put h into the next slot, publish. What no program waits for, the
+stores of out, gates and c, follows the publication, and the loads of gx precede the wait.
 
 What is published is the state that *enters* the next step: zero where a sequence begins. So rows
 may be ragged or packed, and the product knows nothing of it. The first publication is h_0.
@@ -100,16 +100,16 @@ def _input_products(layers, program, step, place, w_ih, CELL: tl.constexpr, TILE
     last = (program.R - 1 - first).to(tl.int32)
     below = choose(layers.out, tl.maximum(program.z - 1, 0))
     x = fetch(below + first * TILE.H, last, TILE.H, 0, TILE.H, TILE)
+    mask = ()
     if layers.masks is not None:
         masks = choose(layers.masks, program.z) + first * TILE.H
         mask = fetch(masks, last, TILE.H, 0, TILE.H, TILE)
-        dropped = ()
-        for n in tl.static_range(len(x)):
-            dropped = dropped + (x[n] * mask[n],)
-        x = dropped
+    dropped = ()
+    for n in tl.static_range(len(x)):
+        dropped = dropped + (round_operand(x[n] * mask[n] if len(mask) > 0 else x[n]),)
     out = ()
     for g in tl.static_range(len(CELL.gates)):
-        out = out + (multiply(w_ih[g], x, zero_acc(TILE.block_h, TILE), TILE),)
+        out = out + (multiply(w_ih[g], dropped, zero_acc(TILE.block_h, TILE), TILE),)
     return out
 
 
@@ -120,7 +120,7 @@ def _phase(
     """The pre-activations of a phase's gates: gx, and gh with these gates behind it.
 
     ``starts`` are the products with the layer's input, or nothing. Where the two pre-activations of
-    a gate are not just added, its start becomes a sum of its own.
+    a gate are not just added, its start becomes another sum.
     """
     GATES: tl.constexpr = CELL.phases[PHASE]
     accs, apart = (), ()

@@ -98,7 +98,7 @@ def wait(counter_ptr, target, patience):
 
 @gluon.jit
 def wait_for_both(counter_ptr, target, other_ptr, other_target, patience):
-    """``wait`` for two counters at once, each polled by a thread of its own."""
+    """``wait`` for two counters at once, each polled by another thread."""
     met = gl.inline_asm_elementwise(
         """{
         .reg .pred done; .reg .pred mine; .reg .u32 polls; .reg .s32 seen;

@@ -109,7 +109,7 @@ def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
     registers += rest[warps:]
     for n, found in enumerate((in_tile, in_part)):
         found += [[base[n] for base in bases] for bases in (registers, lanes, rest[:warps])]
-    if not pairs:  # the two gates of a pair are split into tiles of their own
+    if not pairs:  # the two gates of a pair become two tiles
         in_tile[0] = in_tile[0][1:]
     shapes = [block_b, block_h], [block_b // 8 * rows, 16]
     tile, part = (

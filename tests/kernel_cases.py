@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.kernels.plan import Plan, Tiles
-from fusedrnn.kernels.rows import SKIPPED, SLACK, Rows, origins_of, packed_rows
+from fusedrnn.kernels.rows import SKIPPED, Rows, origins_of, packed_rows, packed_table
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.kernels.tensors import Grads, Layers, Weights
 from fusedrnn.layout import Sequences
@@ -82,7 +82,7 @@ def rows_of(shape: Shape, device: torch.device = CPU) -> Rows:
     T, B, D = shape.T, shape.B, shape.D
     lengths, reset, sizes, *_ = sequences_of(shape)
     if shape.rows == "packed":
-        return packed_rows(sizes, D, device, reset)
+        return packed_rows(sizes, packed_table(sizes, B, device), D, reset)
     if shape.rows == "ragged":
         return Rows(T, B, origins_of(T, B, D, device, lengths, reset))
     return Rows(T, B)
@@ -135,7 +135,7 @@ def tensors(
         cs=poisoned(randn(Z, R, H)) if two and shape.rows != "dense" else None,
         h_n=randn(Z, B, H),
         c_n=randn(Z, B, H) if two else None,
-        gates=nan(Z * R + SLACK, N * H)[:-SLACK].view(Z, R, N * H),
+        gates=nan(Z, R, N * H),
         h_0=nan(Z, B, H),
         c_0=nan(Z, B, H) if two else None,
     )
