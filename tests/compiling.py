@@ -16,6 +16,7 @@ from fusedrnn.kernels.sass import trace
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread
+MOST_SPILLED_BEFORE = 512  # of a cooperative kernel, all while W_hh is loaded, before its loop
 COMPILED_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = ((BF16, "ieee"), (FP16, "ieee"), (FP32, "tf32"), (FP32, "tf32x3"), (FP32, "ieee"))
@@ -128,7 +129,7 @@ def faults(found: Job, kernel: Any) -> list[str]:
     chip, chosen = CHIPS[found.chip], found.plan
     allowed, asm = min(chip.shared_bytes, kernel.tiles.shared_bytes), kernel.binary.asm
     wrong = []
-    if kernel.spills > MOST_SPILLED:
+    if kernel.spills > (MOST_SPILLED if chosen.schedule != "cooperative" else MOST_SPILLED_BEFORE):
         wrong.append(f"{kernel.spills} bytes spilled")
     if kernel.shared_bytes > allowed:
         wrong.append(f"{kernel.shared_bytes} bytes shared, {allowed} allowed")
@@ -172,8 +173,8 @@ def exchange_faults(problem: Problem, kernel: Any) -> Iterator[str]:
     barriers = sum(name.startswith("BAR") for name in names)
     if barriers > 3 * phases + waits_below:
         yield f"{barriers} barriers in a step"
-    if kernel.spills:
-        yield f"{kernel.spills} bytes spilled"
+    if any(name.startswith(("LDL", "STL")) for name in names):
+        yield "registers are spilled in the loop"
     if not any("MMA" in name for name in names):
         yield "no tensor-core instruction"
     if any(name.startswith(("SHFL", "MOVM")) for name in names):
@@ -184,9 +185,9 @@ def exchange_faults(problem: Problem, kernel: Any) -> Iterator[str]:
         yield "exchanged data is not loaded 16 bytes at a time"
     if not polls or (exchanged and exchanged[0] < polls[0]):
         yield "exchanged data is loaded before the wait"
-    late = [n for n in exchanged if any("MMA" in name for name in names[polls[-1] : n])]
-    if len(late) > len(exchanged) // 2:
-        yield f"{len(late)} of {len(exchanged)} loads wait for products"
+    first = next(n for n, name in enumerate(names) if "MMA" in name)
+    if sum(n < first for n in exchanged) < min(4, len(exchanged) // 2):
+        yield "loads wait for products"
     yield from _order_faults(kernel.binary.asm["ptx"])
     if "__assertfail" not in kernel.binary.asm["ptx"]:
         yield "a wait has no limit"

@@ -71,6 +71,22 @@ def test_chips_take_their_familys_cycles_and_their_own_clock(tables):
     assert ours(chip=H100._replace(arch="gfx942", warp_size=64)) is None
 
 
+def test_a_cooperative_step_is_a_hop_and_what_a_program_computes(tables, monkeypatch):
+    monkeypatch.setattr(expected, "_products_us", lambda *_: 0.0)
+    large = LSTM._replace(hidden_size=512, needs_grad=False)
+    tiles = cooperative(large, H100).forward
+    us = 0.65 + 0.35 * (tiles.block_b / 8) * (tiles.block_h / 8)
+    assert ours(large) == pytest.approx(100 * us)
+    many = large._replace(batch=4096)
+    tiles = cooperative(many, H100).forward
+    us = 0.65 + 0.35 * (tiles.block_b / 8) * (tiles.block_h / 8)
+    rounds = -(-4096 // (tiles.block_b * tiles.at_once))
+    assert ours(many) == pytest.approx(rounds * 100 * us)
+    (wave,) = plan_stack(large._replace(layers=2), H100)
+    us = 0.65 + 2 * 0.35 * (wave.forward.block_b / 8) * (wave.forward.block_h / 8)
+    assert ours(large._replace(layers=2)) == pytest.approx(101 * us)
+
+
 def test_theirs_and_the_margin(tables):
     verdict = judge(LSTM, plan_stack(LSTM, H100), H100, 100, 0)
     assert verdict.theirs == pytest.approx(100 * (192 + 5), rel=0.01)
@@ -84,30 +100,25 @@ def test_theirs_and_the_margin(tables):
     assert not verdict._replace(ours=None).favours_ours
 
 
+BIG, HALF, FP32 = {"hidden_size": 256}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}
+
+
 @pytest.mark.parametrize(
-    ("changes", "I", "algorithm"),
+    ("algorithm", "I", "changes"),
     [
-        ({}, 64, "small"),
-        ({"hidden_size": 192}, 64, "small"),
-        ({"hidden_size": 193}, 64, "standard"),
-        ({"cell": "rnn_relu", "hidden_size": 384}, 64, "small"),
-        ({"ragged": True}, 64, "standard"),  # packed
-        ({"dtype": torch.bfloat16}, 64, "standard"),
-        ({"dtype": torch.float32}, 64, "small"),
-        ({"hidden_size": 256}, 128, "static"),
-        ({"hidden_size": 256, "ragged": True}, 128, "standard"),
-        ({"hidden_size": 256}, 64, "standard"),
-        ({"hidden_size": 256, "batch": 7}, 128, "standard"),
-        ({"hidden_size": 256, "batch": 136}, 128, "standard"),
-        ({"hidden_size": 256, "layers": 2}, 128, "standard"),
-        ({"hidden_size": 256, "dtype": torch.float32}, 128, "standard"),
-        ({"hidden_size": 256, "cell": "gru"}, 128, "standard"),
-        ({"dtype": torch.float32, "precision": "ieee"}, 64, None),
-        ({"dtype": torch.float64}, 64, None),
-        ({"cell": "gru_reset_before"}, 64, None),
+        ("small", 64, {}), ("small", 64, {"hidden_size": 192}), ("small", 64, FP32),
+        ("small", 64, {"cell": "rnn_relu", "hidden_size": 384}),
+        ("standard", 64, {"hidden_size": 193}), ("standard", 64, HALF),
+        ("standard", 64, {"ragged": True}),  # packed
+        ("static", 128, BIG), ("standard", 64, BIG), ("standard", 128, BIG | {"ragged": True}),
+        ("standard", 128, BIG | {"batch": 7}), ("standard", 128, BIG | {"batch": 136}),
+        ("standard", 128, BIG | {"layers": 2}), ("standard", 128, BIG | FP32),
+        ("standard", 128, BIG | {"cell": "gru"}),
+        (None, 64, FP32 | {"precision": "ieee"}), (None, 64, {"dtype": torch.float64}),
+        (None, 64, {"cell": "gru_reset_before"}),
     ],
-)
-def test_cudnns_algorithm(changes, I, algorithm):
+)  # fmt: skip
+def test_cudnns_algorithm(algorithm, I, changes):
     figure = find_figure(LSTM._replace(**changes), I)
     assert (figure and figure["algorithm"]) == algorithm
 
