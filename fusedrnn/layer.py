@@ -114,7 +114,7 @@ def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) 
 
 @cache
 def _schedule(name: str) -> Any:
-    """Imports the module of a schedule, which needs Triton, on first use."""
+    """Imports a module of the kernels, which needs Triton, on first use."""
     return import_module(f".kernels.{name}", __package__)
 
 
@@ -129,7 +129,7 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
     *read, written = tensors
     aligned, pairs = _aligned(written)
     try:
-        run = getattr(_schedule(plan.schedule), direction)
+        run = getattr(_schedule(plan.module(direction)), direction)
         run(cell, plan, *(_aligned(part)[0] for part in read), aligned, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
         raise

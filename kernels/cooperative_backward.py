@@ -19,15 +19,14 @@ from triton.experimental import gluon
 from .cells import CELLS, Cell
 from .exchange import (
     PATIENCE,
-    Workspace,
     group_of,
-    launch_together,
     publish,
     put,
     slot_of,
     wait,
     wait_for_both,
 )
+from .launch import Workspace, launch_together
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
 from .rows import Rows
@@ -37,7 +36,6 @@ from .slices import (
     columns_of_slice,
     fetch,
     multiply,
-    program_of,
     row_of_slice,
     slice_of,
     sum_buffers,
@@ -50,6 +48,7 @@ from .steps import (
     load_step,
     origins_at,
     place_of,
+    program_of,
     readable,
     row_of,
     store,
