@@ -7,6 +7,7 @@ argument, what came and what was expected.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import suppress
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -15,7 +16,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .kernels.spec import SPECS
-from .layout import Sequences
+from .layout import pack, pack_nested, to_grid
+from .records import Sequences, StackInputs
 from .vmap import is_transformed
 
 
@@ -49,7 +51,6 @@ class Facts(NamedTuple):
     layers: Layers = Layers()
     ragged: tuple[str, ...] = ()  # of "packed", "lengths" and "reset"
     needs_grad: bool = False
-    needs_input_grad: bool = False
     autocast: torch.dtype | None = None
     compiled: bool = False  # being traced by torch.compile or torch.export
     transformed: bool = False  # inside vmap, grad, jvp, ... of torch.func
@@ -78,14 +79,89 @@ class Call(NamedTuple):
     """A checked call, with its tensors in the form that all backends take."""
 
     facts: Facts
-    input: Tensor  # [T, B, I], the data of a PackedSequence [R, I], for a cell [B, I]
-    states: tuple[Tensor, ...]  # [L*D, B, H] each; for a cell [B, H]
+    input: Tensor  # [T, B, I], packed rows [R, I]
+    states: tuple[Tensor, ...]  # [L*D, B, H] each
     params: Sequence[Tensor]
     batched: bool = True  # False: the results lose the batch dimension again
     sequences: Sequences = Sequences()
     packing: PackedSequence | None = None  # the packed input
-    #: Or of a nested one its offsets [B + 1], and the packed row of each of its rows [R].
-    jagged: tuple[Tensor, Tensor] | None = None
+    nested: tuple[Tensor, Tensor] | None = None  # its offsets [B + 1]; the packed row of each row
+    unsort: Tensor | None = None  # [B], the place of each sequence among sorted ones
+    places: Tensor | None = None  # [R], the place of each packed row in the padded input
+
+    def compact(self) -> Call:
+        """Packs padded input on the CPU, so that missing steps cost nothing; reads lengths."""
+        lengths, reset = self.sequences[:2]
+        T, B, by_sequence = self.facts.steps, self.facts.batch, self.facts.layers.batch_first
+        assert lengths is not None
+        starts = torch.arange(B, device="cpu") * (T if by_sequence else 1)
+        packing = pack(lengths.cpu().clamp(0, T), T, starts, 1 if by_sequence else B)
+        reset = None if reset is None else reset.cpu().index_select(1, packing.order)
+        call = self._replace(places=packing.rows)
+        return call._replace(
+            input=call.gather(self.input),
+            states=tuple(state.index_select(1, packing.order) for state in self.states),
+            sequences=Sequences(None, reset, packing.batch_sizes),
+            unsort=packing.order.argsort(),
+        )
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """Returns ``[T, B, ...]`` as the rows of the call."""
+        if self.places is None:
+            return grid
+        grid = grid.transpose(0, 1) if self.facts.layers.batch_first else grid
+        return grid.flatten(0, 1).index_select(0, self.places)
+
+    def stack_inputs(self) -> StackInputs:
+        """Returns the tensors in the dtype of the computation, with dropout's masks."""
+        facts, params = self.facts, self.params
+        input, h_0, *c_0 = tensors = self.input, *self.states
+        if facts.autocast:
+            # As cuDNN's path does: input, states and weights alike; fp64 is left alone.
+            input, h_0, *c_0 = (_cast(t, facts.autocast) for t in tensors)
+            params = [_cast(p, facts.autocast) for p in params]
+            _check_alike(input, (h_0, *c_0), params)
+        masks = dropout_masks(self) if facts.layers.dropout and facts.layers.training else []
+        return StackInputs(input, h_0, c_0[0] if c_0 else None, params, masks)
+
+    def in_form(self, rows: Tensor, in_place: bool = False) -> Any:
+        """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the input."""
+        if self.nested is not None:
+            offsets, index = self.nested
+            return torch.nested.nested_tensor_from_jagged(rows.index_select(0, index), offsets)
+        if self.packing is not None:
+            return PackedSequence(rows, *self.packing[1:])
+        by_sequence, shape = self.facts.layers.batch_first, (self.facts.steps, self.facts.batch)
+        if self.places is not None:
+            return to_grid(rows, self.places, *(shape[::-1] if by_sequence else shape))
+        if not self.batched:
+            return rows.squeeze(1)
+        if not by_sequence:
+            return rows
+        return rows.transpose_(0, 1) if in_place else rows.transpose(0, 1)
+
+    def states_in_form(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """Returns states ``[L*D, B, H]`` in the order of the call's sequences."""
+        if self.unsort is not None:
+            return [s.index_select(1, self.unsort) for s in states]
+        return list(states) if self.batched else [s.squeeze(1) for s in states]
+
+
+def dropout_masks(call: Call) -> list[Tensor]:
+    """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``."""
+    facts, layers = call.facts, call.facts.layers
+    p, columns = layers.dropout, (facts.proj_size or facts.hidden_size) * layers.directions
+    rows = call.input.shape[:-1] if call.places is None else (facts.steps, facts.batch)
+    shape, count = (*rows, columns), layers.num_layers - 1
+    masks = [call.input.new_zeros(shape, dtype=facts.dtype) for _ in range(count)]
+    if p < 1:  # else at::dropout draws nothing, and 1/(1-p) is infinite
+        masks = [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
+    return [call.gather(mask) for mask in masks]
+
+
+def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    cast = tensor.is_floating_point() and tensor.dtype != torch.float64
+    return tensor.to(dtype) if cast else tensor
 
 
 class _Sizes(NamedTuple):
@@ -97,6 +173,10 @@ class _Sizes(NamedTuple):
     columns: tuple[int, ...]  # of each state
 
 
+#: What the checks of each kind of call have found: its facts, and the columns of its states.
+_KNOWN: dict[tuple, tuple[Facts, tuple[int, ...]]] = {}
+
+
 def prepare(
     cell: str,
     input: Tensor | PackedSequence,
@@ -106,13 +186,15 @@ def prepare(
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
 ) -> Call:
-    """Checks the arguments of a stack and brings them into the one form that backends take."""
-    if not 0 <= layers.dropout <= 1:
-        raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
-    sizes, sequences = _sizes(cell, params, layers), _DENSE
-    packing = jagged = None
+    """Checks the arguments of a stack and brings them into the one form that backends take.
+
+    Checks of anything but values are made once for each kind of call, since they take as long as
+    the smallest layers.
+    """
+    packing: PackedSequence | None = None
+    nested: tuple[Tensor, Tensor] | None = None
     if isinstance(input, Tensor) and input.is_nested:
-        input, jagged = _pack_jagged(input)
+        input, nested = pack_nested(input)
     if isinstance(input, PackedSequence):
         packing, data, batched = input, input.data, True
         if lengths is not None or reset is not None:
@@ -120,22 +202,17 @@ def prepare(
             raise ValueError(f"{name} was given with an input that has lengths of its own")
         steps, batch = _check_packed(packing)
         sequences = Sequences(batch_sizes=packing.batch_sizes)
+        ragged: tuple[str, ...] = ("packed",)
     else:
         batched = _ndim(input, (2, 3), " or a PackedSequence") == 3
         data = input if batched else input.unsqueeze(1)
         data = data.transpose(0, 1) if batched and layers.batch_first else data
         steps, batch = data.shape[:2]
-    autocast = _autocast_dtype(data)
-    if autocast is None and data.dtype != params[0].dtype:
-        raise ValueError(
-            f"input is {data.dtype}, the weights are {params[0].dtype}; convert one with .to()"
-        )
-    _check_features(data, sizes.input_size)
-    if steps == 0:
-        raise RuntimeError(
-            "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
-        )
-    if lengths is not None or reset is not None:
+        given = {"lengths": lengths, "reset": reset}
+        sequences, ragged = _DENSE, tuple(name for name in given if given[name] is not None)
+    states = () if hx is None else _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
+    facts, columns = _checked(cell, data, states, params, layers, (steps, batch, batched), ragged)
+    if ragged and packing is None:
         sequences = Sequences(
             _checked_lengths(lengths, steps, batch if batched else None),
             _checked_reset(reset, steps, batch if batched else None, layers.batch_first),
@@ -145,17 +222,14 @@ def prepare(
             sequences = Sequences(*of)
     rows = layers.num_layers * layers.directions
     if hx is None:
-        states = _zeros(data, (rows, batch), sizes.columns)
+        states = _zeros(data, (rows, batch), columns)
     else:
-        states = _as_tensors(hx, len(sizes.columns), indexed=packing is None)
-        states = _fitted(states, (rows, batch) if batched else (rows,), sizes.columns)
+        states = _fitted(states, (rows, batch) if batched else (rows,), columns)
         states = states if batched else tuple(s.unsqueeze(1) for s in states)
-    check_alike(data, states, params, check_dtype=autocast is None)
-    if hx is not None and packing is not None and packing.sorted_indices is not None:
-        states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
-    tensors = data, *states, *params
-    facts = _facts(cell, tensors, (steps, batch, sizes), layers, sequences, autocast)
-    return Call(facts, data, states, params, batched, sequences, packing, jagged)
+        if packing is not None and packing.sorted_indices is not None:
+            states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
+    unsort = None if packing is None else packing.unsorted_indices
+    return Call(facts, data, states, params, batched, sequences, packing, nested, unsort)
 
 
 def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
@@ -168,29 +242,52 @@ def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) ->
     return call._replace(facts=call.facts._replace(single_step=True))
 
 
-_DENSE = Sequences()
-_KINDS = ("lengths", "reset", "packed")
-
-
-def _facts(
-    cell: str,
-    tensors: Sequence[Tensor],
-    dims: tuple[int, int, _Sizes],
-    layers: Layers,
-    sequences: Sequences,
-    autocast: torch.dtype | None,
-) -> Facts:
-    """Returns the facts about a call with these tensors, the input first."""
-    data, (steps, batch, sizes) = tensors[0], dims
-    pairs = () if sequences is _DENSE else zip(_KINDS, sequences, strict=False)
-    ragged = tuple([kind for kind, given in pairs if given is not None])
+def _checked(
+    cell: str, data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], layers: Layers,
+    dims: tuple[int, int, bool], ragged: tuple[str, ...],
+) -> tuple[Facts, tuple[int, ...]]:  # fmt: skip
+    """Returns the facts about a call and the columns of its states; checks a kind of call once."""
+    tensors = data, *states, *params
+    autocast, compiled, kind = _autocast_dtype(data), torch.compiler.is_compiling(), None
+    if not compiled and torch._C._get_tracing_state() is None:
+        with suppress(AttributeError, TypeError):  # not all are tensors: the checks name the one
+            grads = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+            about = cell, layers, dims, ragged, autocast, grads, is_transformed(), len(states)
+            kind = *about, *[(t.shape, t.dtype, t.device) for t in tensors]
+            if known := _KNOWN.get(kind):
+                return known
+    if not 0 <= layers.dropout <= 1:
+        raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
+    (steps, batch, _), sizes = dims, _sizes(cell, params, layers)
+    if autocast is None and data.dtype != params[0].dtype:
+        raise ValueError(
+            f"input is {data.dtype}, the weights are {params[0].dtype}; convert one with .to()"
+        )
+    if data.shape[-1] != sizes.input_size:
+        raise RuntimeError(
+            f"input has {data.shape[-1]} features in its last dimension; expected input_size, "
+            f"{sizes.input_size}"
+        )
+    if steps == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
+        )
+    _check_alike(data, states, params, check_dtype=autocast is None)
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
-    grads = needs_grad, needs_grad and data.requires_grad
     # Autocast leaves fp64 alone, as everywhere in torch.
     dtype = data.dtype if autocast is None or data.dtype == torch.float64 else autocast
-    modes = torch.compiler.is_compiling(), is_transformed()
-    grid = steps, batch, *sizes[:3]
-    return Facts(cell, data.device, dtype, *grid, layers, ragged, *grads, autocast, *modes)
+    facts = Facts(
+        cell, data.device, dtype, steps, batch, *sizes[:3], layers, ragged, needs_grad, autocast,
+        compiled, is_transformed(),
+    )  # fmt: skip
+    if kind is not None:
+        if len(_KNOWN) >= 4096:
+            _KNOWN.clear()
+        _KNOWN[kind] = facts, sizes.columns
+    return facts, sizes.columns
+
+
+_DENSE = Sequences()
 
 
 def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> _Sizes:
@@ -257,26 +354,6 @@ def _check_packed(packing: PackedSequence) -> tuple[int, int]:
     return len(batch_sizes), int(batch_sizes[0])
 
 
-def _pack_jagged(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-    """Packs a nested tensor; reads its lengths, hence waits for a GPU."""
-    if nested.layout != torch.jagged:
-        raise ValueError(f"input is a nested tensor of {nested.layout}; expected torch.jagged")
-    values, offsets = nested.values(), nested.offsets()
-    if values.dim() != 2 or nested.lengths() is not None or nested._ragged_idx != 1:
-        raise ValueError("input is a nested tensor with holes or of other than [B, jagged, I]")
-    starts = offsets.cpu()
-    lengths, order = starts.diff().sort(descending=True, stable=True)
-    if not len(lengths) or not lengths[-1]:
-        raise ValueError("input is a nested tensor with an empty sequence; expected none")
-    times = torch.arange(int(lengths[0]), device="cpu").unsqueeze(1)
-    there = times < lengths  # [T, B]
-    rows = (starts[:-1][order] + times)[there].to(values.device)
-    back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
-    order = order.to(values.device)
-    packed = PackedSequence(values.index_select(0, rows), there.sum(1), order, order.argsort())
-    return packed, (offsets, back)
-
-
 def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor | None:
     """Returns lengths as a tensor ``[B]``; checks values only where no device waits for it."""
     if lengths is None:
@@ -335,14 +412,6 @@ def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
     return input.dim()
 
 
-def _check_features(data: Tensor, input_size: int) -> None:
-    if data.shape[-1] != input_size:
-        raise RuntimeError(
-            f"input has {data.shape[-1]} features in its last dimension; expected input_size, "
-            f"{input_size}"
-        )
-
-
 def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
     """Returns the states in hx; torch's exception depends on whether it indexed hx first."""
     kind = type(hx).__name__
@@ -391,7 +460,7 @@ def _fitted(
     return tuple(fitted)
 
 
-def check_alike(
+def _check_alike(
     data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *, check_dtype: bool = True
 ) -> None:
     """Demands one device and, without autocast, one dtype of all tensors."""

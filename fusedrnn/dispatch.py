@@ -26,6 +26,7 @@ from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
 from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
+from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -132,6 +133,18 @@ def _check_name(what: str, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{what} is {name!r}; expected one of {', '.join(allowed)}")
 
 
+#: Milliseconds of the kernels and of torch's operator by kind of call, as ``measured.py`` found
+#: them in this process; None where it could not.
+MEASURED: dict[tuple[Facts, str], tuple[float, float] | None] = {}
+
+
+def kind_of(facts: Facts) -> tuple[Facts, str]:
+    """Returns what the times of a call depend on, with T in three classes."""
+    steps = 32 if facts.steps <= 32 else 256 if facts.steps <= 256 else 257
+    layers = facts.layers._replace(batch_first=False, dropout=0.0, training=False)
+    return facts._replace(steps=steps, layers=layers), precision()
+
+
 class _Kernels(NamedTuple):
     """The settings that decide whether the kernels take a call."""
 
@@ -160,6 +173,14 @@ def choose(facts: Facts) -> str:
     return backend
 
 
+def config_of(facts: Facts, backend: str) -> StackConfig:
+    """Returns how the operator runs a call."""
+    layers, products = facts.layers, precision() if backend == "triton" else "ieee"
+    backend = "auto" if backend == "triton" and is_auto() else backend
+    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
+
+
 @dataclass(frozen=True, repr=False)
 class Explanation:
     """The choice for one call; prints itself in words."""
@@ -172,6 +193,7 @@ class Explanation:
     layers: tuple[str, ...]  # for triton the schedule and tiles of each launch, and the times
     refused: tuple[tuple[str, str], ...]  # the backends tried before, each with its reason
     compiled: str | None = None  # the backend inside the one node of a compiler, or None
+    times: tuple[float, float] | None = None  # measured ms of the kernels and of torch's operator
 
     def __str__(self) -> str:
         chosen = self.backend or "none, the call would raise"
@@ -182,6 +204,9 @@ class Explanation:
         lines += [f"precision: {self.precision}"] if self.precision else []
         lines += self.layers
         lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
+        if self.times:
+            ours, theirs = self.times
+            lines.append(f"measured: the kernels {ours:.3g} ms, torch's operator {theirs:.3g} ms")
         if self.compiled != self.backend:
             lines.append(f"under torch.compile: {self.compiled or 'none, it would raise'}")
         return "\n".join(lines)
@@ -227,7 +252,8 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
             lines.append(f"{name}: {plan.describe()}")
             first = last + 1
         lines.append(f"expected: {judge(problem, plans, chip, facts.steps, facts.input_size)}")
-    return Explanation(facts, requested, source, backend, used, tuple(lines), refused, compiled)
+    found = tuple(lines), refused, compiled, MEASURED.get(kind_of(facts))
+    return Explanation(facts, requested, source, backend, used, *found)
 
 
 def runs_as_one_node(facts: Facts) -> bool:
@@ -294,9 +320,13 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     judged = requested == "auto" and _aten_refusal(facts, requested) is None
     if judged and not facts.compiled and facts.steps == 1:
         return "a single step leaves no step to keep the weights for"
+    times = MEASURED and judged and not facts.compiled and MEASURED.get(kind_of(facts))
     steps = _COMPILED_STEPS if facts.compiled else facts.steps
-    sizes = (steps, facts.input_size) if judged else None
-    return _planned_refusal(tuple(_problem(facts, kernels.precision)), device, sizes)
+    sizes = (steps, facts.input_size) if judged and not times else None
+    refusal = _planned_refusal(tuple(_problem(facts, kernels.precision)), device, sizes)
+    if times and times[0] > times[1]:
+        return refusal or "it was slower when both were measured"
+    return refusal
 
 
 def _planned_refusal(

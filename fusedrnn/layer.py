@@ -26,9 +26,9 @@ from .grads import input_grad, weight_grads
 from .kernels import plan as planning
 from .kernels.plan import KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
-from .kernels.spec import SPECS, CellSpec
-from .kernels.tensors import Grads, Layers, Weights
+from .kernels.tensors import Grads, Layers
 from .layout import entering, previous_rows, rows_by_sequence
+from .records import StackConfig
 
 #: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
 #: launches cost more.
@@ -45,55 +45,11 @@ _STICKY = re.compile(
 )
 
 
-class StackConfig(NamedTuple):
-    """The configuration of a stack: all that is not a tensor."""
-
-    cell: str
-    #: "triton" or "torch"; "auto" is triton and, where the kernels fail, the loop "instead".
-    backend: str
-    has_bias: bool
-    num_layers: int
-    bidirectional: bool
-    precision: str  # of fp32 on triton: "ieee", "tf32" or "tf32x3"
-    compact: bool = False  # lengths are packed, for which the host reads their values
-    recompute: bool = False  # backward computes the gates again
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def spec(self) -> CellSpec:
-        return SPECS[self.cell]
-
-    @property
-    def is_loop(self) -> bool:
-        return self.backend in ("torch", "instead")
-
-    @property
-    def hidden_layers(self) -> int:
-        """The layers whose h is kept beside the output.
-
-        The loop keeps that of the last one too, so that the output may be modified in place.
-        """
-        return self.num_layers if self.backend == "torch" else self.num_layers - 1
-
-
 class Launch(NamedTuple):
     """Layers that run together, and their plan; None for the loop."""
 
     layers: range
     plan: Plan | None
-
-
-def group_weights(params: Sequence[Tensor], config: StackConfig) -> list[list[Weights]]:
-    """Returns the flat parameters, in torch's order, as ``weights[layer][direction]``."""
-    D = config.directions
-    each = len(params) // (config.num_layers * D)
-    no_bias = () if config.has_bias else (None, None)
-    groups = (params[first : first + each] for first in range(0, len(params), each))
-    weights = [Weights(*group[:2], *no_bias, *group[2:]) for group in groups]
-    return [weights[i : i + D] for i in range(0, len(weights), D)]
 
 
 def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> list[Launch]:
@@ -114,7 +70,7 @@ def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) 
 
 @cache
 def _schedule(name: str) -> Any:
-    """Imports the module of a schedule, which needs Triton, on first use."""
+    """Imports a module of the kernels, which needs Triton, on first use."""
     return import_module(f".kernels.{name}", __package__)
 
 
@@ -129,7 +85,7 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
     *read, written = tensors
     aligned, pairs = _aligned(written)
     try:
-        run = getattr(_schedule(plan.schedule), direction)
+        run = getattr(_schedule(plan.module(direction)), direction)
         run(cell, plan, *(_aligned(part)[0] for part in read), aligned, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
         raise

@@ -18,6 +18,7 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
+from .patching import replaces
 from .stream import Stream
 from .vmap import is_transformed
 
@@ -64,6 +65,8 @@ class _Stack(torch.nn.RNNBase):
     # As class attributes for modules that began as torch's (replace_modules, pickles).
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
+
+    _run = staticmethod(functional.run)
 
     @property
     def _cell(self) -> str:
@@ -134,8 +137,6 @@ class _Stack(torch.nn.RNNBase):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
         if torch.jit.is_tracing() and lengths is reset is None and self._is_torchs():
             return _TORCHS[self.mode].forward(self, input, hx)
-        if lengths is reset is None and not self.proj_size:
-            return functional.run_module(self._cell, input, hx, self._params(), self._layers())
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
@@ -193,6 +194,7 @@ class _Stack(torch.nn.RNNBase):
         return state
 
 
+@replaces(torch.nn.LSTM)
 class LSTM(_Stack):
     """Drop-in for ``torch.nn.LSTM``; equations, shapes and errors are ``fusedrnn.lstm``'s.
 
@@ -234,6 +236,7 @@ class LSTM(_Stack):
             self.recompute = True
 
 
+@replaces(torch.nn.GRU)
 class GRU(_Stack):
     """Drop-in for ``torch.nn.GRU``; equations, shapes and errors are ``fusedrnn.gru``'s.
 
@@ -268,6 +271,7 @@ class GRU(_Stack):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
+@replaces(torch.nn.RNN)
 class RNN(_Stack):
     """Drop-in for ``torch.nn.RNN``; equations, shapes and errors are ``fusedrnn.rnn``'s.
 
@@ -335,6 +339,7 @@ class _SingleStep(torch.nn.RNNCellBase):
         return super().forward(input, hx)
 
 
+@replaces(torch.nn.LSTMCell)
 class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
@@ -355,6 +360,7 @@ class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """
 
 
+@replaces(torch.nn.GRUCell)
 class GRUCell(_SingleStep, torch.nn.GRUCell):
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
@@ -379,6 +385,7 @@ class GRUCell(_SingleStep, torch.nn.GRUCell):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
+@replaces(torch.nn.RNNCell)
 class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 

@@ -22,10 +22,9 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
-from .layer import group_weights
-from .layout import Sequences
+from .layout import with_table
+from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
 from .reference import differentiable_stack
-from .stack import StackConfig, StackGrads, StackInputs, StackOutputs
 
 _NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 #: torch's operator for each cell that it has one for: a stack, and a single step.
@@ -35,7 +34,7 @@ ATEN_CELL: dict[str, Callable] = {name: getattr(_VF, f"{name}_cell") for name in
 _SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes, Tensor? table"
 _CONFIG = (
     "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision, "
-    "bool compact, bool recompute"
+    "bool recompute"
 )
 # dropout_masks are optional because a program packaged by AOTInductor has None for an empty list.
 torch.library.define(
@@ -69,7 +68,7 @@ def rnn_stack(
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
         ``[L*D, B, H]`` each; and c of every step, ``[L*D, R, H]``, where it is kept.
     """
-    sequences = sequences.with_table(inputs.h_0.shape[1], inputs.input.device)
+    sequences = with_table(sequences, inputs.h_0.shape[1], inputs.input.device)
     if vmap.has_tangents() or _has_projection(inputs, config):
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
     elif _needs_dispatcher(inputs.input):
@@ -92,17 +91,21 @@ def _needs_grad(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
-def _needs_dispatcher(tensor: Tensor) -> bool:
-    """Returns whether a compiler, transform, mode, profiler or subclass must see operators."""
+def is_eager(tensor: Tensor) -> bool:
+    """Returns whether values are there to be read: no compiler, transform, mode or subclass."""
     return (
-        type(tensor) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or is_functorch_wrapped_tensor(tensor)
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
     )
+
+
+def _needs_dispatcher(tensor: Tensor) -> bool:
+    """Returns whether something that must see operators is active, such as a profiler."""
+    return not is_eager(tensor) or torch._C._autograd._profiler_enabled()
 
 
 def _register_flops() -> None:
@@ -121,7 +124,7 @@ def _forward_flops(input, h_0, c_0, params, *rest, out_val=None) -> int:
 def _backward_flops(*flat, out_val=None) -> int:
     """Counts the products for the gradients of the rows below, of h and of the weights."""
     inputs, _, _, _, config, needs_input, needs_params = _split_backward(flat)
-    first = [w.w_ih for w in group_weights(inputs.params, config)[0]]
+    first = [w.w_ih for w in config.group(inputs.params)[0]]
     passes = 1 + needs_params + (config.recompute and config.spec.saved > 0)
     without = 0 if needs_input else _forward_flops(inputs.input, None, None, first)
     return passes * _forward_flops(*inputs) - without
@@ -136,7 +139,7 @@ def _has_projection(inputs: StackInputs, config: StackConfig) -> bool:
 def _by_reference(inputs: StackInputs, sequences: Sequences, config: StackConfig) -> Any:
     """Runs the reference: output, h_n, c_n and c of every step."""
     input, h_0, c_0, params, masks = inputs
-    weights = group_weights(params, config)
+    weights = config.group(params)
     return differentiable_stack(config.cell, input, h_0, c_0, weights, masks, sequences)
 
 
@@ -306,7 +309,7 @@ def _forward_autograd(input, h_0, c_0, params, dropout_masks, *rest):
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
     _, config, (save,) = _split_arguments(rest)
     *rows, _ = input.shape
-    room, (Z, _, P), D = math.prod(rows), h_0.shape, config.directions
+    R, (Z, _, P), D = math.prod(rows), h_0.shape, config.directions
     H, saves = (h_0 if c_0 is None else c_0).shape[-1], save and config.backend != "aten"
     saved, empty = config.spec.saved, input.new_empty
     keeps_gates = saves and not (config.recompute and saved)
@@ -315,9 +318,9 @@ def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
         empty(*rows, D * P),
         empty(h_0.shape),
         empty(0) if c_0 is None else empty(c_0.shape),
-        empty(Z, room, saved * H) if keeps_gates else empty(0),
-        empty(Z, room, H) if saves and c_0 is not None else empty(0),
-        empty(config.hidden_layers, room, D * H) if keeps_hidden else empty(0),
+        empty(Z, R, saved * H) if keeps_gates else empty(0),
+        empty(Z, R, H) if saves and c_0 is not None else empty(0),
+        empty(config.hidden_layers, R, D * H) if keeps_hidden else empty(0),
     )
 
 
@@ -370,36 +373,28 @@ def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, need
     Returns:
         A gradient for each of ``tensors``.
     """
-    (sequences, masks), primals = _split_fixed(fixed), tensors[4:]
-    found: list[Any] = [None] * len(tensors)
-    directions = [*directions, *[None] * (len(primals) - len(directions))]
-    directions[0] = directions[0] if needs_input else None
-    directions[2] = None if primals[2] is None else directions[2]
-    given = [i for i, t in enumerate(tensors[:4]) if t is not None]
-    present = [i for i, t in enumerate(primals) if t is not None]
-    wanted = [i for i in present if directions[i] is not None]
-    if not wanted:
-        return found
+    sequences, masks = _split_fixed(fixed)
+    present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
+    cotangents = {i: present.pop(i) for i in range(4) if i in present}
+    directions = {i: d for i, d in enumerate(directions, 4) if d is not None and i in present}
+    if not needs_input:
+        directions.pop(4, None)
+    if not directions:
+        return [None] * len(tensors)
 
-    def results(*tensors):
-        named = dict(zip(present, tensors, strict=True))
-        params = [t for i, t in named.items() if i > 2]
-        own = StackInputs(named[0], named[1], named.get(2), params, masks)
-        every = _by_reference(own, sequences, config)
-        return tuple(every[i] for i in given)
+    def results(primals):
+        input, h_0, *params = primals.values()
+        c_0 = params.pop(0) if 6 in primals else None
+        every = _by_reference(StackInputs(input, h_0, c_0, params, masks), sequences, config)
+        return {i: every[i] for i in cotangents}
 
     def gradients(primals, cotangents):
-        by_index = dict(zip(present, torch.func.vjp(results, *primals)[1](cotangents), strict=True))
-        return tuple(by_index[i] for i in wanted)
+        (found,) = torch.func.vjp(results, primals)[1](cotangents)
+        return {i: found[i] for i in directions}
 
-    cotangents = tuple(tensors[i] for i in given)
-    pull = torch.func.vjp(gradients, tuple(primals[i] for i in present), cotangents)[1]
-    of_primals, of_cotangents = pull(tuple(directions[i] for i in wanted))
-    for i, grad in zip(given, of_cotangents, strict=True):
-        found[i] = grad
-    for i, grad in zip(present, of_primals, strict=True):
-        found[4 + i] = grad
-    return found
+    of_primals, of_cotangents = torch.func.vjp(gradients, present, cotangents)[1](directions)
+    found = of_primals | of_cotangents
+    return [found.get(i) for i in range(len(tensors))]
 
 
 @torch.library.register_fake("fusedrnn::rnn_backward")

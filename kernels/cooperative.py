@@ -27,17 +27,15 @@ import triton.language as tl
 from triton.experimental import gluon
 
 from .cells import CELLS
-from .cooperative_backward import _cooperative_bwd_kernel, backward  # noqa: F401
 from .exchange import (
     PATIENCE,
-    Workspace,
     group_of,
-    launch_together,
     publish,
     put,
     slot_of,
     wait,
 )
+from .launch import Workspace, launch_together
 from .mma import load_bias, round_operand, squash, widened
 from .problem import Plan
 from .rows import Rows
@@ -46,7 +44,6 @@ from .slices import (
     columns_of_slice,
     fetch,
     multiply,
-    program_of,
     row_of_slice,
     slice_of,
     sum_buffers,
@@ -57,6 +54,7 @@ from .steps import (
     load_gx,
     origins_at,
     place_of,
+    program_of,
     row_of,
     store_ends,
     store_h,

@@ -19,15 +19,14 @@ from triton.experimental import gluon
 from .cells import CELLS, Cell
 from .exchange import (
     PATIENCE,
-    Workspace,
     group_of,
-    launch_together,
     publish,
     put,
     slot_of,
     wait,
     wait_for_both,
 )
+from .launch import Workspace, launch_together
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
 from .rows import Rows
@@ -37,7 +36,6 @@ from .slices import (
     columns_of_slice,
     fetch,
     multiply,
-    program_of,
     row_of_slice,
     slice_of,
     sum_buffers,
@@ -50,6 +48,7 @@ from .steps import (
     load_step,
     origins_at,
     place_of,
+    program_of,
     readable,
     row_of,
     store,
@@ -70,18 +69,28 @@ from .tiles import (
 
 
 @gluon.jit
-def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``w[chunk]``, the columns of W of this program's units, of the gates of a part."""
+def _load_chunk(w_ptr, PART: tl.constexpr, N: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """The columns of W of this program's units, for a chunk of the gates of a part."""
     H: tl.constexpr = TILE.H
-    GATES: tl.constexpr = len(CELL.parts[PART])
+    COUNT: tl.constexpr = len(CELL.parts[PART]) * H
+    END: tl.constexpr = TILE.chunks[PART][N][0] + TILE.chunks[PART][N][1] * TILE.groups
     m = row_of_slice(TILE.block_h, TILE)
     unit = tl.program_id(0) * TILE.block_h + m // 16 * 16 + m % 8 * 2 + m // 8 % 2
+    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+    ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
+    if END <= COUNT and H % TILE.block_h == 0:  # a mask would cost registers
+        return round_operand(tl.load(ptrs))
+    else:
+        inside = (k < COUNT) & (unit < H)[None, :, None]
+        return round_operand(tl.load(ptrs, inside, other=0.0))
+
+
+@gluon.jit
+def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``w[chunk]`` for the product of a part."""
     w = ()
     for n in tl.static_range(len(TILE.chunks[PART])):
-        k = columns_of_slice(PART, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
-        inside = (k < GATES * H) & (unit < H)[None, :, None]
-        ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
-        w = w + (round_operand(tl.load(ptrs, inside, other=0.0)),)
+        w = w + (_load_chunk(w_ptr, PART, n, CELL, TILE),)
     return w
 
 

@@ -23,9 +23,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .steps import Part
-from .tiles import choose
-
 
 class Slice(NamedTuple):
     """The compile-time sizes and layouts of a launch."""
@@ -140,29 +137,6 @@ def slice_of(
         L, D, H, block_b, block_h, groups, pitch, chunks, wide, tile, part, acc, weight, operand,
         shared,
     )  # fmt: skip
-
-
-@gluon.jit
-def sequences(TILE: tl.constexpr):
-    """0 to BLOCK_B - 1, for the rows of a tile."""
-    return gl.arange(0, TILE.block_b, gl.SliceLayout(1, TILE.tile))
-
-
-@gluon.jit
-def units(TILE: tl.constexpr):
-    """0 to BLOCK_H - 1, for the columns of a tile."""
-    return gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.tile))
-
-
-@gluon.jit
-def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
-    """The batch tile and the hidden units of this program, in layer and direction z."""
-    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
-    offs_b = first_b + sequences(TILE)
-    cols = tl.program_id(0) * TILE.block_h + units(TILE)
-    out = choose(layers.out, z)
-    last = tl.minimum(offs_b, B - 1)
-    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
 
 
 @gluon.jit

@@ -7,7 +7,7 @@ import torch
 from concurrency import run_concurrently, shared
 from kernel_cases import Data, Shape, cooperative_plan, differences, rows_of, tensors
 
-from fusedrnn.kernels import cooperative, cooperative_backward, exchange, slices
+from fusedrnn.kernels import cooperative, cooperative_backward, launch, slices
 from fusedrnn.kernels.cells import CELLS
 
 #: Polls until a test gives up on a lost program: half a minute without pauses.
@@ -21,7 +21,7 @@ def prepared(cell: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Dat
     return shared(tensors(cell, shape, dtype))
 
 
-def workspaces(cell: str, shape: Shape, data: Data) -> list[exchange.Workspace]:
+def workspaces(cell: str, shape: Shape, data: Data) -> list[launch.Workspace]:
     """The memory of both launches, which the programs share."""
     h_0, of, count = data.layers.h_0, CELLS[cell], -(-shape.B // 16)
     tiles, sizes = cooperative_plan(shape).forward, (shape.L, shape.D, shape.H)
@@ -30,7 +30,7 @@ def workspaces(cell: str, shape: Shape, data: Data) -> list[exchange.Workspace]:
     forward = slices.slice_of(*sizes, 16, shape.block_h, tiles.num_warps, itemsize, columns)
     backward = cooperative_backward.tile_of(of, *sizes, tiles, itemsize)
     return [
-        shared(exchange.workspace(h_0, shape.L * shape.D, count, 16, side.pitch))
+        shared(launch.workspace(h_0, shape.L * shape.D, count, 16, side.pitch))
         for side in (forward, backward)
     ]
 
@@ -44,7 +44,7 @@ def launches(cell, shape, data, works, patience=PATIENCE):
         cooperative.forward(cell, plan, data.layers, rows, shared=works[0], patience=patience)
 
     def backward():
-        cooperative.backward(cell, plan, *data, rows, shared=works[1], patience=patience)
+        cooperative_backward.backward(cell, plan, *data, rows, shared=works[1], patience=patience)
 
     return forward, backward
 

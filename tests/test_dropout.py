@@ -11,7 +11,7 @@ from pairs import LENGTHS, NAMES, RESET, B, H, T, assert_close, batch, build, le
 from torch import Tensor, nn
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import arguments
 
 BACKENDS = ("auto", "torch", "triton")
 FORMS = {
@@ -54,9 +54,9 @@ def test_a_restored_generator_gives_torchs_masks(backend, name, p):
 def test_the_masks_are_those_of_torchs_dropout_bit_for_bit(monkeypatch):
     """0 or 1/(1-p) in the input's dtype, one for each layer but the last."""
     _, ours = build("GRU", torch.float32, num_layers=3, bidirectional=True, dropout=0.3)
-    drawn, real = [], functional.dropout_masks
+    drawn, real = [], arguments.dropout_masks
     monkeypatch.setattr(
-        functional, "dropout_masks", lambda *args: drawn.extend(real(*args)) or list(drawn)
+        arguments, "dropout_masks", lambda *args: drawn.extend(real(*args)) or list(drawn)
     )
     x = batch(dtype=torch.float32)
     torch.manual_seed(11)

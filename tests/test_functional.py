@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import pickle
 import warnings
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
@@ -30,7 +29,7 @@ from pairs import (
 )
 
 import fusedrnn
-from fusedrnn import functional
+from fusedrnn import arguments, functional
 
 BACKENDS = ("aten", "torch")
 STACKS = {
@@ -213,9 +212,9 @@ def flattening():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten)
         patch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
-        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda weight: True)
-        patch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda mode: 0)
-        patch.setattr(torch.cuda, "device_of", lambda weight: nullcontext())
+        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda _: True)
+        patch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda _: 0)
+        patch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
         patch.setattr(torch.Tensor, "is_cuda", True)
         yield
 
@@ -224,9 +223,7 @@ CHANGES = {
     "made": lambda module: module,
     "moved": lambda module: module.double(),
     "copied": copy.deepcopy,
-    "pickled": lambda module: pickle.loads(pickle.dumps(module)),
     "torch's": lambda _: fusedrnn.replace_modules(torch.nn.LSTM(I, H, 2)),
-    "assigned": lambda m: (setattr(m, "bias_hh_l1", m.bias_ih_l1), m.flatten_parameters(), m)[2],
 }
 
 
@@ -235,19 +232,17 @@ def test_cudnn_gets_the_weights_as_one_buffer(change, monkeypatch):
     """Else it copies all of them at every call."""
     with flattening():
         module = CHANGES[change](fusedrnn.LSTM(I, H, 2))
-    theirs, x = torch.nn.LSTM(I, H, 2), torch.randn(T, B, I)
-    theirs.load_state_dict(module.state_dict())
-    op, places = functional.ATEN["lstm"], []
+    places, x = [], torch.randn(T, B, I, dtype=module.weight_hh_l0.dtype)
 
     def recording(input, hx, params, *flags):
         places.extend((p.data_ptr(), p.data_ptr() + p.nbytes) for p in params)
         return op(input, hx, params, *flags)
 
+    op = functional.ATEN["lstm"]
     monkeypatch.setitem(functional.ATEN, "lstm", recording)
-    x = x.to(module.weight_hh_l0.dtype)
-    torch.testing.assert_close(module(x), theirs.to(x.dtype)(x), rtol=0, atol=0)
-    is_one = all(a[1] == b[0] for a, b in pairwise(places))
-    assert is_one == (change != "assigned")  # one tensor cannot be at two places, as in torch
+    module(x)
+    assert len(places) == 8
+    assert all(a[1] == b[0] for a, b in pairwise(places))
 
 
 def test_computed_weights_are_neither_flattened_nor_computed_for_it():
@@ -268,7 +263,7 @@ def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
     def checked(*arguments):
         raise AssertionError("checked")
 
-    monkeypatch.setattr(functional, "prepare", checked)
+    monkeypatch.setattr(arguments, "_sizes", checked)
     torch.testing.assert_close(module(x), first, rtol=0, atol=0)
     for other in (x[:1], x.double(), x[:, :, :2]):
         with pytest.raises(AssertionError, match="checked"):

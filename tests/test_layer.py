@@ -8,7 +8,8 @@ import torch
 from fusedrnn import layer
 from fusedrnn.kernels.plan import Plan
 from fusedrnn.kernels.rows import Rows
-from fusedrnn.layer import Launch, StackConfig, gemm_precision, launches_of
+from fusedrnn.layer import Launch, gemm_precision, launches_of
+from fusedrnn.records import StackConfig
 
 T, B, H = 4, 3, 4
 CONFIG = StackConfig("lstm", "triton", True, 3, False, "tf32")

@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedrnn
 from fusedrnn import stack
 from fusedrnn.arguments import as_hx
-from fusedrnn.layout import Sequences
+from fusedrnn.records import Sequences
 from fusedrnn.stack import StackConfig, StackGrads, StackInputs
 
 

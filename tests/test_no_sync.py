@@ -18,7 +18,7 @@ from torch.utils._pytree import tree_leaves
 from triton.runtime.interpreter import GridExecutor
 
 import fusedrnn
-from fusedrnn import arguments, dispatch, functional, layer, stack
+from fusedrnn import arguments, dispatch, layer, stack
 
 T, B = 3, 4
 DEVICE = torch.device("cpu")  # it stands for the GPU
@@ -216,7 +216,7 @@ PLANTED = {
 }
 
 
-WHERE = [(functional, "dropout_masks"), (stack, "layout_of"), (stack, "backward")]
+WHERE = [(arguments.Call, "stack_inputs"), (stack, "rows_of"), (stack, "backward")]
 
 
 @pytest.mark.parametrize("look", PLANTED)

@@ -24,8 +24,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import reference
-from fusedrnn.layout import Sequences
-from fusedrnn.stack import StackConfig
+from fusedrnn.records import Sequences, StackConfig
 
 # torch itself imports it for forward-mode derivatives.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -52,7 +51,7 @@ def arguments(cell, form="dense", backend="torch", layers=2, recompute=False, re
         params += [randn(G * H)]
     c_0 = randn(layers, B, H) if cell == "lstm" else None
     masks = [torch.rand(*rows, H, dtype=torch.float64) for _ in range(layers - 1)]
-    config = StackConfig(cell, backend, True, layers, False, "ieee", False, recompute)
+    config = StackConfig(cell, backend, True, layers, False, "ieee", recompute)
     return randn(*rows, I), randn(layers, B, H), c_0, params, masks, *FORMS[form], *config
 
 

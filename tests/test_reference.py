@@ -5,7 +5,7 @@ import torch
 from models import CELLS, make_inputs, torch_module
 
 from fusedrnn.kernels.tensors import Weights
-from fusedrnn.layer import StackConfig, group_weights
+from fusedrnn.records import StackConfig
 from fusedrnn.reference import differentiable_stack
 from fusedrnn.testing import Case, run_module
 
@@ -25,7 +25,7 @@ class Reference(torch.nn.Module):
 
     def forward(self, input, hx):
         h_0, c_0 = (hx, None) if isinstance(hx, torch.Tensor) else hx
-        weights = group_weights(list(self.module.parameters()), self.config)
+        weights = self.config.group(list(self.module.parameters()))
         output, h_n, c_n, _ = differentiable_stack(self.config.cell, input, h_0, c_0, weights, ())
         return output, h_n if c_n is None else (h_n, c_n)
 
@@ -45,9 +45,9 @@ def test_equals_torch_in_fp64(cell, T, B, layers, directions, bias):
 def test_weights_are_grouped_in_torchs_order():
     params = list(torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2).parameters())
     config = StackConfig("lstm", "torch", True, 2, True, "ieee")
-    (first, second), above = group_weights(params, config)
+    (first, second), above = config.group(params)
     assert second == Weights(*params[5:10])
     assert first.w_hr is params[4]
     assert above[1].w_ih is params[15]
-    without = group_weights(params[:4], config._replace(has_bias=False, num_layers=1))
+    without = config._replace(has_bias=False, num_layers=1).group(params[:4])
     assert without[0][1] == Weights(*params[2:4], None, None)

@@ -2,7 +2,6 @@
 
 import torch
 
-from fusedrnn.kernels import rows as of_rows
 from fusedrnn.kernels.rows import INITIAL, PREVIOUS, SKIPPED, ZERO, origins_of, packed_rows
 
 CPU = torch.device("cpu")
@@ -37,8 +36,7 @@ def test_a_reset_of_the_first_step_hides_the_initial_state():
 
 
 def test_rows_of_packed_input():
-    sizes = torch.tensor([3, 2, 2, 1])
-    rows = packed_rows(sizes, of_rows.packed_table(sizes, 3, CPU), 2)
+    rows = packed_rows(torch.tensor([3, 2, 2, 1]), 2, CPU)
     assert rows.total == 8
     assert [(span.start, span.stop) for span in rows.spans()] == [(0, 3), (3, 5), (5, 7), (7, 8)]
     assert rows.starts.tolist() == [0, 3, 5, 7]
@@ -47,6 +45,5 @@ def test_rows_of_packed_input():
 
 
 def test_rows_of_sequences_without_any_step():
-    sizes = torch.tensor([1])
-    rows = packed_rows(sizes, of_rows.packed_table(sizes, 2, CPU), 1)
+    rows = packed_rows(torch.tensor([1]), 1, CPU, B=2)
     assert rows.origins.tolist() == [[[INITIAL, SKIPPED]]]

@@ -10,8 +10,7 @@ import torch
 
 from fusedrnn import layer, stack
 from fusedrnn.kernels.plan import KernelFailed, LaunchRefused, Plan
-from fusedrnn.layout import Sequences
-from fusedrnn.stack import StackConfig, StackGrads, StackInputs
+from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
 #: Calls of functions, Python's and C's, before a forward and a backward launch.
@@ -47,7 +46,7 @@ def backward(inputs, outputs, config, needs=(True, True), sequences=Sequences())
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_results_are_no_views_and_may_be_changed(cell, sequences):
     """As of torch's operator on the CPU: backward does not read the output."""
-    config = config_of(cell, compact=True)
+    config = config_of(cell)
     inputs = inputs_of(config)
     outputs = stack.forward(inputs, sequences, config, True)
     assert not any(t._is_view() for t in outputs[:3] if t is not None)

@@ -17,8 +17,7 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fusedrnn
 from fusedrnn import stack, vmap
-from fusedrnn.layer import StackConfig, group_weights
-from fusedrnn.layout import Sequences
+from fusedrnn.records import Sequences, StackConfig
 from fusedrnn.reference import differentiable_stack
 
 # torch itself imports it for forward-mode derivatives, and inductor.
@@ -53,7 +52,7 @@ def reference_of(module):
         zeros = [x.new_zeros(rows, x.shape[1], size) for size in sizes]
         states = zeros if hx is None else [hx] if isinstance(hx, torch.Tensor) else hx
         h_0, c_0 = (*states, None)[:2]
-        weights, sequences = group_weights(list(p.values()), config), Sequences(lengths, reset)
+        weights, sequences = config.group(list(p.values())), Sequences(lengths, reset)
         output, h_n, c_n, _ = differentiable_stack(config.cell, x, h_0, c_0, weights, (), sequences)
         return output, h_n if c_n is None else (h_n, c_n)
 
