@@ -3,7 +3,7 @@
 A program holds the columns of W_hh of its units, with all gates, for the whole launch. A step is:
 the adjoint of the cell for its units, dgates put into a slot, publish, wait for the others, load
 all dgates into the operands of a product (``slices.py``), multiply, sum over the warps: the
-gradient of its units' h. What nobody waits for, the stores of dgates and the loads of the next
+gradient of its units' h. What no program waits for, the stores of dgates and the loads of the next
 step, lies between publishing and waiting. A slot has the dgates of each phase, gates side by side.
 
 **Wavefront**: layer l runs one step behind layer l + 1. It computes dy, the gradient of its output,
@@ -108,7 +108,11 @@ def _fetch_above(grads, program, step, place, CELL: tl.constexpr, TILE: tl.const
     first = row_of(program, tl.maximum(step, 0), place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     z = tl.minimum(program.z + 1, TILE.L - 1).to(tl.int64)
-    return fetch(grads.gates + (z * program.R + first) * WIDTH, last, WIDTH, P, COLUMNS, TILE)
+    rows = grads.gates + (z * program.R + first) * WIDTH
+    u, rounded = fetch(rows, last, WIDTH, P, COLUMNS, TILE), ()
+    for n in tl.static_range(len(u)):
+        rounded = rounded + (round_operand(u[n]),)
+    return rounded
 
 
 @gluon.jit
