@@ -108,7 +108,11 @@ def _fetch_above(grads, program, step, place, CELL: tl.constexpr, TILE: tl.const
     first = row_of(program, tl.maximum(step, 0), place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     z = tl.minimum(program.z + 1, TILE.L - 1).to(tl.int64)
-    return fetch(grads.gates + (z * program.R + first) * WIDTH, last, WIDTH, P, COLUMNS, TILE)
+    rows = grads.gates + (z * program.R + first) * WIDTH
+    u, rounded = fetch(rows, last, WIDTH, P, COLUMNS, TILE), ()
+    for n in tl.static_range(len(u)):
+        rounded = rounded + (round_operand(u[n]),)
+    return rounded
 
 
 @gluon.jit
