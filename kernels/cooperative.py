@@ -43,7 +43,9 @@ from .slices import (
     add_up,
     columns_of_slice,
     fetch,
+    hold,
     multiply,
+    products,
     row_of_slice,
     slice_of,
     sum_buffers,
@@ -86,7 +88,8 @@ def _load_rows(w_ptr, GATES: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constex
             k = columns_of_slice(PHASE, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
             ptrs = w_ptr + (gate * H + unit)[None, :, None] * H + k
             mask = here[None, :, None] & (k < H)
-            each = each + (round_operand(tl.load(ptrs, mask=mask, other=0.0)),)
+            x = round_operand(tl.load(ptrs, mask=mask, other=0.0))
+            each = each + (hold(x, PHASE, n, TILE),)
         w = w + (each,)
     return w
 
@@ -97,23 +100,23 @@ def _input_products(layers, program, step, place, w_ih, CELL: tl.constexpr, TILE
     first = row_of(program, step, place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     below = choose(layers.out, tl.maximum(program.z - 1, 0))
-    x = fetch(below + first * TILE.H, last, TILE.H, 0, TILE.H, TILE)
+    x = fetch(below + first * TILE.H, last, TILE.H, 0, False, TILE.H, TILE)
     mask = ()
     if layers.masks is not None:
         masks = choose(layers.masks, program.z) + first * TILE.H
-        mask = fetch(masks, last, TILE.H, 0, TILE.H, TILE)
+        mask = fetch(masks, last, TILE.H, 0, False, TILE.H, TILE)
     dropped = ()
     for n in tl.static_range(len(x)):
         dropped = dropped + (round_operand(x[n] * mask[n] if len(mask) > 0 else x[n]),)
     out = ()
     for g in tl.static_range(len(CELL.gates)):
-        out = out + (multiply(w_ih[g], dropped, zero_acc(TILE.block_h, TILE), TILE),)
+        out = out + (multiply(w_ih[g], dropped, zero_acc(TILE.block_h, TILE), 0, False, TILE),)
     return out
 
 
 @gluon.jit
 def _phase(
-    w, u, gx, gh, starts, b, buffers, PHASE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+    w, slot, gx, gh, starts, b, buffers, PHASE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
 ):
     """The pre-activations of a phase's gates: gx, and gh with these gates behind it.
 
@@ -121,7 +124,7 @@ def _phase(
     a gate are not just added, its start becomes another sum.
     """
     GATES: tl.constexpr = CELL.phases[PHASE]
-    accs, apart = (), ()
+    begin, apart = (), ()
     for n in tl.static_range(len(w)):
         start = zero_acc(max(TILE.block_h, 16), TILE)
         if len(starts) > 0:
@@ -129,7 +132,8 @@ def _phase(
                 start = starts[GATES[n]]
             else:
                 apart = apart + (starts[GATES[n]],)
-        accs = accs + (multiply(w[n], u, start, TILE),)
+        begin = begin + (start,)
+    accs = products(w, slot, begin, PHASE, TILE)
     sums, apart = add_up(buffers, accs + apart, TILE), ()
     for n in tl.static_range(len(GATES)):
         if CELL.merged[GATES[n]]:
@@ -201,8 +205,7 @@ def _cooperative_fwd_kernel(
                 put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)
                 publish(counter)
             wait(counter, partners * (published + p), patience)
-            u = fetch(slot, TILE.block_b, TILE.pitch, p, TILE.pitch, TILE)
-            gx, gh = _phase(w_hh[p], u, gx, gh, starts, b_hh, buffers, p, CELL, TILE)
+            gx, gh = _phase(w_hh[p], slot, gx, gh, starts, b_hh, buffers, p, CELL, TILE)
         left, saved = CELL.forward(gx, gh, state, squash, True)
         left = leaving_state(layers, left, state, origins_at(program, places[0]))
         origins = origins_at(program, places[1])
@@ -253,7 +256,7 @@ def forward(
     D, H = layers.out[0].shape[-1] // layers.h_0.shape[-1], layers.h_0.shape[-1]
     tile = slice_of(
         plan.layers, D, H, tiles.block_b, tiles.block_h, tiles.num_warps,
-        layers.h_0.element_size(), (H,) * len(of.phases),
+        layers.h_0.element_size(), (H,) * len(of.phases), tiles.halved,
     )  # fmt: skip
     tensors = (layers_forward(layers, plan.layers),)
     launch_together(_cooperative_fwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)

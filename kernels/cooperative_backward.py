@@ -35,7 +35,9 @@ from .slices import (
     add_up,
     columns_of_slice,
     fetch,
+    hold,
     multiply,
+    products,
     row_of_slice,
     slice_of,
     sum_buffers,
@@ -90,13 +92,8 @@ def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.conste
     """``w[chunk]`` for the product of a part."""
     w = ()
     for n in tl.static_range(len(TILE.chunks[PART])):
-        w = w + (_load_chunk(w_ptr, PART, n, CELL, TILE),)
+        w = w + (hold(_load_chunk(w_ptr, PART, n, CELL, TILE), PART, n, TILE),)
     return w
-
-
-@gluon.jit
-def _product(w, u, TILE: tl.constexpr):
-    return multiply(w, u, zero_acc(TILE.block_h, TILE), TILE)
 
 
 @gluon.jit
@@ -109,7 +106,7 @@ def _fetch_above(grads, program, step, place, CELL: tl.constexpr, TILE: tl.const
     last = (program.R - 1 - first).to(tl.int32)
     z = tl.minimum(program.z + 1, TILE.L - 1).to(tl.int64)
     rows = grads.gates + (z * program.R + first) * WIDTH
-    u, rounded = fetch(rows, last, WIDTH, P, COLUMNS, TILE), ()
+    u, rounded = fetch(rows, last, WIDTH, P, False, COLUMNS, TILE), ()
     for n in tl.static_range(len(u)):
         rounded = rounded + (round_operand(u[n]),)
     return rounded
@@ -171,7 +168,8 @@ def _cooperative_bwd_kernel(
         drop = _load_drop(layers, program, T - 1, places[0], TILE)
         wait(counter_above, per_step, patience)
         x = _fetch_above(grads, program, T - 1, places[0], CELL, TILE)
-        (dy,) = add_up(buffers, (_product(w_ih, x, TILE),), TILE)
+        zero = zero_acc(TILE.block_h, TILE)
+        (dy,) = add_up(buffers, (multiply(w_ih, x, zero, P, False, TILE),), TILE)
         dy = _gradient_above(layers, program, places[0], dy, drop, TILE)
 
     for back in range(T):
@@ -221,14 +219,14 @@ def _cooperative_bwd_kernel(
                 both = tl.minimum(back + 2, T) * per_step
                 wait_for_both(counter, target, counter_above, both, patience)
                 x = _fetch_above(grads, program, step - 1, places[1], CELL, TILE)
-                u = fetch(part, TILE.block_b, TILE.pitch, p, TILE.pitch, TILE)
-                products = (_product(w[0], u, TILE), _product(w_ih, x, TILE))
-                du, dy = add_up(buffers, products, TILE)
+                zero = zero_acc(TILE.block_h, TILE)
+                accs = products((w[0],), part, (zero,), p, TILE)
+                du, dy = add_up(buffers, accs + (multiply(w_ih, x, zero, P, False, TILE),), TILE)
                 dy = _gradient_above(layers, program, places[1], dy, drop, TILE)
             else:
                 wait(counter, target, patience)
-                u = fetch(part, TILE.block_b, TILE.pitch, p, TILE.pitch, TILE)
-                (du,) = add_up(buffers, (_product(w[p], u, TILE),), TILE)
+                zero = zero_acc(TILE.block_h, TILE)
+                (du,) = add_up(buffers, products((w[p],), part, (zero,), p, TILE), TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
         left, places = left_before, later
@@ -240,7 +238,7 @@ def tile_of(cell: Cell, L: int, D: int, H: int, tiles: Tiles, itemsize: int) -> 
     parts = cell.parts if L > 1 else cell.phases
     columns = tuple(len(gates) * H for gates in parts)
     sizes = tiles.block_b, tiles.block_h, tiles.num_warps, itemsize
-    tile = slice_of(L, D, H, *sizes, columns)
+    tile = slice_of(L, D, H, *sizes, columns, tiles.halved)
     return tile._replace(pitch=tile.pitch * len(cell.phases))
 
 

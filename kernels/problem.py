@@ -140,7 +140,9 @@ class Tiles:
     max_registers: int | None  # a thread's; None where the compiler has no such option
     precision: str  # of products, as tl.dot's input_precision
     shared_bytes: int  # an upper bound of the compiler's figure
-    at_once: int = 1  # batch tiles in a launch of schedule cooperative
+    # Of schedule cooperative:
+    at_once: int = 1  # batch tiles in a launch
+    halved: bool = False  # half of the weights is in shared memory
 
     def __str__(self) -> str:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
