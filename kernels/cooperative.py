@@ -26,7 +26,7 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 
-from .cells import CELLS
+from .cells import CELLS, Cell
 from .exchange import (
     PATIENCE,
     group_of,
@@ -37,9 +37,10 @@ from .exchange import (
 )
 from .launch import Workspace, launch_together
 from .mma import load_bias, round_operand, squash, widened
-from .problem import Plan
+from .problem import Plan, Tiles
 from .rows import Rows
 from .slices import (
+    Slice,
     add_up,
     columns_of_slice,
     fetch,
@@ -234,6 +235,13 @@ def _zero_accs(N: tl.constexpr, TILE: tl.constexpr):
     return out
 
 
+def tile_of(cell: Cell, L: int, D: int, H: int, tiles: Tiles, itemsize: int) -> Slice:
+    """The sizes and layouts of a launch."""
+    columns = (H,) * len(cell.phases)
+    sizes = tiles.block_b, tiles.block_h, tiles.num_warps, itemsize
+    return slice_of(L, D, H, *sizes, columns, tiles.halved)
+
+
 def forward(
     cell: str,
     plan: Plan,
@@ -254,10 +262,7 @@ def forward(
     """
     of, tiles = CELLS[cell], plan.forward
     D, H = layers.out[0].shape[-1] // layers.h_0.shape[-1], layers.h_0.shape[-1]
-    tile = slice_of(
-        plan.layers, D, H, tiles.block_b, tiles.block_h, tiles.num_warps,
-        layers.h_0.element_size(), (H,) * len(of.phases), tiles.halved,
-    )  # fmt: skip
+    tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = (layers_forward(layers, plan.layers),)
     launch_together(_cooperative_fwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
 

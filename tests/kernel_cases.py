@@ -22,7 +22,8 @@ class Shape(NamedTuple):
     """T steps, B sequences, H units, L layers, D directions.
 
     ``rows`` are "dense", "ragged" (with lengths and resets) or "packed". In schedule cooperative a
-    program owns ``block_h`` units, and ``at_once`` batch tiles of 16 rows run in one launch.
+    program owns ``block_h`` units (backward 16 or more), ``at_once`` batch tiles of 16 rows (8 rows
+    with 8 units) run in one launch, and half of the weights may lie in shared memory.
     """
 
     T: int
@@ -35,6 +36,7 @@ class Shape(NamedTuple):
     rows: str = "dense"
     bias: bool = True
     at_once: int = 2
+    halved: bool = False
 
     @property
     def programs(self) -> int:
@@ -61,8 +63,12 @@ def stepwise_plan() -> Plan:
 
 
 def cooperative_plan(shape: Shape) -> Plan:
-    tiles = Tiles(16, shape.block_h, 4, None, "tf32", 0, shape.at_once)
-    return Plan("cooperative", tiles, tiles, shape.L)
+    rows = 8 if shape.block_h == 8 else 16
+    forward, backward = (
+        Tiles(rows, units, 4, None, "tf32", 0, shape.at_once, shape.halved)
+        for units in (shape.block_h, max(shape.block_h, 16))
+    )
+    return Plan("cooperative", forward, backward, shape.L)
 
 
 def sequences_of(shape: Shape) -> Sequences:

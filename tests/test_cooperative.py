@@ -45,6 +45,8 @@ CASES = {
     "layers, ragged": (("lstm",), Shape(4, 5, 20, L=2, masks=True, rows="ragged")),
     "two batch tiles, packed": (BOTH, Shape(3, 18, 41, 32, rows="packed")),
     "layers, packed": (("gru",), Shape(4, 5, 20, L=2, masks=True, rows="packed")),
+    "eight units": (("lstm", "gru", "rnn_tanh"), Shape(3, 3, 8, 8)),
+    "half of the weights in shared memory": (BOTH, Shape(2, 3, 72, 32, halved=True)),
     "two chunks of columns": (("gru_reset_before", "rnn_relu"), Shape(2, 2, 72, 32)),
 }
 RUNS = [(cell, name) for name, (cells, _) in CASES.items() for cell in cells]
