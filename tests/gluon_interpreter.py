@@ -21,9 +21,11 @@ from triton.runtime.interpreter import TensorHandle
 class Buffer:
     """A tile in shared memory, or a transposed view of one."""
 
-    def __init__(self, dtype: tl.dtype, shape: list[int], layout: Any = None) -> None:
+    def __init__(
+        self, dtype: tl.dtype, shape: list[int], layout: Any = None, tile: Any = None
+    ) -> None:
         self.dtype, self.shape = dtype, [int(size) for size in shape]
-        self.tile: tl.tensor | None = None  # nothing was written: a read fails
+        self.tile: tl.tensor | None = tile  # if nothing was written a read fails
 
     def store(self, tile: tl.tensor) -> None:
         assert list(tile.shape) == self.shape
