@@ -7,7 +7,7 @@ L2 straight into the registers that need it, 16 bytes a thread. The order of the
 private: a thread's 16 bytes are the operands of two instructions (``_permuted``).
 
 The partial sums of the groups meet in shared memory (``add_up``), from which each thread takes the
-elements of its own units and sequences, so the cell is computed once. An instruction has 16 rows.
+elements of some units and sequences, so the cell is computed once. An instruction has 16 rows.
 Row ``8 r + l`` is unit ``2 l + r``, or with 8 units a program unit l of one of two gates, so the
 two rows that a thread holds lie beside each other in memory and in shared memory.
 """
