@@ -48,17 +48,17 @@ _forced: Callable[[Problem, Chip], tuple[Plan, ...]] | None = None
 @contextmanager
 def forced(planner: Callable[[Problem, Chip], tuple[Plan, ...]]) -> Iterator[None]:
     """Within the context ``plan_stack`` is ``planner``; for tests and benchmarks."""
-    before = _forced
+    global _forced
+    before, _forced = _forced, planner
+    _forget()
     try:
-        _use(planner)
         yield
     finally:
-        _use(before)
+        _forced = before
+        _forget()
 
 
-def _use(planner: Callable[[Problem, Chip], tuple[Plan, ...]] | None) -> None:
-    global _forced
-    _forced = planner
+def _forget() -> None:
     for forget in CACHES:
         forget()
 
@@ -233,7 +233,7 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
         if (
             programs > chip.sms
             or needs.shared_bytes > chip.shared_bytes
-            or not holds_slice(needs, L, problem.ragged, forward)
+            or not holds_slice(needs, L, problem.ragged, forward, halved)
             or (units == 8 and (L > 1 or not forward))  # whose instructions have 16 rows
             or (halved and L > 1)
         ):

@@ -181,6 +181,7 @@ def expected(cell: str, shape: Shape, data: Data, dtype: torch.dtype) -> dict[st
     out, h_n, c_n, cs = differentiable_stack(
         cell, x, h_0, c_0, by_layer, masks, sequences_of(shape)
     )
+    cs = None if cs is None else cs.flatten(1, -2)
     found = {"out": out.reshape(-1, D * H), "h_n": h_n, "c_n": c_n, "cs": cs}
     given = {"out": grads.out, "h_n": grads.h_n, "c_n": grads.c_n, "cs": grads.cs}
     given = {name: leaf(grad) for name, grad in given.items() if grad is not None}
