@@ -208,7 +208,7 @@ def prepare(
         sequences = Sequences(*of)
     if hx is None:
         rows = layers.num_layers * layers.directions, batch
-        zeros = {n: data.new_zeros((*rows, n), dtype=facts.dtype) for n in set(facts.columns)}
+        zeros = {n: data.new_zeros(*rows, n) for n in set(facts.columns)}
         states = tuple([zeros[n] for n in facts.columns])  # equal ones are one: nothing writes
     else:
         states = states if batched else tuple([s.unsqueeze(1) for s in states])
