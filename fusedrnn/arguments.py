@@ -194,8 +194,8 @@ def prepare(
         data = input if batched else input.unsqueeze(1)
         data = data.transpose(0, 1) if batched and layers.batch_first else data
         steps, batch = data.shape[:2]
-        given = {"lengths": lengths, "reset": reset}
-        sequences, ragged = Sequences(), tuple(name for name in given if given[name] is not None)
+        sequences = Sequences()
+        ragged = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
     states = () if hx is None else _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
     facts = _facts(cell, data, states, params, layers, (steps, batch, batched), ragged)
     if ragged and packing is None:
@@ -414,6 +414,8 @@ def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
 
 def _autocast_dtype(data: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast asks for on the input's device, or None."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = data.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None
