@@ -10,6 +10,8 @@ from typing import Any
 import torch
 
 from .cases import CHARACTER, LESSONS, LONG, ONE_HOT, RAGGED, named
+from .host import cell_lines
+from .measure import in_fresh_process
 from .providers import TORCH
 from .report import COLUMNS
 from .run import run as run_plan
@@ -35,6 +37,8 @@ def run(options: argparse.Namespace) -> int:
     plan = [(w, (TORCH, *SPECIAL.get(w, ("fusedrnn",)))) for w in workloads]
     rows, code = run_plan(options, plan, processes=1 if options.quick else PROCESSES)
     summary(rows)
+    if not options.only:
+        print("", *in_fresh_process(cell_lines), sep="\n")
     return code
 
 

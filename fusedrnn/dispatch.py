@@ -1,15 +1,11 @@
 """Chooses the backend of a call, by the user's settings and what the backends take.
 
-Backends, best first:
-
 - ``triton``: the fused kernels, on CUDA tensors (or in Triton's interpreter, if named).
 - ``aten``: torch's own operator: cuDNN on CUDA, oneDNN or ATen on the CPU.
 - ``torch``: the recurrence step by step in plain torch (``loop.py``); takes every call.
 
 ``auto`` runs the first that does not refuse. A named backend runs, or raises with its refusal.
 """
-
-from __future__ import annotations
 
 import importlib.util
 import os
@@ -25,7 +21,7 @@ import torch
 from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
-from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
+from .kernels.problem import Chip, NoPlan, Problem, chip_of
 from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
@@ -38,7 +34,6 @@ _PREFERENCE = ("triton", "aten", "torch")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A threading.local and not a ContextVar, at which TorchDynamo breaks the graph.
 _local = threading.local()
-# A look-up in os.environ raises and catches two exceptions when a variable is not set.
 _environ: Any = getattr(os.environ, "_data", {})
 _KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
@@ -46,12 +41,11 @@ _KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Chooses the backend of every call of this thread inside the ``with`` block.
 
-    Blocks nest, and the former choice comes back when a block is left, by an exception too. It
-    takes precedence over the environment variable ``FUSEDRNN_BACKEND``.
+    Blocks nest, and take precedence over the environment variable ``FUSEDRNN_BACKEND``.
 
     Args:
-        name: ``"auto"``, ``"triton"``, ``"torch"`` or ``"aten"``. A named backend (all but
-            ``"auto"``) runs or raises ``NotImplementedError`` with the reason.
+        name: ``"auto"``, or ``"triton"``, ``"torch"`` or ``"aten"``, which run or raise
+            ``NotImplementedError`` with the reason.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -67,9 +61,8 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 def use_precision(name: str) -> AbstractContextManager[None]:
     """Chooses how this thread's triton backend multiplies fp32 inside the ``with`` block.
 
-    Without it torch's own switch decides, ``torch.backends.cudnn.rnn.fp32_precision`` (set also
-    by the older ``torch.backends.cudnn.allow_tf32``): by torch's default that is tf32. It has no
-    effect on other dtypes and other backends.
+    Without it torch's own switch decides, ``torch.backends.cudnn.rnn.fp32_precision``: by default
+    tf32. It has no effect on other dtypes and other backends.
 
     Args:
         name: ``"ieee"`` (fp32 throughout), ``"tf32"`` (operands of products rounded to 10 bits of
@@ -83,15 +76,13 @@ def use_precision(name: str) -> AbstractContextManager[None]:
 
 
 def requested_backend() -> tuple[str, str]:
-    """Returns the requested backend and its source: ``use_backend``, the environment or a default.
-
-    Raises:
-        ValueError: ``FUSEDRNN_BACKEND`` names no backend.
-    """
+    """Returns the requested backend and its source; raises ValueError for an unknown name."""
     name = getattr(_local, "backend", None)
     if name is not None:
         return name, "use_backend"
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    # A look-up in os.environ raises and catches two exceptions when a variable is not set.
+    is_set = torch.compiler.is_compiling() or _KEY in _environ
+    name = os.environ.get(ENVIRONMENT_VARIABLE) if is_set else None
     if not name:
         return "auto", "default"
     _check_name(ENVIRONMENT_VARIABLE, name, BACKENDS)
@@ -99,22 +90,19 @@ def requested_backend() -> tuple[str, str]:
 
 
 def is_auto() -> bool:
-    """Returns whether no backend is named; a fast path of ``requested_backend``."""
-    if torch.compiler.is_compiling():
-        return requested_backend()[0] == "auto"
-    return getattr(_local, "backend", None) is None and _KEY not in _environ
+    """Returns whether no backend is named."""
+    return requested_backend()[0] == "auto"
 
 
 def precision() -> str:
-    """Returns how fp32 is multiplied on triton: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``.
-
-    Follows ``use_precision``, else the switch that torch's own RNNs follow. That one getter takes
-    torch's older and newer switches alike; ``cudnn.allow_tf32`` raises when the two were mixed.
-    """
+    """Returns how triton multiplies fp32, by ``use_precision`` or the switch of torch's RNNs."""
     name = getattr(_local, "precision", None)
     if name is not None:
         return name
-    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    else:
+        switch = torch._C._get_fp32_precision_getter("cuda", "rnn")  # the same, sooner
     return "tf32" if switch == "tf32" else "ieee"
 
 
@@ -153,8 +141,12 @@ class _Kernels(NamedTuple):
     interpreted: bool
 
 
-#: The backend, None if the named one refuses, and the refusals before it.
-_Choice = tuple[str | None, tuple[tuple[str, str], ...]]
+class Choice(NamedTuple):
+    """The choice for one call."""
+
+    backend: str | None  # None if the named one refuses
+    refused: tuple[tuple[str, str], ...]  # the backends before it, each with its reason
+    config: StackConfig | None  # how the operator runs the call
 
 
 def choose(facts: Facts) -> str:
@@ -164,21 +156,18 @@ def choose(facts: Facts) -> str:
         NotImplementedError: the named backend refuses; the message is the reason.
         ValueError: ``FUSEDRNN_BACKEND`` names no backend.
     """
-    requested = "auto" if is_auto() else requested_backend()[0]
+    return decide(facts)[0]
+
+
+def decide(facts: Facts) -> tuple[str, StackConfig]:
+    """Returns the backend that runs a call, and how the operator does; raises as ``choose``."""
+    requested, _ = requested_backend()
     # A compiler has symbols for sizes, which have no hash.
-    decide = _decide if facts.compiled else _decided
-    backend, refused = decide(facts, requested, _kernels(facts, requested))
-    if backend is None:
+    make = _decide if facts.compiled else _decided
+    backend, refused, config = make(facts, requested, _kernels(facts, requested))
+    if backend is None or config is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
-    return backend
-
-
-def config_of(facts: Facts, backend: str) -> StackConfig:
-    """Returns how the operator runs a call."""
-    layers, products = facts.layers, precision() if backend == "triton" else "ieee"
-    backend = "auto" if backend == "triton" and is_auto() else backend
-    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
-    return StackConfig(facts.cell, backend, *sizes, products, facts.recompute)
+    return backend, config
 
 
 @dataclass(frozen=True, repr=False)
@@ -197,10 +186,7 @@ class Explanation:
 
     def __str__(self) -> str:
         chosen = self.backend or "none, the call would raise"
-        lines = [
-            str(self.facts),
-            f"backend: {chosen} (asked for: {self.requested}, {self.source})",
-        ]
+        lines = [f"{self.facts}\nbackend: {chosen} (asked for: {self.requested}, {self.source})"]
         lines += [f"precision: {self.precision}"] if self.precision else []
         lines += self.layers
         lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
@@ -225,8 +211,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
 
     Returns:
         An ``Explanation`` whose text names the backend, with triton the schedule and tile sizes,
-        and why the better backends were refused. At a prompt it shows itself; in a script write
-        ``print(fusedrnn.explain(module, input))``.
+        and why the better backends were refused; a prompt shows it.
 
     Raises:
         TypeError: the module is not fusedrnn's.
@@ -239,8 +224,8 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     facts = prepare(*inputs, **options).facts
     requested, source = requested_backend()
     kernels = _kernels(facts, requested)
-    backend, refused = _decide(facts, requested, kernels)
-    compiled, _ = _decide(facts._replace(compiled=True), requested, kernels)
+    backend, refused, _ = _decide(facts, requested, kernels)
+    compiled, *_ = _decide(facts._replace(compiled=True), requested, kernels)
     lines, first, used = [], 0, None
     if backend == "triton" and kernels:
         used = kernels.precision if facts.dtype == torch.float32 else None
@@ -257,10 +242,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
 
 
 def runs_as_one_node(facts: Facts) -> bool:
-    """Returns whether torch's operator can run inside ours, which compilers leave alone.
-
-    There it has no autograd, for which ours would have to return what it saves.
-    """
+    """Returns whether torch's operator can run inside ours, where it has no autograd."""
     layers = facts.layers
     drops_out = layers.training and layers.dropout > 0 and layers.num_layers > 1
     return not (facts.needs_grad or drops_out or "packed" in facts.ragged)
@@ -276,10 +258,12 @@ def _kernels(facts: Facts, requested: str) -> _Kernels | None:
         return None
     # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
     chip = None if facts.compiled else chip_of(facts.device)
-    return _Kernels(chip, precision(), _interpreting())
+    products = precision() if facts.dtype == torch.float32 else "ieee"
+    needs_interpreter = facts.device.type == "cpu" or facts.dtype == torch.bfloat16
+    return _Kernels(chip, products, needs_interpreter and _interpreting())
 
 
-def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
+def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
     """Returns the first backend that does not refuse."""
     refused: list[tuple[str, str]] = []
     for backend in _PREFERENCE if requested == "auto" else (requested,):
@@ -292,9 +276,13 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
         else:
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
-            return backend, tuple(refused)
+            layers, by = facts.layers, kernels if backend == "triton" else None
+            how = (requested, by.precision) if by else (backend, "ieee")
+            sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+            config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
+            return Choice(backend, tuple(refused), config)
         refused.append((backend, reason))
-    return None, tuple(refused)
+    return Choice(None, tuple(refused), None)
 
 
 _decided = lru_cache(maxsize=4096)(_decide)
@@ -333,12 +321,14 @@ def _planned_refusal(
     fields: tuple, device: torch.device, judged: tuple[int, int] | None
 ) -> str | None:
     """Returns why no kernel takes a ``Problem`` of these fields or, judged by T and I, should."""
-    problem = Problem(*fields)
+    problem, chip = Problem(*fields), chip_of(device)
     try:
-        plans = planning.plan_stack(problem, chip_of(device))
+        plans = planning.plan_stack(problem, chip)
     except NoPlan as no_plan:
         return str(no_plan)
-    return _expected_slower(problem, plans, chip_of(device), *judged) if judged else None
+    verdict = judge(problem, plans, chip, *judged) if judged else None
+    is_slower = verdict is not None and not verdict.favours_ours
+    return f"it is not expected to be faster: {verdict}" if is_slower else None
 
 
 # A compiler calls it while tracing and keeps the answer, for the planner caches. This is what
@@ -346,30 +336,21 @@ def _planned_refusal(
 _planned_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _expected_slower(
-    problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int
-) -> str | None:
-    """Returns why torch's own operator is the better choice on a GPU, or None."""
-    verdict = judge(problem, plans, chip, T, I)
-    return None if verdict.favours_ours else f"it is not expected to be faster: {verdict}"
-
-
 def _aten_refusal(facts: Facts, requested: str) -> str | None:
     """Returns why torch's operator cannot run the call, or under ``auto`` should not, or None."""
-    if facts.cell == "gru_reset_before":
-        return "torch has no operator for GRU(reset_after=False)"
-    if "lengths" in facts.ragged or "reset" in facts.ragged:
-        return "torch's operator takes no lengths and no reset"
-    if facts.states:
-        return "torch's operator keeps no state but the last"
-    if facts.recompute:
-        return "torch's operator saves all that its backward needs"
-    is_auto = requested == "auto"
-    if is_auto and facts.transformed:
-        return "torch.func has no rules for torch's operator"
-    if is_auto and facts.compiled and not runs_as_one_node(facts):
+    is_auto, is_cut = requested == "auto", bool({"lengths", "reset"} & {*facts.ragged})
+    unrolls = is_auto and facts.compiled and not runs_as_one_node(facts)
+    for refuses, reason in (
+        (facts.cell == "gru_reset_before", "torch has no operator for GRU(reset_after=False)"),
+        (is_cut, "torch's operator takes no lengths and no reset"),
+        (facts.states, "torch's operator keeps no state but the last"),
+        (facts.recompute, "torch's operator saves all that its backward needs"),
+        (is_auto and facts.transformed, "torch.func has no rules for torch's operator"),
         # And AOTAutograd fails on what oneDNN's LSTM saves for its backward (torch 2.11 to 2.13).
-        return "torch.compile unrolls torch's operator over T, and would for each T again"
+        (unrolls, "torch.compile unrolls torch's operator over T, and would for each T again"),
+    ):
+        if refuses:
+            return reason
     if facts.device.type != "cpu" or _is_gpu(facts.device):
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
@@ -382,10 +363,7 @@ def _aten_refusal(facts: Facts, requested: str) -> str | None:
 
 
 def _loop_is_faster(facts: Facts) -> str | None:
-    """Returns why ``auto`` leaves a call on the CPU to the loop although torch's operator takes it.
-
-    ``python -m bench cpu`` measures these rules.
-    """
+    """Returns why ``auto`` prefers the loop on the CPU, by ``python -m bench cpu``, or None."""
     T, B, I, H = facts.steps, facts.batch, facts.input_size, facts.hidden_size
     if not facts.needs_grad or facts.dtype != torch.float32 or facts.autocast or facts.proj_size:
         return None

@@ -6,15 +6,12 @@ attribute at every call, so whatever replaces them (weight_norm, parametrize, pr
 functional_call) takes effect.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import _VF, Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
@@ -48,7 +45,7 @@ def _warn_of_quantization(name: str) -> None:
 class _FlatWeights(list):
     """The weights of a module in torch's order; an assignment replaces one for its forward."""
 
-    def __init__(self, module: _Stack) -> None:
+    def __init__(self, module: "_Stack") -> None:
         assigned = module._assigned or {}
         names = module._flat_weights_names
         super().__init__(assigned.get(name, getattr(module, name, None)) for name in names)
@@ -62,11 +59,19 @@ class _FlatWeights(list):
 class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
-    # As class attributes for modules that began as torch's (replace_modules, pickles).
+    # Of the class for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
-
     _run = staticmethod(functional.run)
+
+    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        # By position proj_size keeps its place between bidirectional and device.
+        projects = "proj_size" in kwargs or any(type(size) is int and size for size in args[7:8])
+        if projects and mode != "LSTM":
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(mode, *args, **kwargs)
+        if recompute:
+            self.recompute = True
 
     @property
     def _cell(self) -> str:
@@ -124,14 +129,7 @@ class _Stack(torch.nn.RNNBase):
         # Module.__getattr__ is slow.
         return [plain[name] if name in plain else getattr(self, name) for name in names]  # type: ignore[misc]
 
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
-    ):
+    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
@@ -140,14 +138,9 @@ class _Stack(torch.nn.RNNBase):
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
+        self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None,
         gates: bool = False,
-    ) -> states.States:
+    ) -> states.States:  # fmt: skip
         """Runs the stack and returns every state of every step; see ``fusedrnn.States``.
 
         Args:
@@ -230,10 +223,8 @@ class LSTM(_Stack):
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
-        if recompute:  # else the class says so, also in modules that began as torch's
-            self.recompute = True
 
 
 @replaces(torch.nn.GRU)
@@ -254,14 +245,9 @@ class GRU(_Stack):
 
     reset_after: bool = True
 
-    # torch's signature: by position proj_size keeps its place between bidirectional and device.
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        recompute = kwargs.pop("recompute", False)
-        _refuse_proj_size(args[7:8], kwargs)
         super().__init__("GRU", *args, **kwargs)
         self.reset_after = reset_after
-        if recompute:
-            self.recompute = True
 
     @property
     def _cell(self) -> str:
@@ -287,20 +273,14 @@ class RNN(_Stack):
     """
 
     # torch's signature: only RNN has an argument between num_layers and bias.
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        _refuse_proj_size(args[7:8], kwargs)
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(
-                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-            )
+        functional.check_nonlinearity(nonlinearity)
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
-        if recompute:
-            self.recompute = True
 
 
 class _SingleStep(torch.nn.RNNCellBase):
@@ -324,8 +304,8 @@ class _SingleStep(torch.nn.RNNCellBase):
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx)
         op, p = ATEN_CELL.get(self._cell), self._parameters
-        backend = "auto" if dispatch.is_auto() else dispatch.requested_backend()[0]
-        if op is None or backend in ("triton", "torch") or is_transformed():
+        by_aten = dispatch.requested_backend()[0] in ("auto", "aten")
+        if op is None or not by_aten or is_transformed():
             return functional.run_cell(self._prepare(input, hx))
         try:
             if input.dim() == 2:
@@ -403,9 +383,3 @@ class RNNCell(_SingleStep, torch.nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
-
-
-def _refuse_proj_size(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses proj_size as torch does: by keyword always, by position unless it is 0."""
-    if "proj_size" in kwargs or (positional and isinstance(positional[0], int) and positional[0]):
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

@@ -1,12 +1,9 @@
 """``fusedrnn::rnn_forward`` and ``fusedrnn::rnn_backward``: a stack of layers as one operator.
 
-The operators have fake kernels, so that compilers see one node with symbolic T and B, rules for
-``torch.func`` (``vmap.py``), and autograd. The gradient of ``rnn_backward`` is taken of the
-reference, hence derivatives of every order exist. A call that neither a compiler nor a mode must
-see skips the dispatcher.
+They have fake kernels, so that compilers see one node with symbolic T and B, rules for
+``torch.func`` (``vmap.py``), and autograd; the gradient of ``rnn_backward`` is the reference's. A
+call that neither a compiler nor a mode must see skips the dispatcher.
 """
-
-from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
@@ -57,16 +54,9 @@ def rnn_stack(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Runs a stack of layers, differentiably.
 
-    Args:
-        inputs: the tensors; under a projection (reference only) h_0 is ``[L*D, B, P]`` and each
-            layer's parameters end with ``weight_hr [P, H]``.
-        sequences: lengths and resets, or the batch sizes of packed input.
-        config: all that is not a tensor.
-        keep_states: whether c of every step is wanted.
-
     Returns:
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
-        ``[L*D, B, H]`` each; and c of every step, ``[L*D, R, H]``, where it is kept.
+        ``[L*D, B, H]`` each; and with ``keep_states`` c of every step, ``[L*D, T, B, H]``.
     """
     sequences = with_table(sequences, inputs.h_0.shape[1], inputs.input.device)
     if vmap.has_tangents() or _has_projection(inputs, config):
@@ -167,29 +157,27 @@ def _run_backward(inputs, outputs, grads, sequences, config, *flags):
 class _Node(torch.autograd.Function):
     """A node of autograd: ``run(*tensors)``, with gradients by ``pull_back``.
 
-    ``torch.library``'s own autograd walks all arguments as trees, which takes longer than a small
-    layer, and does not compose with ``torch.func``.
+    ``torch.library``'s own walks all arguments as trees and does not compose with ``torch.func``.
     """
 
     @staticmethod
-    def forward(ctx, run, pull_back, fixed, *tensors):
+    def forward(ctx, run, pull_back, *tensors):
         results, kept, constant = run(*tensors)
-        ctx.pull_back, ctx.counts = pull_back, (len(fixed), len(tensors))
+        every = *tensors, *kept
+        ctx.pull_back, ctx.count = pull_back, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in constant if tensor is not None])
-        every = *fixed, *tensors, *kept
         ctx.present = [tensor is not None for tensor in every]
         # Tools that walk a graph's saved tensors expect no None.
-        ctx.save_for_backward(*(tensor for tensor in every if tensor is not None))
+        ctx.save_for_backward(*[tensor for tensor in every if tensor is not None])
         return results
 
     @staticmethod
     def backward(ctx, *grads):
-        n, m = ctx.counts
-        tensors, needs = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
+        tensors = iter(ctx.saved_tensors)
         saved = [next(tensors) if present else None for present in ctx.present]
-        parts = saved[:n], saved[n : n + m], saved[n + m :]
-        return None, None, None, *ctx.pull_back(*parts, grads, needs)
+        parts, needs = (saved[: ctx.count], saved[ctx.count :]), ctx.needs_input_grad[2:]
+        return None, None, *ctx.pull_back(*parts, grads, needs)
 
 
 #: ``_Node.apply`` without its checks for ``torch.func``, which the operators' keys take care of.
@@ -211,21 +199,21 @@ def _forward_node(
     input, h_0, c_0, params, masks = inputs
     # The values that backward multiplies by remain those of forward when p.data is replaced.
     values = [p.detach() for p in params]
-    keeps_output = config.hidden_layers < config.num_layers  # else it may be modified in place
 
     def run_flat(input, h_0, c_0, *params):
         results = tuple(run(StackInputs(input, h_0, c_0, params, masks)))
         output, _, _, gates, cs, hidden = results
-        return results, (output if keeps_output else None, gates, cs, hidden), (gates, hidden)
+        # Else the output may be modified in place.
+        output = output if config.hidden_layers < config.num_layers else None
+        return results, (output, gates, cs, hidden), (gates, hidden)
 
-    pull_back = partial(_pull_back, config, values)
-    return _apply(run_flat, pull_back, (*sequences, *masks), input, h_0, c_0, *params)
+    pull_back = partial(_pull_back, config, sequences, masks, values)
+    return _apply(run_flat, pull_back, input, h_0, c_0, *params)
 
 
-def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any, ...]:
+def _pull_back(config, sequences, masks, values, tensors, kept, grads, needs) -> tuple[Any, ...]:
     """Returns the gradients of input, h_0, c_0 and params from those of a stack's results."""
-    sequences, masks = _split_fixed(fixed)
-    (input, h_0, c_0, *params), (output, gates, cs, hidden) = tensors, kept
+    (input, h_0, c_0, *params), (output, gates, cs, hidden) = tensors, _empty_to_none(kept)
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
     given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
     present = [grad for grad in given if grad is not None]
@@ -259,12 +247,6 @@ def _split_arguments(flat: Sequence[Any]) -> tuple[Sequences, StackConfig, Seque
     """Splits the arguments behind the tensors into sequences, config and flags."""
     n, m = len(Sequences._fields), len(Sequences._fields) + len(StackConfig._fields)
     return Sequences(*flat[:n]), StackConfig(*flat[n:m]), flat[m:]
-
-
-def _split_fixed(fixed: Sequence[Any]) -> tuple[Sequences, Sequence[Tensor]]:
-    """Splits what a node keeps beside the tensors it differentiates: sequences and masks."""
-    n = len(Sequences._fields)
-    return Sequences(*fixed[:n]), fixed[n:]
 
 
 def _none_to_empty(like: Tensor, tensors: Sequence[Any]) -> tuple[Any, ...]:
@@ -308,20 +290,9 @@ def _forward_autograd(input, h_0, c_0, params, dropout_masks, *rest):
 @torch.library.register_fake("fusedrnn::rnn_forward")
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
     _, config, (save,) = _split_arguments(rest)
-    *rows, _ = input.shape
-    R, (Z, _, P), D = math.prod(rows), h_0.shape, config.directions
-    H, saves = (h_0 if c_0 is None else c_0).shape[-1], save and config.backend != "aten"
-    saved, empty = config.spec.saved, input.new_empty
-    keeps_gates = saves and not (config.recompute and saved)
-    keeps_hidden = saves and config.hidden_layers > 0
-    return (
-        empty(*rows, D * P),
-        empty(h_0.shape),
-        empty(0) if c_0 is None else empty(c_0.shape),
-        empty(Z, R, saved * H) if keeps_gates else empty(0),
-        empty(Z, R, H) if saves and c_0 is not None else empty(0),
-        empty(config.hidden_layers, R, D * H) if keeps_hidden else empty(0),
-    )
+    inputs = StackInputs(input, h_0, c_0, params, ())
+    save = save and config.backend != "aten"
+    return _none_to_empty(input, stack.empty_outputs(inputs, config, save))
 
 
 def _split_backward(flat: Sequence[Any]) -> tuple[Any, ...]:
@@ -354,26 +325,19 @@ def _backward_autograd(*flat):
         results = _below_autograd(_run_backward, own, outputs, tensors[:4], *arguments)
         return (*results[:3], *results[3]), (), ()
 
-    pull_back = partial(_pull_back_again, config, needs_input)
+    pull_back = partial(_pull_back_again, config, sequences, masks, needs_input)
     with enable_single_level_autograd_function():
-        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, (*sequences, *masks), *tensors)
+        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, *tensors)
     return d_input, d_h_0, d_c_0, d_params
 
 
-def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, needs):
+def _pull_back_again(config, sequences, masks, needs_input, tensors, kept, directions, needs):
     """Pulls ``directions`` back through the gradients of a stack, by the reference.
 
     The gradients are a pullback of the stack's results, so theirs are a pullback of that one. What
-    forward saved has no gradient: it is a function of the other tensors.
-
-    Args:
-        directions: one for each of d_input, d_h_0, d_c_0 and d_params; None where it is zero.
-        tensors: d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params; None where there is none.
-
-    Returns:
-        A gradient for each of ``tensors``.
+    forward saved has no gradient: it is a function of the other tensors, which are d_output, d_h_n,
+    d_c_n, d_cs, input, h_0, c_0 and params.
     """
-    sequences, masks = _split_fixed(fixed)
     present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
     cotangents = {i: present.pop(i) for i in range(4) if i in present}
     directions = {i: d for i, d in enumerate(directions, 4) if d is not None and i in present}

@@ -1,8 +1,7 @@
 """The recurrences in plain torch, step by step: the oracle of the kernels and of the loop.
 
-Written from the equations and from the documentation of torch, not from the kernels. Autograd can
-differentiate it any number of times, hence second derivatives come from it. Any dtype, any device;
-gates are in torch's order.
+Written from the equations and torch's documentation, not from the kernels, for any dtype and
+device. Autograd can differentiate it any number of times. Gates are in torch's order.
 """
 
 from collections.abc import Callable, Sequence
@@ -68,6 +67,11 @@ _CELLS: dict[str, Callable] = {
 _GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 
 
+def saved_gates(cell: str, gx: Tensor, h: Tensor, c: State, w: Weights) -> Tensor:
+    """Returns the tiles ``[R, S*H]`` that a kernel saves, of many steps at once."""
+    return torch.cat(_CELLS[cell](gx, h, c, w)[2], -1)
+
+
 def gates_of(cell: str, gx: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
     """Returns the activated gates of many steps at once, by name.
 
@@ -89,19 +93,12 @@ def differentiable_stack(
 ) -> tuple[Tensor, Tensor, State, State]:
     """Runs a stack of layers by operations of autograd, so derivatives of any order exist.
 
-    Args:
-        cell: the name of a cell.
-        input: ``[T, B, I]``, packed ``[R, I]``.
-        h_0: ``[L*D, B, P]``; P is H without a projection.
-        c_0: ``[L*D, B, H]``, or None for a cell without c.
-        weights: ``weights[layer][direction]``.
-        dropout_masks: of each layer but the last ``[T, B, D*P]``, packed ``[R, D*P]``, scaled; or
-            empty.
-        sequences: lengths and resets, or the batch sizes of packed input.
+    The tensors are those of ``StackInputs``, but under a projection h_0 is ``[L*D, B, P]``, the
+    masks have P columns, and weights, ``weights[layer][direction]``, have w_hr.
 
     Returns:
         output ``[T, B, D*P]``, h_n ``[L*D, B, P]``, c_n or None, and c of every step
-        ``[L*D, R, H]`` or None.
+        ``[L*D, T, B, H]`` or None.
     """
     B, sizes = h_0.shape[1], sequences.batch_sizes
     T = input.shape[0] if sizes is None else len(sizes)
@@ -124,12 +121,12 @@ def differentiable_stack(
             outputs.append(out)
             h_n.append(h)
             c_n.append(c)
-            cs += [every_c.flatten(0, 1)] if every_c is not None else []
+            cs += [every_c] if every_c is not None else []
         input = torch.cat(outputs, -1)
         if dropout_masks and layer < len(weights) - 1:
             input = input * dropout_masks[layer]
     if sizes is not None:
-        input, cs = input.flatten(0, 1)[index], [c[index] for c in cs]
+        input, cs = input.flatten(0, 1)[index], [c.flatten(0, 1)[index] for c in cs]
     if c_0 is None:
         return input, torch.stack(h_n), None, None
     return input, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)

@@ -5,8 +5,6 @@ The plan cuts the stack into launches of one layer each, or of several that run 
 autograd.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -16,7 +14,7 @@ import torch
 from torch import Tensor
 
 from . import layer
-from .kernels.plan import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
+from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
 from .kernels.tensors import Grads, Layers
 from .layer import Launch, launches_of
 from .layout import rows_of, without_padding
@@ -28,43 +26,53 @@ _Run = TypeVar("_Run", bound=Callable)
 def _fail_safe(run: _Run) -> _Run:
     """Makes ``run`` answer where its kernels do not.
 
-    After a refused cooperative launch it plans again without those: the plan allows for the whole
-    device, and under MPS or in a green context there is less of it. If ``auto`` chose the kernels
-    and they fail, the loop answers this call, and later ones are planned without them.
+    A refused cooperative launch is planned again, since another process may own a part of the
+    device. Where kernels fail that ``auto`` chose, the loop answers this call, and later ones are
+    planned without them.
     """
 
     @wraps(run)
     def call(inputs: StackInputs, *arguments: Any) -> Any:
-        config = next(a for a in arguments if isinstance(a, StackConfig))
-        h_0, device = inputs.h_0, inputs.input.device
         try:
             return run(inputs, *arguments)
-        except LaunchRefused as refusal:
-            refuse_cooperation(device)
-            _warn(
-                f"{device} refused a cooperative launch ({refusal}); from now on fusedrnn uses "
-                "the schedules that need none"
-            )
-            return call(inputs, *arguments)
-        except NoPlan:  # of a program that was compiled before the kernels failed
-            if config.backend != "auto":
-                raise
-        except KernelFailed as cause:
-            if config.backend != "auto":
-                raise KernelFailed(f"the kernels failed on {device}: {cause}") from cause
-            give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
-            _warn(
-                f"fusedrnn's kernels failed on {device} ({cause}); from now on torch's operator, "
-                "or plain torch where that cannot, runs such layers"
-            )
+        except (LaunchRefused, NoPlan, KernelFailed) as error:
+            cause = error
+        config = next(a for a in arguments if isinstance(a, StackConfig))
+        h_0, device, text = inputs.h_0, inputs.input.device, ""
         other = config._replace(backend="instead", precision="ieee")
-        return run(inputs, *(other if a is config else a for a in arguments))
+        if isinstance(cause, LaunchRefused):
+            refuse_cooperation(device)
+            other = config
+            text = f"{device} refused a cooperative launch ({cause}); schedules that need none"
+        elif config.backend != "auto":
+            raise cause
+        elif isinstance(cause, KernelFailed):  # else a program was compiled before they failed
+            give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
+            text = (
+                f"fusedrnn's kernels failed on {device} ({cause}); torch's operator or plain torch"
+            )
+        if text:
+            warnings.warn(f"{text} will run such layers from now on", RuntimeWarning, stacklevel=3)
+        return call(inputs, *(other if a is config else a for a in arguments))
 
     return cast(_Run, call)
 
 
-def _warn(message: str) -> None:
-    warnings.warn(message, RuntimeWarning, stacklevel=4)
+def empty_outputs(inputs: StackInputs, config: StackConfig, save: bool) -> StackOutputs:
+    """Allocates the results of a stack and, with ``save``, what backward needs."""
+    input, h_0, c_0, *_ = inputs
+    *rows, _ = input.shape
+    D, tiles, empty = config.directions, config.spec.saved, input.new_empty
+    (Z, _, P), H = h_0.shape, (h_0 if c_0 is None else c_0).shape[-1]
+    below = config.hidden_layers if save else 0
+    return StackOutputs(
+        output=empty(*rows, D * P),
+        h_n=empty(h_0.shape),
+        c_n=None if c_0 is None else empty(c_0.shape),
+        gates=empty(Z, *rows, tiles * H) if save and not (config.recompute and tiles) else None,
+        cs=empty(Z, *rows, H) if save and c_0 is not None else None,
+        hidden=empty(below, *rows, D * H) if below else None,
+    )
 
 
 @_fail_safe
@@ -72,19 +80,11 @@ def forward(
     inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
 ) -> StackOutputs:
     """Runs all layers; with ``save`` keeps what backward needs."""
-    input, h_0, c_0, _, masks = inputs
-    L, D, H, tiles = config.num_layers, config.directions, h_0.shape[-1], config.spec.saved
-    rows = rows_of(input, h_0.shape[1], D, sequences)
-    R, below, empty = rows.total, config.hidden_layers if save else 0, input.new_empty
-    results = StackOutputs(
-        output=empty(*input.shape[:-1], D * H),
-        h_n=empty(h_0.shape),
-        c_n=None if c_0 is None else empty(h_0.shape),
-        gates=empty(L * D, R, tiles * H) if save and not (config.recompute and tiles) else None,
-        cs=empty(L * D, R, H) if save and c_0 is not None else None,
-        hidden=empty(below, R, D * H) if below else None,
-    )
-    hidden, last = cast(Any, results.hidden), results.output.view(-1, D * H)
+    input, h_0, _, _, masks = inputs
+    L, D, H = config.num_layers, config.directions, h_0.shape[-1]
+    rows, below = rows_of(input, h_0.shape[1], D, sequences), config.hidden_layers if save else 0
+    results = empty_outputs(inputs, config, save)
+    hidden, last = _rows(results.hidden), results.output.view(-1, D * H)
     outs = [hidden[n] if n < below else torch.empty_like(last) for n in range(L - 1)]
     outs.append(hidden[-1] if below == L else last)
     masks = [mask.reshape(-1, D * H) for mask in masks]
@@ -111,20 +111,19 @@ def backward(
     """Runs all layers backwards.
 
     Returns:
-        d_input or None unless it is needed, d_h_0, d_c_0 or None, and the gradients of the
-        parameters or an empty list.
+        d_input or None, d_h_0, d_c_0 or None, and the gradients of the parameters or [].
     """
     input, h_0, c_0, _, masks = inputs
     L, D, H = config.num_layers, config.directions, h_0.shape[-1]
     rows = rows_of(input, h_0.shape[1], D, sequences)
     masks = [mask.reshape(-1, D * H) for mask in masks]
-    hidden = [] if outputs.hidden is None else list(outputs.hidden.contiguous())
+    hidden = [] if outputs.hidden is None else list(_rows(outputs.hidden))
     if len(hidden) < L:
         hidden.append(outputs.output.reshape(-1, D * H))
     whole = _layers(inputs, outputs, hidden, masks, config)
     zeros = h_0.new_zeros(h_0.shape) if grads.h_n is None or grads.c_n is None else None
     whole_grads = Grads(
-        cs=_contiguous(grads.cs),
+        cs=_rows(grads.cs),
         h_n=zeros if grads.h_n is None else grads.h_n.contiguous(),
         c_n=None if c_0 is None else zeros if grads.c_n is None else grads.c_n.contiguous(),
         h_0=h_0.new_empty(h_0.shape),
@@ -160,27 +159,29 @@ def _layers(
     """Returns the tensors of all layers as those of one launch."""
     _, h_0, c_0, params, _ = inputs
     # The weights that a parametrisation computes may have any strides.
-    groups = config.group([p.contiguous() for p in params])
-    w_ih, w_hh, b_ih, b_hh, _ = zip(*(w for group in groups for w in group), strict=True)
-    D = config.directions
+    weights = tuple([p.contiguous() for p in params])
+    D, each = config.directions, 4 if config.has_bias else 2
     return Layers(
-        w_ih=w_ih,
-        b_ih=b_ih if config.has_bias else None,
-        w_hh=w_hh,
-        b_hh=b_hh if config.has_bias else None,
+        w_ih=weights[::each],
+        b_ih=weights[2::4] if config.has_bias else None,
+        w_hh=weights[1::each],
+        b_hh=weights[3::4] if config.has_bias else None,
         masks=tuple(m for m in (masks[0], *masks) for _ in range(D)) if masks else None,
         h_0=h_0.contiguous(),
-        c_0=_contiguous(c_0),
+        c_0=None if c_0 is None else c_0.contiguous(),
         h_n=outputs.h_n,
         c_n=outputs.c_n,
         out=tuple(out for out in outs for _ in range(D)),
-        gates=_contiguous(outputs.gates),
-        cs=_contiguous(outputs.cs),
+        gates=_rows(outputs.gates),
+        cs=_rows(outputs.cs),
     )
 
 
-def _contiguous(tensor: Tensor | None) -> Any:
-    return None if tensor is None else tensor.contiguous()
+def _rows(tensor: Tensor | None) -> Any:
+    """Returns a tensor ``[Z, T, B, C]``, or packed, as rows ``[Z, R, C]``."""
+    if tensor is None:
+        return None
+    return tensor.contiguous().flatten(1, -2)
 
 
 def _part(tensors: Any, launch: Launch, config: StackConfig) -> Any:

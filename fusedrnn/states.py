@@ -50,9 +50,9 @@ def run(call: Call, wants_gates: bool) -> States:
     gradients flow through h, and no backend has to know about them.
     """
     facts = call.facts._replace(states=True)
-    config = dispatch.config_of(facts, dispatch.choose(facts))._replace(num_layers=1)
+    config = dispatch.decide(facts)[1]._replace(num_layers=1)
     x, h_0, c_0, params, masks = call.stack_inputs()
-    D, L, H = config.directions, facts.layers.num_layers, facts.hidden_size
+    D, L = config.directions, facts.layers.num_layers
     sequences = with_table(call.sequences, h_0.shape[1], x.device)
     rows = rows_of(x, h_0.shape[1], D, sequences)
     each, finals, h, c, gates = len(params) // L, [], [], [], []
@@ -64,7 +64,7 @@ def run(call: Call, wants_gates: bool) -> States:
         finals.append(final)
         h.append(out.chunk(D, -1))
         if cs is not None:
-            c.append([of_d.view(*out.shape[:-1], H) for of_d in cs.unbind()])
+            c.append(cs.unbind())
         if wants_gates:
             (weights,) = config.group(own)
             gates.append(_gates(config.cell, x, h[-1], inputs.h_0, weights, rows))

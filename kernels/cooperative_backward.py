@@ -3,7 +3,7 @@
 A program holds the columns of W_hh of its units, with all gates, for the whole launch. A step is:
 the adjoint of the cell for its units, dgates put into a slot, publish, wait for the others, load
 all dgates into the operands of a product (``slices.py``), multiply, sum over the warps: the
-gradient of its units' h. What nobody waits for, the stores of dgates and the loads of the next
+gradient of its units' h. What no program waits for, the stores of dgates and the loads of the next
 step, lies between publishing and waiting. A slot has the dgates of each phase, gates side by side.
 
 **Wavefront**: layer l runs one step behind layer l + 1. It computes dy, the gradient of its output,
@@ -19,27 +19,26 @@ from triton.experimental import gluon
 from .cells import CELLS, Cell
 from .exchange import (
     PATIENCE,
-    Workspace,
     group_of,
-    launch_together,
     publish,
     put,
     slot_of,
     wait,
     wait_for_both,
 )
+from .launch import Workspace, launch_together
+from .layouts import Slice, slice_of
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
 from .rows import Rows
 from .slices import (
-    Slice,
     add_up,
     columns_of_slice,
     fetch,
+    hold,
     multiply,
-    program_of,
+    products,
     row_of_slice,
-    slice_of,
     sum_buffers,
     zero_acc,
 )
@@ -50,6 +49,7 @@ from .steps import (
     load_step,
     origins_at,
     place_of,
+    program_of,
     readable,
     row_of,
     store,
@@ -70,24 +70,29 @@ from .tiles import (
 
 
 @gluon.jit
-def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``w[chunk]``, the columns of W of this program's units, of the gates of a part."""
+def _load_chunk(w_ptr, PART: tl.constexpr, N: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """The columns of W of this program's units, for a chunk of the gates of a part."""
     H: tl.constexpr = TILE.H
-    GATES: tl.constexpr = len(CELL.parts[PART])
+    COUNT: tl.constexpr = len(CELL.parts[PART]) * H
+    END: tl.constexpr = TILE.chunks[PART][N][0] + TILE.chunks[PART][N][1] * TILE.groups
     m = row_of_slice(TILE.block_h, TILE)
     unit = tl.program_id(0) * TILE.block_h + m // 16 * 16 + m % 8 * 2 + m // 8 % 2
-    w = ()
-    for n in tl.static_range(len(TILE.chunks[PART])):
-        k = columns_of_slice(PART, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
-        inside = (k < GATES * H) & (unit < H)[None, :, None]
-        ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
-        w = w + (round_operand(tl.load(ptrs, inside, other=0.0)),)
-    return w
+    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+    ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
+    if END <= COUNT and H % TILE.block_h == 0:  # a mask would cost registers
+        return round_operand(tl.load(ptrs))
+    else:
+        inside = (k < COUNT) & (unit < H)[None, :, None]
+        return round_operand(tl.load(ptrs, inside, other=0.0))
 
 
 @gluon.jit
-def _product(w, u, TILE: tl.constexpr):
-    return multiply(w, u, zero_acc(TILE.block_h, TILE), TILE)
+def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``w[chunk]`` for the product of a part."""
+    w = ()
+    for n in tl.static_range(len(TILE.chunks[PART])):
+        w = w + (hold(_load_chunk(w_ptr, PART, n, CELL, TILE), PART, n, TILE),)
+    return w
 
 
 @gluon.jit
@@ -99,7 +104,11 @@ def _fetch_above(grads, program, step, place, CELL: tl.constexpr, TILE: tl.const
     first = row_of(program, tl.maximum(step, 0), place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     z = tl.minimum(program.z + 1, TILE.L - 1).to(tl.int64)
-    return fetch(grads.gates + (z * program.R + first) * WIDTH, last, WIDTH, P, COLUMNS, TILE)
+    rows = grads.gates + (z * program.R + first) * WIDTH
+    u, rounded = fetch(rows, last, WIDTH, P, False, COLUMNS, TILE), ()
+    for n in tl.static_range(len(u)):
+        rounded = rounded + (round_operand(u[n]),)
+    return rounded
 
 
 @gluon.jit
@@ -158,7 +167,8 @@ def _cooperative_bwd_kernel(
         drop = _load_drop(layers, program, T - 1, places[0], TILE)
         wait(counter_above, per_step, patience)
         x = _fetch_above(grads, program, T - 1, places[0], CELL, TILE)
-        (dy,) = add_up(buffers, (_product(w_ih, x, TILE),), TILE)
+        zero = zero_acc(TILE.block_h, TILE)
+        (dy,) = add_up(buffers, (multiply(w_ih, x, zero, P, False, TILE),), TILE)
         dy = _gradient_above(layers, program, places[0], dy, drop, TILE)
 
     for back in range(T):
@@ -208,14 +218,14 @@ def _cooperative_bwd_kernel(
                 both = tl.minimum(back + 2, T) * per_step
                 wait_for_both(counter, target, counter_above, both, patience)
                 x = _fetch_above(grads, program, step - 1, places[1], CELL, TILE)
-                u = fetch(part, TILE.block_b, TILE.pitch, p, TILE.pitch, TILE)
-                products = (_product(w[0], u, TILE), _product(w_ih, x, TILE))
-                du, dy = add_up(buffers, products, TILE)
+                zero = zero_acc(TILE.block_h, TILE)
+                accs = products((w[0],), part, (zero,), p, TILE)
+                du, dy = add_up(buffers, accs + (multiply(w_ih, x, zero, P, False, TILE),), TILE)
                 dy = _gradient_above(layers, program, places[1], dy, drop, TILE)
             else:
                 wait(counter, target, patience)
-                u = fetch(part, TILE.block_b, TILE.pitch, p, TILE.pitch, TILE)
-                (du,) = add_up(buffers, (_product(w[p], u, TILE),), TILE)
+                zero = zero_acc(TILE.block_h, TILE)
+                (du,) = add_up(buffers, products((w[p],), part, (zero,), p, TILE), TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
         left, places = left_before, later
@@ -227,7 +237,7 @@ def tile_of(cell: Cell, L: int, D: int, H: int, tiles: Tiles, itemsize: int) -> 
     parts = cell.parts if L > 1 else cell.phases
     columns = tuple(len(gates) * H for gates in parts)
     sizes = tiles.block_b, tiles.block_h, tiles.num_warps, itemsize
-    tile = slice_of(L, D, H, *sizes, columns)
+    tile = slice_of(L, D, H, *sizes, columns, tiles.halved)
     return tile._replace(pitch=tile.pitch * len(cell.phases))
 
 

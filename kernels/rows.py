@@ -30,9 +30,6 @@ import torch
 from torch import Tensor
 
 SKIPPED, PREVIOUS, ZERO, INITIAL = range(4)
-#: Rows of memory behind packed dgates. Schedule cooperative reads whole tiles of rows, the last of
-#: which may end behind the last step; a mask for them would cost registers that it lacks.
-SLACK = 32
 
 
 class Rows(NamedTuple):
@@ -72,21 +69,20 @@ def origins_of(
     It reads no value on the host, so it does not wait for a GPU. Lengths beyond T count as T,
     negative ones as 0, and resets after the end of a sequence are ignored.
     """
-    ones = torch.ones(T + 1, B, dtype=torch.bool, device=device)
-    ones[T] = False
     times = torch.arange(T + 1, device=device).unsqueeze(1)
-    present = ones if lengths is None else ones & (times < lengths.to(device))
-    begins = torch.zeros_like(present)
-    if reset is not None:
-        begins[:T] = reset.to(device)
-        begins &= present
-    origins = torch.full((D, T, B), PREVIOUS, dtype=torch.int8, device=device)
-    origins[0, :1] = INITIAL
-    origins[0].masked_fill_(begins[:T], ZERO)
+    ends = T if lengths is None else lengths.to(device).clamp(max=T)
+    present = (times < ends).expand(T + 1, B)
+    here = present[:T].to(torch.int8)  # SKIPPED or PREVIOUS
+    begins = None if reset is None else reset.to(device) & present[:T]
+    origins = here.unsqueeze(0) if D == 1 else torch.stack([here, here * INITIAL])
+    origins[0, :1] *= INITIAL
     if D == 2:
-        origins[1].masked_fill_(~present[1:], INITIAL)
-        origins[1].masked_fill_(begins[1:], ZERO)
-    return origins.masked_fill_(~present[:T], SKIPPED)
+        origins[1].masked_fill_(present[1:], PREVIOUS)
+    if begins is not None:
+        origins[0].masked_fill_(begins, ZERO)
+        if D == 2:
+            origins[1, : T - 1].masked_fill_(begins[1:], ZERO)
+    return origins
 
 
 def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:

@@ -185,9 +185,11 @@ def exchange_faults(problem: Problem, kernel: Any) -> Iterator[str]:
         yield "exchanged data is not loaded 16 bytes at a time"
     if not polls or (exchanged and exchanged[0] < polls[0]):
         yield "exchanged data is loaded before the wait"
-    first = next(n for n, name in enumerate(names) if "MMA" in name)
-    if sum(n < first for n in exchanged) < min(4, len(exchanged) // 2):
-        yield "loads wait for products"
+    for begin, end in zip(polls, [*polls[1:], len(names)], strict=True):
+        loads = [n for n in exchanged if begin < n < end]
+        products = [n for n in range(begin, end) if "MMA" in names[n]]
+        if loads and sum(n < products[0] for n in loads) < min(4, len(loads) // 2):
+            yield "loads wait for products"
     yield from _order_faults(kernel.binary.asm["ptx"])
     if "__assertfail" not in kernel.binary.asm["ptx"]:
         yield "a wait has no limit"

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import gluon_interpreter
 import torch
 from concurrency import run_concurrently, shared
 from kernel_cases import Data, Shape, cooperative_plan, differences, rows_of, tensors
 
-from fusedrnn.kernels import cooperative, cooperative_backward, exchange, slices
+from fusedrnn.kernels import cooperative, cooperative_backward, launch
 from fusedrnn.kernels.cells import CELLS
 
 #: Polls until a test gives up on a lost program: half a minute without pauses.
@@ -21,30 +20,27 @@ def prepared(cell: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Dat
     return shared(tensors(cell, shape, dtype))
 
 
-def workspaces(cell: str, shape: Shape, data: Data) -> list[exchange.Workspace]:
+def workspaces(cell: str, shape: Shape, data: Data) -> list[launch.Workspace]:
     """The memory of both launches, which the programs share."""
-    h_0, of, count = data.layers.h_0, CELLS[cell], -(-shape.B // 16)
-    tiles, sizes = cooperative_plan(shape).forward, (shape.L, shape.D, shape.H)
-    columns = (shape.H,) * len(of.phases)
-    itemsize = h_0.element_size()
-    forward = slices.slice_of(*sizes, 16, shape.block_h, tiles.num_warps, itemsize, columns)
-    backward = cooperative_backward.tile_of(of, *sizes, tiles, itemsize)
-    return [
-        shared(exchange.workspace(h_0, shape.L * shape.D, count, 16, side.pitch))
-        for side in (forward, backward)
-    ]
+    h_0, plan, sizes = data.layers.h_0, cooperative_plan(shape), (shape.L, shape.D, shape.H)
+    works = []
+    for module, tiles in ((cooperative, plan.forward), (cooperative_backward, plan.backward)):
+        tile = module.tile_of(CELLS[cell], *sizes, tiles, h_0.element_size())
+        count = -(-shape.B // tile.block_b)
+        work = launch.workspace(h_0, shape.L * shape.D, count, tile.block_b, tile.pitch)
+        works.append(shared(work))
+    return works
 
 
 def launches(cell, shape, data, works, patience=PATIENCE):
-    """The launches of forward and backward as calls without arguments, with exact products."""
-    gluon_interpreter.round_to_tf32 = lambda x: x
+    """The launches of forward and backward as calls without arguments."""
     plan, rows = cooperative_plan(shape), rows_of(shape)
 
     def forward():
         cooperative.forward(cell, plan, data.layers, rows, shared=works[0], patience=patience)
 
     def backward():
-        cooperative.backward(cell, plan, *data, rows, shared=works[1], patience=patience)
+        cooperative_backward.backward(cell, plan, *data, rows, shared=works[1], patience=patience)
 
     return forward, backward
 

@@ -54,19 +54,6 @@ def test_any_mixture_of_dtypes_is_computed_in_autocasts(backend, half, name, giv
         assert_equal([grad.to(half) for grad in grads], want_grads)
 
 
-@pytest.mark.parametrize("name", ["GRU", "RNN"])
-@pytest.mark.parametrize("half", [BF16, HALF])
-def test_auto_gives_torchs_bits_under_autocast(name, half):
-    """nn.LSTM needs a CPU whose oneDNN has the dtype; the test below has that case."""
-    found = []
-    for module in build(name, FULL, num_layers=2):
-        with torch.autocast("cpu", half):
-            results = leaves(module(torch.ones(T, B, I), torch.ones(2, B, H, dtype=half)))
-        found.append([*results, *gradients(results, list(module.parameters()))])
-    assert_equal(found[1], found[0])
-    assert all(grad.dtype == FULL for grad in found[1][2:])
-
-
 def test_an_lstm_runs_on_a_cpu_that_onednn_refuses(monkeypatch):
     monkeypatch.setattr(dispatch, "_onednn_takes", lambda dtype: False)
     monkeypatch.setattr(dispatch, "_decided", dispatch._decide)

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import report, run
+from bench import host, report, run
 from bench.__main__ import COMMANDS, main
 from bench.cases import named
 from bench.measure import BenchmarkCase, Settings, in_fresh_process, interleaved
@@ -46,12 +46,15 @@ def rows_in(folder, name="results.csv"):
         (["imdb", "--imdb", "/nowhere/imdb.npz"], "/nowhere/imdb.npz cannot be read: No"),
         (["cpu", "--only", "sine-7"], "there is no case 'sine-7'; similar names are"),
         (["report", "/nowhere"], "/nowhere has no results that can be read"),
+        (["compare", "/nowhere"], "/nowhere cannot be read: [Errno 2]"),
+        (["lesson", "nothing"], "there is no lesson 'nothing'"),
+        (["gpu", "--only", "sweep,nothing"], "--only: there is no step nothing"),
+        (["gpu"], "gpu needs a CUDA device"),
         (["sine", "--out", "/dev/null/x"], "no results can be written to /dev/null/x: Not"),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2(argv, sentence, capsys):
-    if "cuda" in argv and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_bad_input_is_a_sentence_and_exit_code_2(argv, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(argv) == 2
     error = capsys.readouterr().err
     command = "demo" if argv[0].startswith("-") else argv[0]
@@ -218,3 +221,11 @@ def test_adapters_convert_weights_without_losing_any(provider):
         w_hh.flatten().sort().values, case.weights["weight_hh_l0"].flatten().sort()[0]
     )
     assert w_ih.numel() == 32
+
+
+def test_host_times_a_call_up_to_its_launches_and_the_cells(monkeypatch):
+    _, *lines = in_fresh_process(host.stack_lines)
+    assert [line.split()[0] for line in lines] == list(host.GOALS)
+    assert all(0 < float(n) < 1e5 for line in lines for n in line.split()[1:])
+    monkeypatch.setattr(host, "_us", lambda call: float(len(call())))
+    assert len(host.cell_lines()) == 1 + 18

@@ -33,7 +33,7 @@ def test_gates(schedule, device, monkeypatch):
         monkeypatch.setattr(layer._schedule(schedule), "forward", lambda *_: None)
         assert check.gate(schedule, device).startswith(f"WRONG {schedule}: ")
         monkeypatch.setattr(layer._schedule(schedule), "forward", None)
-        assert "KernelFailed: the kernels failed on" in check.gate(schedule, device)
+        assert "KernelFailed: " in check.gate(schedule, device)
 
 
 def test_what_does_not_compile(monkeypatch):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gluon_interpreter
 import pytest
 import torch
 import triton.language as tl
@@ -16,11 +17,12 @@ from cooperative_setup import (
     run,
     workspaces,
 )
-from kernel_cases import cooperative_plan, results
+from kernel_cases import cooperative_plan, expected, results
 from mutants import rewritten
 
 import fusedrnn
 from fusedrnn.kernels import cooperative, cooperative_backward, exchange, plan
+from fusedrnn.testing import assert_budget
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the processes share the CPU's memory"),
@@ -43,9 +45,16 @@ CASES = {
     "layers, ragged": (("lstm",), Shape(4, 5, 20, L=2, masks=True, rows="ragged")),
     "two batch tiles, packed": (BOTH, Shape(3, 18, 41, 32, rows="packed")),
     "layers, packed": (("gru",), Shape(4, 5, 20, L=2, masks=True, rows="packed")),
+    "eight units": (("lstm", "gru", "rnn_tanh"), Shape(3, 3, 8, 8)),
+    "half of the weights in shared memory": (BOTH, Shape(2, 3, 72, 32, halved=True)),
     "two chunks of columns": (("gru_reset_before", "rnn_relu"), Shape(2, 2, 72, 32)),
 }
 RUNS = [(cell, name) for name, (cells, _) in CASES.items() for cell in cells]
+
+
+@pytest.fixture(autouse=True)
+def _exact_products(monkeypatch):
+    monkeypatch.setattr(gluon_interpreter, "round_to_tf32", lambda x: x)
 
 
 @pytest.mark.parametrize(("cell", "name"), RUNS)
@@ -56,6 +65,17 @@ def test_equals_the_reference(cell, name):
 def test_half_precision():
     """Operands and what is exchanged are rounded to fp16; the state stays in fp32."""
     check("lstm", LAYERS, torch.float16)
+
+
+def test_operands_are_rounded_to_tf32(monkeypatch):
+    """Also those that a layer reads from the rows of another."""
+    monkeypatch.undo()
+    data = prepared("gru", LAYERS)
+    assert not run("gru", LAYERS, data)
+    ref, truth = (expected("gru", LAYERS, data, dtype) for dtype in (torch.float32, torch.float64))
+    for name, value in results("gru", LAYERS, data).items():
+        assert_budget(name, value, ref[name], truth[name], eps=2**-11)
+    assert differences("gru", LAYERS, data)  # they were rounded
 
 
 def copied(data):

@@ -141,27 +141,6 @@ def test_opacus_replaces_what_to_torch_returns():
     assert_alike(fixed.double()(x := batch()), theirs.double()(x))
 
 
-@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_torchinfo_counts(cell):
-    summary, words = pytest.importorskip("torchinfo").summary, torch.randint(WORDS, (B, T))
-    got, want = (summary(model, input_data=words, verbose=0) for model in pair(cell))
-    assert str(got) == str(want)
-    assert {row.class_name: row for row in got.summary_list}[cell].output_size == [B, T, 2 * H]
-
-
-@pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
-def test_safetensors_there_and_back(cell, tmp_path):
-    files = pytest.importorskip("safetensors.torch")
-    there, back, x = tmp_path / "there.safetensors", tmp_path / "back.safetensors", batch()
-    ours, theirs, again = Model(fusedrnn, cell), Model(nn, cell), Model(fusedrnn, cell)
-    files.save_file(ours.state_dict(), there)
-    theirs.load_state_dict(files.load_file(there))
-    files.save_file(theirs.state_dict(), back)
-    again.load_state_dict(files.load_file(back))
-    assert there.read_bytes() == back.read_bytes()
-    assert torch.equal(again(x.float()), ours(x.float()))
-
-
 def test_safetensors_of_tied_weights(tmp_path):
     files, path, x = pytest.importorskip("safetensors.torch"), tmp_path / "tied", batch()
     models = [Model(library, "LSTM").double() for library in (fusedrnn, nn)]

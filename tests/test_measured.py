@@ -88,19 +88,26 @@ def test_kernels_that_fail_are_reported_by_the_call_itself(timed, monkeypatch):
     assert not timed
 
 
-@pytest.mark.parametrize("where", ["forbidden", "capture", "named", "mode", "step", "lengths"])
+ELSEWHERE = ("forbidden", "capture", "compiler", "transform", "mode", "named", "step", "lengths")
+
+
+@pytest.mark.parametrize("where", ELSEWHERE)
 def test_elsewhere_nothing_is_measured(timed, where, monkeypatch):
-    x, options, context = batch().float(), {}, nullcontext()
+    x, module, options, context = batch().float(), fusedrnn.GRU(I, H), {}, nullcontext()
     if where == "forbidden":
         monkeypatch.setattr(measured, "_FORCED", "0")
     elif where == "capture":
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    elif where == "compiler":
+        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    elif where == "transform":
+        x, module = x.unsqueeze(0), torch.func.vmap(module)
     elif where == "lengths":
         options = {"lengths": LENGTHS}
     else:
         contexts = {"named": fusedrnn.use_backend("aten"), "mode": FlopCounterMode(display=False)}
         context = contexts.get(where, context)
     with context:
-        fusedrnn.GRU(I, H)(x[:1] if where == "step" else x, **options)
+        module(x[:1] if where == "step" else x, **options)
     assert not timed
     assert list(dispatch.MEASURED.values()) == [None] * (where == "lengths")

@@ -240,6 +240,13 @@ def test_flops_are_those_of_torchs_products(name, needs_input):
     assert found[0] == found[1]
 
 
+def test_walkers_of_saved_tensors_meet_no_none():
+    for name in NAMES:
+        with fusedrnn.use_backend("torch"):
+            output, _ = build(name)[1](batch())
+        assert output.grad_fn.saved_tensors[0].shape == (T, B, I)
+
+
 @pytest.mark.parametrize("create_graph", [False, True])
 def test_foreign_tangents_are_refused(create_graph):
     """A gradient with a tangent reaches a graph that was built without: an error, and no zero."""

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fusedrnn import layer, stack
-from fusedrnn.kernels.plan import KernelFailed, LaunchRefused, Plan
+from fusedrnn.kernels.plan import KernelFailed
 from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
@@ -107,32 +106,6 @@ def test_tensors_of_any_strides():
     torch.testing.assert_close(results, want, rtol=1e-13, atol=1e-13)
 
 
-def test_a_refused_launch_is_planned_again(monkeypatch):
-    """The second plan needs no cooperation, and a warning tells of it."""
-    calls, refused = [], []
-
-    class Schedule(SimpleNamespace):
-        def forward(self, cell, plan, layers, rows):
-            calls.append(self.name)
-            if self.name == "cooperative":
-                raise LaunchRefused("too few SMs")
-            layers.out[0].zero_()
-            layers.h_n.zero_()
-
-    def plan_stack(problem, chip):
-        return [Plan("stepwise" if refused else "cooperative", None, None)] * L
-
-    monkeypatch.setattr(layer, "_schedule", lambda name: Schedule(name=name))
-    monkeypatch.setattr(stack, "refuse_cooperation", refused.append)
-    monkeypatch.setattr(layer.planning, "plan_stack", plan_stack)
-    config = config_of("gru", backend="triton")
-    with pytest.warns(RuntimeWarning, match="refused a cooperative launch .too few SMs."):
-        outputs = stack.forward(inputs_of(config, torch.float32), Sequences(), config, False)
-    assert not outputs.output.any()
-    assert refused == [torch.device("cpu")]
-    assert calls == ["cooperative", *["stepwise"] * L]
-
-
 @pytest.mark.parametrize(("broken", "recompute"), [("forward", False), ("backward", True)])
 def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
     """It goes on from what the kernels have saved; only ``auto`` does so, and remembers it."""
@@ -202,12 +175,3 @@ def test_python_calls_before_a_launch(monkeypatch):
         counted(stack.backward, inputs, outputs, StackGrads(outputs.output, None, None, None))
     assert counts[2] <= MOST[0]
     assert counts[3] <= MOST[1]
-
-
-def test_other_errors_of_a_launch_are_no_refusals(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(stack.layer, "forward", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        stack.forward(inputs_of(config_of("gru")), Sequences(), config_of("gru"), False)
