@@ -35,6 +35,7 @@ COMMANDS = {
     "cases": ("peers.run", "all implementations on named cases; without names, their list"),
     "gpu": ("gpu.run", "on a CUDA machine: gate, times, tests, tuning"),
     "tune": ("tune.run", "find the fastest plans, as entries for kernels/plan.py"),
+    "ladder": ("ladder.run", "the kernels side by side, or one alone: docs/kernels.md"),
     "lesson": ("lessons.command.run", "an experiment of a course; without a name, the list"),
     "compare": ("compare.run", "what became slower, wrong or larger between CSV files"),
     "report": ("pictures.run", "the table of a results folder; --plot draws it"),

@@ -1,0 +1,183 @@
+"""``python -m bench ladder``: the rungs of docs/kernels.md side by side, or one of them alone.
+
+The table comes from the compiler and from two models (``kernels/model.py`` for launches,
+``kernels/steptime.py`` for loops); nothing in it is measured.
+"""
+
+import argparse
+import ast
+import difflib
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from fusedrnn.kernels.model import SPEEDS
+from fusedrnn.kernels.plan import CHIPS, SCHEDULES, Problem
+
+from . import UserError
+from .cases import named
+from .providers import TORCH
+from .run import OPTIONS as OPTIONS
+from .run import run as run_plan
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGE = ROOT / "docs" / "kernels.md"
+BEGIN, END = "<!-- python -m bench ladder --write -->\n", "<!-- end of the ladder -->\n"
+HEADS = ("rung", "file", "W_hh lies in", "launches", "us", "instructions", "barriers", "shared KiB")
+#: The functions of a file that make a step forward.
+STEP = re.compile(r"_fwd_kernel$|_forward_step$|^_lstm_step$|^_one_direction$|^_scan_kernel$")
+ARCH, MOST_LINES = "sm_90", 60
+
+
+class Rung(NamedTuple):
+    """One way to run the same recurrence."""
+
+    name: str  # of its schedule, if it is one
+    file: str
+    weights: str  # where W_hh lies
+    launches: str  # of T steps forward
+    test: str
+    H: int  # of the LSTM that is compiled: bf16, batch 64
+
+
+RUNGS = {
+    number: Rung(name, f"{file}.py", weights, launches, f"tests/test_{test}.py", H)
+    for number, name, file, weights, launches, test, H in (
+        ("1", "operations", "fusedrnn/reference", "memory", "11 T", "reference", 128),
+        ("2", "stepwise", "kernels/stepwise", "memory", "2 T", "stepwise", 128),
+        ("3", "resident", "kernels/resident", "shared memory", "1", "resident", 128),
+        (
+            "4",
+            "resident_nvidia",
+            "kernels/resident_nvidia",
+            "registers",
+            "1",
+            "resident_nvidia",
+            128,
+        ),
+        ("5", "cooperative", "kernels/cooperative", "registers of 32 SMs", "1", "cooperative", 512),
+        ("scan", "another model", "bench/scan", "there is none", "1", "bench_ladder", 128),
+    )
+}
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("rung", nargs="?", choices=RUNGS, help="this one alone; without it, the table of all")
+    add("--write", action="store_true", help="put the table into docs/kernels.md")
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints the table, or compares one rung with the reference and prints how its step differs.
+
+    On CUDA a rung passes the gate of the bench and is timed. Elsewhere the tests of its file run in
+    Triton's interpreter.
+    """
+    if number := options.rung:
+        code = on_cuda(RUNGS[number], options) if options.device == "cuda" else tested(number)
+        print("\n".join(differing(number)))
+        return code
+    text = "".join(f"| {' | '.join(row)} |\n" for row in table())
+    print(text, end="")
+    if options.write:
+        before, _, rest = PAGE.read_text().partition(BEGIN)
+        PAGE.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}")
+    return 0
+
+
+def table() -> Iterator[tuple[str, ...]]:
+    """Yields the heads, a rule, and a row for each rung; us are m: modelled, or p: predicted."""
+    if os.environ.get("TRITON_INTERPRET") == "1":
+        raise UserError("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
+    yield HEADS
+    yield ("---",) * len(HEADS)
+    for number, rung in RUNGS.items():
+        numbers = (f"{11 * SPEEDS[ARCH].launch:.1f} m", *"---") if number == "1" else compiled(rung)
+        name = f"{number} {rung.name}"
+        yield (name, f"`{rung.file}`", rung.weights, rung.launches, *numbers)
+
+
+def compiled(rung: Rung) -> Iterator[str]:
+    """Compiles a rung; yields us, instructions of a warp, barriers, and KiB through shared memory.
+
+    All are of a step forward and a program.
+    """
+    from fusedrnn.kernels import compile, sass, steptime
+    from fusedrnn.kernels.latencies import timings
+
+    warps, hops = 4, 0
+    if choose := SCHEDULES.get(rung.name):
+        problem = Problem("lstm", rung.H, 64, 1, torch.bfloat16, "tf32", True)
+        plan = choose(problem, CHIPS[ARCH])
+        *_, kernel = compile.compile_plan(problem, plan, CHIPS[ARCH], ("forward",))
+        warps, hops = kernel.tiles.num_warps, int(bool(kernel.tiles.k_chunks))
+    else:
+        from . import scan
+
+        tiles: Any = None
+        made: list[Any] = []
+        with compile.recording(scan, CHIPS[ARCH], lambda *launch: made.extend(launch)):
+            scan.scan(*(torch.empty(64, 512, rung.H, device="meta"),) * 2)
+        kernel = compile.Kernel("forward", tiles, made[1], made[0], scan.BLOCK_T)
+    sm, path = timings(ARCH), kernel.instructions
+    if sass.loops(path):
+        path = sass.trace(path)
+        yield f"{steptime.predict(path, sm, warps, hops, kernel.steps).us:.2f} p"
+    else:
+        yield f"{plan.floors[0].step:.2f} m"
+    costs = [steptime.cost(one, sm) for one in path]
+    beats = sum(cost.unit for cost in costs if cost.kind == "shared memory")
+    barriers = compile.count_kinds(path)["barrier"]
+    for count in (len(path), barriers, beats * sm.shared_bytes * warps / 1024):
+        yield f"{count / kernel.steps:.{0 if count >= kernel.steps else 1}f}"
+
+
+def tested(number: str) -> int:
+    """Runs the tests that compare an LSTM of this rung with the reference."""
+    file = RUNGS[number].test
+    print(f"rung {number} beside the reference, in Triton's interpreter: {file}", flush=True)
+    pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
+    command = (*pytest, "-k", "equals and lstm", file)
+    return subprocess.run(command, cwd=ROOT, env=environment).returncode
+
+
+def on_cuda(rung: Rung, options: argparse.Namespace) -> int:
+    """Gates and times the rung beside torch.nn; of the scan, which is another model, prints ms."""
+    if rung.file == "bench/scan.py":
+        from triton.testing import do_bench
+
+        from .scan import scan
+
+        a, b = torch.rand(2, 64, 512, rung.H, device="cuda")
+        print(f"B 64, T 512, H {rung.H}: {do_bench(lambda: scan(a, b)):.4f} ms")
+        return 0
+    provider = f"fusedrnn {rung.name}" if rung.name in SCHEDULES else "eager loop"
+    plan = [(case, (TORCH, provider)) for case in named(f"H{rung.H}-B64-bf16")]
+    return run_plan(options, plan, ("lstm",))[1]
+
+
+def differing(number: str) -> Iterator[str]:
+    """Yields the lines of a step that the rung below has not, at most MOST_LINES."""
+    rung, below = RUNGS[number], RUNGS[str(int(number) - 1)] if number in "2345" else None
+    found = list(difflib.ndiff(step(below) if below else [], step(rung)))
+    new, gone = (sum(line.startswith(sign) for line in found) for sign in "+-")
+    yield f"\n{rung.file}: {new} lines that {below.file if below else 'no other'} has not"
+    yield from [line[2:] for line in found if line.startswith("+")][:MOST_LINES]
+    yield f"{'...' * (new > MOST_LINES)} ({gone} lines of the rung below are gone)"
+
+
+def step(rung: Rung) -> list[str]:
+    """Returns the lines of the functions that make a step, without blank ones."""
+    text = (ROOT / rung.file).read_text()
+    lines, found = text.splitlines(), list[str]()
+    for node in ast.parse(text).body:
+        if isinstance(node, ast.FunctionDef) and STEP.search(node.name):
+            found += filter(None, lines[node.lineno - 1 : node.end_lineno])
+    return found
