@@ -82,8 +82,8 @@ def _parser(command: str) -> argparse.ArgumentParser:
         if name == command:
             path, _, function = place.rpartition(".")
             module = import_module(f".{path}", __package__)
-            if hasattr(module, "add_arguments"):
-                module.add_arguments(sub)
+            for argument, details in getattr(module, "ARGUMENTS", {}).items():
+                sub.add_argument(argument, **details)
             for option in getattr(module, "OPTIONS", ()):
                 sub.add_argument(f"--{option}", **SHARED[option])
             sub.set_defaults(run=getattr(module, function))

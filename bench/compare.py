@@ -11,15 +11,14 @@ from pathlib import Path
 
 from . import UserError
 
+ARGUMENTS = {
+    "files": {"nargs": "+", "type": Path, "metavar": "CSV", "help": "older ones, then new"},
+    "--tolerance": {"type": float, "default": 1.1, "help": "factor; default 1.1"},
+}
 KEYS = ["case", "cell", "pass", "provider"]
 NEEDED = [*KEYS, "gate", "x", "x_low", "x_high"]
 #: Bytes are counted and not timed, so little more is already a change.
 LARGER = 1.01
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="CSV", help="older ones, then new")
-    parser.add_argument("--tolerance", type=float, default=1.1, help="factor; default 1.1")
 
 
 def run(options: argparse.Namespace) -> int:

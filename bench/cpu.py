@@ -15,6 +15,7 @@ from .report import COLUMNS
 from .run import run as run_plan
 
 OPTIONS = ("imdb", "download", "out", "seed", "quick", "minutes", "resume")
+ARGUMENTS = {"--only": {"metavar": "NAMES", "help": "only these cases, with commas"}}
 PROCESSES = 3
 #: Who is measured beside torch.nn, where it is not fusedrnn alone.
 SPECIAL = {
@@ -22,10 +23,6 @@ SPECIAL = {
     CHARACTER: ("fusedrnn", "fusedrnn stream"),
     RAGGED: ("fusedrnn lengths",),
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--only", metavar="NAMES", help="only these cases, with commas")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -22,6 +22,10 @@ import fusedrnn
 from . import UserError
 from .models import final_hidden
 
+ARGUMENTS = {
+    "--processes": {"type": int, "default": 2, "metavar": "N", "help": "default 2"},
+    "--cell": {"choices": ("lstm", "gru", "rnn"), "default": "lstm", "help": "default lstm"},
+}
 WORDS, T, B, STEPS = 500, 30, 16, 4
 #: Of losses near 0.7 in fp64, whose gradients are summed in another order.
 TOLERANCE = 1e-10
@@ -39,12 +43,6 @@ class Sentiment(nn.Module):
     def forward(self, words: Tensor, lengths: Tensor) -> Tensor:
         h_n = final_hidden(self.rnn(self.embedding(words), lengths=lengths))
         return self.fc(torch.cat((h_n[-2], h_n[-1]), -1)).squeeze(-1)
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--processes", type=int, default=2, metavar="N", help="default 2")
-    add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="default lstm")
 
 
 def run(options: argparse.Namespace) -> int:

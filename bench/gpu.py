@@ -85,12 +85,12 @@ def steps() -> list[Step]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--minutes", type=float, default=9.0, help="of the whole run; default 9")
-    add("--only", metavar="STEPS", help=f"with commas: {', '.join(s.name for s in steps())}")
-    add("--out", type=Path, metavar="DIR", help="default: bench/results/GPU-DATE")
-    add("--dry-run", action="store_true", help="print the steps; needs no GPU")
+ARGUMENTS = {
+    "--minutes": {"type": float, "default": 9.0, "help": "of the whole run; default 9"},
+    "--only": {"metavar": "STEPS", "help": f"with commas: {', '.join(s.name for s in steps())}"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "default: bench/results/GPU-DATE"},
+    "--dry-run": {"action": "store_true", "help": "print the steps; needs no GPU"},
+}
 
 
 def run(options: argparse.Namespace) -> int:

@@ -43,44 +43,38 @@ class Rung(NamedTuple):
     weights: str  # where W_hh lies
     launches: str  # of T steps forward
     test: str
-    H: int  # of the LSTM that is compiled: bf16, batch 64
+    H: int = 128  # of the LSTM that is compiled: bf16, batch 64
 
 
 RUNGS = {
-    number: Rung(name, f"{file}.py", weights, launches, f"tests/test_{test}.py", H)
-    for number, name, file, weights, launches, test, H in (
-        ("1", "operations", "fusedrnn/reference", "memory", "11 T", "reference", 128),
-        ("2", "stepwise", "kernels/stepwise", "memory", "2 T", "stepwise", 128),
-        ("3", "resident", "kernels/resident", "shared memory", "1", "resident", 128),
-        (
-            "4",
-            "resident_nvidia",
-            "kernels/resident_nvidia",
-            "registers",
-            "1",
-            "resident_nvidia",
-            128,
-        ),
-        ("5", "cooperative", "kernels/cooperative", "registers of 32 SMs", "1", "cooperative", 512),
-        ("scan", "another model", "bench/scan", "there is none", "1", "bench_ladder", 128),
-    )
+    "1": Rung("operations", "fusedrnn/reference.py", "memory", "11 T", "reference"),
+    "2": Rung("stepwise", "kernels/stepwise.py", "memory", "2 T", "stepwise"),
+    "3": Rung("resident", "kernels/resident.py", "shared memory", "1", "resident"),
+    "4": Rung("resident_nvidia", "kernels/resident_nvidia.py", "registers", "1", "resident_nvidia"),
+    "5": Rung("cooperative", "kernels/cooperative.py", "32 SMs", "1", "cooperative", 512),
+    "scan": Rung("another model", "bench/scan.py", "there is none", "1", "bench_ladder"),
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("rung", nargs="?", choices=RUNGS, help="this one alone; without it, the table of all")
-    add("--write", action="store_true", help="put the table into docs/kernels.md")
+ARGUMENTS = {
+    "rung": {
+        "nargs": "?",
+        "choices": RUNGS,
+        "help": "this one alone; without it, the table of all",
+    },
+    "--write": {"action": "store_true", "help": "put the table into docs/kernels.md"},
+}
 
 
 def run(options: argparse.Namespace) -> int:
     """Prints the table, or compares one rung with the reference and prints how its step differs.
 
     On CUDA a rung passes the gate of the bench and is timed. Elsewhere the tests of its file run in
-    Triton's interpreter.
+    Triton's interpreter, and so do those of the scan.
     """
     if number := options.rung:
-        code = on_cuda(RUNGS[number], options) if options.device == "cuda" else tested(number)
+        timed = options.device == "cuda" and number != "scan"
+        code = on_cuda(RUNGS[number], options) if timed else tested(number)
         print("\n".join(differing(number)))
         return code
     text = "".join(f"| {' | '.join(row)} |\n" for row in table())
@@ -140,7 +134,7 @@ def compiled(rung: Rung) -> Iterator[str]:
 
 def tested(number: str) -> int:
     """Runs the tests that compare an LSTM of this rung with the reference."""
-    file = RUNGS[number].test
+    file = f"tests/test_{RUNGS[number].test}.py"
     print(f"rung {number} beside the reference, in Triton's interpreter: {file}", flush=True)
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
@@ -149,15 +143,7 @@ def tested(number: str) -> int:
 
 
 def on_cuda(rung: Rung, options: argparse.Namespace) -> int:
-    """Gates and times the rung beside torch.nn; of the scan, which is another model, prints ms."""
-    if rung.file == "bench/scan.py":
-        from triton.testing import do_bench
-
-        from .scan import scan
-
-        a, b = torch.rand(2, 64, 512, rung.H, device="cuda")
-        print(f"B 64, T 512, H {rung.H}: {do_bench(lambda: scan(a, b)):.4f} ms")
-        return 0
+    """Gates and times the rung beside torch.nn."""
     provider = f"fusedrnn {rung.name}" if rung.name in SCHEDULES else "eager loop"
     plan = [(case, (TORCH, provider)) for case in named(f"H{rung.H}-B64-bf16")]
     return run_plan(options, plan, ("lstm",))[1]

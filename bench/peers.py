@@ -1,6 +1,7 @@
 """``python -m bench cases``: all implementations that are installed, on named cases."""
 
 import argparse
+from typing import Any
 
 import torch
 
@@ -10,13 +11,12 @@ from .providers import PROVIDERS, TORCH, absent
 from .run import OPTIONS as OPTIONS
 from .run import run as run_plan
 
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("names", nargs="?", metavar="NAMES", help="of cases or groups, with commas")
-    add("--providers", metavar="NAMES", help="these beside torch.nn; default: all")
-    add("--cells", metavar="NAMES", help="default: lstm,gru,rnn")
-    add("--gate-only", action="store_true", help="compare results, measure no time")
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "names": {"nargs": "?", "metavar": "NAMES", "help": "of cases or groups, with commas"},
+    "--providers": {"metavar": "NAMES", "help": "these beside torch.nn; default: all"},
+    "--cells": {"metavar": "NAMES", "help": "default: lstm,gru,rnn"},
+    "--gate-only": {"action": "store_true", "help": "compare results, measure no time"},
+}
 
 
 def run(options: argparse.Namespace) -> int:

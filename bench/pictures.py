@@ -8,12 +8,11 @@ from pathlib import Path
 from . import UserError
 from .providers import TORCH
 
+ARGUMENTS = {
+    "folder": {"type": Path, "metavar": "FOLDER", "help": "with a results.csv in it"},
+    "--plot": {"action": "store_true", "help": "also draw speed.png and losses.png"},
+}
 COLUMNS = 4
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a results.csv in it")
-    parser.add_argument("--plot", action="store_true", help="also draw speed.png and losses.png")
 
 
 def run(options: argparse.Namespace) -> int:

@@ -7,6 +7,10 @@ from pathlib import Path
 
 from .report import read
 
+ARGUMENTS = {
+    "cases": {"nargs": "*", "metavar": "CASE", "help": "default: all of them"},
+    "--gpu": {"metavar": "NAME", "help": "only this model, as torch names it"},
+}
 PATH = Path(__file__).with_name("references.csv")
 HEADER = f"{'case':<20} {'GPU':<27} {'dtype':<8} {'forward ms':>15} {'backward ms':>12}  library"
 NOTE = """Published by others, not measured here; sources and commits are in bench/references.csv.
@@ -46,11 +50,6 @@ def lines(cases: Sequence[str] = (), gpu: str | None = None) -> Iterator[str]:
 def _range(rows: Sequence[dict[str, str]], column: str) -> str:
     times = [float(row[column]) for row in rows if row[column]]
     return " - ".join(f"{n:g}" for n in sorted({min(times), max(times)})) if times else "-"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all of them")
-    parser.add_argument("--gpu", metavar="NAME", help="only this model, as torch names it")
 
 
 def run(options: argparse.Namespace) -> int:

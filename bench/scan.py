@@ -26,7 +26,7 @@ def after(a, b, a_later, b_later):
 
 @triton.jit
 def _scan_kernel(a_ptr, b_ptr, y_ptr, T, H, BLOCK_T: tl.constexpr, BLOCK_H: tl.constexpr):
-    """Writes y[t] = a[t] y[t-1] + b[t] for one sequence and BLOCK_H units, from y[-1] = 0."""
+    """Writes y[t] = a[t] y[t-1] + b[t] for one sequence and BLOCK_H units, from zero."""
     cols = tl.program_id(1) * BLOCK_H + tl.arange(0, BLOCK_H)
     y = tl.zeros((BLOCK_H,), tl.float32)
     for first in range(0, T, BLOCK_T):

@@ -26,17 +26,13 @@ from .report import append
 from .run import guarded
 
 OPTIONS = ("out", "device", "seed", "minutes")
+ARGUMENTS = {"--cases": {"default": "sweep", "metavar": "NAMES", "help": "default sweep"}}
 #: Candidates of a problem; each takes seconds to compile, and the model's best come first.
 MOST = 8
 #: The model's choice is kept unless another candidate is faster by this factor.
 LEAD = 1.02
 COLUMNS = ("case", "cell", "pass", "plan", "gate", "torch.nn ms", "fusedrnn triton ms", "note")
 TRITON = "fusedrnn triton"
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--cases", default="sweep", metavar="NAMES", help="of one layer; default sweep")
 
 
 def run(options: argparse.Namespace) -> int:

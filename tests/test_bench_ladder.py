@@ -66,7 +66,7 @@ def test_a_rung_runs_alone(number, monkeypatch, capfd):
     monkeypatch.setattr(ladder.subprocess, "run", collect)
     assert main(["ladder", number, "--device", "cpu"]) == 0
     rung, printed = ladder.RUNGS[number], capfd.readouterr().out
-    assert f"{rung.test}::test" in printed
+    assert f"tests/test_{rung.test}.py::test" in printed
     shown = printed.partition(f"\n{rung.file}: ")[2].splitlines()[1:-1]
     assert 10 < len(shown) <= ladder.MOST_LINES
     assert set(shown) <= set(ladder.step(rung))

@@ -16,9 +16,10 @@ LESSONS: dict[str, ModuleType] = {
 }
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join(LESSONS))
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="the picture, .png or .svg")
+ARGUMENTS = {
+    "name": {"nargs": "?", "metavar": "NAME", "help": ", ".join(LESSONS)},
+    "--figure": {"type": Path, "metavar": "FILE", "help": "the picture, .png or .svg"},
+}
 
 
 def run(options: argparse.Namespace) -> int:
