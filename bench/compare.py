@@ -11,10 +11,6 @@ from pathlib import Path
 
 from . import UserError
 
-ARGUMENTS = {
-    "files": {"nargs": "+", "type": Path, "metavar": "CSV", "help": "older ones, then new"},
-    "--tolerance": {"type": float, "default": 1.1, "help": "factor; default 1.1"},
-}
 KEYS = ["case", "cell", "pass", "provider"]
 NEEDED = [*KEYS, "gate", "x", "x_low", "x_high"]
 #: Bytes are counted and not timed, so little more is already a change.

@@ -22,10 +22,6 @@ import fusedrnn
 from . import UserError
 from .models import final_hidden
 
-ARGUMENTS = {
-    "--processes": {"type": int, "default": 2, "metavar": "N", "help": "default 2"},
-    "--cell": {"choices": ("lstm", "gru", "rnn"), "default": "lstm", "help": "default lstm"},
-}
 WORDS, T, B, STEPS = 500, 30, 16, 4
 #: Of losses near 0.7 in fp64, whose gradients are summed in another order.
 TOLERANCE = 1e-10

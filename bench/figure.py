@@ -1,17 +1,15 @@
-"""``python -m bench.figure``: draws docs/figures/step.svg, rungs 3 and 4 as predicted."""
+"""The figure of a step on rungs 3 and 4, as the predictor has it."""
 
 from collections.abc import Iterator
 from itertools import groupby
+from pathlib import Path
 
 import torch
 
 from fusedrnn.kernels import sass, steptime
-from fusedrnn.kernels.compile import compile_plan
-from fusedrnn.kernels.latencies import timings
 from fusedrnn.kernels.plan import CHIPS, SCHEDULES, Problem
 
-from .ladder import ARCH, PAGE
-
+ARCH = "sm_90"
 COLOURS = {
     "issues instructions": "#2e86ab", "products": "#1b998b", "waits for shared memory": "#f4a261",
     "stands at a barrier": "#d1495b", "waits for something else": "#bbbbbb",
@@ -42,6 +40,9 @@ class Recorder(steptime._Sm):
 
 def states(schedule: str, cycles: float) -> tuple[steptime.Prediction, list[list[str]]]:
     """Returns the prediction, and for each warp what it does in each bin of so many cycles."""
+    from fusedrnn.kernels.compile import compile_plan
+    from fusedrnn.kernels.latencies import timings
+
     problem, chip = Problem("lstm", 128, 64, 1, torch.bfloat16, "tf32", True), CHIPS[ARCH]
     (kernel,) = compile_plan(problem, SCHEDULES[schedule](problem, chip), chip, ("forward",))
     path, warps = sass.trace(kernel.instructions), kernel.tiles.num_warps
@@ -74,7 +75,8 @@ def panel(top: int, title: str, holds: str, rows: list[list[str]]) -> Iterator[s
     yield f'<rect y="{top + 8}" width="1" height="126">{move}</rect>'
 
 
-def main() -> None:
+def draw(path: Path) -> None:
+    """Writes an animated SVG."""
     lines, cycles = [HEAD], 0.0
     panels = (24, "resident", "in shared memory"), (190, "resident_nvidia", "of units {} to {}")
     for rung, (top, name, holds) in enumerate(panels, 3):
@@ -86,8 +88,4 @@ def main() -> None:
         x, y = 12 + n % 3 * 270, 344 + n // 3 * 18
         lines.append(f'<text x="{x}" y="{y}" fill="{colour}">&#9632; {name}</text>')
     lines += [f'<text x="12" y="386" fill="#555555">{NOTE}</text>', "</svg>\n"]
-    (PAGE.parent / "figures" / "step.svg").write_text("\n".join(lines))
-
-
-if __name__ == "__main__":
-    main()
+    path.write_text("\n".join(lines))

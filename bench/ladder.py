@@ -20,10 +20,10 @@ import torch
 from fusedrnn.kernels.model import SPEEDS
 from fusedrnn.kernels.plan import CHIPS, SCHEDULES, Problem
 
-from . import UserError
+from . import UserError, figure
 from .cases import named
+from .figure import ARCH
 from .providers import TORCH
-from .run import OPTIONS as OPTIONS
 from .run import run as run_plan
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -32,7 +32,7 @@ BEGIN, END = "<!-- python -m bench ladder --write -->\n", "<!-- end of the ladde
 HEADS = ("rung", "file", "W_hh lies in", "launches", "us", "instructions", "barriers", "shared KiB")
 #: The functions of a file that make a step forward.
 STEP = re.compile(r"_fwd_kernel$|_forward_step$|^_lstm_step$|^_one_direction$|^_scan_kernel$")
-ARCH, MOST_LINES = "sm_90", 60
+MOST_LINES = 60
 
 
 class Rung(NamedTuple):
@@ -56,16 +56,6 @@ RUNGS = {
 }
 
 
-ARGUMENTS = {
-    "rung": {
-        "nargs": "?",
-        "choices": RUNGS,
-        "help": "this one alone; without it, the table of all",
-    },
-    "--write": {"action": "store_true", "help": "put the table into docs/kernels.md"},
-}
-
-
 def run(options: argparse.Namespace) -> int:
     """Prints the table, or compares one rung with the reference and prints how its step differs.
 
@@ -73,6 +63,8 @@ def run(options: argparse.Namespace) -> int:
     Triton's interpreter, and so do those of the scan.
     """
     if number := options.rung:
+        if number not in RUNGS:
+            raise UserError(f"there is no rung {number!r}; there are {', '.join(RUNGS)}")
         timed = options.device == "cuda" and number != "scan"
         code = on_cuda(RUNGS[number], options) if timed else tested(number)
         print("\n".join(differing(number)))
@@ -82,6 +74,7 @@ def run(options: argparse.Namespace) -> int:
     if options.write:
         before, _, rest = PAGE.read_text().partition(BEGIN)
         PAGE.write_text(f"{before}{BEGIN}{text}{END}{rest.partition(END)[2]}")
+        figure.draw(PAGE.parent / "figures" / "step.svg")
     return 0
 
 

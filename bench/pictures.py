@@ -8,10 +8,6 @@ from pathlib import Path
 from . import UserError
 from .providers import TORCH
 
-ARGUMENTS = {
-    "folder": {"type": Path, "metavar": "FOLDER", "help": "with a results.csv in it"},
-    "--plot": {"action": "store_true", "help": "also draw speed.png and losses.png"},
-}
 COLUMNS = 4
 
 

@@ -7,10 +7,6 @@ from pathlib import Path
 
 from .report import read
 
-ARGUMENTS = {
-    "cases": {"nargs": "*", "metavar": "CASE", "help": "default: all of them"},
-    "--gpu": {"metavar": "NAME", "help": "only this model, as torch names it"},
-}
 PATH = Path(__file__).with_name("references.csv")
 HEADER = f"{'case':<20} {'GPU':<27} {'dtype':<8} {'forward ms':>15} {'backward ms':>12}  library"
 NOTE = """Published by others, not measured here; sources and commits are in bench/references.csv.
@@ -53,5 +49,6 @@ def _range(rows: Sequence[dict[str, str]], column: str) -> str:
 
 
 def run(options: argparse.Namespace) -> int:
-    print("\n".join((HEADER, *lines(options.cases, options.gpu))))
+    names = options.names.split(",") if options.names else ()
+    print("\n".join((HEADER, *lines(names, options.gpu))))
     return 0

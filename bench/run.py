@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from . import DEFAULT_FOLDER, report
-from .cases import CELLS, EVERY_CELL, RAGGED, TRAINED, Workload, cut_down
+from .cases import EVERY_CELL, Workload, cut_down
 from .data import load
 from .gate import Gate
 from .measure import PASSES, BenchmarkCase, Settings, in_fresh_process, interleaved, on_cuda
@@ -18,7 +18,6 @@ from .models import Model
 from .providers import PROVIDERS, TORCH, build, matmul_fp32
 from .train import Training, train
 
-OPTIONS = ("device", "imdb", "download", "out", "seed", "quick", "minutes", "resume")
 Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
 
 
@@ -173,14 +172,3 @@ def trained(
         with PROVIDERS[provider].context():
             trainings[provider] = train(model, workload, case.examples, steps, settings.seed)
     return trainings
-
-
-def demo(options: argparse.Namespace) -> int:
-    """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
-    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if options.command in ("demo", w.group)]
-    return run(options, plan, CELLS, trains=True)[1]
-
-
-def ragged(options: argparse.Namespace) -> int:
-    """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
-    return run(options, [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))])[1]

@@ -25,8 +25,6 @@ from .providers import TORCH
 from .report import append
 from .run import guarded
 
-OPTIONS = ("out", "device", "seed", "minutes")
-ARGUMENTS = {"--cases": {"default": "sweep", "metavar": "NAMES", "help": "default sweep"}}
 #: Candidates of a problem; each takes seconds to compile, and the model's best come first.
 MOST = 8
 #: The model's choice is kept unless another candidate is faster by this factor.
@@ -43,7 +41,7 @@ def run(options: argparse.Namespace) -> int:
     table = (options.out or DEFAULT_FOLDER) / "tune.csv"
     table.parent.mkdir(parents=True, exist_ok=True)
     end, bad = time.monotonic() + 60 * options.minutes, 0
-    flat = [w for w in named(options.cases) if w.layers == 1 and not w.ragged]
+    flat = [w for w in named(options.names or "sweep") if w.layers == 1 and not w.ragged]
     for workload, cell in ((w, cell) for w in flat for cell in w.cells):
         settings = Settings(device, options.seed, seconds=0.3)
         case = BenchmarkCase.of(workload, cell, settings)

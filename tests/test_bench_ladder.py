@@ -44,6 +44,7 @@ def test_the_table_of_the_page_lies_between_marks_and_has_every_rung(monkeypatch
     monkeypatch.setattr(ladder, "PAGE", tmp_path / "kernels.md")
     ladder.PAGE.write_text(text)
     monkeypatch.setattr(ladder, "table", lambda: iter([("new", "table")]))
+    monkeypatch.setattr(ladder.figure, "draw", lambda path: path.parent)
     assert main(["ladder", "--write"]) == 0
     assert capsys.readouterr().out == "| new | table |\n"
     new = f"{before}{ladder.BEGIN}| new | table |\n{ladder.END}{after}"

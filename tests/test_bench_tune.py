@@ -13,7 +13,7 @@ from fusedrnn.kernels.plan import *  # noqa: F403, for the names in a printed en
 
 def options(tmp_path, device="cpu"):
     case = "many-to-one"
-    return argparse.Namespace(device=device, out=tmp_path, seed=0, cases=case, minutes=0.0)
+    return argparse.Namespace(device=device, out=tmp_path, seed=0, names=case, minutes=0.0)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="the interpreter runs without a GPU only")
