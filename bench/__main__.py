@@ -57,7 +57,6 @@ COMMANDS = {
         "all implementations on named cases; without names, their list",
     ),
     "gpu": ("gpu.run", "--minutes --only --out --dry-run", "on a CUDA machine: gate, times, tests"),
-    "tune": ("tune.run", "names --out --device --seed --minutes", "fastest plans, for plan.py"),
     "ladder": ("ladder.run", f"rung --write {RUN}", "the kernels side by side, or one alone"),
     "lesson": ("lessons.command.run", f"lesson --figure {DATA}", "an experiment of a course"),
     "compare": ("compare.run", "files --tolerance", "what became slower, wrong or larger"),

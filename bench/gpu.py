@@ -71,9 +71,8 @@ def steps() -> list[Step]:
         Step("gate", 1.0, gate, restarts=True),
         Step("kernelbench", 0.8, cases("kernelbench,deepbench", peers), restarts=True),
         Step("lessons", 1.5, bench("demo"), restarts=True),
-        Step("sweep", 1.6, sweep, restarts=True),
+        Step("sweep", 2.4, sweep, restarts=True),
         Step("kernel-tests", 1.0, (*PYTEST, *workers, *KERNEL_TESTS)),
-        Step("tune", 1.0, (*BENCH, "tune", "--out", "{out}", "--minutes", "{minutes}")),
         Step("tests", 1.0, others),
         Step("ragged", 0.3, bench("ragged"), restarts=True),
     ]

@@ -82,7 +82,7 @@ class Plan:
         return f"{self.schedule}: {'; '.join(parts)} ({source})"
 
 
-#: By architecture, number of SMs and problem; ``python -m bench tune`` prints such lines. Each must
+#: By architecture, number of SMs and problem; ``python -m bench cases`` has such times. Each must
 #: be one of ``candidates``.
 MEASURED: dict[tuple[str, int, Problem], Measured] = {}
 
