@@ -15,7 +15,7 @@ from .data import load
 from .gate import Gate
 from .measure import PASSES, BenchmarkCase, Settings, in_fresh_process, interleaved, on_cuda
 from .models import Model
-from .providers import PROVIDERS, TORCH, build, matmul_fp32
+from .providers import PROVIDERS, TORCH, build
 from .train import Training, train
 
 Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
@@ -97,11 +97,10 @@ def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
     """Returns a row for each provider and pass; the note names the tensors that are wrong."""
     rows: Rows = {}
     gate, w = Gate(case), case.workload
-    fp32 = case.x.device.type == "cuda" and case.x.dtype == torch.float32
     common = {
         "case": w.name, "cell": case.cell, "dtype": w.dtype, "T": w.T, "B": w.B, "I": w.I, "H": w.H,
         "layers": w.layers, "directions": 1 + w.bidirectional,
-        "layout": "packed" if w.ragged else "padded",
+        "layout": "packed" if w.ragged else "padded", "precision": case.precision(),
     }  # fmt: skip
     for provider in providers:
         for mode in PASSES[: 1 if PROVIDERS[provider].step else 2]:
@@ -110,16 +109,13 @@ def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
                 told = case.explain(provider, mode)
                 row["backend"] = told.backend if told else ""
                 row["plan"] = "; ".join(told.layers).replace("\n", " ") if told else ""
-                loop = row["backend"] == "torch"
-                precision = (matmul_fp32 if loop else PROVIDERS[provider].fp32)() if fp32 else ""
-                row["precision"] = precision
                 if provider.startswith(TORCH):
                     row["gate"] = "reference"
                     continue
                 # The gate differentiates more than training does, so the backend is named.
                 by_name = f"fusedrnn {row['backend']}" if mode == "training" else provider
                 judged = by_name if provider == "fusedrnn" and by_name in PROVIDERS else provider
-                verdict = gate.judge(judged, precision, backward=mode == "training")
+                verdict = gate.judge(judged, backward=mode == "training")
                 row |= {"gate": "ok" if verdict.ok else "red", "share": verdict.share}
                 row |= {"error": verdict.error, "note": "; ".join(verdict.failures)}
     return rows
