@@ -76,7 +76,7 @@ def applies(provider: str, workload: Workload) -> bool:
 
 
 def cpu(options: argparse.Namespace) -> int:
-    """Measures all cases, and prints the geometric means and the cost of recomputing.
+    """Measures all cases, and prints the geometric means.
 
     Each case and cell is timed in new processes, because times depend on the state of the heap and
     on which CPUs a process gets. The row is that of the process in the middle.
@@ -96,11 +96,6 @@ def summary(rows: list[dict[str, Any]]) -> None:
     groups = frame[frame.provider == "fusedrnn"].groupby(["cell", "pass"], sort=False)
     table = groups.x.agg(["min", geometric_mean, "count"]).reset_index()
     print(f"\ntorch.nn's time / fusedrnn's\n{table.to_markdown(index=False, floatfmt='.2f')}")
-    training = frame[(frame["case"] == ONE_HOT.name) & (frame["pass"] == "training")]
-    if len(training):
-        table = training.pivot(index="provider", columns="cell", values=["kept_mb", "ms"])
-        table.columns = [" ".join(name) for name in table.columns]
-        print(f"\n{ONE_HOT.name}, training: MB kept for backward, ms\n{table.to_markdown()}")
 
 
 def geometric_mean(values: Any) -> float:

@@ -57,16 +57,21 @@ RUNGS = {
 
 
 def run(options: argparse.Namespace) -> int:
-    """Prints the table, or compares one rung with the reference and prints how its step differs.
+    """Prints the table, or compares one rung with the reference and prints what its step adds.
 
-    On CUDA a rung passes the gate of the bench and is timed. Elsewhere the tests of its file run in
-    Triton's interpreter, and so do those of the scan.
+    On CUDA a rung passes the gate of the bench and is timed. Elsewhere, and for the scan, the tests
+    of its file run.
     """
     if number := options.rung:
         if number not in RUNGS:
             raise UserError(f"there is no rung {number!r}; there are {', '.join(RUNGS)}")
-        timed = options.device == "cuda" and number != "scan"
-        code = on_cuda(RUNGS[number], options) if timed else tested(number)
+        if options.device == "cuda" and number != "scan":
+            rung = RUNGS[number]
+            provider = f"fusedrnn {rung.name}" if rung.name in SCHEDULES else "eager loop"
+            plan = [(case, (TORCH, provider)) for case in named(f"H{rung.H}-B64-bf16")]
+            code = run_plan(options, plan, ("lstm",))[1]
+        else:
+            code = tested(number)
         print("\n".join(differing(number)))
         return code
     text = "".join(f"| {' | '.join(row)} |\n" for row in table())
@@ -126,7 +131,7 @@ def compiled(rung: Rung) -> Iterator[str]:
 
 
 def tested(number: str) -> int:
-    """Runs the tests that compare an LSTM of this rung with the reference."""
+    """Runs the tests that compare an LSTM of this rung with the reference, in the interpreter."""
     file = f"tests/test_{RUNGS[number].test}.py"
     print(f"rung {number} beside the reference, in Triton's interpreter: {file}", flush=True)
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
@@ -135,28 +140,21 @@ def tested(number: str) -> int:
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 
-def on_cuda(rung: Rung, options: argparse.Namespace) -> int:
-    """Gates and times the rung beside torch.nn."""
-    provider = f"fusedrnn {rung.name}" if rung.name in SCHEDULES else "eager loop"
-    plan = [(case, (TORCH, provider)) for case in named(f"H{rung.H}-B64-bf16")]
-    return run_plan(options, plan, ("lstm",))[1]
-
-
 def differing(number: str) -> Iterator[str]:
     """Yields the lines of a step that the rung below has not, at most MOST_LINES."""
-    rung, below = RUNGS[number], RUNGS[str(int(number) - 1)] if number in "2345" else None
-    found = list(difflib.ndiff(step(below) if below else [], step(rung)))
-    new, gone = (sum(line.startswith(sign) for line in found) for sign in "+-")
-    yield f"\n{rung.file}: {new} lines that {below.file if below else 'no other'} has not"
-    yield from [line[2:] for line in found if line.startswith("+")][:MOST_LINES]
-    yield f"{'...' * (new > MOST_LINES)} ({gone} lines of the rung below are gone)"
+    below = RUNGS[str(int(number) - 1)] if number in "2345" else None
+    found = list(difflib.ndiff(step(below), step(RUNGS[number])))
+    new = [line[2:] for line in found if line.startswith("+")]
+    other = below.file if below else "no other"
+    yield f"\n{RUNGS[number].file}: {len(new)} lines that {other} has not"
+    yield from new[:MOST_LINES]
+    gone = sum(line.startswith("-") for line in found)
+    yield f"{'...' * (len(new) > MOST_LINES)} ({gone} lines of the rung below are gone)"
 
 
-def step(rung: Rung) -> list[str]:
+def step(rung: Rung | None) -> list[str]:
     """Returns the lines of the functions that make a step, without blank ones."""
-    text = (ROOT / rung.file).read_text()
-    lines, found = text.splitlines(), list[str]()
-    for node in ast.parse(text).body:
-        if isinstance(node, ast.FunctionDef) and STEP.search(node.name):
-            found += filter(None, lines[node.lineno - 1 : node.end_lineno])
-    return found
+    text = (ROOT / rung.file).read_text() if rung else ""
+    steps = [node for node in ast.parse(text).body if STEP.search(getattr(node, "name", ""))]
+    spans = [text.splitlines()[node.lineno - 1 : node.end_lineno] for node in steps]
+    return [line for lines in spans for line in lines if line]

@@ -14,9 +14,8 @@ from .cases import EVERY_CELL, Workload, cut_down
 from .data import load
 from .gate import Gate
 from .measure import PASSES, BenchmarkCase, Settings, in_fresh_process, interleaved, on_cuda
-from .models import Model
+from .models import Model, Training, train
 from .providers import PROVIDERS, TORCH, build
-from .train import Training, train
 
 Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
 

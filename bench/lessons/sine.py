@@ -6,9 +6,8 @@ from typing import Any
 import torch
 
 from ..cases import SINE
-from ..models import Model, examples_of
+from ..models import Model, examples_of, train
 from ..providers import build
-from ..train import train
 from . import CELLS, COLOURS, Result
 
 LOOK_AT = "the order at the start and at the end: the fastest to start need not end best."
