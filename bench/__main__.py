@@ -45,6 +45,7 @@ ARGUMENTS: dict[str, dict[str, Any]] = {
 DATA = "--imdb --download --out --seed --quick"
 CPU = f"{DATA} --minutes --resume"
 RUN = f"--device {CPU}"
+CASES = f"names --providers --cells --gate-only {RUN}"
 #: Of each command its function, whose module is imported for it alone, its arguments, and help.
 COMMANDS = {
     "demo": ("commands.demo", RUN, "results, speed and training; the default"),
@@ -52,10 +53,7 @@ COMMANDS = {
     "sine": ("commands.demo", RUN, "the part of the demo on a sine and a price"),
     "cpu": ("commands.cpu", f"--only {CPU}", "all workloads on the CPU, in new processes"),
     "ragged": ("commands.ragged", RUN, "different lengths: padded, packed, with lengths"),
-    "cases": (
-        "commands.cases", f"names --providers --cells --gate-only {RUN}",
-        "all implementations on named cases; without names, their list",
-    ),
+    "cases": ("commands.cases", CASES, "all implementations on named cases, or the list of cases"),
     "gpu": ("gpu.run", "--minutes --only --out --dry-run", "on a CUDA machine: gate, times, tests"),
     "ladder": ("ladder.run", f"rung --write {RUN}", "the kernels side by side, or one alone"),
     "lesson": ("lessons.command.run", f"lesson --figure {DATA}", "an experiment of a course"),

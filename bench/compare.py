@@ -1,8 +1,7 @@
 """``python -m bench compare OLD.csv ... NEW.csv``: cases that became slower, wrong or larger.
 
 Ratios to torch.nn are compared, because the times of two runs depend on the load. A case is slower
-where the spread of its new ratio lies below the spreads of all old ones by more than the tolerance.
-One old file does not show how far a ratio moves between runs of the same code, so give several.
+where the spread of its new ratio lies below those of all old ones by more than the tolerance.
 """
 
 import argparse

@@ -1,8 +1,4 @@
-"""``python -m bench ladder``: the rungs of docs/kernels.md side by side, or one of them alone.
-
-The table comes from the compiler and from two models (``kernels/model.py`` for launches,
-``kernels/steptime.py`` for loops); nothing in it is measured.
-"""
+"""``python -m bench ladder``: the rungs of docs/kernels.md side by side, or one of them alone."""
 
 import argparse
 import ast
@@ -84,7 +80,11 @@ def run(options: argparse.Namespace) -> int:
 
 
 def table() -> Iterator[tuple[str, ...]]:
-    """Yields the heads, a rule, and a row for each rung; us are m: modelled, or p: predicted."""
+    """Yields the heads, a rule, and a row for each rung; us are m: modelled, or p: predicted.
+
+    Nothing is measured: launches are modelled (``kernels/model.py``), loops predicted
+    (``kernels/steptime.py``).
+    """
     if os.environ.get("TRITON_INTERPRET") == "1":
         raise UserError("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
     yield HEADS
@@ -96,10 +96,7 @@ def table() -> Iterator[tuple[str, ...]]:
 
 
 def compiled(rung: Rung) -> Iterator[str]:
-    """Compiles a rung; yields us, instructions of a warp, barriers, and KiB through shared memory.
-
-    All are of a step forward and a program.
-    """
+    """Compiles a rung; yields us, instructions of a warp, barriers, KiB through shared memory."""
     from fusedrnn.kernels import compile, sass, steptime
     from fusedrnn.kernels.latencies import timings
 

@@ -1,11 +1,9 @@
-"""A recurrence without W_hh, as a parallel scan: another model, beside the ladder of kernels.
-
-Feng et al., "Were RNNs All We Needed?", arXiv 2410.01201, drop h from the gates of a GRU (minGRU):
+"""Another model, without W_hh: the minGRU of Feng et al. (arXiv 2410.01201) as a parallel scan.
 
     z, n = sigmoid(x W_z^T + b_z), x W_n^T + b_n
     h[t] = (1 - z[t]) h[t-1] + z[t] n[t]
 
-What is left is linear in h, so steps can be combined before h is known: T steps take log T rounds.
+It is linear in h, so steps can be combined before h is known: T steps take log T rounds.
 """
 
 from typing import Any
