@@ -14,12 +14,16 @@ TRITONS := 3.6 3.9
 TRITONS_READY := $(TRITONS:%=.triton-%/.installed)
 TRITON_PATHS := FUSEDRNN_TRITON_36=$(CURDIR)/.triton-3.6 FUSEDRNN_TRITON_39=$(CURDIR)/.triton-3.9
 
+# What the tests need of fastai's and speechbrain's dependencies. The others are torchvision and
+# torchaudio, whose wheels do not load beside every build of torch, and models of spaCy.
+NEEDED := fastdownload fastprogress fasttransform hyperpyyaml sentencepiece
+
 # One thread for each of the two processes, so that they do not compete for the cores.
 PYTEST := OMP_NUM_THREADS=1 OPENBLAS_NUM_THREADS=1 $(PY) -m pytest -n 2 --dist loadgroup
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help demo test test-all lint format lesson study gpu clean
+.PHONY: help demo test test-all lint format lesson study predict gpu clean
 
 help:  ## list the commands
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-9s %s\n", $$1, $$2 }' Makefile
@@ -45,6 +49,9 @@ format: $(READY)  ## repair what ruff can repair
 lesson: $(READY)  ## run an experiment of a course (NAME=gates; without NAME: list them)
 	$(PY) -m bench lesson $(NAME) $(ARGS)
 
+predict: $(READY)  ## compile the kernels for absent GPUs and predict their steps (ARGS="--again cooperative")
+	$(PY) -m fusedrnn.kernels.predict $(ARGS)
+
 study: $(READY)  ## show which kernels a layer becomes; needs no GPU (ARGS="--hidden 512 --cell gru")
 	$(PY) -m fusedrnn study $(or $(ARGS),--hidden 128)
 
@@ -65,6 +72,8 @@ $(READY): pyproject.toml constraints.txt
 
 $(ECOSYSTEM): $(READY)
 	$(PIP) install --constraint constraints.txt --no-build-isolation --editable '.[ecosystem]'
+	$(PIP) install --constraint constraints.txt $(NEEDED)
+	$(PIP) install --constraint constraints.txt --no-deps fastai speechbrain
 	@touch $@
 
 .triton-%/.installed: | $(READY)

@@ -52,6 +52,7 @@ COMMANDS = {
     "imdb": ("commands.demo", RUN, "the part of the demo on reviews"),
     "sine": ("commands.demo", RUN, "the part of the demo on a sine and a price"),
     "cpu": ("commands.cpu", f"--only {CPU}", "all workloads on the CPU, in new processes"),
+    "host": ("host.run", "", "the host's time from call to launch, and of cells; needs no GPU"),
     "ragged": ("commands.ragged", RUN, "different lengths: padded, packed, with lengths"),
     "cases": ("commands.cases", CASES, "all implementations on named cases, or the list of cases"),
     "gpu": ("gpu.run", "--minutes --only --out --dry-run", "on a CUDA machine: gate, times, tests"),

@@ -19,6 +19,8 @@ from .cases import (
     every_case,
     named,
 )  # fmt: skip
+from .host import cell_lines
+from .measure import in_fresh_process
 from .providers import PROVIDERS, TORCH, absent
 from .report import COLUMNS
 from .run import run
@@ -86,6 +88,8 @@ def cpu(options: argparse.Namespace) -> int:
     plan = [(w, (TORCH, *SPECIAL.get(w, ("fusedrnn",)))) for w in workloads]
     rows, code = run(options, plan, processes=1 if options.quick else PROCESSES)
     summary(rows)
+    if not options.only:
+        print("", *in_fresh_process(cell_lines), sep="\n")
     return code
 
 

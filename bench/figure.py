@@ -6,8 +6,10 @@ from pathlib import Path
 
 import torch
 
-from fusedrnn.kernels import sass, steptime
-from fusedrnn.kernels.plan import CHIPS, SCHEDULES, Problem
+from fusedrnn.kernels import steptime
+from fusedrnn.kernels.latencies import TIMINGS
+from fusedrnn.kernels.plan import SCHEDULES
+from fusedrnn.kernels.problem import CHIPS, Problem
 
 ARCH = "sm_90"
 COLOURS = {
@@ -41,13 +43,10 @@ class Recorder(steptime._Sm):
 def states(schedule: str, cycles: float) -> tuple[steptime.Prediction, list[list[str]]]:
     """Returns the prediction, and for each warp what it does in each bin of so many cycles."""
     from fusedrnn.kernels.compile import compile_plan
-    from fusedrnn.kernels.latencies import timings
 
     problem, chip = Problem("lstm", 128, 64, 1, torch.bfloat16, "tf32", True), CHIPS[ARCH]
     (kernel,) = compile_plan(problem, SCHEDULES[schedule](problem, chip), chip, ("forward",))
-    path, warps = sass.trace(kernel.instructions), kernel.tiles.num_warps
-    step = steptime.predict(path, timings(ARCH), warps, 0, kernel.steps)
-    sm = Recorder(path, timings(ARCH), warps)
+    step, sm = kernel.predict(ARCH), Recorder(kernel.turn, TIMINGS[ARCH], kernel.tiles.num_warps)
     sm.spans = []
     sm.run()
     start, width = max(w.ends[steptime.WARM] for w in sm.team), (cycles or step.cycles) / BINS

@@ -71,9 +71,9 @@ def steps() -> list[Step]:
         Step("gate", 1.0, gate, restarts=True),
         Step("kernelbench", 0.8, cases("kernelbench,deepbench", peers), restarts=True),
         Step("lessons", 1.5, bench("demo"), restarts=True),
-        Step("sweep", 2.4, sweep, restarts=True),
+        Step("sweep", 2.1, sweep, restarts=True),
         Step("kernel-tests", 1.0, (*PYTEST, *workers, *KERNEL_TESTS)),
-        Step("tests", 1.0, others),
+        Step("tests", 1.5, others),
         Step("ragged", 0.3, bench("ragged"), restarts=True),
     ]
     # The allocator's large blocks would hide an access beyond a tensor's end.

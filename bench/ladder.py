@@ -13,8 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedrnn.kernels.model import SPEEDS
-from fusedrnn.kernels.plan import CHIPS, SCHEDULES, Problem
+from fusedrnn.kernels.model import LAUNCH_US, floor_us
+from fusedrnn.kernels.plan import SCHEDULES
+from fusedrnn.kernels.problem import CHIPS, Problem, Tiles
 
 from . import UserError, figure
 from .cases import named
@@ -90,40 +91,39 @@ def table() -> Iterator[tuple[str, ...]]:
     yield HEADS
     yield ("---",) * len(HEADS)
     for number, rung in RUNGS.items():
-        numbers = (f"{11 * SPEEDS[ARCH].launch:.1f} m", *"---") if number == "1" else compiled(rung)
+        numbers = (f"{11 * LAUNCH_US:.1f} m", *"---") if number == "1" else compiled(rung)
         name = f"{number} {rung.name}"
         yield (name, f"`{rung.file}`", rung.weights, rung.launches, *numbers)
 
 
 def compiled(rung: Rung) -> Iterator[str]:
     """Compiles a rung; yields us, instructions of a warp, barriers, KiB through shared memory."""
-    from fusedrnn.kernels import compile, sass, steptime
+    from fusedrnn.kernels import compile, steptime
     from fusedrnn.kernels.latencies import timings
 
-    warps, hops = 4, 0
+    chip = CHIPS[ARCH]
     if choose := SCHEDULES.get(rung.name):
         problem = Problem("lstm", rung.H, 64, 1, torch.bfloat16, "tf32", True)
-        plan = choose(problem, CHIPS[ARCH])
-        *_, kernel = compile.compile_plan(problem, plan, CHIPS[ARCH], ("forward",))
-        warps, hops = kernel.tiles.num_warps, int(bool(kernel.tiles.k_chunks))
+        plan = choose(problem, chip)
+        *_, kernel = compile.compile_plan(problem, plan, chip, ("forward",))
     else:
         from . import scan
 
-        tiles: Any = None
         made: list[Any] = []
-        with compile.recording(scan, CHIPS[ARCH], lambda *launch: made.extend(launch)):
+        with compile.recording(scan, chip, lambda *launch: made.extend(launch)):
             scan.scan(*(torch.empty(64, 512, rung.H, device="meta"),) * 2)
+        tiles = Tiles(scan.BLOCK_T, scan.BLOCK_H, 4, None, "ieee", 0)
         kernel = compile.Kernel("forward", tiles, made[1], made[0], scan.BLOCK_T)
-    sm, path = timings(ARCH), kernel.instructions
-    if sass.loops(path):
-        path = sass.trace(path)
-        yield f"{steptime.predict(path, sm, warps, hops, kernel.steps).us:.2f} p"
+    if path := kernel.turn:
+        yield f"{kernel.predict(ARCH).us:.2f} p"
     else:
-        yield f"{plan.floors[0].step:.2f} m"
+        path = kernel.instructions
+        yield f"{floor_us(rung.name, problem, chip, plan.forward, True):.2f} m"
+    sm, kinds = timings(ARCH), compile.count_kinds(path)
     costs = [steptime.cost(one, sm) for one in path]
     beats = sum(cost.unit for cost in costs if cost.kind == "shared memory")
-    barriers = compile.count_kinds(path)["barrier"]
-    for count in (len(path), barriers, beats * sm.shared_bytes * warps / 1024):
+    moved = beats * sm.shared_bytes * kernel.tiles.num_warps / 1024
+    for count in (kinds["total"], kinds["barrier"], moved):
         yield f"{count / kernel.steps:.{0 if count >= kernel.steps else 1}f}"
 
 

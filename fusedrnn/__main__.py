@@ -1,7 +1,5 @@
 """Commands of fusedrnn."""
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -4,10 +4,7 @@ Wrong input raises the exception type of torch's own module, with one sentence t
 argument, what came and what was expected.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -15,7 +12,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from .kernels.spec import SPECS
-from .layout import Sequences
+from .layout import pack, pack_nested, to_grid
+from .records import Sequences, StackInputs
 from .vmap import is_transformed
 
 
@@ -49,12 +47,16 @@ class Facts(NamedTuple):
     layers: Layers = Layers()
     ragged: tuple[str, ...] = ()  # of "packed", "lengths" and "reset"
     needs_grad: bool = False
-    needs_input_grad: bool = False
     autocast: torch.dtype | None = None
     compiled: bool = False  # being traced by torch.compile or torch.export
     transformed: bool = False  # inside vmap, grad, jvp, ... of torch.func
     single_step: bool = False  # a module like nn.LSTMCell
     states: bool = False  # the states of every step are wanted
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of each state."""
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: SPECS[self.cell].states]
 
     @property
     def recompute(self) -> bool:
@@ -78,23 +80,87 @@ class Call(NamedTuple):
     """A checked call, with its tensors in the form that all backends take."""
 
     facts: Facts
-    input: Tensor  # [T, B, I], the data of a PackedSequence [R, I], for a cell [B, I]
-    states: tuple[Tensor, ...]  # [L*D, B, H] each; for a cell [B, H]
+    input: Tensor  # [T, B, I], packed rows [R, I]
+    states: tuple[Tensor, ...]  # [L*D, B, H] each
     params: Sequence[Tensor]
     batched: bool = True  # False: the results lose the batch dimension again
     sequences: Sequences = Sequences()
     packing: PackedSequence | None = None  # the packed input
-    #: Or of a nested one its offsets [B + 1], and the packed row of each of its rows [R].
-    jagged: tuple[Tensor, Tensor] | None = None
+    nested: tuple[Tensor, Tensor] | None = None  # its offsets [B + 1]; the packed row of each row
+    unsort: Tensor | None = None  # [B], the place of each sequence among sorted ones
+    places: Tensor | None = None  # [R], the place of each packed row in the padded input
+
+    def compact(self) -> "Call":
+        """Packs padded input on the CPU, so that missing steps cost nothing; reads lengths."""
+        lengths, reset = self.sequences[:2]
+        T, B, by_sequence = self.facts.steps, self.facts.batch, self.facts.layers.batch_first
+        assert lengths is not None
+        starts = torch.arange(B, device="cpu") * (T if by_sequence else 1)
+        packing = pack(lengths.cpu().clamp(0, T), T, starts, 1 if by_sequence else B)
+        reset = None if reset is None else reset.cpu().index_select(1, packing.order)
+        call = self._replace(places=packing.rows)
+        return call._replace(
+            input=call.gather(self.input),
+            states=tuple(state.index_select(1, packing.order) for state in self.states),
+            sequences=Sequences(None, reset, packing.batch_sizes),
+            unsort=packing.order.argsort(),
+        )
+
+    def gather(self, grid: Tensor) -> Tensor:
+        """Returns ``[T, B, ...]`` as the rows of the call."""
+        if self.places is None:
+            return grid
+        grid = grid.transpose(0, 1) if self.facts.layers.batch_first else grid
+        return grid.flatten(0, 1).index_select(0, self.places)
+
+    def stack_inputs(self) -> StackInputs:
+        """Returns the tensors in the dtype of the computation, with dropout's masks."""
+        facts, params = self.facts, self.params
+        input, h_0, *c_0 = tensors = self.input, *self.states
+        if facts.autocast:
+            # As cuDNN's path does: input, states and weights alike.
+            input, h_0, *c_0 = (t.to(facts.dtype) for t in tensors)
+            params = [p.to(facts.dtype) for p in params]
+        masks = dropout_masks(self) if facts.layers.dropout and facts.layers.training else []
+        return StackInputs(input, h_0, c_0[0] if c_0 else None, params, masks)
+
+    def in_form(self, rows: Tensor, in_place: bool = False) -> Any:
+        """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the input."""
+        if self.nested is not None:
+            offsets, index = self.nested
+            return torch.nested.nested_tensor_from_jagged(rows.index_select(0, index), offsets)
+        if self.packing is not None:
+            return PackedSequence(rows, *self.packing[1:])
+        by_sequence, shape = self.facts.layers.batch_first, (self.facts.steps, self.facts.batch)
+        if self.places is not None:
+            return to_grid(rows, self.places, *(shape[::-1] if by_sequence else shape))
+        if not self.batched:
+            return rows.squeeze(1)
+        if not by_sequence:
+            return rows
+        return rows.transpose_(0, 1) if in_place else rows.transpose(0, 1)
+
+    def states_in_form(self, states: Sequence[Tensor]) -> list[Tensor]:
+        """Returns states ``[L*D, B, H]`` in the order of the call's sequences."""
+        if self.unsort is not None:
+            return [s.index_select(1, self.unsort) for s in states]
+        return list(states) if self.batched else [s.squeeze(1) for s in states]
 
 
-class _Sizes(NamedTuple):
-    """The sizes that the weights of the first layer have."""
+def dropout_masks(call: Call) -> list[Tensor]:
+    """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``."""
+    facts, layers = call.facts, call.facts.layers
+    p, columns = layers.dropout, (facts.proj_size or facts.hidden_size) * layers.directions
+    rows = call.input.shape[:-1] if call.places is None else (facts.steps, facts.batch)
+    shape, count = (*rows, columns), layers.num_layers - 1
+    masks = [call.input.new_zeros(shape, dtype=facts.dtype) for _ in range(count)]
+    if p < 1:  # else at::dropout draws nothing, and 1/(1-p) is infinite
+        masks = [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
+    return [call.gather(mask) for mask in masks]
 
-    input_size: int
-    hidden_size: int
-    proj_size: int  # 0 without a projection
-    columns: tuple[int, ...]  # of each state
+
+#: The facts about each kind of call whose checks have passed.
+_KNOWN: dict[tuple, Facts] = {}
 
 
 def prepare(
@@ -106,13 +172,15 @@ def prepare(
     lengths: Tensor | Sequence[int] | None = None,
     reset: Tensor | None = None,
 ) -> Call:
-    """Checks the arguments of a stack and brings them into the one form that backends take."""
-    if not 0 <= layers.dropout <= 1:
-        raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
-    sizes, sequences = _sizes(cell, params, layers), _DENSE
-    packing = jagged = None
+    """Checks the arguments of a stack and brings them into the one form that backends take.
+
+    Checks of anything but values are made once for each kind of call, since they take as long as
+    the smallest layers.
+    """
+    packing: PackedSequence | None = None
+    nested: tuple[Tensor, Tensor] | None = None
     if isinstance(input, Tensor) and input.is_nested:
-        input, jagged = _pack_jagged(input)
+        input, nested = pack_nested(input)
     if isinstance(input, PackedSequence):
         packing, data, batched = input, input.data, True
         if lengths is not None or reset is not None:
@@ -120,42 +188,35 @@ def prepare(
             raise ValueError(f"{name} was given with an input that has lengths of its own")
         steps, batch = _check_packed(packing)
         sequences = Sequences(batch_sizes=packing.batch_sizes)
+        ragged: tuple[str, ...] = ("packed",)
     else:
         batched = _ndim(input, (2, 3), " or a PackedSequence") == 3
         data = input if batched else input.unsqueeze(1)
         data = data.transpose(0, 1) if batched and layers.batch_first else data
         steps, batch = data.shape[:2]
-    autocast = _autocast_dtype(data)
-    if autocast is None and data.dtype != params[0].dtype:
-        raise ValueError(
-            f"input is {data.dtype}, the weights are {params[0].dtype}; convert one with .to()"
-        )
-    _check_features(data, sizes.input_size)
-    if steps == 0:
-        raise RuntimeError(
-            "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
-        )
-    if lengths is not None or reset is not None:
-        sequences = Sequences(
-            _checked_lengths(lengths, steps, batch if batched else None),
-            _checked_reset(reset, steps, batch if batched else None, layers.batch_first),
-        )
-        if data.device.type == "cuda":  # once, for backward too, and without a wait
-            of = (None if t is None else t.to(data.device, non_blocking=True) for t in sequences)
-            sequences = Sequences(*of)
-    rows = layers.num_layers * layers.directions
+        given = {"lengths": lengths, "reset": reset}
+        sequences, ragged = Sequences(), tuple(name for name in given if given[name] is not None)
+    states = () if hx is None else _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
+    facts = _facts(cell, data, states, params, layers, (steps, batch, batched), ragged)
+    if ragged and packing is None:
+        where, size = data.device, batch if batched else None
+        lengths = None if lengths is None else _checked_lengths(lengths, steps, size)
+        reset = None if reset is None else _checked_reset(reset, steps, size, layers.batch_first)
+        of: Any = lengths, reset
+        if where.type != "cpu":  # once, for backward too, and without a wait
+            of = [None if t is None else t.to(where, non_blocking=True) for t in of]
+        sequences = Sequences(*of)
     if hx is None:
-        states = _zeros(data, (rows, batch), sizes.columns)
+        rows = layers.num_layers * layers.directions, batch
+        zeros = {n: data.new_zeros((*rows, n), dtype=facts.dtype) for n in set(facts.columns)}
+        states = tuple([zeros[n] for n in facts.columns])  # equal ones are one: nothing writes
     else:
-        states = _as_tensors(hx, len(sizes.columns), indexed=packing is None)
-        states = _fitted(states, (rows, batch) if batched else (rows,), sizes.columns)
-        states = states if batched else tuple(s.unsqueeze(1) for s in states)
-    check_alike(data, states, params, check_dtype=autocast is None)
-    if hx is not None and packing is not None and packing.sorted_indices is not None:
-        states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
-    tensors = data, *states, *params
-    facts = _facts(cell, tensors, (steps, batch, sizes), layers, sequences, autocast)
-    return Call(facts, data, states, params, batched, sequences, packing, jagged)
+        states = states if batched else tuple([s.unsqueeze(1) for s in states])
+        states = tuple([s if s.shape[1] == batch else s.expand(-1, batch, -1) for s in states])
+        if packing is not None and packing.sorted_indices is not None:
+            states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
+    unsort = None if packing is None else packing.unsorted_indices
+    return Call(facts, data, states, params, batched, sequences, packing, nested, unsort)
 
 
 def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
@@ -168,80 +229,104 @@ def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) ->
     return call._replace(facts=call.facts._replace(single_step=True))
 
 
-_DENSE = Sequences()
-_KINDS = ("lengths", "reset", "packed")
-
-
 def _facts(
-    cell: str,
-    tensors: Sequence[Tensor],
-    dims: tuple[int, int, _Sizes],
-    layers: Layers,
-    sequences: Sequences,
-    autocast: torch.dtype | None,
-) -> Facts:
-    """Returns the facts about a call with these tensors, the input first."""
-    data, (steps, batch, sizes) = tensors[0], dims
-    pairs = () if sequences is _DENSE else zip(_KINDS, sequences, strict=True)
-    ragged = tuple([kind for kind, given in pairs if given is not None])
+    cell: str, data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], layers: Layers,
+    dims: tuple[int, int, bool], ragged: tuple[str, ...],
+) -> Facts:  # fmt: skip
+    """Returns the facts about a call of T, B and batched or not; checks a kind of call once."""
+    tensors, kind = (data, *states, *params), None
+    modes: Any = _autocast_dtype(data), torch.compiler.is_compiling(), is_transformed()
+    if not modes[1] and torch._C._get_tracing_state() is None:
+        try:
+            grads = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+            sizes = [(t.shape, t.dtype, t.device) for t in tensors]
+            kind = cell, layers, dims, ragged, modes, grads, len(states), *sizes
+            if facts := _KNOWN.get(kind):
+                return facts
+        except (AttributeError, TypeError):
+            pass  # not all are tensors: the checks name the one
+    if not 0 <= layers.dropout <= 1:
+        raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
+    I, H, P = _sizes(cell, params, layers)
+    if modes[0] is None and data.dtype != params[0].dtype:
+        raise ValueError(
+            f"input is {data.dtype}, the weights are {params[0].dtype}; convert one with .to()"
+        )
+    if data.shape[-1] != I:
+        raise RuntimeError(
+            f"input has {data.shape[-1]} features in its last dimension; expected input_size, {I}"
+        )
+    if dims[0] == 0:
+        raise RuntimeError(
+            "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
+        )
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
-    grads = needs_grad, needs_grad and data.requires_grad
-    # Autocast leaves fp64 alone, as everywhere in torch.
-    dtype = data.dtype if autocast is None or data.dtype == torch.float64 else autocast
-    modes = torch.compiler.is_compiling(), is_transformed()
-    grid = steps, batch, *sizes[:3]
-    return Facts(cell, data.device, dtype, *grid, layers, ragged, *grads, autocast, *modes)
+    dtype = _cast_dtype(data.dtype, modes[0])
+    facts = Facts(cell, data.device, dtype, *dims[:2], I, H, P, layers, ragged, needs_grad, *modes)
+    _check_states_and_dtypes(facts, states, params, dims[2])
+    if kind is not None:
+        if len(_KNOWN) >= 4096:
+            _KNOWN.clear()
+        _KNOWN[kind] = facts
+    return facts
 
 
-def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> _Sizes:
-    """Reads the sizes off the first layer's weights and checks the shapes of all."""
-    spec, entries, base = SPECS[cell], layers.num_layers * layers.directions, 2 + 2 * layers.bias
-    each = len(params) // entries
-    projects = cell == "lstm" and each == base + 1
-    if len(params) != (base + projects) * entries:
+def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> tuple[int, int, int]:
+    """Reads I, H and P off the first layer's weights and checks the shapes of all."""
+    G, D, base = SPECS[cell].gates, layers.directions, 2 + 2 * layers.bias
+    entries = layers.num_layers * D
+    each = base + (cell == "lstm" and len(params) == (base + 1) * entries)
+    if len(params) != each * entries:
         hint = f"{base} for each layer and direction"
         hint += " (one more with a projection)" if cell == "lstm" else ""
         raise ValueError(f"params has {len(params)} tensors; expected {base * entries}, {hint}")
-    shapes = [getattr(p, "shape", None) for p in params]
-    first, last = shapes[0], shapes[each - 1]
-    if not first or len(first) != 2 or first[0] % spec.gates or not first[0]:
-        _refuse_weight(params, 0, each, layers, f"({spec.gates} * hidden_size, input_size)")
-    H, P = first[0] // spec.gates, 0  # type: ignore[index]
-    if projects:
-        if not last or len(last) != 2:
-            _refuse_weight(params, each - 1, each, layers, f"(proj_size, {H})")
-        P = last[0]  # type: ignore[index]
-    shapes_of = _weight_shapes.__wrapped__ if torch.compiler.is_compiling() else _weight_shapes
-    expected, sizes = shapes_of(cell, layers.num_layers, layers.directions, base, first[1], H, P)  # type: ignore[index]
-    if shapes != expected:
-        wrong = next(i for i, shape in enumerate(shapes) if shape != expected[i])
-        _refuse_weight(params, wrong, each, layers, str(expected[wrong]))
-    return sizes
+    shapes: list[Any] = [getattr(p, "shape", ()) for p in params]
+
+    def refuse(i: int, expected: str) -> None:
+        names = [*("weight_ih", "weight_hh", "bias_ih", "bias_hh")[:base], "weight_hr"]
+        name = f"{names[i % each]}_l{i // each // D}{'_reverse' * (i // each % D)}"
+        if not isinstance(params[i], Tensor):
+            kind = type(params[i]).__name__
+            raise TypeError(f"{name} is a {kind}; expected a tensor {expected}")
+        raise RuntimeError(f"{name} has shape {tuple(shapes[i])}; expected {expected}")
+
+    if len(shapes[0]) != 2 or shapes[0][0] % G or not shapes[0][0]:
+        refuse(0, f"({G} * hidden_size, input_size)")
+    if each > base and len(shapes[base]) != 2:
+        refuse(base, f"(proj_size, {shapes[0][0] // G})")
+    H, I, P = shapes[0][0] // G, shapes[0][1], shapes[base][0] if each > base else 0
+    for i, shape in enumerate(shapes):
+        columns = I if i < each * D else (P or H) * D
+        of_entry = (G * H, columns), (G * H, P or H), *[(G * H,)] * (base - 2), (P, H)
+        if shape != of_entry[i % each]:
+            refuse(i, str(of_entry[i % each]))
+    return I, H, P
 
 
-@lru_cache(maxsize=1024)
-def _weight_shapes(
-    cell: str, num_layers: int, directions: int, base: int, I: int, H: int, P: int
-) -> tuple[list[tuple[int, ...]], _Sizes]:
-    """Returns the shape of each weight, in torch's order, and the sizes."""
-    spec = SPECS[cell]
-    shapes: list[tuple[int, ...]] = []
-    for layer in range(num_layers):
-        columns = I if layer == 0 else (P or H) * directions
-        weights = (spec.gates * H, columns), (spec.gates * H, P or H)
-        biases = [(spec.gates * H,)] * (base - 2)
-        shapes += [*weights, *biases, *([(P, H)] if P else [])] * directions
-    return shapes, _Sizes(I, H, P, (P or H, H)[: spec.states])
+def _check_states_and_dtypes(
+    facts: Facts, states: Sequence[Tensor], params: Sequence[Tensor], batched: bool
+) -> None:
+    """Demands states of the right shapes, and one device and one dtype of all tensors."""
+    names = ["hx[0]", "hx[1]"] if len(states) == 2 else ["hx"] * len(states)
+    rows = facts.layers.num_layers * facts.layers.directions
+    for name, state, n in zip(names, states, facts.columns, strict=False):
+        expected = (rows, facts.batch, n) if batched else (rows, n)
+        if state.shape != expected and not (batched and state.shape == (rows, 1, n)):
+            raise RuntimeError(f"{name} has shape {tuple(state.shape)}; expected {expected}")
+    names += [f"params[{i}]" for i in range(len(params))]
+    for name, tensor in zip(names, (*states, *params), strict=True):
+        where = facts.device
+        if tensor.device != where:
+            raise RuntimeError(f"{name} is on {tensor.device}; expected {where}, the input's")
+        dtype = _cast_dtype(tensor.dtype, facts.autocast)
+        if dtype != facts.dtype:
+            raise RuntimeError(f"{name} is {dtype}; expected {facts.dtype}, the input's")
 
 
-def _refuse_weight(params: Sequence[Any], i: int, each: int, layers: Layers, expected: str) -> None:
-    """Raises the sentence for weight number i of a stack."""
-    names = [*("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 2 + 2 * layers.bias], "weight_hr"]
-    layer, d = divmod(i // each, layers.directions)
-    name, weight = f"{names[i % each]}_l{layer}{'_reverse' * d}", params[i]
-    if not isinstance(weight, Tensor):
-        raise TypeError(f"{name} is a {type(weight).__name__}; expected a tensor {expected}")
-    raise RuntimeError(f"{name} has shape {tuple(weight.shape)}; expected {expected}")
+def _cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype:
+    """Returns the dtype of a computation; autocast leaves fp64 alone, as everywhere in torch."""
+    is_cast = autocast is not None and dtype.is_floating_point and dtype != torch.float64
+    return autocast if is_cast else dtype  # type: ignore[return-value]
 
 
 def _check_packed(packing: PackedSequence) -> tuple[int, int]:
@@ -257,30 +342,8 @@ def _check_packed(packing: PackedSequence) -> tuple[int, int]:
     return len(batch_sizes), int(batch_sizes[0])
 
 
-def _pack_jagged(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
-    """Packs a nested tensor; reads its lengths, hence waits for a GPU."""
-    if nested.layout != torch.jagged:
-        raise ValueError(f"input is a nested tensor of {nested.layout}; expected torch.jagged")
-    values, offsets = nested.values(), nested.offsets()
-    if values.dim() != 2 or nested.lengths() is not None or nested._ragged_idx != 1:
-        raise ValueError("input is a nested tensor with holes or of other than [B, jagged, I]")
-    starts = offsets.cpu()
-    lengths, order = starts.diff().sort(descending=True, stable=True)
-    if not len(lengths) or not lengths[-1]:
-        raise ValueError("input is a nested tensor with an empty sequence; expected none")
-    times = torch.arange(int(lengths[0]), device="cpu").unsqueeze(1)
-    there = times < lengths  # [T, B]
-    rows = (starts[:-1][order] + times)[there].to(values.device)
-    back = torch.empty_like(rows).scatter_(0, rows, torch.arange(len(rows), device=rows.device))
-    order = order.to(values.device)
-    packed = PackedSequence(values.index_select(0, rows), there.sum(1), order, order.argsort())
-    return packed, (offsets, back)
-
-
-def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor | None:
+def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor:
     """Returns lengths as a tensor ``[B]``; checks values only where no device waits for it."""
-    if lengths is None:
-        return None
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
             kind = type(lengths).__name__
@@ -307,22 +370,15 @@ def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor | No
     return lengths
 
 
-def _checked_reset(reset: Any, steps: int, batch: int | None, batch_first: bool) -> Tensor | None:
+def _checked_reset(reset: Any, steps: int, batch: int | None, batch_first: bool) -> Tensor:
     """Returns resets as bool ``[T, B]``."""
-    if reset is None:
-        return None
     if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
         kind = reset.dtype if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
         raise ValueError(f"reset is {kind}; expected a tensor of torch.bool")
-    if batch is None:
-        expected: tuple[int, ...] = (steps,)
-    else:
-        expected = (batch, steps) if batch_first else (steps, batch)
+    expected = (steps,) if batch is None else (batch, steps) if batch_first else (steps, batch)
     if reset.shape != expected:
         raise ValueError(f"reset has shape {tuple(reset.shape)}; expected {expected}")
-    if batch is None:
-        return reset.unsqueeze(1)
-    return reset.t() if batch_first else reset
+    return reset.unsqueeze(1) if batch is None else reset.t() if batch_first else reset
 
 
 def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
@@ -333,14 +389,6 @@ def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
         low, high = allowed
         raise ValueError(f"input is {input.dim()}-D; expected {low}-D or {high}-D{otherwise}")
     return input.dim()
-
-
-def _check_features(data: Tensor, input_size: int) -> None:
-    if data.shape[-1] != input_size:
-        raise RuntimeError(
-            f"input has {data.shape[-1]} features in its last dimension; expected input_size, "
-            f"{input_size}"
-        )
 
 
 def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
@@ -362,47 +410,6 @@ def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
         if not isinstance(state, Tensor):
             raise AttributeError(f"hx[{i}] is a {type(state).__name__}; {expected}")
     return tuple(hx)
-
-
-def _hx_names(count: int) -> tuple[str, ...]:
-    return ("hx",) if count == 1 else ("hx[0]", "hx[1]")
-
-
-def _zeros(data: Tensor, rows: tuple[int, ...], columns: tuple[int, ...]) -> tuple[Tensor, ...]:
-    """Returns initial states of zeros; they are only read, so equal ones are one tensor."""
-    h_0 = data.new_zeros(*rows, columns[0])
-    return h_0, *(h_0 if n == columns[0] else data.new_zeros(*rows, n) for n in columns[1:])
-
-
-def _fitted(
-    states: tuple[Tensor, ...], rows: tuple[int, ...], columns: tuple[int, ...]
-) -> tuple[Tensor, ...]:
-    """Returns states of shape ``(*rows, columns)``; ``[L*D, 1, H]`` is one for all sequences."""
-    shapes = [(*rows, n) for n in columns]
-    if [state.shape for state in states] == shapes:
-        return states
-    names, fitted = _hx_names(len(states)), []
-    for name, state, shape in zip(names, states, shapes, strict=True):
-        if len(rows) == 2 and state.shape == (shape[0], 1, shape[2]):
-            state = state.expand(shape)
-        if state.shape != shape:
-            raise RuntimeError(f"{name} has shape {tuple(state.shape)}; expected {shape}")
-        fitted.append(state)
-    return tuple(fitted)
-
-
-def check_alike(
-    data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], *, check_dtype: bool = True
-) -> None:
-    """Demands one device and, without autocast, one dtype of all tensors."""
-    device, dtype = data.device, data.dtype
-    for i, tensor in enumerate((*states, *params)):
-        if tensor.device == device and (tensor.dtype == dtype or not check_dtype):
-            continue
-        name = _hx_names(len(states))[i] if i < len(states) else f"params[{i - len(states)}]"
-        if tensor.device != device:
-            raise RuntimeError(f"{name} is on {tensor.device}; expected {device}, the input's")
-        raise RuntimeError(f"{name} is {tensor.dtype}; expected {dtype}, the input's")
 
 
 def _autocast_dtype(data: Tensor) -> torch.dtype | None:

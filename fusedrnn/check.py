@@ -1,7 +1,5 @@
 """``python -m fusedrnn check``: a page about this machine, to be read and pasted into a report."""
 
-from __future__ import annotations
-
 import copy
 import platform
 from collections.abc import Iterator

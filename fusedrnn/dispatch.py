@@ -9,8 +9,6 @@ Backends, best first:
 ``auto`` runs the first that does not refuse. A named backend runs, or raises with its refusal.
 """
 
-from __future__ import annotations
-
 import importlib.util
 import os
 import threading
@@ -24,22 +22,20 @@ import torch
 
 from .arguments import Facts
 from .kernels import plan as planning
-from .kernels.model import cudnn_step
-from .kernels.plan import Chip, NoPlan, Plan, Problem, chip_of
+from .kernels.expected import judge
+from .kernels.problem import Chip, NoPlan, Plan, Problem, chip_of
+from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
 ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
-#: The B of a compiler's choice: that of its example must not become a guard.
-_COMPILED_BATCH = 16
+#: The B and T of a compiler's choice: those of its example must not become guards.
+_COMPILED_BATCH, _COMPILED_STEPS = 16, 256
 _PREFERENCE = ("triton", "aten", "torch")
 # TorchDynamo cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A threading.local and not a ContextVar, at which TorchDynamo breaks the graph.
 _local = threading.local()
-# A look-up in os.environ raises and catches two exceptions when a variable is not set.
-_environ: Any = getattr(os.environ, "_data", {})
-_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -98,10 +94,8 @@ def requested_backend() -> tuple[str, str]:
 
 
 def is_auto() -> bool:
-    """Returns whether no backend is named; a fast path of ``requested_backend``."""
-    if torch.compiler.is_compiling():
-        return requested_backend()[0] == "auto"
-    return getattr(_local, "backend", None) is None and _KEY not in _environ
+    """Returns whether no backend is named."""
+    return requested_backend()[0] == "auto"
 
 
 def precision() -> str:
@@ -113,7 +107,10 @@ def precision() -> str:
     name = getattr(_local, "precision", None)
     if name is not None:
         return name
-    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    if torch.compiler.is_compiling():
+        switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    else:
+        switch = torch._C._get_fp32_precision_getter("cuda", "rnn")  # the same, sooner
     return "tf32" if switch == "tf32" else "ieee"
 
 
@@ -132,6 +129,18 @@ def _check_name(what: str, name: str, allowed: tuple[str, ...]) -> None:
         raise ValueError(f"{what} is {name!r}; expected one of {', '.join(allowed)}")
 
 
+#: Milliseconds of the kernels and of torch's operator by kind of call, as ``measured.py`` found
+#: them in this process; None where it could not.
+MEASURED: dict[tuple[Facts, str], tuple[float, float] | None] = {}
+
+
+def kind_of(facts: Facts) -> tuple[Facts, str]:
+    """Returns what the times of a call depend on, with T in three classes."""
+    steps = 32 if facts.steps <= 32 else 256 if facts.steps <= 256 else 257
+    layers = facts.layers._replace(batch_first=False, dropout=0.0, training=False)
+    return facts._replace(steps=steps, layers=layers), precision()
+
+
 class _Kernels(NamedTuple):
     """The settings that decide whether the kernels take a call."""
 
@@ -140,8 +149,12 @@ class _Kernels(NamedTuple):
     interpreted: bool
 
 
-#: The backend, None if the named one refuses, and the refusals before it.
-_Choice = tuple[str | None, tuple[tuple[str, str], ...]]
+class Choice(NamedTuple):
+    """The choice for one call."""
+
+    backend: str | None  # None if the named one refuses
+    refused: tuple[tuple[str, str], ...]  # the backends before it, each with its reason
+    config: StackConfig | None  # how the operator runs the call
 
 
 def choose(facts: Facts) -> str:
@@ -151,13 +164,18 @@ def choose(facts: Facts) -> str:
         NotImplementedError: the named backend refuses; the message is the reason.
         ValueError: ``FUSEDRNN_BACKEND`` names no backend.
     """
-    requested = "auto" if is_auto() else requested_backend()[0]
+    return decide(facts)[0]
+
+
+def decide(facts: Facts) -> tuple[str, StackConfig]:
+    """Returns the backend that runs a call, and how the operator does; raises as ``choose``."""
+    requested, _ = requested_backend()
     # A compiler has symbols for sizes, which have no hash.
-    decide = _decide if facts.compiled else _decided
-    backend, refused = decide(facts, requested, _kernels(facts, requested))
-    if backend is None:
+    make = _decide if facts.compiled else _decided
+    backend, refused, config = make(facts, requested, _kernels(facts, requested))
+    if backend is None or config is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
-    return backend
+    return backend, config
 
 
 @dataclass(frozen=True, repr=False)
@@ -169,19 +187,20 @@ class Explanation:
     source: str  # "default", "use_backend" or "FUSEDRNN_BACKEND"
     backend: str | None  # the backend that will run, or None if the named one refuses
     precision: str | None  # of fp32 dots on triton, else None
-    layers: tuple[str, ...]  # for triton the schedule and tiles of each launch, by its layers
+    layers: tuple[str, ...]  # for triton the schedule and tiles of each launch, and the times
     refused: tuple[tuple[str, str], ...]  # the backends tried before, each with its reason
     compiled: str | None = None  # the backend inside the one node of a compiler, or None
+    times: tuple[float, float] | None = None  # measured ms of the kernels and of torch's operator
 
     def __str__(self) -> str:
         chosen = self.backend or "none, the call would raise"
-        lines = [
-            str(self.facts),
-            f"backend: {chosen} (asked for: {self.requested}, {self.source})",
-        ]
+        lines = [f"{self.facts}\nbackend: {chosen} (asked for: {self.requested}, {self.source})"]
         lines += [f"precision: {self.precision}"] if self.precision else []
         lines += self.layers
         lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
+        if self.times:
+            ours, theirs = self.times
+            lines.append(f"measured: the kernels {ours:.3g} ms, torch's operator {theirs:.3g} ms")
         if self.compiled != self.backend:
             lines.append(f"under torch.compile: {self.compiled or 'none, it would raise'}")
         return "\n".join(lines)
@@ -214,17 +233,21 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     facts = prepare(*inputs, **options).facts
     requested, source = requested_backend()
     kernels = _kernels(facts, requested)
-    backend, refused = _decide(facts, requested, kernels)
-    compiled, _ = _decide(facts._replace(compiled=True), requested, kernels)
+    backend, refused, _ = _decide(facts, requested, kernels)
+    compiled, *_ = _decide(facts._replace(compiled=True), requested, kernels)
     lines, first, used = [], 0, None
     if backend == "triton" and kernels:
         used = kernels.precision if facts.dtype == torch.float32 else None
-        for plan in planning.plan_stack(_problem(facts, kernels.precision), chip_of(facts.device)):
+        problem, chip = _problem(facts, kernels.precision), chip_of(facts.device)
+        plans = planning.plan_stack(problem, chip)
+        for plan in plans:
             last = first + plan.layers - 1
             name = f"layer {first}" if last == first else f"layers {first}-{last}"
             lines.append(f"{name}: {plan.describe()}")
             first = last + 1
-    return Explanation(facts, requested, source, backend, used, tuple(lines), refused, compiled)
+        lines.append(f"expected: {judge(problem, plans, chip, facts.steps, facts.input_size)}")
+    found = tuple(lines), refused, compiled, MEASURED.get(kind_of(facts))
+    return Explanation(facts, requested, source, backend, used, *found)
 
 
 def runs_as_one_node(facts: Facts) -> bool:
@@ -247,10 +270,12 @@ def _kernels(facts: Facts, requested: str) -> _Kernels | None:
         return None
     # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
     chip = None if facts.compiled else chip_of(facts.device)
-    return _Kernels(chip, precision(), _interpreting())
+    products = precision() if facts.dtype == torch.float32 else "ieee"
+    needs_interpreter = facts.device.type == "cpu" or facts.dtype == torch.bfloat16
+    return _Kernels(chip, products, needs_interpreter and _interpreting())
 
 
-def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
+def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
     """Returns the first backend that does not refuse."""
     refused: list[tuple[str, str]] = []
     for backend in _PREFERENCE if requested == "auto" else (requested,):
@@ -263,9 +288,13 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> _Choice:
         else:
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
-            return backend, tuple(refused)
+            layers, by = facts.layers, kernels if backend == "triton" else None
+            how = (requested, by.precision) if by else (backend, "ieee")
+            sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
+            config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
+            return Choice(backend, tuple(refused), config)
         refused.append((backend, reason))
-    return None, tuple(refused)
+    return Choice(None, tuple(refused), None)
 
 
 _decided = lru_cache(maxsize=4096)(_decide)
@@ -291,17 +320,25 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     judged = requested == "auto" and _aten_refusal(facts, requested) is None
     if judged and not facts.compiled and facts.steps == 1:
         return "a single step leaves no step to keep the weights for"
-    return _planned_refusal(tuple(_problem(facts, kernels.precision)), device, judged)
+    times = MEASURED and judged and not facts.compiled and MEASURED.get(kind_of(facts))
+    steps = _COMPILED_STEPS if facts.compiled else facts.steps
+    sizes = (steps, facts.input_size) if judged and not times else None
+    refusal = _planned_refusal(tuple(_problem(facts, kernels.precision)), device, sizes)
+    if times and times[0] > times[1]:
+        return refusal or "it was slower when both were measured"
+    return refusal
 
 
-def _planned_refusal(fields: tuple, device: torch.device, judged: bool) -> str | None:
-    """Returns why no kernel takes a ``Problem`` of these fields or, if ``judged``, should not."""
+def _planned_refusal(
+    fields: tuple, device: torch.device, judged: tuple[int, int] | None
+) -> str | None:
+    """Returns why no kernel takes a ``Problem`` of these fields or, judged by T and I, should."""
     problem = Problem(*fields)
     try:
         plans = planning.plan_stack(problem, chip_of(device))
     except NoPlan as no_plan:
         return str(no_plan)
-    return _expected_slower(problem, plans) if judged else None
+    return _expected_slower(problem, plans, chip_of(device), *judged) if judged else None
 
 
 # A compiler calls it while tracing and keeps the answer, for the planner caches. This is what
@@ -309,22 +346,12 @@ def _planned_refusal(fields: tuple, device: torch.device, judged: bool) -> str |
 _planned_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _expected_slower(problem: Problem, plans: tuple[Plan, ...]) -> str | None:
+def _expected_slower(
+    problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int
+) -> str | None:
     """Returns why torch's own operator is the better choice on a GPU, or None."""
-    found = [plan.measured for plan in plans if plan.measured]
-    if len(found) == len(plans):
-        if sum(m.us for m in found) <= sum(m.torch_us for m in found):
-            return None
-        return f"torch.nn was faster: {found[0]}"
-    if any(plan.schedule == "stepwise" for plan in plans):
-        return "schedule stepwise reads all weights in each step (no speed is measured yet)"
-    ours, theirs = sum(plan.step for plan in plans), cudnn_step(problem)
-    if theirs is not None and ours > theirs:
-        return (
-            f"a step takes {ours:.1f} us at least (modelled), and cuDNN's is reported at "
-            f"{theirs:.1f} us"
-        )
-    return None
+    verdict = judge(problem, plans, chip, T, I)
+    return None if verdict.favours_ours else f"it is not expected to be faster: {verdict}"
 
 
 def _aten_refusal(facts: Facts, requested: str) -> str | None:

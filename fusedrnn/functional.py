@@ -4,24 +4,19 @@
 modules are a thin layer over this file.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from . import dispatch
-from .arguments import Call, Layers, as_hx, check_alike, prepare
-from .ops import ATEN, rnn_stack
-from .stack import StackConfig, StackInputs
-from .vmap import is_transformed
+from . import dispatch, measured
+from .arguments import Call, Layers, as_hx, prepare
+from .ops import ATEN, is_eager, rnn_stack
 
-# cuDNN's advice to call flatten_parameters(), which does nothing here by design. Only warnings
-# raised by this package are silenced, so that nn.LSTM's remain.
+# cuDNN's advice to call flatten_parameters(), which helps no function and no computed weight. Only
+# warnings raised by this package are silenced, so that nn.LSTM's remain.
 warnings.filterwarnings(
     "ignore",
     "RNN module weights are not part of single contiguous",
@@ -181,185 +176,49 @@ def rnn(
         ValueError, RuntimeError, AttributeError, NotImplementedError: as ``lstm``; ValueError also
             for another nonlinearity.
     """
-    if nonlinearity not in ("tanh", "relu"):
-        raise ValueError(f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'.")
+    check_nonlinearity(nonlinearity)
     return _run_stack(f"rnn_{nonlinearity}", input, hx, params, **options)
 
 
+def check_nonlinearity(name: str) -> None:
+    """Raises torch's ValueError for another function than tanh or relu."""
+    if name not in ("tanh", "relu"):
+        raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
+
+
 def _run_stack(
-    cell: str,
-    input: Any,
-    hx: Any,
-    params: Sequence[Tensor],
-    *,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
-    **layers: Any,
+    cell: str, input: Any, hx: Any, params: Any, *, lengths: Any = None, reset: Any = None, **o: Any
 ) -> Any:
-    return run(prepare(cell, input, hx, params, Layers(**layers), lengths, reset))
+    return run(prepare(cell, input, hx, params, Layers(**o), lengths, reset))
 
 
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
-    facts, packing = call.facts, call.packing
-    backend = dispatch.choose(facts)
-    as_one_node = facts.compiled and dispatch.runs_as_one_node(facts)
-    if backend == "aten" and not as_one_node:
+    facts, layers = call.facts, call.facts.layers
+    if not facts.compiled:
+        measured.consider(call, run)
+    backend, config = dispatch.decide(facts)
+    if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
         hx = as_hx([state.contiguous() for state in call.states])  # cuDNN takes no strided states
-        sizes = None if packing is None else packing.batch_sizes
-        output, *states = _run_aten(
-            facts.cell, call.input, hx, call.params, facts.layers, facts.needs_grad, sizes
-        )
+        dropout = layers.dropout if layers.training else 0.0
+        is_training = layers.training or facts.needs_grad  # cuDNN has no backward in eval()
+        flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
+        if call.packing is None:
+            output, *states = ATEN[facts.cell](call.input, hx, call.params, *flags, False)
+        else:
+            sizes = call.packing.batch_sizes
+            output, *states = ATEN[facts.cell](call.input, sizes, hx, call.params, *flags)
     else:
-        inputs, config = operands(call), config_of(call, backend)
-        output, states, _ = rnn_stack(inputs, call.sequences, config)
+        if backend == "torch" and "lengths" in facts.ragged and is_eager(call.input):
+            call = call.compact()
+        output, states, _ = rnn_stack(call.stack_inputs(), call.sequences, config)
     # As torch's, the output is then no view, and detach_() takes it; others save it for backward.
     in_place = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
     in_place = in_place and not (facts.compiled or facts.transformed)
-    return in_form(call, output, in_place), as_hx(states_in_form(call, states))
-
-
-#: Kinds of calls on the CPU, and whether ``auto`` leaves them to torch's operator.
-_KINDS: dict[tuple, bool] = {}
-
-
-def run_module(
-    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
-) -> tuple[Any, Any]:
-    """Runs a module's stack; a kind of call that was checked before may skip the checks.
-
-    They take as long as the smallest layers. A weight of another shape makes another kind, and a
-    call that torch's operator rejects is checked again.
-    """
-    kind = _kind_of(cell, input, hx, params, layers)
-    if kind is not None and _KINDS.get(kind):
-        try:
-            return _run_known(cell, input, hx, params, layers)
-        except RuntimeError:
-            pass  # the checks below name the cause
-    call = prepare(cell, input, hx, params, layers)
-    result = run(call)
-    if kind is not None and kind not in _KINDS:
-        if len(_KINDS) >= 4096:
-            _KINDS.clear()
-        given = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
-        is_whole = all(g.shape == s.shape for g, s in zip(given, call.states, strict=False))
-        _KINDS[kind] = is_whole and dispatch.choose(call.facts) == "aten"
-    return result
-
-
-def _kind_of(
-    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
-) -> tuple | None:
-    """Returns what checks and choice of a plain call on the CPU depend on; None for others."""
-    if torch.compiler.is_compiling() or type(input) is not Tensor or input.is_nested:
-        return None
-    if input.dim() != 3 or not input.is_cpu or not dispatch.is_auto() or is_transformed():
-        return None
-    states = (hx,) if isinstance(hx, Tensor) else hx or ()
-    if torch._C._is_any_autocast_enabled() or not isinstance(states, (tuple, list)):
-        return None
-    if any(type(t) is not Tensor for t in states) or any(p is None for p in params):
-        return None
-    tensors = input, *states, *params
-    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    sizes = [(t.shape, t.dtype, t.is_cpu) for t in tensors]
-    return cell, layers, needs_grad, input.requires_grad, type(hx), *sizes
-
-
-def _run_known(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers) -> Any:
-    """Runs torch's operator on a call of a known kind."""
-    rows = input.transpose(0, 1) if layers.batch_first else input
-    if hx is None:
-        columns = params[1].shape[1]
-        h_0 = input.new_zeros(layers.num_layers * layers.directions, rows.shape[1], columns)
-        hx = (h_0, h_0) if cell == "lstm" else h_0
-    output, *states = _run_aten(cell, rows, hx, params, layers, torch.is_grad_enabled())
-    if layers.batch_first:
-        output = output.transpose(0, 1) if cell == "lstm" else output.transpose_(0, 1)
-    return output, as_hx(states)
+    return call.in_form(output, in_place), as_hx(call.states_in_form(states))
 
 
 def run_cell(call: Call) -> Any:
     """Runs a prepared single step; returns the new states in the form of its input."""
     _, hx = run(call)
     return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(state.squeeze(0) for state in hx)
-
-
-def _run_aten(
-    cell: str, rows: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers,
-    needs_grad: bool, batch_sizes: Tensor | None = None,
-) -> tuple[Tensor, ...]:  # fmt: skip
-    """Runs torch's operator, on input that is time-major by now."""
-    dropout = layers.dropout if layers.training else 0.0
-    is_training = layers.training or needs_grad  # cuDNN has no backward of a forward in eval()
-    flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
-    if batch_sizes is None:
-        return ATEN[cell](rows, hx, params, *flags, False)
-    return ATEN[cell](rows, batch_sizes, hx, params, *flags)
-
-
-def in_form(call: Call, rows: Tensor, in_place: bool = False) -> Any:
-    """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the call's input."""
-    if call.jagged is not None:
-        offsets, order = call.jagged
-        return torch.nested.nested_tensor_from_jagged(rows.index_select(0, order), offsets)
-    if call.packing is not None:
-        return PackedSequence(rows, *call.packing[1:])
-    if not call.batched:
-        return rows.squeeze(1)
-    if call.facts.layers.batch_first:
-        return rows.transpose_(0, 1) if in_place else rows.transpose(0, 1)
-    return rows
-
-
-def states_in_form(call: Call, states: Sequence[Tensor]) -> list[Tensor]:
-    """Returns states ``[L*D, B, H]`` in the order of the call's sequences."""
-    if call.packing is not None and call.packing.unsorted_indices is not None:
-        return [s.index_select(1, call.packing.unsorted_indices) for s in states]
-    return list(states) if call.batched else [s.squeeze(1) for s in states]
-
-
-def operands(call: Call) -> StackInputs:
-    """Returns the tensors of a call in the dtype of the computation, with dropout's masks."""
-    facts = call.facts
-    input, states, params = call.input, list(call.states), list(call.params)
-    if facts.autocast:
-        # As cuDNN's path does: input, states and weights alike; fp64 is left alone.
-        input, *states = (_cast(t, facts.autocast) for t in (input, *states))
-        params = [_cast(p, facts.autocast) for p in params]
-        check_alike(input, states, params)
-    masks = dropout_masks(input, facts.proj_size or facts.hidden_size, facts.layers)
-    return StackInputs(input, states[0], states[1] if len(states) == 2 else None, params, masks)
-
-
-def config_of(call: Call, backend: str) -> StackConfig:
-    """Returns how the operator runs a call."""
-    facts, layers = call.facts, call.facts.layers
-    # Where the host can read lengths without a transfer, the loop skips the missing steps.
-    compact = backend == "torch" and facts.device.type == "cpu" and "lengths" in facts.ragged
-    sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
-    precision = dispatch.precision() if backend == "triton" else "ieee"
-    compact = compact and not (facts.states or facts.transformed)
-    backend = "auto" if backend == "triton" and dispatch.is_auto() else backend
-    return StackConfig(facts.cell, backend, *sizes, precision, compact, facts.recompute)
-
-
-def dropout_masks(input: Tensor, columns: int, layers: Layers) -> list[Tensor]:
-    """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``.
-
-    columns: of the output of one direction.
-    """
-    p = layers.dropout if layers.training else 0.0
-    if p == 0:
-        return []
-    shape = *input.shape[:-1], columns * layers.directions
-    masks = [input.new_zeros(shape) for _ in range(layers.num_layers - 1)]
-    if p == 1:
-        return masks  # at::dropout draws nothing, and 1/(1-p) is infinite
-    return [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
-
-
-def _cast(tensor: Tensor, dtype: torch.dtype) -> Tensor:
-    cast = tensor.is_floating_point() and tensor.dtype != torch.float64
-    return tensor.to(dtype) if cast else tensor

@@ -5,11 +5,13 @@ each step they make ``dW_ih, dW_hh, db_ih, db_hh`` and dx. No sum is atomic, so 
 reproducible bit for bit.
 """
 
+from functools import cache
+
 import torch
 from torch import Tensor
 
 from .kernels.rows import Rows
-from .kernels.spec import SPECS, CellSpec, runs_of
+from .kernels.spec import SPECS, runs_of
 from .kernels.tensors import Layers
 from .layout import entering, previous_rows, rows_by_sequence
 
@@ -30,17 +32,16 @@ def weight_grads(
     ``z`` is the index of the layer and direction among those of the launch. ``x`` is its input,
     ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates`` is ``[R, N*H]``.
     """
-    spec, (columns, H) = SPECS[cell], layers.w_hh[z].shape
+    columns, H = layers.w_hh[z].shape
     dgx, by_sequence = dgates[:, :columns], rows_by_sequence(x, columns)
     if by_sequence is None:
         grads = [outer(dgx, x.reshape(-1, x.shape[-1]))]
     else:  # dgx, the smaller factor, is reordered
         grads = [outer(dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1), by_sequence)]
-    grads.append(_recurrent_weight_grad(spec, z, layers, dgates, rows))
+    grads.append(_recurrent_weight_grad(cell, z, layers, dgates, rows))
     if layers.b_ih is not None:
-        sums = dgates.sum(0)
-        recurrent = [sums[tile * H : (tile + 1) * H] for tile in spec.recurrent]
-        grads += [sums[:columns].clone(), torch.cat(recurrent)]
+        sums, runs = dgates.sum(0), _runs(cell)
+        grads += [sums[:columns].clone(), torch.cat([sums[a * H : b * H] for a, b, _ in runs])]
     return grads
 
 
@@ -52,9 +53,16 @@ def input_grad(dgates: Tensor, w_ih: tuple[Tensor, ...], out: Tensor) -> Tensor:
     return out
 
 
-def _recurrent_weight_grad(
-    spec: CellSpec, z: int, layers: Layers, dgates: Tensor, rows: Rows
-) -> Tensor:
+@cache
+def _runs(cell: str) -> list[tuple[int, int, str]]:
+    """Returns the first tile of each run of recurrent gradients, its end, and its operand."""
+    spec = SPECS[cell]
+    pairs = zip(spec.phases, spec.operands, strict=True)
+    runs = [(run, operand) for phase, operand in pairs for run in runs_of(phase, spec.recurrent)]
+    return [(tile, tile + count, operand) for (_, tile, count), operand in runs]
+
+
+def _recurrent_weight_grad(cell: str, z: int, layers: Layers, dgates: Tensor, rows: Rows) -> Tensor:
     """Returns dW_hh; of little on the CPU by one product of all tiles."""
     H, pieces = layers.w_hh[z].shape[1], _entering(z, layers, rows)
 
@@ -65,14 +73,10 @@ def _recurrent_weight_grad(
             found.append(outer(dgates[own, tiles], right))
         return found[0] if len(found) == 1 else found[0].add_(found[1])
 
-    runs = [
-        (slice(tile * H, (tile + count) * H), operand)
-        for phase, operand in zip(spec.phases, spec.operands, strict=True)
-        for _, tile, count in runs_of(phase, spec.recurrent)
-    ]
+    runs = [(slice(first * H, end * H), operand) for first, end, operand in _runs(cell)]
     if len(runs) == 1:
         return product(*runs[0])
-    if len(spec.phases) == 1 and not dgates.is_cuda and dgates.numel() * H <= _LITTLE:
+    if len(SPECS[cell].phases) == 1 and not dgates.is_cuda and dgates.numel() * H <= _LITTLE:
         total = product(slice(None), "h")
         return torch.cat([total[tiles] for tiles, _ in runs])
     return torch.cat([product(*run) for run in runs])

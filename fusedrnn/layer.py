@@ -7,14 +7,13 @@ first computes them again, of some steps at a time: the states that entered thos
 are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
 """
 
-from __future__ import annotations
-
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from functools import cache
+from functools import cache, lru_cache
 from importlib import import_module
+from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
@@ -24,59 +23,23 @@ from torch.nn import functional as F
 from . import loop
 from .grads import input_grad, weight_grads
 from .kernels import plan as planning
-from .kernels.plan import KernelFailed, LaunchRefused, Plan
+from .kernels.problem import Chip, KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
-from .kernels.spec import SPECS, CellSpec
 from .kernels.tensors import Grads, Layers, Weights
 from .layout import empty_grads, entering, previous_rows, rows_by_sequence
+from .records import StackConfig
+from .reference import saved_gates
 
 #: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
 #: launches cost more.
 _SEGMENT, _SEGMENT_ON_GPU = 1 << 21, 1 << 24
 #: The fields that a launch writes.
-_WRITTEN = {
-    "forward": ("out", "h_n", "c_n", "gates", "cs"),
-    "backward": ("gates", "h_0", "c_0"),
-}
+_WRITTEN = {"forward": ("out", "h_n", "c_n", "gates", "cs"), "backward": ("gates", "h_0", "c_0")}
 #: The errors after which a CUDA context takes no more calls.
 _STICKY = re.compile(
     r"illegal|misaligned|assert|launch failure|timed out|ECC|hardware stack|invalid address space"
     r"|program counter|context is destroyed|NVLink"
 )
-
-
-class StackConfig(NamedTuple):
-    """The configuration of a stack: all that is not a tensor."""
-
-    cell: str
-    #: "triton" or "torch"; "auto" is triton and, where the kernels fail, the loop "instead".
-    backend: str
-    has_bias: bool
-    num_layers: int
-    bidirectional: bool
-    precision: str  # of fp32 on triton: "ieee", "tf32" or "tf32x3"
-    compact: bool = False  # lengths are packed, for which the host reads their values
-    recompute: bool = False  # backward computes the gates again
-
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
-
-    @property
-    def spec(self) -> CellSpec:
-        return SPECS[self.cell]
-
-    @property
-    def is_loop(self) -> bool:
-        return self.backend in ("torch", "instead")
-
-    @property
-    def hidden_layers(self) -> int:
-        """The layers whose h is kept beside the output.
-
-        The loop keeps that of the last one too, so that the output may be modified in place.
-        """
-        return self.num_layers if self.backend == "torch" else self.num_layers - 1
 
 
 class Launch(NamedTuple):
@@ -86,30 +49,31 @@ class Launch(NamedTuple):
     plan: Plan | None
 
 
-def group_weights(params: Sequence[Tensor], config: StackConfig) -> list[list[Weights]]:
-    """Returns the flat parameters, in torch's order, as ``weights[layer][direction]``."""
-    D = config.directions
-    each = len(params) // (config.num_layers * D)
-    no_bias = () if config.has_bias else (None, None)
-    groups = (params[first : first + each] for first in range(0, len(params), each))
-    weights = [Weights(*group[:2], *no_bias, *group[2:]) for group in groups]
-    return [weights[i : i + D] for i in range(0, len(weights), D)]
-
-
-def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> list[Launch]:
+def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> Sequence[Launch]:
     """Returns the launches of a stack, from the first layer up."""
-    if config.is_loop:
-        return [Launch(range(n, n + 1), None) for n in range(config.num_layers)]
-    _, B, H = h_0.shape
+    chip = None if config.is_loop else planning.chip_of(h_0.device)
+    sizes = h_0.shape[1], h_0.shape[2], h_0.dtype
+    return _launches(config, sizes, needs_grad, rows.origins is not None, chip)
+
+
+@lru_cache(maxsize=4096)
+def _launches(
+    config: StackConfig, sizes: tuple, needs_grad: bool, ragged: bool, chip: Chip | None
+) -> Sequence[Launch]:
+    if chip is None:
+        return tuple(Launch(range(n, n + 1), None) for n in range(config.num_layers))
+    B, H, dtype = sizes
     problem = planning.Problem(
-        config.cell, H, B, config.directions, h_0.dtype, config.precision, needs_grad,
-        config.num_layers, rows.origins is not None, config.recompute,
+        config.cell, H, B, config.directions, dtype, config.precision, needs_grad,
+        config.num_layers, ragged, config.recompute,
     )  # fmt: skip
-    launches: list[Launch] = []
-    for plan in planning.plan_stack(problem, planning.chip_of(h_0.device)):
-        first = launches[-1].layers.stop if launches else 0
-        launches.append(Launch(range(first, first + plan.layers), plan))
-    return launches
+    plans = planning.plan_stack(problem, chip)
+    ends = accumulate(plan.layers for plan in plans)
+    pairs = zip(plans, ends, strict=True)
+    return tuple(Launch(range(end - plan.layers, end), plan) for plan, end in pairs)
+
+
+planning.CACHES.append(_launches.cache_clear)
 
 
 @cache
@@ -119,13 +83,7 @@ def _schedule(name: str) -> Any:
 
 
 def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows: Rows) -> None:
-    """Runs a schedule on Layers and, backward, Grads.
-
-    Raises:
-        KernelFailed: its kernels did not compile or launch, for whatever reason. A lack of memory,
-            and errors after which the device takes no more calls, are raised as they are.
-        LaunchRefused: the device does not hold all programs of a cooperative launch at once.
-    """
+    """Runs a schedule on Layers and, backward, Grads; its own failures become KernelFailed."""
     *read, written = tensors
     aligned, pairs = _aligned(written)
     try:
@@ -144,13 +102,10 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
 
 
 def _aligned(tensors: Any) -> tuple[Any, list[tuple[str, Tensor, Tensor]]]:
-    """Copies the tensors that begin at other than multiples of 16 bytes.
+    """Copies tensors that begin at other than multiples of 16 bytes; returns the pairs by field.
 
-    A kernel is compiled for aligned pointers, and again for every mixture of these and others. The
-    parts of a buffer, one for each layer, would be such a mixture, which depends on T and B.
-
-    Returns:
-        The tensors with the copies in their place, and the copied ones by field.
+    A kernel is compiled again for every mixture of aligned and other pointers, as which the parts
+    of a buffer, one for each layer, would come.
     """
     addresses = 0
     for value in tensors:
@@ -298,7 +253,7 @@ def _segments(
             h_0=first[0],
             c_0=first[1],
             out=(layers.out[0][own],) * D,
-            gates=_gates(config, x[own], layers, of_own),
+            gates=_gates(config.cell, x[own], layers, of_own, config.precision),
             cs=None if layers.cs is None else layers.cs[:, own],
         )
         part_grads = grads._replace(
@@ -312,28 +267,18 @@ def _segments(
         grads = grads._replace(h_n=grads.h_0.clone(), c_n=c_n)
 
 
-def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tensor]) -> Tensor:
-    """Computes the gates ``[D, r, S*H]`` of r rows as those of one step of r sequences.
-
-    states: h, and c of a cell that has it, which entered the rows, ``[D, r, H]`` each.
-    """
-    D, r, H = states[0].shape
-    h_0, *c_0 = (state.contiguous() for state in states)
-    step = layers._replace(
-        h_0=h_0,
-        c_0=c_0[0] if c_0 else None,
-        h_n=torch.empty_like(h_0),
-        c_n=torch.empty_like(h_0) if c_0 else None,
-        out=(x.new_empty(r, D * H),) * D,
-        gates=x.new_empty(D, r, config.spec.saved * H),
-        cs=None,
-    )
-    plan = None
-    if not config.is_loop:
-        problem = planning.Problem(config.cell, H, r, D, x.dtype, config.precision, True)
-        plan = planning.stepwise(problem, planning.chip_of(x.device))
-    forward(config, plan, x, step, Rows(1, r))
-    return step.gates
+def _gates(
+    cell: str, x: Tensor, layers: Layers, states: Sequence[Tensor], precision: str
+) -> Tensor:
+    """Returns the gates ``[D, r, S*H]`` of r rows from the states ``[D, r, H]`` that entered."""
+    h, c = states[0], states[1] if len(states) == 2 else [None] * len(states[0])
+    b_ih, b_hh = (b or [None] * len(h) for b in (layers.b_ih, layers.b_hh))
+    found = []
+    with gemm_precision(precision, x):
+        for d, w_ih in enumerate(layers.w_ih):
+            weights = Weights(w_ih, layers.w_hh[d], b_ih[d], b_hh[d])
+            found.append(saved_gates(cell, F.linear(x, w_ih, b_ih[d]), h[d], c[d], weights))
+    return torch.stack(found)
 
 
 def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]:

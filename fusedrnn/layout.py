@@ -1,107 +1,87 @@
-"""The layout of a call: the grid of steps and sequences, and the rows that the layers compute.
+"""Padded, packed and nested sequences as rows.
 
 ``kernels/rows.py`` defines rows and origins. They follow from ``lengths`` and ``reset`` or from the
-``batch_sizes`` of a PackedSequence; without these the rows are dense. On the CPU, where reading
-lengths costs no synchronisation, lengths are packed too, so that missing steps cost nothing.
+``batch_sizes`` of packed rows; without these the rows are dense.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
-from .kernels.rows import INITIAL, PREVIOUS, SKIPPED, SLACK, Rows, origins_of, packed_rows
-
-
-class Sequences(NamedTuple):
-    """The sequences of a call; each field may be None."""
-
-    lengths: Tensor | None = None  # [B], integers, on any device
-    reset: Tensor | None = None  # bool [T, B]
-    batch_sizes: Tensor | None = None  # int64 [T] on the CPU, as in a PackedSequence
-
-
-class Layout(NamedTuple):
-    """The rows of a call, and the indices between them and the grid where their orders differ."""
-
-    rows: Rows
-    grid_index: Tensor | None = None  # [R], the grid position ``t * B + b`` of each row
-    order: Tensor | None = None  # [B], the sequences by falling length
-    row_index: Tensor | None = None  # [T*B], the row of each grid position, R where there is none
-
-    def to_rows(self, grid: Tensor) -> Tensor:
-        """Gathers ``[T, B, ...]`` into rows ``[R, ...]``; returns it as it is in the same order."""
-        if self.grid_index is None:
-            return grid
-        return grid.flatten(0, 1).index_select(0, self.grid_index)
-
-    def to_grid(self, rows: Tensor, out: Tensor | None = None) -> Tensor:
-        """Gathers rows ``[R, C]``, or as of ``empty_rows``, into ``[T, B, C]`` with zeros between.
-
-        Returns them as they are where the order is the same. ``out`` receives the result.
-        """
-        if self.row_index is None:
-            return rows
-        if rows.shape[0] == self.rows.total:
-            rows = torch.cat([rows, rows.new_zeros(1, rows.shape[1])])
-        if out is not None:
-            torch.index_select(rows, 0, self.row_index, out=out.view(-1, rows.shape[1]))
-            return out
-        return rows.index_select(0, self.row_index).unflatten(0, (self.rows.T, self.rows.B))
-
-    def empty_rows(self, columns: int, like: Tensor) -> Tensor:
-        """Allocates rows and, where ``to_grid`` needs it, a row of zeros behind them."""
-        if self.row_index is None:
-            return like.new_empty(self.rows.total, columns)
-        buffer = like.new_empty(self.rows.total + 1, columns)
-        buffer[-1].zero_()
-        return buffer
-
-    def sort_states(self, states: Tensor) -> Tensor:
-        """Returns states ``[Z, B, H]`` in the order of the rows, contiguous."""
-        return states.contiguous() if self.order is None else states.index_select(1, self.order)
-
-    def unsort_states(self, states: Tensor) -> Tensor:
-        """Returns states ``[Z, B, H]`` in the order of the call."""
-        if self.order is None:
-            return states
-        return torch.empty_like(states).index_copy_(1, self.order, states)
-
-    def trim(self, buffer: Tensor) -> Tensor:
-        """Returns the beginning of a buffer ``[..., T*B, C]`` as ``[..., R, C]``, contiguous."""
-        if buffer.numel() == 0 or buffer.shape[-2] == self.rows.total:
-            return buffer.contiguous()
-        shape = *buffer.shape[:-2], self.rows.total, buffer.shape[-1]
-        return buffer.flatten()[: torch.Size(shape).numel()].view(shape)
+from .kernels.rows import (
+    INITIAL,
+    PREVIOUS,
+    SKIPPED,
+    SLACK,
+    Rows,
+    origins_of,
+    packed_rows,
+    packed_table,
+)
+from .records import Sequences
 
 
-def layout_of(input: Tensor, B: int, D: int, sequences: Sequences, compact: bool) -> Layout:
-    """Returns the layout of a call with ``input [T, B, I]``, or packed ``[R, I]``.
+class Packing(NamedTuple):
+    """Packed rows of sequences that came in another form."""
 
-    compact: whether lengths are packed, for which their values are read.
+    batch_sizes: Tensor  # int64 [T] on the CPU
+    rows: Tensor  # [R], the row of the grid or of the nested tensor behind each packed row
+    order: Tensor  # [B], the sequences by falling length
+
+
+def pack(lengths: Tensor, T: int, starts: Tensor, stride: int) -> Packing:
+    """Packs sequences whose step t is row ``starts[b] + t * stride``; all tensors on the CPU."""
+    lengths, order = lengths.sort(descending=True, stable=True)
+    times = torch.arange(T, device="cpu").unsqueeze(1)
+    is_there = times < lengths  # [T, B]
+    return Packing(is_there.sum(1), (starts[order] + times * stride)[is_there], order)
+
+
+def pack_nested(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
+    """Packs a nested tensor, and returns its offsets with the packed row of each of its rows.
+
+    It reads the lengths, hence waits for a GPU.
     """
-    lengths, reset, batch_sizes = sequences
+    if nested.layout != torch.jagged:
+        raise ValueError(f"input is a nested tensor of {nested.layout}; expected torch.jagged")
+    values, offsets = nested.values(), nested.offsets()
+    if values.dim() != 2 or nested.lengths() is not None or nested._ragged_idx != 1:
+        raise ValueError("input is a nested tensor with holes or of other than [B, jagged, I]")
+    lengths = offsets.cpu().diff()
+    if not len(lengths) or not lengths.min():
+        raise ValueError("input is a nested tensor with an empty sequence; expected none")
+    packing = pack(lengths, int(lengths.max()), offsets.cpu()[:-1], 1)
+    rows, order = packing.rows.to(values.device), packing.order.to(values.device)
+    packed = PackedSequence(
+        values.index_select(0, rows), packing.batch_sizes, order, order.argsort()
+    )
+    return packed, (offsets, rows.argsort())
+
+
+def to_grid(rows: Tensor, index: Tensor, T: int, B: int) -> Tensor:
+    """Returns rows ``[R, C]`` at positions ``index`` of a grid ``[T, B, C]`` of zeros."""
+    grid = rows.new_zeros(T * B, rows.shape[1])
+    return grid.index_copy(0, index, rows).unflatten(0, (T, B))
+
+
+def with_table(sequences: Sequences, B: int, device: torch.device) -> Sequences:
+    """Returns the sequences with the table of packed input, which backward needs too."""
+    if sequences.batch_sizes is None or sequences.table is not None:
+        return sequences
+    return sequences._replace(table=packed_table(sequences.batch_sizes, B, device))
+
+
+def rows_of(input: Tensor, B: int, D: int, sequences: Sequences) -> Rows:
+    """Returns the rows of a call with ``input [T, B, I]``, or packed ``[R, I]``."""
+    lengths, reset, batch_sizes, table = with_table(sequences, B, input.device)
     if batch_sizes is not None:
-        return Layout(packed_rows(batch_sizes, D, input.device, None))
+        return packed_rows(batch_sizes, D, input.device, reset, B, table)
     T = input.shape[0]
     if lengths is None and reset is None:
-        return Layout(Rows(T, B))
-    if lengths is None or not compact or B == 0:
-        return Layout(Rows(T, B, origins_of(T, B, D, input.device, lengths, reset)))
-    known, order = lengths.cpu().clamp(0, T).sort(descending=True, stable=True)
-    times = torch.arange(T, device="cpu").unsqueeze(1)
-    is_there = times < known
-    reset = None if reset is None else reset.cpu().index_select(1, order)
-    rows = packed_rows(is_there.sum(1), D, input.device, reset, B)
-    grid_index = (times * B + order)[is_there]
-    return with_index(rows, grid_index, input.device)._replace(order=order.to(input.device))
-
-
-def with_index(rows: Rows, grid_index: Tensor, device: torch.device) -> Layout:
-    """Returns the layout of rows that are at ``grid_index`` (on the CPU) of the call's grid."""
-    row_index = torch.full((rows.T * rows.B,), rows.total, device="cpu")
-    row_index[grid_index] = torch.arange(rows.total, device="cpu")
-    return Layout(rows, grid_index.to(device), row_index=row_index.to(device))
+        return Rows(T, B)
+    return Rows(T, B, origins_of(T, B, D, input.device, lengths, reset))
 
 
 def previous_rows(rows: Rows, d: int, device: torch.device) -> Tensor:

@@ -3,10 +3,8 @@
 They derive from ``nn.RNNBase`` and not from ``nn.LSTM``: TorchDynamo breaks the graph at every
 instance of ``nn.LSTM``, ``nn.GRU`` and ``nn.RNN``, subclasses included. Weights are read by
 attribute at every call, so whatever replaces them (weight_norm, parametrize, pruning,
-functional_call) takes effect without a flat copy.
+functional_call) takes effect.
 """
-
-from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
@@ -14,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor
-from torch.nn.utils.rnn import PackedSequence
 
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
+from .patching import replaces
 from .stream import Stream
 from .vmap import is_transformed
 
@@ -47,7 +45,7 @@ def _warn_of_quantization(name: str) -> None:
 class _FlatWeights(list):
     """The weights of a module in torch's order; an assignment replaces one for its forward."""
 
-    def __init__(self, module: _Stack) -> None:
+    def __init__(self, module: "_Stack") -> None:
         assigned = module._assigned or {}
         names = module._flat_weights_names
         super().__init__(assigned.get(name, getattr(module, name, None)) for name in names)
@@ -61,9 +59,19 @@ class _FlatWeights(list):
 class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
-    # As class attributes for modules that began as torch's (replace_modules, pickles).
+    # Of the class for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
+    _run = staticmethod(functional.run)
+
+    def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+        # By position proj_size keeps its place between bidirectional and device.
+        projects = "proj_size" in kwargs or any(type(size) is int and size for size in args[7:8])
+        if projects and mode != "LSTM":
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
+        super().__init__(mode, *args, **kwargs)
+        if recompute:
+            self.recompute = True
 
     @property
     def _cell(self) -> str:
@@ -86,9 +94,17 @@ class _Stack(torch.nn.RNNBase):
     def _init_flat_weights(self) -> None:
         """Forgets assignments to ``_flat_weights``, as torch rebuilds its list."""
         self.__dict__.pop("_assigned", None)
+        self.flatten_parameters()
 
     def flatten_parameters(self) -> None:
-        """Does nothing: no backend needs one buffer. Code written for ``nn.LSTM`` calls it."""
+        """Moves the Parameters into one buffer for cuDNN, which else copies them at every call.
+
+        As in torch it happens by itself where a module is made or moved, and elsewhere than on
+        CUDA it does nothing. Weights that something computes are left alone.
+        """
+        is_plain = all(name in self._parameters for name in self._flat_weights_names)
+        if is_plain and not self._assigned:
+            super().flatten_parameters()
 
     def _update_flat_weights(self) -> None:
         """Does nothing: there is no list to update."""
@@ -113,32 +129,18 @@ class _Stack(torch.nn.RNNBase):
         # Module.__getattr__ is slow.
         return [plain[name] if name in plain else getattr(self, name) for name in names]  # type: ignore[misc]
 
-    def forward(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
-    ):
+    def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
         if torch.jit.is_tracing() and lengths is reset is None and self._is_torchs():
             return _TORCHS[self.mode].forward(self, input, hx)
-        if lengths is reset is None and not self.proj_size:
-            return functional.run_module(self._cell, input, hx, self._params(), self._layers())
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
-        self,
-        input: Tensor | PackedSequence,
-        hx: Any = None,
-        *,
-        lengths: Tensor | Sequence[int] | None = None,
-        reset: Tensor | None = None,
+        self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None,
         gates: bool = False,
-    ) -> states.States:
+    ) -> states.States:  # fmt: skip
         """Runs the stack and returns every state of every step; see ``fusedrnn.States``.
 
         Args:
@@ -170,6 +172,7 @@ class _Stack(torch.nn.RNNBase):
         # A module that was pickled as torch's and is loaded under patch() brings its list along.
         self.__dict__.pop("_flat_weights", None)
         self.__dict__.setdefault("proj_size", 0)  # since torch 1.8
+        self.flatten_parameters()  # torch's modules leave a copy to cuDNN's, at every call
 
     def __getstate__(self) -> dict[str, Any]:
         """Returns the state for pickle and deepcopy, which refuse tensors that have a history.
@@ -184,6 +187,7 @@ class _Stack(torch.nn.RNNBase):
         return state
 
 
+@replaces(torch.nn.LSTM)
 class LSTM(_Stack):
     """Drop-in for ``torch.nn.LSTM``; equations, shapes and errors are ``fusedrnn.lstm``'s.
 
@@ -219,12 +223,11 @@ class LSTM(_Stack):
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
 
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("LSTM", *args, **kwargs)
-        if recompute:  # else the class says so, also in modules that began as torch's
-            self.recompute = True
 
 
+@replaces(torch.nn.GRU)
 class GRU(_Stack):
     """Drop-in for ``torch.nn.GRU``; equations, shapes and errors are ``fusedrnn.gru``'s.
 
@@ -242,14 +245,9 @@ class GRU(_Stack):
 
     reset_after: bool = True
 
-    # torch's signature: by position proj_size keeps its place between bidirectional and device.
     def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        recompute = kwargs.pop("recompute", False)
-        _refuse_proj_size(args[7:8], kwargs)
         super().__init__("GRU", *args, **kwargs)
         self.reset_after = reset_after
-        if recompute:
-            self.recompute = True
 
     @property
     def _cell(self) -> str:
@@ -259,6 +257,7 @@ class GRU(_Stack):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
+@replaces(torch.nn.RNN)
 class RNN(_Stack):
     """Drop-in for ``torch.nn.RNN``; equations, shapes and errors are ``fusedrnn.rnn``'s.
 
@@ -274,20 +273,14 @@ class RNN(_Stack):
     """
 
     # torch's signature: only RNN has an argument between num_layers and bias.
-    def __init__(self, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         if len(args) > 3:
             nonlinearity, args = args[3], args[:3] + args[4:]
         else:
             nonlinearity = kwargs.pop("nonlinearity", "tanh")
-        _refuse_proj_size(args[7:8], kwargs)
-        if nonlinearity not in ("tanh", "relu"):
-            raise ValueError(
-                f"Unknown nonlinearity '{nonlinearity}'. Select from 'tanh' or 'relu'."
-            )
+        functional.check_nonlinearity(nonlinearity)
         super().__init__(f"RNN_{nonlinearity.upper()}", *args, **kwargs)
         self.nonlinearity = nonlinearity
-        if recompute:
-            self.recompute = True
 
 
 class _SingleStep(torch.nn.RNNCellBase):
@@ -311,8 +304,8 @@ class _SingleStep(torch.nn.RNNCellBase):
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx)
         op, p = ATEN_CELL.get(self._cell), self._parameters
-        backend = "auto" if dispatch.is_auto() else dispatch.requested_backend()[0]
-        if op is None or backend in ("triton", "torch") or is_transformed():
+        by_aten = dispatch.requested_backend()[0] in ("auto", "aten")
+        if op is None or not by_aten or is_transformed():
             return functional.run_cell(self._prepare(input, hx))
         try:
             if input.dim() == 2:
@@ -326,6 +319,7 @@ class _SingleStep(torch.nn.RNNCellBase):
         return super().forward(input, hx)
 
 
+@replaces(torch.nn.LSTMCell)
 class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
@@ -346,6 +340,7 @@ class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """
 
 
+@replaces(torch.nn.GRUCell)
 class GRUCell(_SingleStep, torch.nn.GRUCell):
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
@@ -370,6 +365,7 @@ class GRUCell(_SingleStep, torch.nn.GRUCell):
         return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
+@replaces(torch.nn.RNNCell)
 class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 
@@ -387,9 +383,3 @@ class RNNCell(_SingleStep, torch.nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
-
-
-def _refuse_proj_size(positional: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-    """Refuses proj_size as torch does: by keyword always, by position unless it is 0."""
-    if "proj_size" in kwargs or (positional and isinstance(positional[0], int) and positional[0]):
-        raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")

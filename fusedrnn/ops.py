@@ -6,8 +6,6 @@ reference, hence derivatives of every order exist. A call that neither a compile
 see skips the dispatcher.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -22,20 +20,19 @@ from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
-from .layer import group_weights
-from .layout import Sequences
+from .layout import with_table
+from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
 from .reference import differentiable_stack
-from .stack import StackConfig, StackGrads, StackInputs, StackOutputs
 
 _NAMES = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 #: torch's operator for each cell that it has one for: a stack, and a single step.
 ATEN: dict[str, Callable] = {name: getattr(_VF, name) for name in _NAMES}
 ATEN_CELL: dict[str, Callable] = {name: getattr(_VF, f"{name}_cell") for name in _NAMES}
 
-_SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes"
+_SEQUENCES = "Tensor? lengths, Tensor? reset, Tensor? batch_sizes, Tensor? table"
 _CONFIG = (
     "str cell, str backend, bool has_bias, int num_layers, bool bidirectional, str precision, "
-    "bool compact, bool recompute"
+    "bool recompute"
 )
 # dropout_masks are optional because a program packaged by AOTInductor has None for an empty list.
 torch.library.define(
@@ -67,8 +64,9 @@ def rnn_stack(
 
     Returns:
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
-        ``[L*D, B, H]`` each; and c of every step, ``[L*D, R, H]``, where it is kept.
+        ``[L*D, B, H]`` each; and c of every step, ``[L*D, T, B, H]``, where it is kept.
     """
+    sequences = with_table(sequences, inputs.h_0.shape[1], inputs.input.device)
     if vmap.has_tangents() or _has_projection(inputs, config):
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
     elif _needs_dispatcher(inputs.input):
@@ -91,17 +89,21 @@ def _needs_grad(*tensors: Any) -> bool:
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
-def _needs_dispatcher(tensor: Tensor) -> bool:
-    """Returns whether a compiler, transform, mode, profiler or subclass must see operators."""
+def is_eager(tensor: Tensor) -> bool:
+    """Returns whether values are there to be read: no compiler, transform, mode or subclass."""
     return (
-        type(tensor) is not Tensor
-        or torch.compiler.is_compiling()
-        or torch._C._are_functorch_transforms_active()
-        or is_functorch_wrapped_tensor(tensor)
-        or torch._C._autograd._profiler_enabled()
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch._C._get_tracing_state() is not None
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
     )
+
+
+def _needs_dispatcher(tensor: Tensor) -> bool:
+    """Returns whether something that must see operators is active, such as a profiler."""
+    return not is_eager(tensor) or torch._C._autograd._profiler_enabled()
 
 
 def _register_flops() -> None:
@@ -120,7 +122,7 @@ def _forward_flops(input, h_0, c_0, params, *rest, out_val=None) -> int:
 def _backward_flops(*flat, out_val=None) -> int:
     """Counts the products for the gradients of the rows below, of h and of the weights."""
     inputs, _, _, _, config, needs_input, needs_params = _split_backward(flat)
-    first = [w.w_ih for w in group_weights(inputs.params, config)[0]]
+    first = [w.w_ih for w in config.group(inputs.params)[0]]
     passes = 1 + needs_params + (config.recompute and config.spec.saved > 0)
     without = 0 if needs_input else _forward_flops(inputs.input, None, None, first)
     return passes * _forward_flops(*inputs) - without
@@ -135,7 +137,7 @@ def _has_projection(inputs: StackInputs, config: StackConfig) -> bool:
 def _by_reference(inputs: StackInputs, sequences: Sequences, config: StackConfig) -> Any:
     """Runs the reference: output, h_n, c_n and c of every step."""
     input, h_0, c_0, params, masks = inputs
-    weights = group_weights(params, config)
+    weights = config.group(params)
     return differentiable_stack(config.cell, input, h_0, c_0, weights, masks, sequences)
 
 
@@ -168,24 +170,23 @@ class _Node(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, run, pull_back, fixed, *tensors):
+    def forward(ctx, run, pull_back, *tensors):
         results, kept, constant = run(*tensors)
-        ctx.pull_back, ctx.counts = pull_back, (len(fixed), len(tensors))
+        every = *tensors, *kept
+        ctx.pull_back, ctx.count = pull_back, len(tensors)
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*[tensor for tensor in constant if tensor is not None])
-        every = *fixed, *tensors, *kept
         ctx.present = [tensor is not None for tensor in every]
         # Tools that walk a graph's saved tensors expect no None.
-        ctx.save_for_backward(*(tensor for tensor in every if tensor is not None))
+        ctx.save_for_backward(*[tensor for tensor in every if tensor is not None])
         return results
 
     @staticmethod
     def backward(ctx, *grads):
-        n, m = ctx.counts
-        tensors, needs = iter(ctx.saved_tensors), ctx.needs_input_grad[3:]
+        tensors = iter(ctx.saved_tensors)
         saved = [next(tensors) if present else None for present in ctx.present]
-        parts = saved[:n], saved[n : n + m], saved[n + m :]
-        return None, None, None, *ctx.pull_back(*parts, grads, needs)
+        parts, needs = (saved[: ctx.count], saved[ctx.count :]), ctx.needs_input_grad[2:]
+        return None, None, *ctx.pull_back(*parts, grads, needs)
 
 
 #: ``_Node.apply`` without its checks for ``torch.func``, which the operators' keys take care of.
@@ -207,21 +208,21 @@ def _forward_node(
     input, h_0, c_0, params, masks = inputs
     # The values that backward multiplies by remain those of forward when p.data is replaced.
     values = [p.detach() for p in params]
-    keeps_output = config.hidden_layers < config.num_layers  # else it may be modified in place
 
     def run_flat(input, h_0, c_0, *params):
         results = tuple(run(StackInputs(input, h_0, c_0, params, masks)))
         output, _, _, gates, cs, hidden = results
-        return results, (output if keeps_output else None, gates, cs, hidden), (gates, hidden)
+        # Else the output may be modified in place.
+        output = output if config.hidden_layers < config.num_layers else None
+        return results, (output, gates, cs, hidden), (gates, hidden)
 
-    pull_back = partial(_pull_back, config, values)
-    return _apply(run_flat, pull_back, (*sequences, *masks), input, h_0, c_0, *params)
+    pull_back = partial(_pull_back, config, sequences, masks, values)
+    return _apply(run_flat, pull_back, input, h_0, c_0, *params)
 
 
-def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any, ...]:
+def _pull_back(config, sequences, masks, values, tensors, kept, grads, needs) -> tuple[Any, ...]:
     """Returns the gradients of input, h_0, c_0 and params from those of a stack's results."""
-    (lengths, reset, batch_sizes, *masks), (input, h_0, c_0, *params) = fixed, tensors
-    output, gates, cs, hidden = kept
+    (input, h_0, c_0, *params), (output, gates, cs, hidden) = tensors, _empty_to_none(kept)
     d_output, d_h_n, d_c_n, _, d_cs, _ = grads
     given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
     present = [grad for grad in given if grad is not None]
@@ -235,7 +236,7 @@ def _pull_back(config, values, fixed, tensors, kept, grads, needs) -> tuple[Any,
         StackInputs(input, h_0, c_0, params if through_op else values, masks),
         StackOutputs(output, None, None, gates, cs, hidden),  # type: ignore[arg-type]
         given,
-        Sequences(lengths, reset, batch_sizes),
+        sequences,
         config,
         needs[0],
         any(needs[3:]),
@@ -298,20 +299,9 @@ def _forward_autograd(input, h_0, c_0, params, dropout_masks, *rest):
 @torch.library.register_fake("fusedrnn::rnn_forward")
 def _forward_fake(input, h_0, c_0, params, dropout_masks, *rest):
     _, config, (save,) = _split_arguments(rest)
-    *rows, _ = input.shape
-    room, (Z, _, P), D = math.prod(rows), h_0.shape, config.directions
-    H, saves = (h_0 if c_0 is None else c_0).shape[-1], save and config.backend != "aten"
-    saved, empty = config.spec.saved, input.new_empty
-    keeps_gates = saves and not (config.recompute and saved)
-    keeps_hidden = saves and config.hidden_layers > 0
-    return (
-        empty(*rows, D * P),
-        empty(h_0.shape),
-        empty(0) if c_0 is None else empty(c_0.shape),
-        empty(Z, room, saved * H) if keeps_gates else empty(0),
-        empty(Z, room, H) if saves and c_0 is not None else empty(0),
-        empty(config.hidden_layers, room, D * H) if keeps_hidden else empty(0),
-    )
+    inputs = StackInputs(input, h_0, c_0, params, ())
+    save = save and config.backend != "aten"
+    return _none_to_empty(input, stack.empty_outputs(inputs, config, save))
 
 
 def _split_backward(flat: Sequence[Any]) -> tuple[Any, ...]:
@@ -344,56 +334,40 @@ def _backward_autograd(*flat):
         results = _below_autograd(_run_backward, own, outputs, tensors[:4], *arguments)
         return (*results[:3], *results[3]), (), ()
 
-    pull_back = partial(_pull_back_again, config, needs_input)
+    pull_back = partial(_pull_back_again, config, sequences, masks, needs_input)
     with enable_single_level_autograd_function():
-        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, (*sequences, *masks), *tensors)
+        d_input, d_h_0, d_c_0, *d_params = _apply(run, pull_back, *tensors)
     return d_input, d_h_0, d_c_0, d_params
 
 
-def _pull_back_again(config, needs_input, fixed, tensors, kept, directions, needs):
+def _pull_back_again(config, sequences, masks, needs_input, tensors, kept, directions, needs):
     """Pulls ``directions`` back through the gradients of a stack, by the reference.
 
     The gradients are a pullback of the stack's results, so theirs are a pullback of that one. What
-    forward saved has no gradient: it is a function of the other tensors.
-
-    Args:
-        directions: one for each of d_input, d_h_0, d_c_0 and d_params; None where it is zero.
-        tensors: d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params; None where there is none.
-
-    Returns:
-        A gradient for each of ``tensors``.
+    forward saved has no gradient: it is a function of the other tensors, which are d_output, d_h_n,
+    d_c_n, d_cs, input, h_0, c_0 and params.
     """
-    lengths, reset, batch_sizes, *masks = fixed
-    sequences, primals = Sequences(lengths, reset, batch_sizes), tensors[4:]
-    found: list[Any] = [None] * len(tensors)
-    directions = [*directions, *[None] * (len(primals) - len(directions))]
-    directions[0] = directions[0] if needs_input else None
-    directions[2] = None if primals[2] is None else directions[2]
-    given = [i for i, t in enumerate(tensors[:4]) if t is not None]
-    present = [i for i, t in enumerate(primals) if t is not None]
-    wanted = [i for i in present if directions[i] is not None]
-    if not wanted:
-        return found
+    present = {i: tensor for i, tensor in enumerate(tensors) if tensor is not None}
+    cotangents = {i: present.pop(i) for i in range(4) if i in present}
+    directions = {i: d for i, d in enumerate(directions, 4) if d is not None and i in present}
+    if not needs_input:
+        directions.pop(4, None)
+    if not directions:
+        return [None] * len(tensors)
 
-    def results(*tensors):
-        named = dict(zip(present, tensors, strict=True))
-        params = [t for i, t in named.items() if i > 2]
-        own = StackInputs(named[0], named[1], named.get(2), params, masks)
-        every = _by_reference(own, sequences, config)
-        return tuple(every[i] for i in given)
+    def results(primals):
+        input, h_0, *params = primals.values()
+        c_0 = params.pop(0) if 6 in primals else None
+        every = _by_reference(StackInputs(input, h_0, c_0, params, masks), sequences, config)
+        return {i: every[i] for i in cotangents}
 
     def gradients(primals, cotangents):
-        by_index = dict(zip(present, torch.func.vjp(results, *primals)[1](cotangents), strict=True))
-        return tuple(by_index[i] for i in wanted)
+        (found,) = torch.func.vjp(results, primals)[1](cotangents)
+        return {i: found[i] for i in directions}
 
-    cotangents = tuple(tensors[i] for i in given)
-    pull = torch.func.vjp(gradients, tuple(primals[i] for i in present), cotangents)[1]
-    of_primals, of_cotangents = pull(tuple(directions[i] for i in wanted))
-    for i, grad in zip(given, of_cotangents, strict=True):
-        found[i] = grad
-    for i, grad in zip(present, of_primals, strict=True):
-        found[4 + i] = grad
-    return found
+    of_primals, of_cotangents = torch.func.vjp(gradients, present, cotangents)[1](directions)
+    found = of_primals | of_cotangents
+    return [found.get(i) for i in range(len(tensors))]
 
 
 @torch.library.register_fake("fusedrnn::rnn_backward")

@@ -4,8 +4,6 @@
 classes, for models that are built afterwards. ``replace_modules`` converts an existing model.
 """
 
-from __future__ import annotations
-
 import copy
 import functools
 import sys
@@ -18,24 +16,20 @@ import torch
 from torch.nn.modules import rnn as torchs_rnn
 from torch.nn.utils.parametrize import type_before_parametrizations as _class_of
 
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-
 _Model = TypeVar("_Model", bound=torch.nn.Module)
+_Class = TypeVar("_Class", bound=type[torch.nn.Module])
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
 
 # Collected at import, because while patched torch's names lead to ours.
-_OURS: _Classes = {
-    getattr(torchs_rnn, kind.__name__): kind
-    for kind in (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
-}
-_TORCHS: _Classes = {ours: theirs for theirs, ours in _OURS.items()}
+_OURS: _Classes = {}
+_TORCHS: _Classes = {}
 #: The lists in which torch's modules, but not ours, keep their weights a second time.
 _FLAT = {"_flat_weights", "_flat_weight_refs"}
 #: The modules in which torch exposes the six classes.
 _PLACES = (torch.nn, torch.nn.modules, torchs_rnn)
 
 _lock = threading.Lock()
-_active: dict[Patch, int] = {}  # how many blocks of each are open; 0 for a plain call
+_active: dict["Patch", int] = {}  # how many blocks of each are open; 0 for a plain call
 _undo: list[Callable[[], object]] = []  # restores what patching changed; empty while not patched
 
 
@@ -190,8 +184,15 @@ def _scriptable(module: torch.nn.Module) -> torch.nn.Module:
     return to_torch(copy.copy(module))
 
 
-for _ours in _TORCHS:
-    _ours.__prepare_scriptable__ = _scriptable  # type: ignore[attr-defined]
+def replaces(theirs: type) -> Callable[[_Class], _Class]:
+    """Makes the decorated class the counterpart of one of torch's."""
+
+    def register(ours: _Class) -> _Class:
+        _OURS[theirs], _TORCHS[ours] = ours, theirs
+        ours.__prepare_scriptable__ = _scriptable  # type: ignore[attr-defined]
+        return ours
+
+    return register
 
 
 def _convert(model: _Model, classes: _Classes, caller: str) -> _Model:

@@ -13,9 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.rows import Rows, packed_rows
 from .kernels.tensors import Weights
-from .layout import Layout, Sequences, with_index
+from .layout import to_grid
+from .records import Sequences
 
 State = Any  # a Tensor, or None for the c of a cell without one
 
@@ -68,6 +68,11 @@ _CELLS: dict[str, Callable] = {
 _GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 
 
+def saved_gates(cell: str, gx: Tensor, h: Tensor, c: State, w: Weights) -> Tensor:
+    """Returns the tiles ``[R, S*H]`` that a kernel saves, of many steps at once."""
+    return torch.cat(_CELLS[cell](gx, h, c, w)[2], -1)
+
+
 def gates_of(cell: str, gx: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
     """Returns the activated gates of many steps at once, by name.
 
@@ -101,11 +106,15 @@ def differentiable_stack(
 
     Returns:
         output ``[T, B, D*P]``, h_n ``[L*D, B, P]``, c_n or None, and c of every step
-        ``[L*D, R, H]`` or None.
+        ``[L*D, T, B, H]`` or None.
     """
-    packing = _packing(sequences.batch_sizes, input.device)
-    input, dropout_masks = packing.to_grid(input), [packing.to_grid(mask) for mask in dropout_masks]
-    steps = _Steps(sequences, input.shape[0], input.shape[1], input.device)
+    B, sizes = h_0.shape[1], sequences.batch_sizes
+    T = input.shape[0] if sizes is None else len(sizes)
+    steps = _Steps(sequences, T, B, input.device)
+    if sizes is not None:
+        is_there = torch.arange(B, device=sizes.device) < sizes.unsqueeze(1)
+        index = is_there.flatten().nonzero().squeeze(1).to(input.device)
+        input, *dropout_masks = (to_grid(x, index, T, B) for x in (input, *dropout_masks))
     # Padding may be NaN, and 0 * NaN would reach the gradient of W_ih.
     input = torch.where(steps.there.unsqueeze(-1), input, 0.0)
     h_n: list[Tensor] = []
@@ -120,14 +129,15 @@ def differentiable_stack(
             outputs.append(out)
             h_n.append(h)
             c_n.append(c)
-            cs += [packing.to_rows(every_c).flatten(0, -2)] if every_c is not None else []
+            cs += [every_c] if every_c is not None else []
         input = torch.cat(outputs, -1)
         if dropout_masks and layer < len(weights) - 1:
             input = input * dropout_masks[layer]
-    output = packing.to_rows(input)
+    if sizes is not None:
+        input, cs = input.flatten(0, 1)[index], [c.flatten(0, 1)[index] for c in cs]
     if c_0 is None:
-        return output, torch.stack(h_n), None, None
-    return output, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)
+        return input, torch.stack(h_n), None, None
+    return input, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)
 
 
 class _Steps:
@@ -164,12 +174,3 @@ def _one_direction(
             c = torch.where(there, c_out, c)
             cs[t] = torch.where(there, c, 0.0)
     return torch.stack(hs), h, c, None if c is None else torch.stack(cs)
-
-
-def _packing(batch_sizes: Tensor | None, device: torch.device) -> Layout:
-    """Returns the layout of packed rows in the grid ``[T, B]``."""
-    if batch_sizes is None:
-        return Layout(Rows(0, 0))
-    rows = packed_rows(batch_sizes, 1, device)
-    there = torch.arange(rows.B, device=batch_sizes.device) < batch_sizes.unsqueeze(1)
-    return with_index(rows, there.flatten().nonzero().squeeze(1), device)

@@ -1,7 +1,5 @@
 """``python -m fusedrnn run``: runs a program with ``torch.nn`` patched and counts its modules."""
 
-from __future__ import annotations
-
 import atexit
 import functools
 import os

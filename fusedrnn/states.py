@@ -9,15 +9,13 @@ from torch import Tensor
 
 from . import dispatch
 from .arguments import Call
-from .functional import config_of, in_form, operands, states_in_form
 from .kernels.rows import Rows
 from .kernels.spec import SPECS
 from .kernels.tensors import Weights
-from .layer import group_weights
-from .layout import entering, layout_of, previous_rows, without_padding
+from .layout import entering, previous_rows, rows_of, with_table, without_padding
 from .ops import rnn_stack
+from .records import StackInputs
 from .reference import gates_of
-from .stack import StackInputs
 
 
 class States(NamedTuple):
@@ -52,27 +50,28 @@ def run(call: Call, wants_gates: bool) -> States:
     gradients flow through h, and no backend has to know about them.
     """
     facts = call.facts._replace(states=True)
-    config = config_of(call, dispatch.choose(facts))._replace(num_layers=1, compact=False)
-    x, h_0, c_0, params, masks = operands(call)
-    D, L, H = config.directions, facts.layers.num_layers, facts.hidden_size
-    rows = layout_of(x, h_0.shape[1], D, call.sequences, False).rows
+    config = dispatch.decide(facts)[1]._replace(num_layers=1)
+    x, h_0, c_0, params, masks = call.stack_inputs()
+    D, L = config.directions, facts.layers.num_layers
+    sequences = with_table(call.sequences, h_0.shape[1], x.device)
+    rows = rows_of(x, h_0.shape[1], D, sequences)
     each, finals, h, c, gates = len(params) // L, [], [], [], []
     for layer in range(L):
         of_layer = slice(layer * D, (layer + 1) * D)
         own = params[layer * each : (layer + 1) * each]
         inputs = StackInputs(x, h_0[of_layer], None if c_0 is None else c_0[of_layer], own, [])
-        out, final, cs = rnn_stack(inputs, call.sequences, config, keep_states=True)
+        out, final, cs = rnn_stack(inputs, sequences, config, keep_states=True)
         finals.append(final)
         h.append(out.chunk(D, -1))
         if cs is not None:
-            c.append([of_d.view(*out.shape[:-1], H) for of_d in cs.unbind()])
+            c.append(cs.unbind())
         if wants_gates:
-            (weights,) = group_weights(own, config)
+            (weights,) = config.group(own)
             gates.append(_gates(config.cell, x, h[-1], inputs.h_0, weights, rows))
         x = out * masks[layer] if masks and layer < L - 1 else out
-    h_n, *c_n = states_in_form(call, [torch.cat(parts) for parts in zip(*finals, strict=True)])
+    h_n, *c_n = call.states_in_form([torch.cat(parts) for parts in zip(*finals, strict=True)])
     return States(
-        output=in_form(call, out),
+        output=call.in_form(out),
         h_n=h_n,
         c_n=c_n[0] if c_n else None,
         h=_formed(call, h),
@@ -84,9 +83,9 @@ def run(call: Call, wants_gates: bool) -> States:
 def _formed(call: Call, tree: Any) -> Any:
     """Returns nested tuples for nested lists, with every tensor in the form of the input."""
     if isinstance(tree, Tensor):
-        return in_form(call, tree)
+        return call.in_form(tree)
     if isinstance(tree, dict):
-        return {name: in_form(call, tensor) for name, tensor in tree.items()}
+        return {name: call.in_form(tensor) for name, tensor in tree.items()}
     return tuple(_formed(call, each) for each in tree)
 
 

@@ -1,15 +1,13 @@
 """The rules by which ``torch.func.vmap`` maps the operators of ``ops.py``.
 
-Sequences are independent, so a mapped axis of N calls with the same weights joins the batch: one
-call of N * B sequences. Where every call has weights, or a gradient of the weights, for itself
-(ensembles, per-sample gradients), and with packed input, the N calls run one after the other.
+Sequences are independent, so a mapped axis of N calls with the same weights joins the batch. Where
+calls have weights, or a gradient of the weights, for themselves, they run one after the other.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
-from torch import Tensor
 from torch.autograd import forward_ad
 
 
@@ -28,98 +26,54 @@ for _function in (has_tangents, is_transformed):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-class _Fold(NamedTuple):
-    """N calls of T steps and B sequences as one call of N * B sequences."""
-
-    N: int
-    T: int
-    B: int
-
-    def mapped(self, tensor: Tensor, dim: int | None) -> Tensor:
-        """Returns the tensor with the mapped axis in front, expanded if there was none."""
-        return tensor.expand(self.N, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
-
-    def join(self, tensor: Tensor | None, dim: int | None, at: int = 1) -> Tensor | None:
-        """Joins the mapped axis with axis ``at``, the batch."""
-        if tensor is None:
-            return None
-        return self.mapped(tensor, dim).movedim(0, at).flatten(at, at + 1)
-
-    def join_rows(self, tensor: Tensor | None, dim: int | None) -> Tensor | None:
-        """Joins the mapped axis with the batch in ``[Z, T * B, C]``; placeholders stay 1-D."""
-        if tensor is None:
-            return None
-        mapped = self.mapped(tensor, dim)
-        if mapped.dim() == 2:
-            return mapped[0]
-        return mapped.unflatten(2, (self.T, self.B)).movedim(0, 2).flatten(1, 3)
-
-    def split(self, tensor: Tensor) -> Tensor:
-        """Reverses ``join``; the mapped axis is in front."""
-        if tensor.dim() == 1:
-            return tensor.expand(self.N, *tensor.shape)
-        return tensor.unflatten(1, (self.N, self.B)).movedim(1, 0)
-
-    def split_rows(self, tensor: Tensor) -> Tensor:
-        """Reverses ``join_rows``; the mapped axis is in front."""
-        if tensor.dim() == 1:
-            return tensor.expand(self.N, *tensor.shape)
-        return tensor.unflatten(1, (self.T, self.N, self.B)).movedim(2, 0).flatten(2, 3)
+#: The axis of the sequences in each tensor of an operator, None where there is none.
+_FORWARD = (1, 1, 1, None, 1, 0, 1, None, None)
+_BACKWARD = (1, 1, 1, 2, 1, 1, 1, None, 1, 1, 2, 2, 2, 0, 1, None, None)
+_RESULTS = {len(_FORWARD): (1, 1, 1, 2, 2, 2), len(_BACKWARD): (1, 1, 1, None)}
 
 
 def map_forward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
     """Maps ``rnn_forward``."""
-    forward = torch.ops.fusedrnn.rnn_forward
-    input, h_0, c_0, params, masks, lengths, reset, batch_sizes, *config = arguments
-    if batch_sizes is not None or any(dim is not None for dim in dims[3]):
-        return _one_by_one(forward, info.batch_size, dims, arguments)
-    fold = _fold(info, input, dims[0])
-    results = forward(
-        *map(fold.join, (input, h_0, c_0), dims[:3]),
-        params,
-        [fold.join(mask, dim) for mask, dim in zip(masks or (), dims[4] or (), strict=True)],
-        fold.join(lengths, dims[5], 0),
-        fold.join(reset, dims[6]),
-        None,
-        *config,
-    )
-    of_batch = [fold.split(result) for result in results[:3]]
-    return (*of_batch, *(fold.split_rows(result) for result in results[3:])), (0,) * len(results)
+    return _map(torch.ops.fusedrnn.rnn_forward, _FORWARD, info.batch_size, dims, arguments)
 
 
 def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-    """Maps ``rnn_backward``, as one call unless weights need a gradient or are mapped."""
-    backward = torch.ops.fusedrnn.rnn_backward
-    d_output, d_h_n, d_c_n, d_cs, input, h_0, c_0, params, masks, *rest = arguments
-    output, gates, cs, hidden, lengths, reset, batch_sizes, *config, needs_params = rest
-    if batch_sizes is not None or needs_params or any(dim is not None for dim in dims[7]):
-        return _one_by_one(backward, info.batch_size, dims, arguments)
-    fold = _fold(info, input, dims[4])
-    results = backward(
-        *map(fold.join, (d_output, d_h_n, d_c_n), dims[:3]),
-        fold.join_rows(d_cs, dims[3]),
-        *map(fold.join, (input, h_0, c_0), dims[4:7]),
-        params,
-        [fold.join(mask, dim) for mask, dim in zip(masks, dims[8], strict=True)],
-        fold.join(output, dims[9]),
-        *map(fold.join_rows, (gates, cs, hidden), dims[10:13]),
-        fold.join(lengths, dims[13], 0),
-        fold.join(reset, dims[14]),
-        None,
-        *config,
-        needs_params,
-    )
-    return (*(fold.split(result) for result in results[:3]), []), (0, 0, 0, [])
+    """Maps ``rnn_backward``, call by call if weights need a gradient."""
+    op, N = torch.ops.fusedrnn.rnn_backward, info.batch_size
+    if arguments[-1]:
+        return _one_by_one(op, N, dims, arguments)
+    return _map(op, _BACKWARD, N, dims, arguments)
 
 
-def _fold(info: Any, input: Tensor, dim: int | None) -> _Fold:
-    T, B = [size for i, size in enumerate(input.shape) if i != dim][:2]
-    return _Fold(info.batch_size, T, B)
+def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
+    """Runs the N calls as one, or one by one where weights are mapped or rows are packed."""
+    if arguments[len(axes) - 2] is not None or any(d is not None for d in dims[axes.index(None)]):
+        return _one_by_one(op, N, dims, arguments)
+
+    def join(tensor: Any, dim: Any, axis: int | None) -> Any:
+        if tensor is None or axis is None:
+            return tensor
+        if isinstance(tensor, (list, tuple)):
+            return [join(each, d, axis) for each, d in zip(tensor, dim, strict=True)]
+        mapped = tensor.expand(N, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
+        if mapped.dim() == 2 and axis:
+            return mapped[0]  # a placeholder
+        return mapped.movedim(0, axis).flatten(axis, axis + 1)
+
+    def split(tensor: Any, axis: int | None) -> Any:
+        if axis is None:
+            return tensor  # no gradient of a weight
+        if tensor.dim() == 1:
+            return tensor.expand(N, *tensor.shape)
+        return tensor.unflatten(axis, (N, tensor.shape[axis] // N)).movedim(axis, 0)
+
+    joined = [join(*each) for each in zip(arguments, dims, axes, strict=False)]
+    results = op(*joined, *arguments[len(axes) :])
+    found = tuple(split(*each) for each in zip(results, _RESULTS[len(axes)], strict=True))
+    return found, tuple([] if axis is None else 0 for axis in _RESULTS[len(axes)])
 
 
-def _one_by_one(
-    op: Callable, count: int, in_dims: Sequence[Any], arguments: Sequence[Any]
-) -> tuple[Any, Any]:
+def _one_by_one(op: Callable, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
     """Runs the calls one after the other and stacks their results."""
 
     def nth(argument: Any, dims: Any, n: int) -> Any:
@@ -127,15 +81,11 @@ def _one_by_one(
             return [nth(each, dim, n) for each, dim in zip(argument, dims, strict=True)]
         return argument if dims is None else argument.select(dims, n)
 
-    calls = [
-        op(*(nth(argument, dims, n) for argument, dims in zip(arguments, in_dims, strict=True)))
-        for n in range(count)
-    ]
-
     def stacked(each: Any) -> Any:
         if isinstance(each[0], list):
             return [torch.stack(parts) for parts in zip(*each, strict=True)]
         return torch.stack(each)
 
+    calls = [op(*nth(arguments, dims, n)) for n in range(N)]
     results = tuple(stacked(each) for each in zip(*calls, strict=True))
     return results, tuple([0] * len(r) if isinstance(r, list) else 0 for r in results)

@@ -17,9 +17,11 @@ import torch
 import triton
 from triton.backends.compiler import GPUTarget
 
-from .plan import Chip, Plan, Problem, Tiles
+from . import steptime
+from .latencies import timings
+from .problem import Chip, Plan, Problem, Tiles
 from .rows import Rows
-from .sass import Instruction, loops, read, run_tool
+from .sass import Instruction, loops, read, run_tool, trace
 from .tensors import Grads, Layers
 
 #: Kinds of instructions and what their names begin with; the first that fits counts.
@@ -75,6 +77,15 @@ class Kernel:
     def instructions(self) -> list[Instruction]:
         """All instructions, each once, however often it runs."""
         return read(self.binary.asm["cubin"])
+
+    @cached_property
+    def turn(self) -> list[Instruction]:
+        """One turn of the loop over time; empty where the host has the loop."""
+        return trace(self.instructions) if loops(self.instructions) else []
+
+    def predict(self, arch: str) -> steptime.Prediction:
+        """Predicts a step of a kernel that has the loop over time."""
+        return steptime.predict(self.turn, timings(arch), self.tiles.num_warps, self.steps)
 
 
 def compile_plan(
@@ -174,12 +185,6 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
         empty(Z, B, H), c(Z, B, H),
     )  # fmt: skip
     return layers, grads, rows
-
-
-def loop_over_time(instructions: Sequence[Instruction]) -> Sequence[Instruction]:
-    """The longest loop, or nothing: the other loops of the kernels poll, inside that one."""
-    spans = loops(instructions)
-    return instructions[spans[0][0] : spans[0][1] + 1] if spans else ()
 
 
 def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:

@@ -34,17 +34,12 @@ class Timings:
     fma: float = 2.0  # busy; FADD, FMUL, FFMA and their 16-bit forms in one of the pipes (G)
     imad: float = 2.0  # busy; integer multiply-add, in the first of the pipes (D, G)
     alu: float = 2.0  # busy; integer, logic, compare, select, pack on 16 lanes (G)
-    fp64: float = 32.0  # busy; 2 lanes an SM, but 64 on sm_80, sm_90 and sm_100 (G)
-    fp64_latency: float = 40.0  # (X)
     uniform: float = 2.0  # busy; the uniform datapath (X)
     branch: float = 12.0  # from a taken branch to the first instruction at its target (X; E: ~10)
     mufu: float = 8.0  # busy; 16 lanes an SM, conversions included (G)
     mufu_latency: float = 22.0  # (B: 18 to 23 with a move)
-    convert_latency: float = 22.0  # I2F, F2I, F2F (X: as MUFU)
     hmma: float = 8.0  # busy; HMMA.16816 of 16-bit operands (C; G)
     hmma_latency: float = 24.6  # accumulator to accumulator (A, C)
-    wgmma: float = 4.0  # busy; 64 x 8 x 16 (G)
-    wgmma_latency: float = 32.0  # (X; A: 18 for 8 columns in a chain, 128 for 256)
     address: float = 4.0  # busy; the address unit of a sub-core has 8 lanes (D, G, H)
     queue: int = 6  # memory instructions between issue and address unit (D: 5)
     shared_bytes: float = 128.0  # bytes a cycle and SM (G)
@@ -76,13 +71,13 @@ MMA_RATIOS = {
 #: Only sm_90 was compared with measurements. Peaks of GeForce chips with 32-bit accumulators: 64
 #: products a cycle and sub-core, a quarter of an A100's.
 TIMINGS = {
-    "sm_80": Timings("A100", 1410.0, fma_pipes=1, fp64=2.0, l2=262.0),
+    "sm_80": Timings("A100", 1410.0, fma_pipes=1, l2=262.0),
     "sm_86": Timings("RTX 3090", 1695.0, hmma=32.0),
     "sm_89": Timings("RTX 4090", 2520.0, hmma=32.0, l2=280.0),
     # mma.sync reaches 63 % of the peak, 6.5 cycles for 4 (A); ptxas keeps 6 or 7 apart (H).
-    "sm_90": Timings("H100 SXM", 1755.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
+    "sm_90": Timings("H100 SXM", 1755.0, hmma=6.5, hmma_latency=24.1),
     # No figures were found: those of sm_90 at the clock of a B200 (X).
-    "sm_100": Timings("B200", 1965.0, fp64=2.0, hmma=6.5, hmma_latency=24.1),
+    "sm_100": Timings("B200", 1965.0, hmma=6.5, hmma_latency=24.1),
     "sm_120": Timings("RTX 5090", 2407.0, hmma=32.0, l2=300.0),
 }
 

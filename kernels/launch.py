@@ -8,30 +8,27 @@ from typing import Any
 
 import torch
 
-from .cells import CELLS, Cell
-from .plan import LaunchRefused, Tiles
+from .problem import LaunchRefused, Tiles
+from .tensors import Layers
 from .tiles import Tile
 
 _CONSTANTS: dict[tuple, tuple] = {}
 
 
-def constants(cell: str, tiles: Tiles, L: int, D: int, H: int) -> tuple[Cell, Tile, dict[str, Any]]:
+def constants(cell: Any, tiles: Tiles, L: int, D: int, H: int) -> tuple[Any, Tile, dict[str, Any]]:
     """The arguments CELL and TILE of a kernel and its compiler options, made once.
 
     The cache compares cells and tiles by identity: it hashes no plan field by field, and a cell
     that is registered under the name of another is not taken for that one.
     """
-    of = CELLS[cell]
-    key = id(of), id(tiles), L, D, H
+    key = id(cell), id(tiles), L, D, H
     made = _CONSTANTS.get(key)
     if made is None:
         if len(_CONSTANTS) >= 4096:
             _CONSTANTS.clear()
-        tile = Tile(
-            L, D, H, tiles.block_b, tiles.block_h, tiles.precision, tiles.k_chunks, tiles.folded
-        )
+        tile = Tile(L, D, H, tiles.block_b, tiles.block_h, tiles.precision)
         # The entry holds the tiles, so that no others can get their id.
-        made = _CONSTANTS[key] = of, tile, options_of(tiles), tiles
+        made = _CONSTANTS[key] = cell, tile, options_of(tiles), tiles
     return made[:3]
 
 
@@ -43,10 +40,6 @@ def options_of(tiles: Tiles) -> dict[str, Any]:
     if tiles.max_registers:
         # Otherwise ptxas may stop at 128 registers, to fit two programs on an SM, and spill.
         options["maxnreg"] = tiles.max_registers
-    if tiles.k_chunks:
-        # Cooperative programs all run at once, or the launch is refused. Their device assertion
-        # needs debug, which by itself would also check every integer sum for overflow.
-        options |= {"debug": True, "sanitize_overflow": False, "launch_cooperative_grid": True}
     return options
 
 
@@ -74,3 +67,13 @@ def in_rounds(launch: Callable[[int, int], None], B: int, tiles: Tiles) -> None:
             if "cooperative" in str(error).lower():  # cudaErrorCooperativeLaunchTooLarge
                 raise LaunchRefused(str(error)) from error
             raise
+
+
+def layers_forward(layers: Layers) -> Layers:
+    """The tensors that the forward kernel reads; the others are None, and cost no time."""
+    return layers._replace(w_ih=None, b_ih=None, masks=None)
+
+
+def layers_backward(layers: Layers) -> Layers:
+    """The tensors that the backward kernel reads."""
+    return layers._replace(gx=None, w_ih=None, b_ih=None, b_hh=None, masks=None, h_n=None, c_n=None)

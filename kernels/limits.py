@@ -5,6 +5,10 @@ a thread, or asks for more shared memory than estimated. "Gates" are the number 
 cell; a kind is a way to multiply: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 in fp32).
 """
 
+from typing import NamedTuple
+
+from .spec import CellSpec
+
 #: The largest H of schedule resident, by number of gates. H is padded to a power of two.
 LARGEST_H = {
     "16-bit": {4: 128, 3: 128, 1: 256},
@@ -12,61 +16,6 @@ LARGEST_H = {
     "tf32x3": {4: 64, 3: 64, 1: 128},
     "ieee": {4: 64, 3: 64, 1: 128},
 }
-#: The largest slice of a program in schedule cooperative, by number of gates: units, and units
-#: times the columns of W_hh with 16 rows and with 32.
-LARGEST_SLICE = {
-    "16-bit": {4: (32, 16384, 4096), 3: (32, 20480, 4096), 1: (64, 65536, 8192)},
-    "tf32": {4: (16, 8192, 2048), 3: (32, 8192, 2048), 1: (64, 32768, 4096)},
-}
-OPERAND_COLUMNS = {"16-bit": 512, "tf32": 256}  # of h or dgates, loaded at a time
-
-
-def padded_units(H: int) -> int:
-    """Returns the power of two to which a program of schedule resident pads H.
-
-    >>> padded_units(5), padded_units(65)
-    (16, 128)
-    """
-    return max(16, 1 << (H - 1).bit_length())
-
-
-def holds_slice(
-    kind: str, gates: int, layers: int, ragged: bool, units: int, rows: int, columns: int
-) -> bool:
-    """Returns whether a cooperative program holds ``units`` times ``columns`` of W_hh."""
-    most, few_rows, many_rows = LARGEST_SLICE[kind][gates]
-    room = few_rows if rows == 16 else many_rows
-    if layers > 1:  # W_ih beside W_hh
-        room //= 2 if kind == "16-bit" else 4
-    if ragged:  # h_0 beside the step before
-        room = room * 5 // 8
-        most = min(most, 32)
-    return units <= most and units * columns <= room
-
-
-def k_chunks(H: int, kind: str) -> tuple[tuple[int, int, int], ...]:
-    """Cuts H columns into chunks of equally many pieces: (start, pieces, columns of a piece).
-
-    8 pieces, one for each warp, or 4 where that saves much padding. With fewer pieces several warps
-    would compute the same.
-
-    >>> k_chunks(512, "16-bit")
-    ((0, 8, 64),)
-    >>> k_chunks(192, "16-bit")
-    ((0, 4, 32), (128, 4, 16))
-    """
-    most = OPERAND_COLUMNS[kind]
-    saves = -H % 128 != -H % 64 and 4 * (-H % 128) > H
-    pieces = 4 if saves and 2 * H <= most else 8
-    most = most * pieces // 8
-    # Unequal chunks of fp32 spill beyond one chunk.
-    least = most if kind != "16-bit" and most < H else 16 * pieces
-    chunks, start, end = [], 0, -(-H // least) * least
-    while start < end:
-        width = min(most, 1 << ((end - start).bit_length() - 1))
-        chunks.append((start, pieces, width // pieces))
-        start += width
-    return tuple(chunks)
 
 
 def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:
@@ -76,9 +25,53 @@ def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:
     return (gates * units * units * itemsize + operands) * (2 if kind == "tf32x3" else 1)
 
 
-def slice_bytes(kind: str, gates: int, layers: int, units: int, rows: int, columns: int) -> int:
-    """An upper bound: the slice of W_hh (and W_ih above the first layer), and an operand."""
+class SliceNeeds(NamedTuple):
+    """What one program of schedule cooperative needs."""
+
+    registers: int  # of a thread, for W, one operand and the accumulators
+    shared_bytes: int
+    mma: int  # instructions of 16 x 8 x 16 (tf32: 8) a warp in a step
+    read_bytes: int  # of operands in a step
+
+
+def slice_needs(
+    spec: CellSpec, kind: str, layers: int, forward: bool, H: int, units: int, rows: int, warps: int
+) -> SliceNeeds:
+    """The needs of a program of ``units``, ``rows`` sequences and ``warps`` (``slices.py``).
+
+    Forward, a product has 16 rows of gates and units, and H columns; backward, units and the
+    columns of all gates of a phase.
+    """
     itemsize = 2 if kind == "16-bit" else 4
-    weights = gates * units * columns * itemsize * (2 if layers > 1 else 1)
-    # The warps' pieces are summed through shared memory: 8 of each gate's tile.
-    return weights + max(rows * columns * itemsize, gates * 8 * rows * units * 4)
+    line = 64 // itemsize * warps
+    gates = [len(phase) for phase in spec.phases]
+    if layers > 1:  # the product with W_ih, or with that of the layer above
+        gates.append(spec.gates)
+    if forward:
+        blocks, columns = [-(-n * units // 16) for n in gates], [H] * len(gates)
+    else:
+        blocks, columns = [-(-units // 16)] * len(gates), [n * -(-H // 16) * 16 for n in gates]
+    columns = [-(-n // line) * line for n in columns]
+    weights = sum(n * k for n, k in zip(blocks, columns, strict=True)) * itemsize // 8 // warps
+    operands = [rows * k * itemsize // 128 // warps for k in columns]
+    sums = max(blocks)
+    if layers > 1:
+        sums += sum(n for n in spec.recurrent if n >= spec.gates) and units // 16
+        sums = sums if forward else 2 * sums
+    instructions = weights // 4 * rows // 8
+    return SliceNeeds(
+        weights + max(operands) + sums * rows // 2,
+        sums * warps * rows * 64,
+        instructions,
+        sum(operands) * 128 * warps,
+    )
+
+
+#: The registers of ``slice_needs`` that leave room for the rest: more for ragged rows and several
+#: layers.
+ROOM = 208
+
+
+def holds_slice(needs: SliceNeeds, layers: int, ragged: bool) -> bool:
+    """Returns whether the registers hold a slice; ``tests/compile_all.py`` checks it."""
+    return needs.registers <= ROOM - 16 * ragged - 32 * (layers > 1)

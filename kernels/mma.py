@@ -25,6 +25,7 @@ from triton.language.target_info import cuda_capability_geq
 class Tile(NamedTuple):
     """The compile-time sizes and layouts of a launch."""
 
+    L: int
     D: int
     H: int
     block_b: int  # sequences of a program
@@ -65,7 +66,7 @@ def tile_of(D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: in
     )
     first, second = (gl.DotOperandLayout(n, acc, width) for n in (0, 1))
     is_full = block_h * itemsize >= 256
-    return Tile(D, H, block_b, block_h, is_full, tile, acc, first, second, shared)
+    return Tile(1, D, H, block_b, block_h, is_full, tile, acc, first, second, shared)
 
 
 @gluon.jit
@@ -149,9 +150,9 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
 
 
 @gluon.jit
-def load_bias(b_ptr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``b[gate]``, rows ``[1, BLOCK_H]``, or nothing without a bias."""
-    cols, b = units(TILE), ()
+def load_bias(b_ptr, cols, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``b[gate]`` of some units, rows ``[1, BLOCK_H]``, or nothing without a bias."""
+    b = ()
     if b_ptr is not None:
         for g in tl.static_range(len(CELL.gates)):
             row = tl.load(b_ptr + g * TILE.H + cols, mask=cols < TILE.H, other=0.0)

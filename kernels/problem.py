@@ -1,4 +1,4 @@
-"""The records that the planner works on: a problem, a chip, and the tiles of a program."""
+"""The records of the planner: a problem, a chip, the tiles of a program, and a plan."""
 
 from dataclasses import dataclass
 from functools import lru_cache
@@ -32,6 +32,7 @@ class Chip(NamedTuple):
     warp_size: int = 32
     concurrent: bool = True  # False in Triton's interpreter: one program after the other
     cooperates: bool = True  # False once the device has refused a cooperative launch
+    mhz: float = 0.0  # the highest clock, 0 where it is not known
     #: What ``give_up`` was told: cell, H and dtype, and the cause.
     failed: tuple[tuple[tuple, str], ...] = ()
 
@@ -58,8 +59,9 @@ CHIPS = {
     )
 }
 
-#: The SMs that a running collective of NCCL may take, by its default for NCCL_MAX_CTAS. A
-#: cooperative launch that needs them would begin after its end.
+#: The SMs that a running collective of NCCL may take: one for each CTA, of which ``maxCTAs`` in
+#: docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html allows 32 by default (since NCCL
+#: 2.25 NCCL_MAX_CTAS may raise it to 64). A cooperative launch that needs them waits for its end.
 _SMS_OF_NCCL = 32
 _REFUSING: set[torch.device] = set()
 _FAILED: dict[torch.device, dict[tuple, str]] = {}
@@ -98,7 +100,8 @@ def _chip_of(device: torch.device) -> Chip:
     arch = f"sm_{found.major}{found.minor}"
     if torch.version.hip is not None:
         arch = found.gcnArchName.partition(":")[0]
-    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size)
+    mhz = getattr(found, "clock_rate", 0) / 1000  # torch has it in kHz
+    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size, mhz=mhz)
 
 
 class Problem(NamedTuple):
@@ -117,13 +120,7 @@ class Problem(NamedTuple):
 
     @property
     def spec(self) -> CellSpec:
-        """The counts of the cell.
-
-        Raises:
-            NoPlan: no kernel has this cell.
-        """
-        if self.cell not in SPECS:
-            raise NoPlan(f"no kernel knows the cell {self.cell!r}; known are {', '.join(SPECS)}")
+        """The counts of the cell."""
         return SPECS[self.cell]
 
     def kind(self, chip: Chip) -> str:
@@ -143,11 +140,26 @@ class Tiles:
     max_registers: int | None  # a thread's; None where the compiler has no such option
     precision: str  # of products, as tl.dot's input_precision
     shared_bytes: int  # an upper bound of the compiler's figure
-    # Of schedule cooperative: how the sum over H is cut (start, pieces, columns of each), how many
-    # batch tiles run at once, and how many dots share an accumulator (0: all).
-    k_chunks: tuple[tuple[int, int, int], ...] = ()
-    at_once: int = 1
-    folded: int = 0
+    at_once: int = 1  # batch tiles in a launch of schedule cooperative
 
     def __str__(self) -> str:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """One launch of ``layers`` layers, or in schedule stepwise one a step, with its tiles."""
+
+    schedule: str  # a name in SCHEDULES
+    forward: Tiles
+    backward: Tiles | None
+    layers: int = 1
+
+    def describe(self) -> str:
+        """Returns the plan in one line, as ``explain`` prints it."""
+        parts = [f"forward {self.forward}"]
+        if self.backward:
+            parts.append(f"backward {self.backward}")
+        if self.layers > 1:
+            parts.append(f"{self.layers} layers as a wavefront")
+        return f"{self.schedule}: {'; '.join(parts)}"

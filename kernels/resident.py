@@ -18,8 +18,9 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from .launch import cdiv, constants, on_device
-from .plan import Plan
+from .cells import CELLS
+from .launch import cdiv, constants, layers_backward, layers_forward, on_device
+from .problem import Plan
 from .rows import Rows
 from .tensors import Grads, Layers
 from .tiles import (
@@ -141,7 +142,7 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs one layer in all its directions: writes out, h_n, c_n and what is to be saved."""
     D, B, H = layers.h_0.shape
-    cell_, tile, options = constants(cell, plan.forward, 1, D, H)
+    cell_, tile, options = constants(CELLS[cell], plan.forward, 1, D, H)
     with on_device(layers.h_0):
         _resident_fwd_kernel[cdiv(B, tile.block_b), D](
             layers_forward(layers), rows.T, B, rows.total, cell_, tile, **options
@@ -152,18 +153,8 @@ def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) ->
     """Runs the layer backwards: writes the gradients of its gates, h_0 and c_0."""
     assert plan.backward is not None, "the plan has no backward"
     D, B, H = layers.h_0.shape
-    cell_, tile, options = constants(cell, plan.backward, 1, D, H)
+    cell_, tile, options = constants(CELLS[cell], plan.backward, 1, D, H)
     with on_device(layers.h_0):
         _resident_bwd_kernel[cdiv(B, tile.block_b), D](
             layers_backward(layers), grads, rows.T, B, rows.total, cell_, tile, **options
         )
-
-
-def layers_forward(layers: Layers) -> Layers:
-    """The tensors that the forward kernel reads; the others are None, and cost no time."""
-    return layers._replace(w_ih=None, b_ih=None, masks=None)
-
-
-def layers_backward(layers: Layers) -> Layers:
-    """The tensors that the backward kernel reads."""
-    return layers._replace(gx=None, w_ih=None, b_ih=None, b_hh=None, masks=None, h_n=None, c_n=None)

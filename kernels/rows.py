@@ -72,21 +72,34 @@ def origins_of(
     It reads no value on the host, so it does not wait for a GPU. Lengths beyond T count as T,
     negative ones as 0, and resets after the end of a sequence are ignored.
     """
-    ones = torch.ones(T + 1, B, dtype=torch.bool, device=device)
-    ones[T] = False
     times = torch.arange(T + 1, device=device).unsqueeze(1)
-    present = ones if lengths is None else ones & (times < lengths.to(device))
-    begins = torch.zeros_like(present)
-    if reset is not None:
-        begins[:T] = reset.to(device)
-        begins &= present
-    origins = torch.full((D, T, B), PREVIOUS, dtype=torch.int8, device=device)
-    origins[0, :1] = INITIAL
-    origins[0].masked_fill_(begins[:T], ZERO)
+    ends = T if lengths is None else lengths.to(device).clamp(max=T)
+    present = (times < ends).expand(T + 1, B)
+    here = present[:T].to(torch.int8)  # SKIPPED or PREVIOUS
+    begins = None if reset is None else reset.to(device) & present[:T]
+    origins = here.unsqueeze(0) if D == 1 else torch.stack([here, here * INITIAL])
+    origins[0, :1] *= INITIAL
     if D == 2:
-        origins[1].masked_fill_(~present[1:], INITIAL)
-        origins[1].masked_fill_(begins[1:], ZERO)
-    return origins.masked_fill_(~present[:T], SKIPPED)
+        origins[1].masked_fill_(present[1:], PREVIOUS)
+    if begins is not None:
+        origins[0].masked_fill_(begins, ZERO)
+        if D == 2:
+            origins[1, : T - 1].masked_fill_(begins[1:], ZERO)
+    return origins
+
+
+def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:
+    """Returns of packed input the first row of each step and the steps of each sequence.
+
+    int64 ``[T + B]`` on the device. It is one copy, for which the host does not wait.
+
+    Args:
+        batch_sizes: int64 ``[T]`` on the CPU, as in torch.
+        B: the number of sequences, of which some may have no step at all.
+    """
+    lengths = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
+    starts = batch_sizes.cumsum(0) - batch_sizes
+    return torch.cat([starts, lengths]).to(device, non_blocking=True)
 
 
 def packed_rows(
@@ -95,17 +108,16 @@ def packed_rows(
     device: torch.device,
     reset: Tensor | None = None,
     B: int | None = None,
+    table: Tensor | None = None,
 ) -> Rows:
     """Returns the rows of packed input with ``batch_sizes [T]``, which are on the CPU as in torch.
 
     Args:
         reset: bool ``[T, B]``, with the sequences by falling length, or None.
         B: the number of sequences, if some have no step at all.
+        table: the result of ``packed_table``, if it is there.
     """
     T, B = len(batch_sizes), int(batch_sizes[0]) if B is None else B
-    lengths = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
-    starts = batch_sizes.cumsum(0) - batch_sizes
-    # One copy, for which the host does not wait.
-    starts, lengths = torch.cat([starts, lengths]).to(device, non_blocking=True).split([T, B])
-    origins = origins_of(T, B, D, device, lengths, reset)
-    return Rows(T, B, origins, batch_sizes, starts)
+    table = packed_table(batch_sizes, B, device) if table is None else table
+    starts, lengths = table.split([T, B])
+    return Rows(T, B, origins_of(T, B, D, device, lengths, reset), batch_sizes, starts)

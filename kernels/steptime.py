@@ -16,6 +16,8 @@ from .latencies import MMA_RATIOS, Timings
 from .sass import NO_BOARD, Instruction
 
 SCHEDULERS = 4  # of an SM
+#: The load of a counter that other programs add to; what they exchange is loaded in wider pieces.
+POLL = "LDG.E.STRONG.GPU"
 TURNS, WARM = 12, 6  # turns of the loop to simulate, of which the first are not counted
 
 
@@ -41,7 +43,7 @@ _FMA = re.compile(r"F(ADD|MUL|FMA|SWZADD|ADD2|MUL2|FMA2|ADD32I|MUL32I|FMA32I)\b|
 _CONVERSION = re.compile(r"(I2F|F2I|F2F|FRND|I2I|POPC|FLO|BREV)\b")
 _CONTROL = re.compile(
     r"(BRA|BRX|BSSY|BSYNC|BREAK|WARPSYNC|NOP|EXIT|CALL|RET|YIELD|DEPBAR|NANOSLEEP|BMOV|PREEXIT|"
-    r"ACQBULK|ELECT|WARPGROUP|SETCTAID|KILL|RPCMOV|WARPGROUPSET|USETMAXREG)\b"
+    r"ACQBULK|ELECT|SETCTAID|KILL|RPCMOV|USETMAXREG)\b"
 )
 
 
@@ -50,18 +52,10 @@ def cost(one: Instruction, sm: Timings) -> Cost:
     name, base = one.name, one.name.partition(".")[0]
     if memory := _memory_cost(name, base, sm):
         return memory
-    if base == "MUFU":
+    if base == "MUFU" or _CONVERSION.match(name):
         return Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
-    if _CONVERSION.match(name):
-        return Cost("mufu", sm.mufu, sm.convert_latency, "conversion")
     if base == "BAR":
         return Cost("barrier")
-    if shape := re.match(r"[HQI]GMMA\.(\d+)x(\d+)x(\d+)", name):
-        m, n, k = map(int, shape.groups())
-        # One descriptor holds both operands in shared memory; otherwise the first is a register.
-        rows = m * (re.match(r"R\d+, gdesc", one.operands) is not None) + n
-        moved = rows * k * 2 / sm.shared_bytes / SCHEDULERS
-        return Cost("tensor", sm.wgmma * n / 8, sm.wgmma_latency, "wgmma", moved)
     if re.match(r"[HIBQD]MMA\b", name):
         ratio = next((r for shape, r in MMA_RATIOS.items() if f".{shape}" in name), 1.0)
         return Cost("tensor", sm.hmma * ratio, sm.hmma_latency, "tensor")
@@ -69,8 +63,6 @@ def cost(one: Instruction, sm: Timings) -> Cost:
         return Cost("fma", sm.fma)
     if base.startswith("IMAD") or base == "IMUL":
         return Cost("imad", sm.imad * (2 if ".WIDE" in name or ".HI" in name else 1))
-    if base in ("DADD", "DMUL", "DFMA", "DSETP"):
-        return Cost("fp64", sm.fp64, sm.fp64_latency, "fp64")
     if _CONTROL.match(name):
         return Cost("control")
     if base == "R2UR":
@@ -96,6 +88,8 @@ def _memory_cost(name: str, base: str, sm: Timings) -> Cost | None:
     if base in _GLOBAL:
         beats = max(2.0, width / sm.global_bytes)
         kind, late_of = "global memory", sm.l2
+        if name == POLL:
+            kind = "hop between programs"
         if base in ("LDL", "STL"):
             kind, late_of = "local memory", sm.l1
         elif base.startswith("A"):
@@ -125,20 +119,11 @@ class Prediction:
     instructions: float  # of one warp in a step
     barriers: float  # in a step
     spent: dict[str, float]  # cycles of a mean warp, by what it did or waited for
-    pipes: dict[str, float]  # the share of the time in which the busiest one of the SM is busy
-    stalls: list[tuple[float, str, Instruction]]  # mean cycles before it, the cause, which one
+    waits: list[tuple[float, str, str]]  # mean cycles, main cause and source line, longest first
 
     @property
     def us(self) -> float:  # microseconds
         return self.cycles / self.mhz
-
-    def lines(self) -> list[tuple[float, str, str]]:
-        """Returns cycles of waiting, main cause and source line, the longest first."""
-        causes: dict[str, dict[str, float]] = defaultdict(_sums)
-        for cycles, cause, one in self.stalls:
-            causes[one.line or f"{one.address:#06x}"][cause] += cycles
-        totals = ((sum(c.values()), max(c, key=c.__getitem__), at) for at, c in causes.items())
-        return sorted(totals, key=lambda each: (-each[0], each[2]))
 
     def report(self, top: int = 8) -> str:
         """Returns the prediction as text: where the cycles go, and the lines that wait longest."""
@@ -150,14 +135,8 @@ class Prediction:
         for what, cycles in sorted(self.spent.items(), key=lambda item: (-item[1], item[0])):
             if cycles >= 0.5:
                 text.append(f"  {cycles:7.0f} {100 * cycles / self.cycles:4.0f} %  {what}")
-        busy = (
-            f"{name} {100 * share:.0f} %" for name, share in self.pipes.items() if share > 0.005
-        )
-        text += [f"pipes busy: {', '.join(busy)}", "longest waits by source line, in cycles:"]
-        text += [f"  {cycles:7.1f}  {cause:24}  {at}" for cycles, cause, at in self.lines()[:top]]
-        text.append("longest waits by instruction, in cycles:")
-        for cycles, cause, one in self.stalls[:top]:
-            text.append(f"  {cycles:7.1f}  {cause:24}  {one.address:#06x} {one}")
+        text.append("longest waits by source line, in cycles:")
+        text += [f"  {cycles:7.1f}  {cause:24}  {at}" for cycles, cause, at in self.waits[:top]]
         return "\n".join(text)
 
 
@@ -171,7 +150,6 @@ class _Warp:
     barrier: float = 0.0  # when its barrier opens; infinite before the last warp arrives
     boards: list[list[tuple[float, str]]] = field(default_factory=lambda: [[] for _ in range(6)])
     in_order: float = 0.0  # shared memory returns results in order
-    products: float = 0.0  # when its last wgmma is done
     spent: dict[str, float] = field(default_factory=_sums)
     ends: list[float] = field(default_factory=lambda: [0.0])  # of its turns
 
@@ -184,7 +162,6 @@ class _Core:
         self.latest: _Warp | None = None
         self.free = 0.0  # when the scheduler may issue again
         self.pipes = _sums()  # when each is free
-        self.busy = _sums()
         self.queue: list[float] = []  # when the latest memory instructions start
 
     def pipe_free(self, cost: Cost, sm: Timings) -> float:
@@ -202,7 +179,6 @@ class _Core:
     def occupy(self, cost: Cost, now: float, sm: Timings) -> float:
         """Takes the pipe for an instruction that issues now; returns when it starts there."""
         pipe, start = cost.pipe, now
-        self.busy["fma" if pipe == "imad" else pipe] += cost.busy
         if pipe == "fma":
             second = sm.fma_pipes == 2 and self.pipes["fma"] <= self.pipes["imad"]
             pipe = "fma" if second else "imad"
@@ -226,9 +202,9 @@ class _Sm:
         groups = [self.team[s::SCHEDULERS] for s in range(SCHEDULERS)]
         self.cores = [_Core(group) for group in groups if group]
         self.unit = self.gate = 0.0  # when the load/store and the barrier unit are free
-        self.unit_busy = 0.0
+        self.published = 0.0  # when the program last added to its counter
         self.arrived: dict[str, list[_Warp]] = defaultdict(list)
-        self.stalls: dict[int, dict[str, float]] = defaultdict(_sums)
+        self.causes: dict[str, dict[str, float]] = defaultdict(_sums)  # of waits, by source line
 
     def run(self) -> None:
         """Runs all warps, as often as ``TURNS`` says."""
@@ -244,15 +220,6 @@ class _Sm:
                     best[other] = self.next_issue(each)
         if any(warp.turns < TURNS for warp in self.team):
             raise ValueError("deadlock: warps wait at a barrier that others never reach")
-
-    def shares(self, end: float) -> dict[str, float]:
-        """Returns the share of the time in which the busiest pipe of each kind is busy."""
-        pipes = ("fma", "alu", "mufu", "tensor", "memory", "uniform", "fp64")
-        found = {name: max(core.busy[name] for core in self.cores) / end for name in pipes}
-        found["fma"] /= self.sm.fma_pipes
-        found["load/store unit"] = self.unit_busy / end
-        warps = max(len(core.warps) for core in self.cores)
-        return {**found, "issue": warps * len(self.path) * TURNS / end}
 
     def next_issue(self, core: _Core) -> float:
         return min(self.earliest(core, warp) for warp in core.warps)
@@ -270,8 +237,6 @@ class _Sm:
             pending = sorted(warp.boards[int(match[1])])
             if len(pending) > left:
                 until = max(until, pending[len(pending) - left - 1], key=lambda pair: pair[0])
-        if one.name.startswith("WARPGROUP.DEPBAR") and warp.products > until[0]:
-            until = (warp.products, "wgmma")
         return until
 
     def earliest(self, core: _Core, warp: _Warp) -> float:
@@ -285,7 +250,8 @@ class _Sm:
         """Adds the cycles since the warp's last instruction to what they were spent on."""
         if not WARM <= warp.turns < TURNS:
             return
-        what, clock = self.costs[warp.at], warp.ready
+        what, clock, one = self.costs[warp.at], warp.ready, self.path[warp.at]
+        line = one.line or f"{one.address:#06x}"
         lost = {"fixed latency": max(0.0, clock - warp.issued - 1)}
         until, kind = self.boards(warp)
         for when, cause in (
@@ -300,7 +266,7 @@ class _Sm:
         warp.spent["issuing"] += 1.0
         for cause, cycles in lost.items():
             warp.spent[cause] += cycles
-            self.stalls[warp.at][cause] += cycles
+            self.causes[line][cause] += cycles
 
     def issue(self, core: _Core, warp: _Warp, now: float) -> bool:
         """Issues the next instruction of a warp; returns True if that opened a barrier."""
@@ -309,13 +275,13 @@ class _Sm:
         start = core.occupy(what, now, self.sm)
         done, read = start + what.latency, now + what.read
         if what.unit:
-            at_unit = max(start + 2 * (what.pipe == "memory"), self.unit)
+            at_unit = max(start + 2, self.unit)
             self.unit = at_unit + what.unit
-            self.unit_busy += what.unit
-            if what.pipe == "memory":
-                done, read = at_unit - 4 + what.latency, start - 2 + what.read
-            else:
-                done = warp.products = max(warp.products, at_unit + what.busy + what.latency)
+            done, read = at_unit - 4 + what.latency, start - 2 + what.read
+        if one.name.startswith("RED"):
+            self.published = start
+        elif one.name == POLL:  # the partners publish when this program does
+            done = max(done, self.published + self.sm.hop_us * self.sm.mhz)
         if what.kind in ("shared memory", "shuffle"):
             done = warp.in_order = max(done, warp.in_order)
         if one.write != NO_BOARD:
@@ -349,16 +315,13 @@ class _Sm:
         return True
 
 
-def predict(
-    path: Sequence[Instruction], sm: Timings, warps: int, hops: int = 0, steps: int = 1
-) -> Prediction:
+def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1) -> Prediction:
     """Predicts the time of one step of a kernel of which an SM runs one program.
 
     Args:
         path: one turn of its loop, see :func:`trace`.
         sm: the timings of the architecture.
         warps: warps of the program.
-        hops: exchanges between programs in a step, each with its ``hop_us``.
         steps: steps of the recurrence in one turn.
 
     Raises:
@@ -368,23 +331,21 @@ def predict(
     chip.run()
     warm_end, end = (max(warp.ends[turn] for warp in chip.team) for turn in (WARM, TURNS))
     counted = (TURNS - WARM) * steps
-    hop, share = hops * sm.hop_us * sm.mhz, 1 / counted / warps
-    spent = {"hop between programs": hop} if hop else {}
+    share, spent = 1 / counted / warps, _sums()
     for warp in chip.team:
         for what, cycles in warp.spent.items():
-            spent[what] = spent.get(what, 0.0) + cycles * share
-    stalls = [
-        (sum(causes.values()) * share, max(causes, key=causes.__getitem__), path[index])
-        for index, causes in chip.stalls.items()
+            spent[what] += cycles * share
+    waits = [
+        (sum(causes.values()) * share, max(causes, key=causes.__getitem__), line)
+        for line, causes in chip.causes.items()
     ]
     return Prediction(
-        cycles=(end - warm_end) / counted + hop,
+        cycles=(end - warm_end) / counted,
         mhz=sm.mhz,
         warps=warps,
         steps=steps,
         instructions=len(path) / steps,
         barriers=sum(each.pipe == "barrier" for each in chip.costs) / steps,
         spent=spent,
-        pipes=chip.shares(end),
-        stalls=sorted(stalls, key=lambda each: (-each[0], each[2].address)),
+        waits=sorted(waits, key=lambda each: (-each[0], each[2])),
     )

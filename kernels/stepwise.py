@@ -25,8 +25,9 @@ import torch
 import triton
 import triton.language as tl
 
+from .cells import CELLS
 from .launch import cdiv, constants, on_device
-from .plan import Plan
+from .problem import Plan
 from .rows import Rows
 from .spec import SPECS, runs_of
 from .tensors import Grads, Layers
@@ -164,7 +165,7 @@ def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     spec, like = SPECS[cell], layers.h_0
     u, gh = like.new_empty(D, B, H), like.new_empty(D, B, spec.gates * H)
     carried = Carried(_carry(layers.h_0, layers.h_n), _carry(layers.c_0, layers.c_n), u, gh)
-    cell_, tile, options = constants(cell, plan.forward, 1, D, H)
+    cell_, tile, options = constants(CELLS[cell], plan.forward, 1, D, H)
     read = layers._replace(w_ih=None, b_ih=None, w_hh=None, masks=None)
 
     def launch(phase: int, step: int) -> None:
@@ -194,7 +195,7 @@ def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) ->
     spec, like = SPECS[cell], layers.h_0
     du = like.new_zeros(len(spec.phases), D, B, H)
     carried = Carried(_carry(grads.h_n, grads.h_0), _carry(grads.c_n, grads.c_0), du, None)
-    cell_, tile, options = constants(cell, plan.backward, 1, D, H)
+    cell_, tile, options = constants(CELLS[cell], plan.backward, 1, D, H)
     read = layers._replace(
         gx=None, w_ih=None, b_ih=None, w_hh=None, b_hh=None, masks=None, h_n=None, c_n=None
     )

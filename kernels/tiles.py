@@ -29,9 +29,6 @@ class Tile(NamedTuple):
     block_b: int  # sequences
     block_h: int  # hidden units, a power of two
     precision: str  # of fp32 products: "ieee", "tf32" or "tf32x3"
-    # Of schedule cooperative alone, see there:
-    chunks: tuple = ()  # of the sum over H: (first column, pieces, columns of a piece)
-    folded: int = 0  # products that share an accumulator; 0: all
 
 
 class Program(NamedTuple):
@@ -385,8 +382,7 @@ def load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constex
         saved = load(row_ptrs(layers.gates, row, program, S * H), here, cols, S, H)
     if grads.out is not None:
         d_rows = row_ptrs(grads.out + program.d * H, first, program, TILE.D * H)
-        is_last = program.z >= (TILE.L - 1) * TILE.D  # the layer whose output it is
-        d_out = load(d_rows, here & is_last if TILE.L > 1 else here, cols, 1, H)
+        d_out = load(d_rows, here, cols, 1, H)
     if grads.cs is not None:
         d_cs = load(row_ptrs(grads.cs, row, program, H), here, cols, 1, H)
     return saved, before, after_previous, d_out, d_cs, origins

@@ -8,14 +8,13 @@ from __future__ import annotations
 
 import argparse
 import os
-import subprocess
 import sys
-from collections import defaultdict
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
 from compiling import COMPILED_CHIPS, Job, covering, every_job, faults
+from processes import python
 
 
 class Row(NamedTuple):
@@ -51,34 +50,24 @@ def compile_job(job: Job) -> list[Row]:
 
 def summary(rows: list[Row]) -> str:
     """A Markdown table with a line for each chip, schedule and direction."""
-    groups: dict[tuple, list[Row]] = defaultdict(list)
-    for row in rows:
-        groups[row.chip, row.schedule, row.direction].append(row)
-    lines = [
-        "| chip | schedule | direction | kernels | registers | spilling | most bytes spilled "
-        "| shared KiB |",
-        "|---|---|---|---:|---:|---:|---:|---:|",
-    ]
-    for key, group in sorted(groups.items()):
-        registers = [row.registers for row in group]
-        spills, shared = [row.spills for row in group], max(row.shared for row in group)
-        cells = (
-            *(*key, len(group), f"{min(registers)}-{max(registers)}"),
-            *(sum(map(bool, spills)), max(spills), round(shared / 1024)),
-        )
-        lines.append(f"| {' | '.join(map(str, cells))} |")
-    return "\n".join(lines)
+    import pandas
+
+    columns = {
+        "kernels": ("name", "size"),
+        "registers": ("registers", lambda used: f"{min(used)}-{max(used)}"),
+        "spilling": ("spills", lambda bytes: (bytes > 0).sum()),
+        "most bytes spilled": ("spills", "max"),
+        "shared KiB": ("shared", lambda bytes: round(bytes.max() / 1024)),
+    }
+    groups = pandas.DataFrame(rows).groupby(["chip", "schedule", "direction"])
+    return groups.agg(**columns).reset_index().to_markdown(index=False)
 
 
 def run_script(name: str, *arguments: str, triton_dir: str | None = None) -> str:
     """Runs a script of this folder where Triton compiles, by another Triton if one is named."""
     here = Path(__file__).parent
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     paths = ([triton_dir] if triton_dir else []) + [str(here.parent), str(here)]
-    environment["PYTHONPATH"] = os.pathsep.join(paths)
-    done = subprocess.run(
-        [sys.executable, here / name, *arguments], env=environment, capture_output=True, text=True
-    )
+    done = python(here / name, *arguments, PYTHONPATH=os.pathsep.join(paths))
     assert done.returncode == 0, f"{name} failed:\n{done.stdout[-4000:]}{done.stderr[-2000:]}"
     return done.stdout
 

@@ -8,6 +8,7 @@ the other, and each as if all of its threads ran in step.
 from __future__ import annotations
 
 import importlib
+import sys
 from types import ModuleType
 from typing import Any
 from unittest import mock
@@ -37,6 +38,13 @@ class Buffer:
         view.tile = tl.permute(self.tile, order)
         return view
 
+    def slice(self, start: int, length: int) -> Buffer:
+        start, length = int(start), int(length)
+        view = Buffer(self.dtype, [length, *self.shape[1:]])
+        data = self.tile.handle.data[start : start + length]
+        view.tile = tl.tensor(TensorHandle(data, self.dtype), tl.block_type(self.dtype, view.shape))
+        return view
+
     def load(self, layout: Any) -> tl.tensor:
         return self.tile
 
@@ -49,11 +57,29 @@ def arange(start: int, stop: int, layout: Any = None) -> tl.tensor:
 
 def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) -> tl.tensor:
     """The instructions that the kernels use, by their names."""
-    (x,) = args
+    x = args[0]
+    if "ld.acquire" in code:
+        return poll(*args)
+    if "red.release" in code:
+        return tl.atomic_add(x, 1, sem="release", scope="gpu")
     name = code.partition(".")[0]
     if name == "cvt":
         return round_to_tf32(x)
-    return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value}[name](x)
+    return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value, "bar": lambda value: value}[name](x)
+
+
+def poll(counter: tl.tensor, target: Any, patience: Any) -> tl.tensor:
+    """1 when the counter has reached the target, 0 after so many polls."""
+    target, patience = (int(np.asarray(_number(n)).item()) for n in (target, patience))
+    for _ in range(patience):
+        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
+        if int(_number(seen).item()) >= target:
+            return tl.full([], 1, tl.int32)
+    return tl.full([], 0, tl.int32)
+
+
+def _number(value: Any) -> Any:
+    return value.handle.data if hasattr(value, "handle") else np.asarray(value)
 
 
 def round_to_tf32(x: tl.tensor) -> tl.tensor:
@@ -76,6 +102,10 @@ class Language:
         return x
 
     @staticmethod
+    def split(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
+        return tl.split(x)
+
+    @staticmethod
     def full(shape: list[int], value: float, dtype: tl.dtype, layout: Any = None) -> tl.tensor:
         return tl.full([int(size) for size in shape], value, dtype)
 
@@ -91,7 +121,9 @@ def mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: str = ""
 def interpreted(name: str) -> ModuleType:
     """Imports a module of ``fusedrnn.kernels`` whose kernels are Gluon's, for the interpreter."""
     with mock.patch.object(gluon, "jit", triton.jit):
-        mma = importlib.import_module("fusedrnn.kernels.mma")
         module = importlib.import_module(f"fusedrnn.kernels.{name}")
-    mma.gl, mma.mma_v2 = Language(), mma_v2
+    for each in ("mma", "slices", "exchange_nvidia"):
+        used = sys.modules.get(f"fusedrnn.kernels.{each}")
+        if used is not None:
+            used.gl, used.mma_v2, used.barrier = Language(), mma_v2, lambda: None
     return module

@@ -11,7 +11,7 @@ from fusedrnn.kernels.plan import Plan, Tiles
 from fusedrnn.kernels.rows import SKIPPED, SLACK, Rows, origins_of, packed_rows
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.kernels.tensors import Grads, Layers, Weights
-from fusedrnn.layout import Sequences
+from fusedrnn.records import Sequences
 from fusedrnn.reference import differentiable_stack
 from fusedrnn.testing import error_budget
 

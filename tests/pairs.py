@@ -27,6 +27,17 @@ def build(name: str, dtype: torch.dtype = torch.float64, **kwargs) -> tuple[nn.M
     return theirs, ours
 
 
+def input_of(name: str) -> Tensor:
+    """Returns an input of torch's or our class of that name, with three features."""
+    return torch.randn(5, 3) if name.endswith("Cell") else torch.randn(6, 5, 3)
+
+
+def output_of(module: nn.Module, *args) -> Tensor:
+    """Returns the first result of a call."""
+    result = module(*args)
+    return result[0] if isinstance(result, tuple) else result
+
+
 def batch(*middle: int, dtype: torch.dtype = torch.float64) -> Tensor:
     return torch.randn(T, *(middle or (B,)), I, dtype=dtype)
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import os
 import re
 import subprocess
 import sys
@@ -11,6 +10,7 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).parent.parent
 PACKAGE, BENCH = (
@@ -143,10 +143,7 @@ except NotImplementedError as error:
 
 
 def test_import_and_run_without_triton():
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "FUSEDRNN_BACKEND": "auto"}
-    environment.pop("TRITON_INTERPRET", None)
-    command = [sys.executable, "-c", WITHOUT_TRITON]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = python("-c", WITHOUT_TRITON, FUSEDRNN_BACKEND="auto")
     assert done.returncode == 0, done.stderr
     names, refusal = done.stdout.splitlines()
     assert names == "fusedrnn"

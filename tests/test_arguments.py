@@ -29,14 +29,11 @@ def zero_packed(*shapes, dtype=torch.float32):
 #: The arguments of a call of ``(3, 4, num_layers=2)`` by the module's name, and our message.
 SEQUENCE = {
     "input a list": (lambda n: ([1, 2],), "input is a list; expected a tensor"),
-    "input None": (lambda n: (None,), "input is a NoneType"),
     "input 0-D": (lambda n: (zeros(()),), "input is 0-D; expected 2-D or 3-D"),
-    "input 4-D": (lambda n: (zeros(1, 2, 2, 3),), "input is 4-D"),
     "features": (lambda n: (zeros(5, 2, 7),), "input has 7 features .* input_size, 3"),
     "dtype": (lambda n: (zeros(5, 2, 3).double(),), "input is torch.float64, the weights are"),
     "device": (lambda n: (zeros(5, 2, 3, device="meta"),), r"params\[0\] is on cpu; expected meta"),
     "no step": (lambda n: (zeros(0, 2, 3),), "larger than 0 in RNN: input has no time step"),
-    "hx 2-D": (lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 4))), r"hx.* \(2, 4\); .* \(2, 2, 4\)"),
     "hx 3-D unbatched": (
         lambda n: (zeros(5, 3), wrap(n, zeros(2, 1, 4))),
         r"hx.* has shape \(2, 1, 4\); expected \(2, 4\)",
@@ -55,10 +52,6 @@ SEQUENCE = {
     "hx of three": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4),) * 3), "hx is a tuple"),
     "hx with None": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4), None)), "hx.* is a "),
     "packed data 3-D": (lambda n: (zero_packed((3, 3, 3)),), "packed input's data is 3-D"),
-    "packed hx columns": (
-        lambda n: (zero_packed((3, 3), (2, 3)), wrap(n, zeros(2, 2, 5))),
-        r"expected \(2, 2, 4\)",
-    ),
 }
 
 #: The arguments of a call of a cell ``(3, 4)``; the messages are torch's.
@@ -68,24 +61,17 @@ CELL = {
     "features": lambda n: (zeros(2, 5),),
     "dtype": lambda n: (zeros(2, 3).double(),),
     "hx 3-D": lambda n: (zeros(2, 3), wrap(n, zeros(1, 2, 4))),
-    "hx 2-D unbatched": lambda n: (zeros(3), wrap(n, zeros(1, 4))),
     "hx columns": lambda n: (zeros(2, 3), wrap(n, zeros(2, 5))),
-    "hx dtype": lambda n: (zeros(2, 3), wrap(n, zeros(2, 4).double())),
     "hx a number": lambda n: (zeros(2, 3), 3),
     "hx of one": lambda n: (zeros(2, 3), (zeros(2, 4),)),
     "hx with None": lambda n: (zeros(2, 3), (zeros(2, 4), None)),
 }
 
+#: Those of RNNBase by examples, and all of ours.
 BAD_CONSTRUCTORS = [
-    ("LSTM", (3,), {}),
     ("LSTM", (3, 4), {"no_such": 1}),
     ("LSTM", (3, 4), {"dropout": 1.5}),
-    ("LSTM", (3, 4), {"dropout": True}),
-    ("LSTM", (3, 4), {"bias": 1}),
     ("LSTM", (3.0, 4), {}),
-    ("LSTM", (0, 4), {}),
-    ("LSTM", (3, 4, 0), {}),
-    ("LSTM", (3, 4), {"proj_size": 4}),
     ("GRU", (3, 4), {"proj_size": 2}),
     ("GRU", (3, 4, 1, True, False, 0.0, False, "cpu"), {}),
     ("RNN", (3, 4), {"proj_size": 2}),
@@ -113,27 +99,24 @@ def assert_same_error(theirs, ours, arguments, message):
     assert "\n" not in str(raised)
 
 
-@pytest.mark.parametrize(
-    ("name", "args", "kwargs"),
-    BAD_CONSTRUCTORS,
-    ids=[f"{name}-{args}-{kwargs}" for name, args, kwargs in BAD_CONSTRUCTORS],
-)
+@pytest.mark.parametrize(("name", "args", "kwargs"), BAD_CONSTRUCTORS)
 def test_bad_constructor(name, args, kwargs):
+    """Texts of ValueErrors are torch's, too, which PyTorch's own tests match."""
     expected = error_of(getattr(nn, name), *args, **kwargs)
     raised = error_of(getattr(fusedrnn, name), *args, **kwargs)
     assert type(raised) is type(expected), f"torch says {expected!r}, ours {raised!r}"
+    assert str(raised) == str(expected) or isinstance(raised, TypeError)
 
 
-def test_the_texts_that_pytorchs_own_tests_match():
-    for name, args in (("GRU", ()), ("RNN", ("tanh",))):
-        with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
-            getattr(fusedrnn, name)(3, 4, 1, *args, True, False, 0.0, False, 2)
-    with pytest.raises(ValueError, match="Unknown nonlinearity"):
-        fusedrnn.RNN(3, 4, nonlinearity="gelu")
-    with pytest.raises(RuntimeError, match="Unknown nonlinearity"):
-        fusedrnn.RNNCell(3, 4, nonlinearity="gelu")(zeros(2, 3))
-    with pytest.raises(RuntimeError, match="Expected sequence length to be larger than 0 in RNN"):
-        fusedrnn.GRU(3, 4)(zeros(0, 2, 3))
+@pytest.mark.parametrize(("name", "args"), [("GRU", ()), ("RNN", ("tanh",))])
+def test_a_projection_by_position_which_torch_lets_pass(name, args):
+    with pytest.raises(ValueError, match="proj_size argument is only supported for LSTM"):
+        getattr(fusedrnn, name)(3, 4, 1, *args, True, False, 0.0, False, 2)
+
+
+def test_a_cell_of_an_unknown_nonlinearity():
+    cells = (library.RNNCell(3, 4, nonlinearity="gelu") for library in (nn, fusedrnn))
+    assert_same_error(*cells, (zeros(2, 3),), "Unknown nonlinearity")
 
 
 @pytest.mark.parametrize("case", SEQUENCE)
@@ -163,8 +146,6 @@ def test_states_of_an_lstm():
         assert_same_error(*modules, (given, zeros(2, 2, 4)), r"hx is a tensor; .* \(h_0, c_0\)")
     hx = zeros(2, 2, 4), zeros(2, 2, 5)
     assert_same_error(*modules, (x, hx), r"hx\[1\] has shape \(2, 2, 5\)")
-    hx = zeros(2, 2, 4), zeros(2, 2, 4).double()
-    assert_same_error(*modules, (x, hx), r"hx\[1\] is torch.float64")
     projected = nn.LSTM(3, 4, 2, proj_size=2), fusedrnn.LSTM(3, 4, 2, proj_size=2)
     hx = zeros(2, 2, 4), zeros(2, 2, 4)
     assert_same_error(*projected, (x, hx), r"hx\[0\] .* expected \(2, 2, 2\)")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from bench import report, run
+from bench import host, report, run
 from bench.__main__ import COMMANDS, main
 from bench.cases import named
 from bench.measure import BenchmarkCase, Settings, in_fresh_process, interleaved
@@ -46,12 +46,15 @@ def rows_in(folder, name="results.csv"):
         (["imdb", "--imdb", "/nowhere/imdb.npz"], "/nowhere/imdb.npz cannot be read: No"),
         (["cpu", "--only", "sine-7"], "there is no case 'sine-7'; similar names are"),
         (["report", "/nowhere"], "/nowhere has no results that can be read"),
+        (["compare", "/nowhere"], "/nowhere cannot be read: [Errno 2]"),
+        (["lesson", "nothing"], "there is no lesson 'nothing'"),
+        (["gpu", "--only", "sweep,nothing"], "--only: there is no step nothing"),
+        (["gpu"], "gpu needs a CUDA device"),
         (["sine", "--out", "/dev/null/x"], "no results can be written to /dev/null/x: Not"),
     ],
 )
-def test_bad_input_is_a_sentence_and_exit_code_2(argv, sentence, capsys):
-    if "cuda" in argv and torch.cuda.is_available():
-        pytest.skip("there is a GPU")
+def test_bad_input_is_a_sentence_and_exit_code_2(argv, sentence, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert main(argv) == 2
     error = capsys.readouterr().err
     command = "demo" if argv[0].startswith("-") else argv[0]
@@ -65,16 +68,6 @@ def test_help_fits_a_screen(argv, capsys):
         main(argv)
     assert ended.value.code == 0
     assert capsys.readouterr().out.count("\n") <= 30
-
-
-def test_a_cuda_error_ends_the_process_with_3(monkeypatch, tmp_path, capsys):
-    def broken(*sizes, **options):
-        raise RuntimeError("CUDA error: an illegal memory access was encountered")
-
-    monkeypatch.setitem(PROVIDERS, "eager loop", PROVIDERS["eager loop"]._replace(build=broken))
-    argv = ["cases", "many-to-one", "--quick", "--providers", "eager loop"]
-    assert main([*argv, "--out", str(tmp_path)]) == 3
-    assert "illegal memory access" in capsys.readouterr().err
 
 
 def test_a_reader_that_goes_away_is_no_traceback():
@@ -138,18 +131,27 @@ def test_cpu_times_in_new_processes_and_report_prints_the_speeds(tmp_path, capsy
     assert "`python -m bench" in printed
 
 
-def test_a_provider_that_breaks_is_a_row_and_the_exit_code(tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize(
+    ("error", "code", "printed"),
+    [
+        (ValueError("a bug\nof many lines"), 1, "failed, ValueError: a bug\n"),
+        (RuntimeError("CUDA error: an illegal memory access"), 3, "illegal memory access"),
+    ],
+)
+def test_a_provider_that_breaks_is_a_row_and_the_exit_code(
+    tmp_path, monkeypatch, capsys, error, code, printed
+):
+    """After a CUDA error nothing is right any more, so the process ends."""
+
     def broken(*sizes, **options):
-        raise ValueError("a bug\nof many lines")
+        raise error
 
     monkeypatch.setitem(PROVIDERS, "eager loop", PROVIDERS["eager loop"]._replace(build=broken))
     argv = ["cases", "many-to-one", "--quick", "--providers", "eager loop", "--cells", "lstm"]
-    assert main([*argv, "--device", "cpu", "--out", str(tmp_path)]) == 1
-    assert (
-        "many-to-one lstm eager loop forward: failed, ValueError: a bug\n"
-        in capsys.readouterr().err
-    )
-    assert [row["gate"] for row in rows_in(tmp_path)] == ["reference"] * 2 + ["failed"] * 2
+    assert main([*argv, "--device", "cpu", "--out", str(tmp_path)]) == code
+    assert printed in capsys.readouterr().err
+    if code == 1:
+        assert [row["gate"] for row in rows_in(tmp_path)] == ["reference"] * 2 + ["failed"] * 2
 
 
 def test_times_are_interleaved_and_compared_with_the_first():
@@ -218,3 +220,11 @@ def test_adapters_convert_weights_without_losing_any(provider):
         w_hh.flatten().sort().values, case.weights["weight_hh_l0"].flatten().sort()[0]
     )
     assert w_ih.numel() == 32
+
+
+def test_host_times_a_call_up_to_its_launches_and_the_cells(monkeypatch):
+    _, *lines = in_fresh_process(host.stack_lines)
+    assert [line.split()[0] for line in lines] == list(host.GOALS)
+    assert all(0 < float(n) < 1e5 for line in lines for n in line.split()[1:])
+    monkeypatch.setattr(host, "_us", lambda call: float(len(call())))
+    assert len(host.cell_lines()) == 1 + 18

@@ -1,5 +1,7 @@
 """The pictures of a results folder."""
 
+from argparse import Namespace
+
 import pytest
 
 from bench import UserError, pictures
@@ -30,13 +32,7 @@ def test_every_picture_there_are_data_for_is_drawn(tmp_path):
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
 
-def test_a_folder_without_results_is_one_sentence(tmp_path):
-    class Options:
-        folder = tmp_path
-        plot = True
-
-    with pytest.raises(UserError, match="no results that can be read"):
-        pictures.run(Options())
+def test_a_file_of_something_else_is_one_sentence(tmp_path):
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="no results that can be read"):
-        pictures.run(Options())
+        pictures.run(Namespace(folder=tmp_path, plot=True))

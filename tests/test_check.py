@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
 import sys
 
 import pytest
 import torch
+from processes import python
 
 from fusedrnn import check, layer
 from fusedrnn.kernels.plan import CHIPS, Problem
@@ -16,10 +15,7 @@ PROBLEM = Problem("lstm", 32, 3, 1, torch.float32, "ieee", True)
 
 
 def test_a_machine_without_a_gpu():
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment["CUDA_VISIBLE_DEVICES"] = ""
-    command = [sys.executable, "-m", "fusedrnn", "check"]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    done = python("-m", "fusedrnn", "check", CUDA_VISIBLE_DEVICES="")
     assert done.returncode == 0, done.stdout + done.stderr
     assert "no GPU" in done.stdout
     for schedule in check.SCHEDULES:
@@ -37,7 +33,7 @@ def test_gates(schedule, device, monkeypatch):
         monkeypatch.setattr(layer._schedule(schedule), "forward", lambda *_: None)
         assert check.gate(schedule, device).startswith(f"WRONG {schedule}: ")
         monkeypatch.setattr(layer._schedule(schedule), "forward", None)
-        assert "KernelFailed: the kernels failed on" in check.gate(schedule, device)
+        assert "KernelFailed: " in check.gate(schedule, device)
 
 
 def test_what_does_not_compile(monkeypatch):

@@ -8,7 +8,7 @@ from compile_all import run_script
 from compiling import COMPILED_CHIPS, every_job, faults, longest_chain
 from compiling import job as one_job
 
-from fusedrnn.kernels.compile import count_kinds, loop_over_time
+from fusedrnn.kernels.compile import count_kinds
 from fusedrnn.kernels.sass import Instruction
 
 NAMES = ("resident_nvidia", "resident", "cooperative")
@@ -68,15 +68,9 @@ def test_the_longest_chain_goes_through_accumulators_and_sums():
     assert longest_chain(dot.format("h", "zero"), 8) == 4
 
 
-def test_the_loop_over_time_is_the_longest_one():
-    """Not the loop that polls inside it, nor a shorter one behind it, nor the last branch."""
-    names = "MOV LDG.E.128 LD.E.STRONG BRA HMMA.16816 MUFU.EX2 FFMA BRA SHFL.BFLY BRA BRA"
-    targets = {3: 2, 7: 1, 9: 8, 10: 10}
-    every = [Instruction(i, name, target=targets.get(i)) for i, name in enumerate(names.split())]
-    loop = loop_over_time(every)
-    assert (loop[0].name, len(loop)) == ("LDG.E.128", 7)
-    counts = count_kinds(loop)
+def test_counts_of_kinds():
+    names = ["LDG.E.128", "LD.E.STRONG", "BRA", "HMMA.16816", "MUFU.EX2", "FFMA", "BRA"]
+    counts = count_kinds([Instruction(i, name) for i, name in enumerate(names)])
     assert {kind: n for kind, n in counts.items() if n} == {
         "tensor core": 1, "MUFU": 1, "global load": 2, "FMA unit": 1, "other": 2, "total": 7,
     }  # fmt: skip
-    assert loop_over_time(every[:3]) == ()

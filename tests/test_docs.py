@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 ROOT = Path(__file__).parent.parent
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -56,8 +55,7 @@ def test_contributing_names_every_verb_and_every_file():
 
 
 def test_commands_of_the_bench_exist():
-    help = [sys.executable, "-m", "bench", "--help"]
-    known = subprocess.run(help, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    known = python("-m", "bench", "--help").stdout
     named = {word for text in TEXTS.values() for word in re.findall(r"-m bench ([a-z]+)", text)}
     assert named
     assert [word for word in named if not re.search(rf"\b{word}\b", known)] == []

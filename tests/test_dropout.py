@@ -7,12 +7,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pairs import LENGTHS, NAMES, RESET, B, H, T, assert_close, batch, build, leaves, packed
+from pairs import LENGTHS, NAMES, RESET, assert_close, batch, build, leaves, packed
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
-from fusedrnn import functional
 
 BACKENDS = ("auto", "torch", "triton")
 FORMS = {
@@ -52,23 +50,6 @@ def test_a_restored_generator_gives_torchs_masks(backend, name, p):
     assert p == 1 or not torch.allclose(other[0], want[0])
 
 
-def test_the_masks_are_those_of_torchs_dropout_bit_for_bit(monkeypatch):
-    """0 or 1/(1-p) in the input's dtype, one for each layer but the last."""
-    _, ours = build("GRU", torch.float32, num_layers=3, bidirectional=True, dropout=0.3)
-    drawn, real = [], functional.dropout_masks
-    monkeypatch.setattr(
-        functional, "dropout_masks", lambda *args: drawn.extend(real(*args)) or list(drawn)
-    )
-    x = batch(dtype=torch.float32)
-    torch.manual_seed(11)
-    with fusedrnn.use_backend("torch"), torch.no_grad():
-        ours(x)
-    torch.manual_seed(11)
-    assert len(drawn) == 2
-    for mask in drawn:
-        assert torch.equal(mask, nn.functional.dropout(torch.ones(T, B, 2 * H), 0.3))
-
-
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form_of_input_draws_alike_on_every_backend(form):
     """Nothing raises under ``torch.use_deterministic_algorithms``, and the bits repeat."""
@@ -88,24 +69,3 @@ def test_every_form_of_input_draws_alike_on_every_backend(form):
     assert_close(found[2], found[1])
     assert_close(found[3], found[1])
     assert all(map(torch.equal, found[0], found[2]))
-
-
-@pytest.mark.parametrize("use_reentrant", [False, True])
-@pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_activation_checkpointing_repeats_the_masks(backend, use_reentrant):
-    """The recomputed forward draws the same masks; without the generator's state it would not."""
-    _, ours = build("GRU", num_layers=2, dropout=0.5)
-    x = batch().requires_grad_()
-
-    def gradients(**options):
-        torch.manual_seed(7)
-        with fusedrnn.use_backend(backend):
-            output = checkpoint(lambda x: ours(x)[0], x, **options) if options else ours(x)[0]
-            x.grad = None
-            output.square().sum().backward()
-        return x.grad
-
-    want = gradients()
-    assert torch.equal(gradients(use_reentrant=use_reentrant), want)
-    other = gradients(use_reentrant=use_reentrant, preserve_rng_state=False)
-    assert not torch.allclose(other, want)

@@ -10,15 +10,15 @@ import copy
 
 import pytest
 import torch
-from models import WITH_TORCH, torch_module
+from mutants import ORIGIN_BUGS, resets_lost
 from oracle import one_by_one
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
-from fusedrnn import layout, loop_cells, stack
+from fusedrnn import arguments, functional, loop_cells, stack
 from fusedrnn.arguments import as_hx
-from fusedrnn.kernels.rows import INITIAL, PREVIOUS, SKIPPED, ZERO, origins_of
+from fusedrnn.kernels.rows import origins_of
 from fusedrnn.testing import assert_budget
 
 MODULES = {
@@ -174,15 +174,8 @@ def test_loop_in_other_dtypes(cell, dtype):
     check_budget(build(cell, 1, 2, dtype), "packed", "torch")
 
 
-@pytest.mark.parametrize("backend", ["torch", "triton"])
-def test_small_signals_keep_their_relative_precision(backend, device):
-    """A tanh that is made of a sigmoid would lose it."""
-    module = build("lstm", dtype=torch.float32, bias=False)
-    check_budget(module, "dense", backend, device if backend == "triton" else "cpu", 1e-5)
-
-
 def keep_padding(monkeypatch):
-    monkeypatch.setattr(stack, "layout_of", lambda *call: layout.layout_of(*call[:-1], False))
+    monkeypatch.setattr(functional, "is_eager", lambda input: False)
 
 
 @pytest.mark.parametrize(
@@ -200,19 +193,6 @@ def test_resident_kernels(cell, form, device):
 def test_stepwise_kernels(cell, form, device):
     """Stacked layers in fp64, which no other schedule takes."""
     check(build(cell, 2, 1), form, "triton", device=device)
-
-
-@pytest.mark.parametrize("form", ["dense", "batch_first", "packed"])
-@pytest.mark.parametrize("cell", WITH_TORCH)
-def test_torchs_operator_is_torch_nn_bit_for_bit(cell, form):
-    ours = build(cell, 2, 2, torch.float32, batch_first=form == "batch_first")
-    options = {"num_layers": 2, "bidirectional": True, "batch_first": form == "batch_first"}
-    theirs = torch_module(cell, 3, 5, **options)
-    theirs.load_state_dict(ours.state_dict())
-    x, hx = torch.randn(T, 5, 3), states_for(ours, 5, torch.float32)
-    found = [everything(runner("aten", form), m, x, hx, torch.float32) for m in (theirs, ours)]
-    for name, want in found[0].items():
-        assert torch.equal(found[1][name], want), name
 
 
 def test_random_lengths_and_resets():
@@ -265,74 +245,28 @@ def test_repeated_calls_give_the_same_bits(backend, dtype):
     assert all(torch.equal(first[name], second[name]) for name in first)
 
 
-def test_very_long_sequences():
-    """The cost of a step does not grow with their number; the last step is padding."""
-    steps, module, theirs = 5000, fusedrnn.LSTM(1, 2), torch.nn.LSTM(1, 2)
-    theirs.load_state_dict(module.state_dict())
-    x = torch.randn(steps, 1, 1)
-    output, final = module(x, lengths=torch.tensor([steps - 1]))
-    want, want_final = theirs(x[:-1])
-    assert not output[-1].any()
-    torch.testing.assert_close((output[:-1], final), (want, want_final), atol=1e-5, rtol=1e-4)
-    got = torch.autograd.grad(output.square().mean(), list(module.parameters()))
-    loss = want.square().sum() / output.numel()
-    wanted = torch.autograd.grad(loss, list(theirs.parameters()))
-    torch.testing.assert_close(got, wanted, atol=1e-5, rtol=1e-3)
-
-
 # Planted bugs in the tables of rows: each must be found by the checks above.
 
 
-def first_step_for_all(T, B, D, *rest):
-    """Uses the mask of step 0 for all steps."""
-    return origins_of(T, B, D, *rest)[:, :1].expand(D, T, B).contiguous()
-
-
-def from_the_end_of_all(T, B, D, *rest):
-    """Begins the reverse direction at the end of the batch, not of each sequence."""
-    origins = origins_of(T, B, D, *rest)
-    origins[1, :-1][origins[1, :-1] == INITIAL] = PREVIOUS
-    return origins
-
-
-def padding_counts(T, B, D, *rest):
-    """Runs steps beyond the end like any other."""
-    origins = origins_of(T, B, D, *rest)
-    origins[origins == SKIPPED] = PREVIOUS
-    return origins
-
-
-def resets_lost(T, B, D, *rest):
-    """Drops all resets."""
-    origins = origins_of(T, B, D, *rest)
-    origins[origins == ZERO] = PREVIOUS
-    return origins
-
-
-def late_resets(T, B, D, device, lengths=None, reset=None):
-    """Applies every reset one step late."""
-    return origins_of(T, B, D, device, lengths, None if reset is None else reset.roll(1, 0))
-
-
-@pytest.mark.parametrize(
-    "trap", [first_step_for_all, from_the_end_of_all, padding_counts, resets_lost, late_resets]
-)
-def test_bugs_in_the_table_are_found(trap, monkeypatch):
+@pytest.mark.parametrize("bug", ORIGIN_BUGS)
+def test_bugs_in_the_table_are_found(bug, monkeypatch):
     keep_padding(monkeypatch)
-    monkeypatch.setattr(layout, "origins_of", trap)
+    monkeypatch.setattr("fusedrnn.layout.origins_of", lambda *given: bug(origins_of(*given)))
     with pytest.raises(AssertionError):
         check(build("gru", 1, 2), "both", "torch")
 
 
-@pytest.mark.parametrize("trap", [resets_lost, late_resets])
-def test_bugs_in_the_packed_table_are_found_in_the_loop(trap, monkeypatch):
-    monkeypatch.setattr("fusedrnn.kernels.rows.origins_of", trap)
+def test_bugs_in_the_packed_table_are_found_in_the_loop(monkeypatch):
+    mutant = lambda *given: resets_lost(origins_of(*given))  # noqa: E731
+    monkeypatch.setattr("fusedrnn.kernels.rows.origins_of", mutant)
     with pytest.raises(AssertionError):
         check(build("gru", 1, 2), "both", "torch")
 
 
 def test_a_wrong_order_of_rows_is_found(monkeypatch):
-    monkeypatch.setattr(layout.Layout, "sort_states", lambda self, states: states.contiguous())
+    real = arguments.pack
+    wrong = lambda *call: real(*call)._replace(order=torch.arange(len(call[0])))  # noqa: E731
+    monkeypatch.setattr(arguments, "pack", wrong)
     with pytest.raises(AssertionError):
         check(build("lstm", 1, 1), "lengths", "torch")
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
+from contextlib import contextmanager, nullcontext
+from itertools import pairwise
 
 import pytest
 import torch
-from models import LoopGRU
 from pairs import (
     CELLS,
     LENGTHS,
@@ -25,11 +27,9 @@ from pairs import (
     run,
     states_for,
 )
-from torch.nn.utils.rnn import unpack_sequence
 
 import fusedrnn
-from fusedrnn import functional
-from fusedrnn.testing import assert_budget
+from fusedrnn import arguments, functional
 
 BACKENDS = ("aten", "torch")
 STACKS = {
@@ -89,17 +89,6 @@ def pick(states, i):
     return states[:, i : i + 1].contiguous()
 
 
-def test_the_older_gru_equals_a_loop_of_its_equations():
-    kwargs = {"num_layers": 2, "bidirectional": True, "dtype": torch.float64}
-    loop, ours = LoopGRU(I, H, **kwargs), fusedrnn.GRU(I, H, reset_after=False, **kwargs)
-    ours.load_state_dict(loop.state_dict())
-    input, hx = packed(), states_for(ours, 3)
-    output, h_n = ours(input, hx)
-    for i, (got, s) in enumerate(zip(unpack_sequence(output), unpack_sequence(input), strict=True)):
-        want, last = loop(s.unsqueeze(1), hx[:, i : i + 1])
-        assert_close((got, h_n[:, i : i + 1]), (want.squeeze(1), last))
-
-
 @pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @backends
@@ -121,8 +110,6 @@ def test_projection_with_lengths_and_reset():
         assert_close((output[:n, b], h_n[:, b], c_n[:, b]), [t[:, 0] for t in (want, *states)])
     cut, _ = ours(x, reset=RESET)
     assert_close([cut[1:2, 0]], [ours(x[1:2, :1])[0][:, 0]])
-    with fusedrnn.use_backend("triton"), pytest.raises(NotImplementedError, match="no projection"):
-        ours(x)
 
 
 @backends
@@ -132,26 +119,27 @@ def test_empty_batch(backend, name):
     assert_same(backend, theirs, ours, batch(0))
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_functions_are_the_modules(name):
-    kwargs = {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}
-    _, module = build(name, torch.float32, **kwargs)
-    x = torch.randn(B, T, I)
-    got = getattr(fusedrnn, name.lower())(x, None, list(module.parameters()), **kwargs)
+FUNCTIONS = [
+    (fusedrnn.lstm, fusedrnn.LSTM, {}),
+    (fusedrnn.gru, fusedrnn.GRU, {}),
+    (fusedrnn.gru, fusedrnn.GRU, {"reset_after": False}),
+    (fusedrnn.rnn, fusedrnn.RNN, {"nonlinearity": "relu"}),
+]
+
+
+@pytest.mark.parametrize(("function", "kind", "equations"), FUNCTIONS)
+def test_functions_are_the_modules(function, kind, equations):
+    options = {"num_layers": 2, "bidirectional": True, "batch_first": True, "bias": False}
+    module, x = kind(I, H, **options, **equations), torch.randn(B, T, I)
+    got = function(x, None, list(module.parameters()), **options, **equations)
     assert all(map(torch.equal, leaves(got), leaves(module(x))))
 
 
-def test_functions_take_the_equations():
-    x = batch(dtype=torch.float32)
-    relu, before = fusedrnn.RNN(I, H, nonlinearity="relu"), fusedrnn.GRU(I, H, reset_after=False)
-    got = fusedrnn.rnn(x, None, list(relu.parameters()), nonlinearity="relu")
-    assert torch.equal(got[0], relu(x)[0])
-    got = fusedrnn.gru(x, None, list(before.parameters()), reset_after=False)
-    assert torch.equal(got[0], before(x)[0])
+def test_options_that_functions_do_not_know():
     with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
-        fusedrnn.rnn(x, None, [], nonlinearity="gelu")
+        fusedrnn.rnn(batch(), None, [], nonlinearity="gelu")
     with pytest.raises(TypeError, match="no_such"):
-        fusedrnn.gru(x, None, [], no_such=1)
+        fusedrnn.gru(batch(), None, [], no_such=1)
 
 
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
@@ -172,54 +160,6 @@ def test_the_older_gru_cell_is_one_step_of_the_gru():
     cell.load_state_dict({n.removesuffix("_l0"): p for n, p in gru.state_dict().items()})
     x, h = torch.randn(6, I), torch.randn(6, H)
     assert torch.equal(cell(x, h), gru(x.unsqueeze(0), h.unsqueeze(0))[0][0])
-
-
-@backends
-def test_backward_works_in_eval(backend):
-    theirs, ours = build("LSTM", num_layers=2)
-    assert_same(backend, theirs.eval(), ours.eval(), batch())
-
-
-def spread(x):
-    room = torch.full((2 * T, B + 2, 2 * I), torch.nan, dtype=x.dtype)
-    view = room[1::2, 1:-1, ::2]
-    view.copy_(x)
-    return view
-
-
-#: The same numbers in other places; what is expanded has the first sequence's.
-LAYOUTS = {
-    "features first": lambda x: x.permute(2, 0, 1).contiguous().permute(1, 2, 0),
-    "spread": spread,
-    "one sequence": lambda x: x[:, :1].expand_as(x),
-    "one step": lambda x: x[:1].expand_as(x),
-}
-
-
-@pytest.mark.parametrize("batch_first", [False, True], ids=["", "batch first"])
-@pytest.mark.parametrize("lay", LAYOUTS)
-@backends
-def test_inputs_of_every_layout(backend, lay, batch_first):
-    theirs, ours = build("LSTM", batch_first=batch_first, num_layers=2)
-    x = LAYOUTS[lay](batch())
-    x = x.transpose(0, 1) if batch_first else x
-    assert_same(backend, theirs, ours, x, states_for(ours, B))
-
-
-KERNELS = [("LSTM", False), ("GRU", False), ("RNN relu", False), ("LSTM", True)]
-
-
-@pytest.mark.parametrize(("name", "is_packed"), KERNELS)
-def test_modules_on_the_kernels(name, is_packed, device):
-    theirs, ours = build(name, torch.float32, num_layers=2, bidirectional=True)
-    input = packed(False, (1, 3, 3)) if is_packed else batch()
-    input = input.to(device, torch.float32)
-    with fusedrnn.use_backend("triton"), fusedrnn.use_precision("ieee"):
-        got = run(ours.to(device), input)
-    ref = run(theirs, input.to("cpu"))
-    truth = run(theirs.double(), input.to("cpu", torch.float64))
-    for i, tensors in enumerate(zip(got, ref, truth, strict=True)):
-        assert_budget(f"tensor {i}", *tensors)
 
 
 def cudnn(op):
@@ -260,15 +200,60 @@ def test_promises_are_kept_on_cudnn(name, is_packed, monkeypatch):
     assert_close(got[states.stop :], want[states.stop :], 0)
 
 
-@backends
-def test_a_default_device_is_not_that_of_the_call(backend):
-    module, dense = build("LSTM")[1], batch()
-    calls = [(packed(), {}), (dense, {"lengths": LENGTHS, "reset": RESET})]
-    for input, options in calls[: 1 if backend == "aten" else 2]:
-        with torch.device("meta"), fusedrnn.use_backend(backend):
-            output, states = module(input, **options)
-            sum(result.sum() for result in leaves((output, states))).backward()
-        assert {result.device.type for result in leaves((output, states))} == {"cpu"}
+@contextmanager
+def flattening():
+    """torch's flatten_parameters() with a CPU in place of the GPU and of cuDNN."""
+
+    def flatten(weights, *_):
+        buffer = torch.cat([weight.flatten() for weight in weights])
+        for weight, part in zip(weights, buffer.split([w.numel() for w in weights]), strict=True):
+            weight.set_(part.view_as(weight))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch, "_cudnn_rnn_flatten_weight", flatten)
+        patch.setattr(torch, "_use_cudnn_rnn_flatten_weight", lambda: True)
+        patch.setattr(torch.backends.cudnn, "is_acceptable", lambda _: True)
+        patch.setattr(torch.backends.cudnn.rnn, "get_cudnn_mode", lambda _: 0)
+        patch.setattr(torch.cuda, "device_of", lambda _: nullcontext())
+        patch.setattr(torch.Tensor, "is_cuda", True)
+        yield
+
+
+CHANGES = {
+    "made": lambda module: module,
+    "moved": lambda module: module.double(),
+    "copied": copy.deepcopy,
+    "torch's": lambda _: fusedrnn.replace_modules(torch.nn.LSTM(I, H, 2)),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_cudnn_gets_the_weights_as_one_buffer(change, monkeypatch):
+    """Else it copies all of them at every call."""
+    with flattening():
+        module = CHANGES[change](fusedrnn.LSTM(I, H, 2))
+    places, x = [], torch.randn(T, B, I, dtype=module.weight_hh_l0.dtype)
+
+    def recording(input, hx, params, *flags):
+        places.extend((p.data_ptr(), p.data_ptr() + p.nbytes) for p in params)
+        return op(input, hx, params, *flags)
+
+    op = functional.ATEN["lstm"]
+    monkeypatch.setitem(functional.ATEN, "lstm", recording)
+    module(x)
+    assert len(places) == 8
+    assert all(a[1] == b[0] for a, b in pairwise(places))
+
+
+def test_computed_weights_are_neither_flattened_nor_computed_for_it():
+    """The power iteration of spectral_norm would go on."""
+    module = torch.nn.utils.parametrizations.spectral_norm(fusedrnn.LSTM(I, H), "weight_hh_l0")
+    before = copy.deepcopy(module.state_dict())
+    with flattening():
+        module.to(torch.float32).flatten_parameters()
+    torch.testing.assert_close(module.state_dict(), before, rtol=0, atol=0)
+    module(batch().float())[0].sum().backward()
+    assert all(p.grad is not None for p in module.parameters())
 
 
 def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
@@ -278,7 +263,7 @@ def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
     def checked(*arguments):
         raise AssertionError("checked")
 
-    monkeypatch.setattr(functional, "prepare", checked)
+    monkeypatch.setattr(arguments, "_sizes", checked)
     torch.testing.assert_close(module(x), first, rtol=0, atol=0)
     for other in (x[:1], x.double(), x[:, :, :2]):
         with pytest.raises(AssertionError, match="checked"):

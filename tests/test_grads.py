@@ -27,16 +27,6 @@ def test_outer_is_the_product(rows, M, N):
     )
 
 
-def test_a_long_sum_is_made_of_parts():
-    """One product over all rows errs more, how much depends on the library and the processor."""
-    left, right = torch.rand(100_000, 24) + 1, torch.rand(100_000, 9) + 1
-    truth = left.double().t() @ right.double()
-    ours, theirs = (
-        (found - truth).abs().max() for found in (grads.outer(left, right), left.t() @ right)
-    )
-    assert ours < theirs / 1.5
-
-
 @pytest.mark.parametrize(("T", "B", "I", "H"), [(200, 16, 8, 8), (30, 32, 4, 32)])
 @pytest.mark.parametrize("cell", ["lstm", "gru", "rnn_tanh"])
 def test_sums_over_many_rows_are_as_exact_as_torchs(cell, T, B, I, H):

@@ -11,26 +11,26 @@ COOPERATIVE = Tiles(16, 16, 8, None, "ieee", 0, ((0, 8, 32),), 3, 2)
 
 
 def test_constants_are_made_once():
-    first = launch.constants("lstm", RESIDENT, 1, 2, 50)
-    again = launch.constants("lstm", RESIDENT, 1, 2, 50)
+    first = launch.constants(CELLS["lstm"], RESIDENT, 1, 2, 50)
+    again = launch.constants(CELLS["lstm"], RESIDENT, 1, 2, 50)
     assert all(one is other for one, other in zip(first, again, strict=True))
     assert first[1] == (1, 2, 50, 16, 64, "tf32", (), 0)
-    assert launch.constants("lstm", RESIDENT, 1, 1, 50)[1].D == 1
-    cooperative = launch.constants("lstm", COOPERATIVE, 2, 1, 256)[1]
+    assert launch.constants(CELLS["lstm"], RESIDENT, 1, 1, 50)[1].D == 1
+    cooperative = launch.constants(CELLS["lstm"], COOPERATIVE, 2, 1, 256)[1]
     assert cooperative == (2, 1, 256, 16, 16, "ieee", ((0, 8, 32),), 2)
 
 
 def test_a_cell_that_takes_the_name_of_another_is_not_taken_for_it(monkeypatch):
-    before = launch.constants("gru", RESIDENT, 1, 1, 50)[0]
+    before = launch.constants(CELLS["gru"], RESIDENT, 1, 1, 50)[0]
     monkeypatch.setitem(CELLS, "gru", CELLS["lstm"])
-    assert launch.constants("gru", RESIDENT, 1, 1, 50)[0] is CELLS["lstm"]
+    assert launch.constants(CELLS["gru"], RESIDENT, 1, 1, 50)[0] is CELLS["lstm"]
     assert before is not CELLS["lstm"]
 
 
 def test_the_cache_of_constants_is_bounded(monkeypatch):
     monkeypatch.setattr(launch, "_CONSTANTS", {})
     for H in range(4100):
-        launch.constants("lstm", RESIDENT, 1, 1, H)
+        launch.constants(CELLS["lstm"], RESIDENT, 1, 1, H)
     assert len(launch._CONSTANTS) < 4096
 
 

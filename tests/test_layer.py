@@ -8,7 +8,8 @@ import torch
 from fusedrnn import layer
 from fusedrnn.kernels.plan import Plan
 from fusedrnn.kernels.rows import Rows
-from fusedrnn.layer import Launch, StackConfig, gemm_precision, launches_of
+from fusedrnn.layer import Launch, gemm_precision, launches_of
+from fusedrnn.records import StackConfig
 
 T, B, H = 4, 3, 4
 CONFIG = StackConfig("lstm", "triton", True, 3, False, "tf32")
@@ -27,25 +28,16 @@ def test_launches_follow_the_plan(monkeypatch):
 
     monkeypatch.setattr(layer.planning, "plan_stack", plan_stack)
     h_0 = torch.zeros(3, B, H)
-    assert launches_of(CONFIG, h_0, True, Rows(T, B)) == [
-        Launch(range(2), plan(2)),
-        Launch(range(2, 3), plan(1)),
-    ]
+    monkeypatch.setattr(layer, "_launches", layer._launches.__wrapped__)
+    launches = Launch(range(2), plan(2)), Launch(range(2, 3), plan(1))
+    assert launches_of(CONFIG, h_0, True, Rows(T, B)) == launches
     launches_of(CONFIG._replace(recompute=True), h_0, False, Rows(T, B, torch.zeros(1, T, B)))
     first, second = asked
     assert (first.layers, first.batch, first.hidden_size) == (3, B, H)
     assert (first.needs_grad, first.ragged, first.layer_by_layer) == (True, False, False)
     assert (second.needs_grad, second.ragged, second.layer_by_layer) == (False, True, True)
     loop = CONFIG._replace(backend="torch")
-    assert launches_of(loop, h_0, True, Rows(T, B)) == [
-        Launch(range(n, n + 1), None) for n in range(3)
-    ]
-
-
-def fail_within(context, seen):
-    with context:
-        seen.append(torch.backends.cuda.matmul.fp32_precision)
-        raise KeyError
+    assert [each.plan for each in launches_of(loop, h_0, True, Rows(T, B))] == [None] * 3
 
 
 def test_precision_of_gemms_with_threads(monkeypatch):
@@ -83,9 +75,11 @@ def test_precision_of_gemms_is_set_and_put_back(monkeypatch):
         assert matmul.fp32_precision == before
     monkeypatch.setattr(torch.Tensor, "is_cuda", True)
     for precision, want in (("tf32", "tf32"), ("tf32x3", "ieee"), ("ieee", "ieee")):
-        seen = []
-        with pytest.raises(KeyError):
-            fail_within(gemm_precision(precision, x), seen)
-        assert (seen, matmul.fp32_precision) == ([want], before)
+        with gemm_precision(precision, x):
+            assert matmul.fp32_precision == want
+        assert matmul.fp32_precision == before
+    with pytest.raises(KeyError), gemm_precision("tf32", x):
+        raise KeyError
+    assert matmul.fp32_precision == before
     with gemm_precision("tf32", x.half()):
         assert matmul.fp32_precision == before

@@ -1,25 +1,29 @@
-"""Rows and grid: the order of rows and the indices between them."""
+"""Packed rows, and their places in a grid."""
 
 from __future__ import annotations
 
 import torch
 
 from fusedrnn.kernels.rows import Rows
-from fusedrnn.layout import Sequences, layout_of, rows_by_sequence
+from fusedrnn.layout import pack, rows_by_sequence, rows_of, to_grid
+from fusedrnn.records import Sequences
 
 T, B, D = 4, 3, 2
 
 
 def test_dense_rows_have_no_tables():
-    x = torch.zeros(T, B, 5)
-    layout = layout_of(x, B, D, Sequences(), True)
-    assert layout == (Rows(T, B), None, None, None)
-    assert layout.to_rows(x) is x
-    assert layout.to_grid(x) is x
-    assert layout.sort_states(x) is x
-    assert layout.unsort_states(x) is x
-    buffer = torch.zeros(2, T * B, 5)
-    assert layout.trim(buffer) is buffer
+    assert rows_of(torch.zeros(T, B, 5), B, D, Sequences()) == Rows(T, B)
+
+
+def test_rows_are_packed_by_falling_length_and_return_to_their_places():
+    grid, lengths = torch.randn(T, B, 5), torch.tensor([2, 0, 3])
+    packing = pack(lengths, T, torch.arange(B), B)
+    assert packing.order.tolist() == [2, 0, 1]
+    assert packing.batch_sizes.tolist() == [2, 2, 1, 0]
+    rows = grid.flatten(0, 1)[packing.rows]
+    assert torch.equal(rows[:2], grid[0, [2, 0]])
+    grid[torch.arange(T).unsqueeze(1) >= lengths] = 0
+    assert torch.equal(to_grid(rows, packing.rows, T, B), grid)
 
 
 def test_rows_by_sequence_of_wide_batch_first_input():

@@ -9,6 +9,7 @@ import pickle
 
 import pytest
 import torch
+from pairs import CELLS, NAMES, input_of, output_of
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -31,10 +32,6 @@ CONSTRUCTORS = [
 ]
 
 
-def ids(cases):
-    return [f"{i}-{case[0]}" for i, case in enumerate(cases)]
-
-
 def both(name, args, kwargs):
     """torch's module and ours, each built after the same seed."""
     torch.manual_seed(5)
@@ -43,14 +40,9 @@ def both(name, args, kwargs):
     return theirs, getattr(fusedrnn, name)(*args, **kwargs)
 
 
-def output_of(module, *args):
-    result = module(*args)
-    return result[0] if isinstance(result, tuple) else result
-
-
-@pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTORS, ids=ids(CONSTRUCTORS))
+@pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTORS)
 @pytest.mark.filterwarnings("ignore:dropout option adds dropout")
-def test_constructor_weights_and_repr_are_torchs(name, args, kwargs):
+def test_constructor_weights_repr_and_state_dict_are_torchs(name, args, kwargs):
     theirs, ours = both(name, args, kwargs)
     assert repr(ours) == repr(theirs)
     for attribute in theirs.__constants__:
@@ -61,16 +53,6 @@ def test_constructor_weights_and_repr_are_torchs(name, args, kwargs):
         q = ours.get_parameter(n)
         assert (q.dtype, q.device, q.shape) == (p.dtype, p.device, p.shape), n
         assert torch.equal(p, q), n
-
-
-@pytest.mark.parametrize(("name", "args", "kwargs"), CONSTRUCTORS, ids=ids(CONSTRUCTORS))
-@pytest.mark.filterwarnings("ignore:dropout option adds dropout")
-def test_state_dict_loads_both_ways(name, args, kwargs):
-    theirs, ours = getattr(nn, name)(*args, **kwargs), getattr(fusedrnn, name)(*args, **kwargs)
-    assert list(ours.state_dict()) == list(theirs.state_dict())
-    assert not same_weights(theirs, ours)
-    ours.load_state_dict(theirs.state_dict())
-    assert same_weights(theirs, ours)
     ours.reset_parameters()
     assert not same_weights(theirs, ours)
     theirs.load_state_dict(ours.state_dict())
@@ -84,7 +66,7 @@ def test_reset_after_is_keyword_only_and_shown(name):
     assert repr(ours) == f"{name}(3, 4, reset_after=False)"
     theirs = getattr(nn, name)(3, 4)
     ours.load_state_dict(theirs.state_dict())
-    x = torch.randn(5, 3) if name == "GRUCell" else torch.randn(6, 5, 3)
+    x = input_of(name)
     assert not torch.allclose(output_of(ours, x), output_of(theirs, x))
     ours.reset_after = True
     assert torch.equal(output_of(ours, x), output_of(theirs, x))
@@ -95,45 +77,11 @@ def make(name: str) -> nn.Module:
     return getattr(fusedrnn, name)(3, 4, **kwargs)
 
 
-def input_of(name: str) -> torch.Tensor:
-    return torch.randn(5, 3) if name.endswith("Cell") else torch.randn(6, 5, 3)
+every_stack = pytest.mark.parametrize("name", NAMES)
+every_class = pytest.mark.parametrize("name", NAMES + CELLS)
 
 
-NAMES = ("LSTM", "GRU", "RNN", "LSTMCell", "GRUCell", "RNNCell")
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_copies_and_pickles_run_and_are_independent(name):
-    module, x = make(name), input_of(name)
-    expected = output_of(module, x)
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    for twin in (
-        copy.deepcopy(module),
-        pickle.loads(pickle.dumps(module)),
-        torch.load(buffer, weights_only=False),
-    ):
-        assert type(twin) is type(module)
-        assert repr(twin) == repr(module)
-        assert torch.equal(output_of(twin, x), expected)
-        with torch.no_grad():
-            next(twin.parameters()).add_(1)
-        assert not torch.equal(output_of(twin, x), expected)
-        assert torch.equal(output_of(module, x), expected)
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_moving_between_dtypes_and_from_meta(name):
-    module, x = make(name), input_of(name)
-    module.double()
-    assert output_of(module, x.double()).dtype == torch.float64
-    empty = type(module)(3, 4, device="meta").to_empty(device="cpu")
-    empty.reset_parameters()
-    assert torch.isfinite(output_of(empty, x)).all()
-
-
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_weights_are_read_at_every_call(name):
     module, twin, x = make(name), make(name), input_of(name)
     expected = output_of(twin, x)
@@ -179,13 +127,6 @@ def drop_by_hand(module):
     module.register_forward_pre_hook(draw)
 
 
-def mixed(module):
-    parametrizations.weight_norm(module, "weight_hh_l0")
-    parametrize.register_parametrization(module, "weight_hh_l0", Drop())
-    parametrizations.spectral_norm(module, "weight_ih_l1_reverse")
-    prune.random_unstructured(module, "bias_hh_l0", 0.5)
-
-
 WRAPS = {
     "old weight_norm": old_weight_norm,
     "weight_norm": lambda m: parametrizations.weight_norm(m, "weight_ih_l1"),
@@ -193,13 +134,13 @@ WRAPS = {
     "orthogonal": lambda m: parametrizations.orthogonal(m, "weight_hh_l1"),
     "drop by hand": drop_by_hand,
     "pruning": lambda m: prune.l1_unstructured(m, "weight_hh_l0", 0.5),
-    "mixed": mixed,
+    "drop": lambda m: parametrize.register_parametrization(m, "weight_hh_l0", Drop()),
 }
 
 
 @pytest.mark.parametrize("wrap", WRAPS)
 @pytest.mark.parametrize("backend", ["auto", "torch"])
-def test_wrapped_weights_run_train_and_copy(backend, wrap):
+def test_wrapped_weights_run_and_train(backend, wrap):
     """Results and gradients are torch's with the weights that the wrapper computes."""
     theirs, ours = both("LSTM", (3, 4, 2), {"bidirectional": True})
     WRAPS[wrap](ours)
@@ -215,13 +156,32 @@ def test_wrapped_weights_run_train_and_copy(backend, wrap):
                 for y in (output, want)
             )
             torch.testing.assert_close(got, expected, atol=1e-6, rtol=1e-5)
-    if wrap in ("old weight_norm", "pruning"):  # nn.LSTM's list of weights breaks deepcopy here
-        twin, before = copy.deepcopy(ours), output_of(ours, x)
-        assert torch.equal(output_of(twin, x), before)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrap"),
+    [*((name, "") for name in NAMES + CELLS), ("LSTM", "old weight_norm"), ("LSTM", "pruning")],
+)
+def test_copies_and_pickles_run_and_are_independent(name, wrap):
+    """nn.LSTM's list of weights breaks copies of wrapped ones."""
+    module, x = make(name), input_of(name)
+    WRAPS.get(wrap, id)(module)
+    expected = output_of(module, x)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    for twin in (
+        copy.deepcopy(module),
+        pickle.loads(pickle.dumps(module)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert type(twin) is type(module)
+        assert repr(twin) == repr(module)
+        assert torch.equal(output_of(twin, x), expected)
         with torch.no_grad():
-            next(twin.parameters()).mul_(2)
-        assert not torch.equal(output_of(twin, x), before)
-        assert torch.equal(output_of(ours, x), before)
+            next(twin.parameters()).add_(1)
+        assert not torch.equal(output_of(twin, x), expected)
+        assert torch.equal(output_of(module, x), expected)
 
 
 def test_a_dropped_weight_is_drawn_once_a_call():
@@ -232,23 +192,6 @@ def test_a_dropped_weight_is_drawn_once_a_call():
     output_of(module, x)
     assert len(drop.drawn) == 2
     assert not torch.equal(*drop.drawn)
-
-
-def test_tied_and_frozen_weights():
-    """Gradients of a weight that is used for two things add; frozen weights get none."""
-    found = []
-    for kind in (nn.GRU, fusedrnn.GRU):
-        torch.manual_seed(2)
-        module = kind(4, 4, 2, dtype=torch.float64)
-        module.weight_ih_l1 = module.weight_hh_l1
-        module.bias_hh_l0.requires_grad_(False)
-        with fusedrnn.use_backend("torch"):
-            output, _ = module(torch.ones(5, 2, 4, dtype=torch.float64).cumsum(0))
-        output.square().sum().backward()
-        assert module.bias_hh_l0.grad is None
-        found.append([p.grad for p in module.parameters() if p.requires_grad])
-    assert len(found[0]) == 6
-    torch.testing.assert_close(*found)
 
 
 def test_a_weight_changed_before_backward_is_noticed():
@@ -263,7 +206,7 @@ def test_a_weight_changed_before_backward_is_noticed():
             output.sum().backward()
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_assignments_to_flat_weights_act_as_in_torch(name):
     """By index and as a whole, with gradients; a new Parameter or a conversion ends them."""
     theirs, ours = both(name, (3, 4, 2), {})
@@ -287,7 +230,7 @@ def test_assignments_to_flat_weights_act_as_in_torch(name):
         ours(x)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@every_class
 def test_names_and_signatures_are_torchs(name):
     theirs, ours = getattr(nn, name), getattr(fusedrnn, name)
     assert set(dir(theirs)) <= set(dir(ours))
@@ -296,19 +239,9 @@ def test_names_and_signatures_are_torchs(name):
         if hasattr(theirs, method):
             names = [list(inspect.signature(getattr(k, method)).parameters) for k in (theirs, ours)]
             assert names[1][: len(names[0])] == names[0], method
-
-
-def test_the_methods_that_lstm_has_beside_rnnbase():
-    theirs, ours = both("LSTM", (3, 4, 2), {"proj_size": 2})
-    x, hx = torch.zeros(5, 2, 3), (torch.zeros(2, 2, 2), torch.zeros(2, 2, 4))
-    for module in (theirs, ours):
-        assert module.get_expected_cell_size(x, None) == (2, 2, 4)
-        module.check_forward_args(x, hx, None)
-        with pytest.raises(RuntimeError, match="Expected hidden"):
-            module.check_forward_args(x, (hx[1], hx[1]), None)
-        order = torch.tensor([1, 0])
-        assert torch.equal(module.permute_hidden(hx, order)[1], hx[1][:, order])
-        module._update_flat_weights()
+    if name == "LSTM":  # RNNBase has others of these names
+        for method in ("check_forward_args", "get_expected_cell_size", "permute_hidden"):
+            assert getattr(ours, method) is getattr(theirs, method)
 
 
 class Mixin(nn.Module):
@@ -334,23 +267,8 @@ def test_classes_behind_ours_are_called():
     assert pickle.loads(pickle.dumps(module))._restored
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
-def test_pickles_of_torchs_modules_load_as_ours_while_patched(name):
-    theirs, x = getattr(nn, name)(3, 4, 2), input_of(name)
-    want = output_of(theirs, x)
-    for _ in range(2):
-        dumped = pickle.dumps(theirs)
-        with fusedrnn.patch():
-            ours = pickle.loads(dumped)
-        assert type(ours) is getattr(fusedrnn, name)
-        assert repr(ours) == f"{name}(3, 4, num_layers=2)"
-        assert torch.equal(output_of(ours, x), want)
-        assert torch.equal(output_of(fusedrnn.to_torch(ours), x), want)
-        theirs.__dict__.pop("proj_size", None)  # as torch's before 1.8
-
-
 @pytest.mark.parametrize("missing", ["bias_ih", "bias_hh"])
-@pytest.mark.parametrize("name", NAMES[3:])
+@pytest.mark.parametrize("name", CELLS)
 def test_cells_with_one_bias(name, missing):
     theirs, ours = both(name, (3, 4), {})
     x, found = input_of(name), []
@@ -378,7 +296,7 @@ class Tagger(nn.Module):
 
 @pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_jit_trace_records_torchs_operators_for_all_sizes(name):
     theirs, ours = Tagger(nn, name), Tagger(fusedrnn, name)
     ours.load_state_dict(theirs.state_dict())
@@ -393,7 +311,7 @@ def test_jit_trace_records_torchs_operators_for_all_sizes(name):
     torch.testing.assert_close(*found)
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_symbolic_trace_sees_leaves(name):
     class Model(Tagger):
         def forward(self, x, hx):
@@ -408,7 +326,7 @@ def test_symbolic_trace_sees_leaves(name):
     assert torch.equal(torch.fx.symbolic_trace(model)(x, hx)[0], model(x, hx)[0])
 
 
-@pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
+@every_stack
 def test_data_parallel_replica_reads_its_own_weights(name):
     module, x = make(name), input_of(name)
     replica = module._replicate_for_data_parallel()

@@ -20,13 +20,11 @@ from pairs import (
 )
 from torch import nn
 from torch.autograd import forward_ad
-from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import reference
-from fusedrnn.layout import Sequences
-from fusedrnn.stack import StackConfig
+from fusedrnn.records import Sequences, StackConfig
 
 # torch itself imports it for forward-mode derivatives.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -53,7 +51,7 @@ def arguments(cell, form="dense", backend="torch", layers=2, recompute=False, re
         params += [randn(G * H)]
     c_0 = randn(layers, B, H) if cell == "lstm" else None
     masks = [torch.rand(*rows, H, dtype=torch.float64) for _ in range(layers - 1)]
-    config = StackConfig(cell, backend, True, layers, False, "ieee", False, recompute)
+    config = StackConfig(cell, backend, True, layers, False, "ieee", recompute)
     return randn(*rows, I), randn(layers, B, H), c_0, params, masks, *FORMS[form], *config
 
 
@@ -81,22 +79,12 @@ def test_opcheck(cell, form):
 
 @pytest.mark.parametrize(
     ("backend", "recompute", "save"),
-    [("torch", False, True), ("torch", True, True), ("torch", False, False), ("aten", False, True)],
+    [("torch", True, True), ("torch", False, False), ("aten", False, True)],
 )
 def test_fake_results_have_the_real_shapes(backend, recompute, save):
     given = arguments("lstm", backend=backend, recompute=recompute, requires_grad=False)
-    found = torch.ops.fusedrnn.rnn_forward(*given, save)
-    with torch._subclasses.FakeTensorMode() as mode:
-        fake = [
-            mode.from_tensor(a)
-            if isinstance(a, torch.Tensor)
-            else [mode.from_tensor(t) for t in a]
-            if isinstance(a, list)
-            else a
-            for a in given
-        ]
-        shapes = [t.shape for t in torch.ops.fusedrnn.rnn_forward(*fake, save)]
-    assert shapes == [t.shape for t in found]
+    operator, checks = torch.ops.fusedrnn.rnn_forward, ("test_faketensor",)
+    torch.library.opcheck(operator, (*given, save), test_utils=checks)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -156,8 +144,9 @@ def encoded(module, x):
 
 
 def tied(module, x):
-    """One parameter is two arguments of one call."""
+    """One parameter is two arguments of one call, and one is frozen."""
     module.bias_hh_l0 = module.bias_ih_l0
+    module.weight_ih_l0.requires_grad_(False)
     return module(x)
 
 
@@ -170,23 +159,8 @@ def test_arguments_that_depend_on_each_other(backend, compose, order):
     for module in build("LSTM"):
         with fusedrnn.use_backend(backend):
             loss = loss_of(compose(module, x))
-            found.append(penalised(loss, [x, *module.parameters()], order))
-    assert_close(found[1], found[0], 1e-10)
-
-
-def test_gradients_through_training_steps():
-    """Model-agnostic meta-learning (Finn et al. 2017, arXiv 1703.03400), of second order."""
-    tasks, found = [batch() for _ in range(3)], []
-    for module in build("GRU", num_layers=2):
-        weights = dict(module.named_parameters())
-        with fusedrnn.use_backend("torch"):
-            for x in tasks[1:]:
-                loss = loss_of(torch.func.functional_call(module, weights, (x,)))
-                grads = torch.autograd.grad(loss, list(weights.values()), create_graph=True)
-                pairs = zip(weights.items(), grads, strict=True)
-                weights = {n: w - 0.1 * g for (n, w), g in pairs}
-            loss = loss_of(torch.func.functional_call(module, weights, (tasks[0],)))
-        found.append(torch.autograd.grad(loss, list(module.parameters())))
+            sources = [x, *(p for p in module.parameters() if p.requires_grad)]
+            found.append(penalised(loss, sources, order))
     assert_close(found[1], found[0], 1e-10)
 
 
@@ -270,21 +244,7 @@ def test_walkers_of_saved_tensors_meet_no_none():
     for name in NAMES:
         with fusedrnn.use_backend("torch"):
             output, _ = build(name)[1](batch())
-        shapes = [tensor.shape for tensor in output.grad_fn.saved_tensors]
-        assert shapes[0] == (T, B, I)
-
-
-def test_a_traced_graph_contains_both_operators():
-    module, x = build("GRU")[1], batch().requires_grad_()
-
-    def step(x):
-        return torch.autograd.grad(module(x)[0].sum(), x)[0]
-
-    with fusedrnn.use_backend("torch"):
-        graph = make_fx(step)(x)
-        names = [str(n.target) for n in graph.graph.nodes if "fusedrnn" in str(n.target)]
-        assert names == ["fusedrnn.rnn_forward.default", "fusedrnn.rnn_backward.default"]
-        assert_close([graph(x)], [step(x)])
+        assert output.grad_fn.saved_tensors[0].shape == (T, B, I)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])

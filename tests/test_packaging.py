@@ -18,12 +18,14 @@ import pytest
 import fusedrnn
 
 ROOT = Path(__file__).parent.parent
+PACKAGE = ROOT / "fusedrnn"
 # Under pytest-xdist one group runs in one process, which builds once.
 pytestmark = pytest.mark.xdist_group("packaging")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
 USE = """
 import importlib.metadata, torch, fusedrnn
-import fusedrnn.kernels.plan
+import fusedrnn.kernels.expected as expected
+assert expected.read_steps() and expected.read_figures()
 print(fusedrnn.__file__)
 print(importlib.metadata.version("fusedrnn"))
 print(tuple(fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))[0].shape))
@@ -65,8 +67,8 @@ def wheel(sdist, tmp_path_factory) -> Path:
 
 
 def modules() -> set[str]:
-    """Returns every module of the checkout by the path it has in a wheel."""
-    paths = [*(ROOT / "fusedrnn").glob("*.py"), *(ROOT / "fusedrnn" / "kernels").glob("*.py")]
+    """Returns every module and table of the checkout by the path it has in a wheel."""
+    paths = [p for kind in ("*.py", "kernels/*.py", "kernels/*.csv") for p in PACKAGE.glob(kind)]
     return {path.relative_to(ROOT).as_posix() for path in paths}
 
 

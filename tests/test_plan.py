@@ -6,13 +6,10 @@ import pytest
 import torch
 
 from fusedrnn.kernels import plan as planning
-from fusedrnn.kernels.model import LONGEST_CHAIN, dependent_mma
 from fusedrnn.kernels.plan import (
     CHIPS,
-    Measured,
     NoPlan,
     Problem,
-    candidates,
     chip_of,
     cooperative,
     give_up,
@@ -52,7 +49,7 @@ def test_every_plan_fits_its_chip(cell, H):
 
 
 def check(chosen, p, chip):
-    for tiles, forward in ((chosen.forward, True), (chosen.backward, False)):
+    for tiles in (chosen.forward, chosen.backward):
         assert tiles.shared_bytes <= chip.shared_bytes
         partners = -(-p.hidden_size // tiles.block_h)
         if chosen.schedule.startswith("resident"):
@@ -62,10 +59,7 @@ def check(chosen, p, chip):
             programs = partners * p.directions * p.layers * tiles.at_once
             assert programs <= chip.sms
             assert chip.warp_size == 32
-            assert chip.concurrent or partners == 1
-            assert max(dependent_mma(p, p.kind(chip), tiles, forward)) <= LONGEST_CHAIN
-            covered = [start + pieces * width for start, pieces, width in tiles.k_chunks]
-            assert covered[-1] >= p.hidden_size
+            assert chip.concurrent
 
 
 def test_schedules_by_size():
@@ -76,22 +70,22 @@ def test_schedules_by_size():
     assert schedules() == ["resi"] * 2 + ["coop"] * 3 + ["step"]
     assert schedules(cell="gru") == ["resi"] * 2 + ["coop"] * 3 + ["step"]
     assert schedules(cell="rnn_tanh") == ["resi"] * 3 + ["coop"] * 3
-    assert schedules(dtype=FP32) == ["resi"] + ["coop"] * 4 + ["step"]
+    assert schedules(dtype=FP32) == ["resi"] + ["coop"] * 3 + ["step"] * 2
     assert schedules(dtype=FP32, precision="tf32x3") == ["resi"] + ["step"] * 5
     assert set(schedules(dtype=torch.float64)) == {"step"}
 
 
 def test_refusals_name_what_is_missing():
-    small = H100._replace(name="toy", shared_bytes=20_000)
+    small, tiny = (H100._replace(name="toy", shared_bytes=n) for n in (20_000, 2_000))
     for choose, p, chip, message in (
         (plan, problem(dtype=torch.int64), H100, r"no schedule computes in torch\.int64"),
         (plan, problem(cell="peephole"), H100, "no kernel knows the cell 'peephole'"),
         (resident, problem(dtype=torch.float64), H100, r"no products of torch\.float64"),
         (resident, problem(hidden_size=129), H100, "ends at H=128; H is 129"),
         (resident, problem(), small, "toy has 20,000"),
-        (cooperative, problem(hidden_size=512), small, "no slices of W_hh that toy holds"),
+        (cooperative, problem(hidden_size=512), tiny, "no slices of W_hh that toy holds"),
         (cooperative, problem(dtype=FP32, precision="ieee"), H100, "no products in ieee"),
-        (cooperative, problem(), AMD, "which MI300 lacks"),
+        (cooperative, problem(), AMD, "NVIDIA's GPUs alone"),
         (cooperative, problem(directions=2, layers=2), H100, "one direction"),
     ):
         with pytest.raises(NoPlan, match=message):
@@ -126,6 +120,8 @@ def test_tiles_are_chosen_for_latency_while_programs_are_few():
     assert plan(problem(batch=1), AMD).forward.block_b == 16
     assert resident(problem(), H100).forward.precision == "ieee"  # 16-bit products are exact
     assert resident(problem(dtype=FP32), H100).forward.precision == "tf32"
+    padded = [resident(problem(hidden_size=H), H100).forward.block_h for H in (1, 16, 17, 65)]
+    assert padded == [16, 16, 32, 128]
 
 
 def test_who_runs_the_kernels_in_gluon():
@@ -181,30 +177,6 @@ def test_a_process_group_keeps_sms(backend, sms, monkeypatch):
         assert 1024 // tiles.block_h * tiles.at_once <= sms
 
 
-def test_a_measurement_overrules_the_model(monkeypatch):
-    planning.plan.cache_clear()
-    asked = problem(hidden_size=512)
-    best, *others = candidates(asked, H100)
-    assert plan(asked, H100) == best
-    other = next(c for c in others if c.forward.block_h != best.forward.block_h)
-    found = Measured(other.schedule, other.forward, other.backward, 1.5, 9.0, "H100, 2030-01-01")
-    monkeypatch.setitem(planning.MEASURED, ("sm_90", 132, asked), found)
-    planning.plan.cache_clear()
-    chosen = plan(asked, H100)
-    assert (chosen.forward, chosen.backward) == (other.forward, other.backward)
-    assert "1.50 us a step (torch.nn 9.00), measured on H100" in chosen.describe()
-    assert plan(asked, H100._replace(sms=114)).measured is None
-    assert plan(asked, H100._replace(cooperates=False)).schedule == "stepwise"
-    planning.plan.cache_clear()
-
-
-def test_the_table_holds_candidates():
-    for (arch, sms, asked), found in planning.MEASURED.items():
-        chip = CHIPS[arch]._replace(sms=sms)
-        pairs = [(c.schedule, c.forward, c.backward) for c in candidates(asked, chip)]
-        assert found[:3] in pairs
-
-
 def test_forced_planners_last_for_a_context(monkeypatch):
     forgotten = []
     monkeypatch.setattr(planning, "CACHES", [lambda: forgotten.append(1)])
@@ -219,6 +191,4 @@ def test_forced_planners_last_for_a_context(monkeypatch):
 def test_a_description():
     text = plan(problem(), H100).describe()
     assert text.startswith("resident_nvidia: forward 8 rows x 64 units, 4 warps; backward")
-    assert "forward at least 0." in text
-    assert text.endswith("(modelled, not measured)")
     assert plan(problem(needs_grad=False), H100).backward is None

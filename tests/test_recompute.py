@@ -1,9 +1,5 @@
 """``recompute=True``: the same gradients from a third of the memory, in every form of a call."""
 
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
 from test_equivalence import MODULES, build, everything, runner, states_for
@@ -91,24 +87,3 @@ def test_bytes_kept_for_backward(kind, default, again, dtype):
         assert most * units <= kept <= most * units + states
         with torch.no_grad(), fusedrnn.use_backend("torch"):
             assert bytes_kept(module, x) == 0
-
-
-# The field VmHWM, and not ru_maxrss, which a child process inherits from the one that started it.
-LONG = r"""
-import re, torch, fusedrnn
-torch.set_num_threads(1)
-module = fusedrnn.LSTM(256, 256, recompute=True)
-x = torch.randn(20_000, 8, 256)
-module(x)[0].square().mean().backward()
-print(int(re.search(r"VmHWM:\s+(\d+) kB", open("/proc/self/status").read())[1]) / 2**20)
-"""
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="the peak is read from /proc")
-def test_twenty_thousand_steps_in_two_gigabytes():
-    """The whole process, with T = 20,000, B = 8, H = 256 in fp32."""
-    done = subprocess.run(
-        [sys.executable, "-c", LONG], capture_output=True, text=True, check=True, timeout=600
-    )
-    assert float(done.stdout) < 2

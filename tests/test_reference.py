@@ -1,12 +1,11 @@
-"""The reference against torch.nn in fp64, and its derivatives by torch's own checks."""
+"""The reference against torch.nn in fp64; `test_ops.py` has its second derivatives."""
 
 import pytest
 import torch
 from models import CELLS, make_inputs, torch_module
 
 from fusedrnn.kernels.tensors import Weights
-from fusedrnn.layer import StackConfig, group_weights
-from fusedrnn.layout import Sequences
+from fusedrnn.records import StackConfig
 from fusedrnn.reference import differentiable_stack
 from fusedrnn.testing import Case, run_module
 
@@ -24,12 +23,10 @@ class Reference(torch.nn.Module):
     def named_parameters(self, *args, **kwargs):
         return self.module.named_parameters(*args, **kwargs)
 
-    def forward(self, input, hx, masks=()):
+    def forward(self, input, hx):
         h_0, c_0 = (hx, None) if isinstance(hx, torch.Tensor) else hx
-        weights = group_weights(list(self.module.parameters()), self.config)
-        output, h_n, c_n, _ = differentiable_stack(
-            self.config.cell, input, h_0, c_0, weights, masks
-        )
+        weights = self.config.group(list(self.module.parameters()))
+        output, h_n, c_n, _ = differentiable_stack(self.config.cell, input, h_0, c_0, weights, ())
         return output, h_n if c_n is None else (h_n, c_n)
 
 
@@ -45,45 +42,12 @@ def test_equals_torch_in_fp64(cell, T, B, layers, directions, bias):
     torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
 
 
-@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
-def test_projection_equals_torch(packed):
-    module = torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2).double()
-    config = StackConfig("lstm", "torch", True, 2, True, "ieee")
-    weights = group_weights(list(module.parameters()), config)
-    h_0, c_0 = torch.randn(4, 3, 2).double(), torch.randn(4, 3, 5).double()
-    sizes = torch.tensor([3, 3, 2, 1])
-    x = torch.randn(*((9,) if packed else (4, 3)), 3).double()
-    given = torch.nn.utils.rnn.PackedSequence(x, sizes) if packed else x
-    want, (h_n, c_n) = module(given, (h_0, c_0))
-    sequences = Sequences(batch_sizes=sizes) if packed else Sequences()
-    got = differentiable_stack("lstm", x, h_0, c_0, weights, (), sequences)
-    want = want.data if packed else want
-    torch.testing.assert_close(got[:3], (want, h_n, c_n), atol=1e-12, rtol=1e-12)
-
-
-@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
-def test_first_and_second_derivatives(cell):
-    """gradcheck and gradgradcheck of two layers, both directions, with dropout factors."""
-    module = torch_module(cell, 2, 3, num_layers=2, bidirectional=True).double()
-    x, hx, _ = make_inputs(cell, Case(3, 2, 2, 3), layers=2, directions=2, dtype=torch.float64)
-    masks = [torch.rand(3, 2, 6, dtype=torch.float64)]
-    hx = hx if isinstance(hx, tuple) else (hx,)
-
-    def function(x, *hx):
-        output, final = Reference(module, cell)(x, hx if len(hx) == 2 else hx[0], masks)
-        return output, *(final if isinstance(final, tuple) else (final,))
-
-    inputs = [t.requires_grad_() for t in (x, *hx)]
-    assert torch.autograd.gradcheck(function, inputs)
-    assert torch.autograd.gradgradcheck(function, inputs)
-
-
 def test_weights_are_grouped_in_torchs_order():
     params = list(torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2).parameters())
     config = StackConfig("lstm", "torch", True, 2, True, "ieee")
-    (first, second), above = group_weights(params, config)
+    (first, second), above = config.group(params)
     assert second == Weights(*params[5:10])
     assert first.w_hr is params[4]
     assert above[1].w_ih is params[15]
-    without = group_weights(params[:4], config._replace(has_bias=False, num_layers=1))
+    without = config._replace(has_bias=False, num_layers=1).group(params[:4])
     assert without[0][1] == Weights(*params[2:4], None, None)

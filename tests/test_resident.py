@@ -3,9 +3,9 @@
 import pytest
 import torch
 from kernel_cases import Data, Shape, differences, resident_plan, results, rows_of, tensors
+from mutants import ORIGIN_BUGS
 
 from fusedrnn.kernels import resident
-from fusedrnn.kernels import rows as rows_module
 from fusedrnn.kernels.spec import SPECS
 
 CELLS = list(SPECS)
@@ -22,45 +22,26 @@ def run(cell, shape, data, block_b=16):
     return data
 
 
-def check(cell, shape, device, dtype=torch.float32, **options):
-    found = differences(
-        cell, shape, run(cell, shape, tensors(cell, shape, dtype, device), **options)
-    )
+FP32, RAGGED = torch.float32, SHAPE._replace(rows="ragged")
+CASES = [
+    *((cell, SHAPE, FP32, 16) for cell in CELLS),
+    *((cell, RAGGED._replace(D=2), FP32, 16) for cell in CELLS),
+    *((cell, SHAPE._replace(D=2, rows="packed", bias=False), FP32, 16) for cell in CELLS),
+    # Operands and results are rounded; the states stay in fp32.
+    *((cell, RAGGED, half, 16) for cell in ("lstm", "gru_reset_before") for half in HALF),
+    ("lstm", Shape(1, 1, 1), FP32, 16),
+    ("gru_reset_before", Shape(2, 1, 16, D=2), FP32, 16),
+    ("gru", Shape(3, 2, 33, rows="ragged"), FP32, 16),  # 31 columns of padding
+    ("rnn_tanh", Shape(33, 2, 5), FP32, 16),
+    ("lstm", Shape(3, 9, 20, D=2), FP32, 8),
+]
+
+
+@pytest.mark.parametrize(("cell", "shape", "dtype", "block_b"), CASES)
+def test_equals_the_reference(cell, shape, dtype, block_b, device):
+    data = run(cell, shape, tensors(cell, shape, dtype, device), block_b)
+    found = differences(cell, shape, data)
     assert not found, found
-
-
-@pytest.mark.parametrize(
-    "shape",
-    [SHAPE, SHAPE._replace(D=2, rows="ragged"), SHAPE._replace(D=2, rows="packed", bias=False)],
-    ids=lambda shape: shape.rows,
-)
-@pytest.mark.parametrize("cell", CELLS)
-def test_equals_the_reference(cell, shape, device):
-    check(cell, shape, device)
-
-
-@pytest.mark.parametrize(
-    ("cell", "shape"),
-    [
-        ("lstm", Shape(1, 1, 1)),
-        ("gru_reset_before", Shape(2, 1, 16, D=2)),
-        ("gru", Shape(3, 2, 33, rows="ragged")),  # 31 columns of padding
-        ("rnn_tanh", Shape(33, 2, 5)),
-    ],
-)
-def test_odd_sizes(cell, shape, device):
-    check(cell, shape, device)
-
-
-@pytest.mark.parametrize("dtype", HALF, ids=str)
-@pytest.mark.parametrize("cell", ["lstm", "gru_reset_before"])
-def test_half_precision(cell, dtype, device):
-    """Operands and results are rounded; the states stay in fp32."""
-    check(cell, SHAPE._replace(rows="ragged"), device, dtype)
-
-
-def test_eight_rows_a_program(device):
-    check("lstm", Shape(3, 9, 20, D=2), device, block_b=8)
 
 
 def test_no_gradient_of_the_output_is_one_of_zeros(device):
@@ -83,23 +64,7 @@ def test_saturated_gates_stay_finite(cell, device):
     assert all(value.isfinite().all() for value in found.values())
 
 
-def first_step_for_all(origins):
-    return origins[:, :1].expand_as(origins).contiguous()
-
-
-def padding_counts(origins):
-    return origins.masked_fill(origins == rows_module.SKIPPED, rows_module.PREVIOUS)
-
-
-def resets_lost(origins):
-    return origins.masked_fill(origins == rows_module.ZERO, rows_module.PREVIOUS)
-
-
-def initial_lost(origins):
-    return origins.masked_fill(origins == rows_module.INITIAL, rows_module.PREVIOUS)
-
-
-@pytest.mark.parametrize("bug", [first_step_for_all, padding_counts, resets_lost, initial_lost])
+@pytest.mark.parametrize("bug", ORIGIN_BUGS)
 def test_planted_bugs_in_the_origins_are_found(bug, device):
     shape = Shape(5, 6, 16, rows="ragged", D=2)
     data = tensors("gru", shape, device=device)

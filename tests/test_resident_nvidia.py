@@ -12,6 +12,7 @@ import pytest
 import torch
 from kernel_cases import Shape, differences, expected, resident_plan, results, rows_of, tensors
 
+from fusedrnn.kernels import steps
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.testing import assert_budget
 
@@ -86,7 +87,8 @@ def test_operands_rounded_to_tf32(resident, cell):
 )
 def test_planted_faults_are_found(resident, name, fault, monkeypatch):
     monkeypatch.setattr(gluon_interpreter, "round_to_tf32", lambda x: x)
-    monkeypatch.setattr(resident, name, fault)
+    for module in (resident, steps):
+        monkeypatch.setattr(module, name, fault, raising=module is resident)
     shape = SHAPES["ragged"]
     assert differences("lstm", shape, run(resident, "lstm", shape))
 

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 from fusedrnn import __main__ as command_line
 
@@ -17,6 +16,8 @@ import __main__, os, sys, torch, fusedrnn
 import beside  # only in the script's folder
 print(__name__, __package__, __file__ == sys.argv[0], sys.argv[1:], vars() is vars(__main__))
 assert torch.nn.LSTM is fusedrnn.LSTM
+from torch.ao.quantization.quantization_mappings import DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS
+assert torch.nn.LSTM not in DEFAULT_DYNAMIC_QUANT_MODULE_MAPPINGS  # it has bound torch's own
 torch.nn.GRU(3, 4)(torch.randn(1, 5, 3))
 if os.fork() == 0:
     sys.exit(0)  # prints no line
@@ -48,15 +49,8 @@ replica(x)
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
-    ours = ("FUSEDRNN_BACKEND", "TRITON_INTERPRET")
-    kept = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.run(
-        [sys.executable, "-W", "ignore", "-m", "fusedrnn", "run", *arguments],
-        cwd=cwd,
-        env={**kept, "PYTHONPATH": str(ROOT)},
-        capture_output=True,
-        text=True,
-    )
+    program = "-W", "ignore", "-m", "fusedrnn", "run"
+    return python(*program, *arguments, cwd=cwd, FUSEDRNN_BACKEND=None)
 
 
 @pytest.mark.parametrize(

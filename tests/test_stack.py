@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from fusedrnn import layer, stack
-from fusedrnn.kernels.plan import KernelFailed, LaunchRefused, Plan
-from fusedrnn.kernels.spec import SPECS
-from fusedrnn.layer import group_weights
-from fusedrnn.layout import Sequences
-from fusedrnn.reference import differentiable_stack
-from fusedrnn.stack import StackConfig, StackGrads, StackInputs
+from fusedrnn.kernels.plan import KernelFailed
+from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
 #: Calls of functions, Python's and C's, before a forward and a backward launch.
@@ -46,55 +41,11 @@ def backward(inputs, outputs, config, needs=(True, True), sequences=Sequences())
     return stack.backward(inputs, outputs, grads, sequences, config, *needs)
 
 
-@pytest.mark.parametrize("cell", SPECS)
-def test_dropout_between_layers_equals_the_reference(cell):
-    config = config_of(cell, bidirectional=True, compact=True)
-    inputs, sequences = inputs_of(config), Sequences(torch.tensor([2, 5, 1]))
-    leaves = [t.requires_grad_() for t in (*inputs[:3], *inputs.params) if t is not None]
-    weights = group_weights(inputs.params, config)
-    want = differentiable_stack(cell, *inputs[:3], weights, inputs.dropout_masks, sequences)[:3]
-    arriving = StackGrads(*(None if t is None else torch.randn_like(t) for t in want), None)
-    outputs, given = ([t for t in each if t is not None] for each in (want, arriving))
-    d_want = torch.autograd.grad(outputs, leaves, given)
-    with torch.no_grad():
-        found = stack.forward(inputs, sequences, config, True)
-        got = stack.backward(inputs, found, arriving, sequences, config, True, True)
-    torch.testing.assert_close(found.output, want[0])
-    d_states = [d for d in got[:3] if d is not None]
-    torch.testing.assert_close((*d_states, *got[3]), d_want, rtol=1e-11, atol=1e-11)
-
-
-@pytest.mark.parametrize("cell", SPECS)
-def test_nothing_is_saved_without_gradients(cell):
-    config, spec = config_of(cell), SPECS[cell]
-    inputs = inputs_of(config)
-    bare = stack.forward(inputs, Sequences(), config, False)
-    assert bare[3:] == (None, None, None)
-    kept = stack.forward(inputs, Sequences(), config, True)
-    assert kept.gates.shape == (L, T * B, spec.saved * H)
-    assert kept.hidden.shape == (L, T * B, H)
-    assert (kept.cs is None) == (spec.states == 1)
-    again = stack.forward(inputs, Sequences(), config._replace(recompute=True), True)
-    assert (again.gates is None) == (spec.saved > 0)
-    assert torch.equal(kept.output, bare.output)
-    assert torch.equal(kept.output, again.output)
-
-
-def test_shapes_of_what_is_saved_depend_on_no_length():
-    config = config_of("lstm", compact=True)
-    inputs = inputs_of(config)
-    for lengths in ([5, 5, 5], [1, 0, 2]):
-        kept = stack.forward(inputs, Sequences(torch.tensor(lengths)), config, True)
-        shapes = [t.shape for t in kept if t is not None]
-        rows = (L, T * B)
-        assert shapes == [(T, B, H), (L, B, H), (L, B, H), (*rows, 4 * H), (*rows, H), (*rows, H)]
-
-
 @pytest.mark.parametrize("sequences", [Sequences(), Sequences(torch.tensor([2, 5, 1]))])
 @pytest.mark.parametrize("cell", ["lstm", "gru"])
 def test_results_are_no_views_and_may_be_changed(cell, sequences):
     """As of torch's operator on the CPU: backward does not read the output."""
-    config = config_of(cell, compact=True)
+    config = config_of(cell)
     inputs = inputs_of(config)
     outputs = stack.forward(inputs, sequences, config, True)
     assert not any(t._is_view() for t in outputs[:3] if t is not None)
@@ -117,6 +68,17 @@ def test_only_what_is_needed_is_computed(recompute):
     assert torch.equal(alone, d_h_0)
     assert torch.equal(backward(inputs, outputs, config, (True, False))[0], d_input)
     assert all(map(torch.equal, backward(inputs, outputs, config, (False, True))[3], d_params))
+
+
+def test_absent_gradients_are_zeros():
+    config = config_of("lstm")
+    inputs = inputs_of(config)
+    outputs = stack.forward(inputs, Sequences(), config, True)
+    zeros = StackGrads(*map(torch.zeros_like, (*outputs[:3], outputs.cs)))
+    ones, found = torch.ones_like(outputs.h_n), []
+    for of_h_n in (StackGrads(None, ones, None, None), zeros._replace(h_n=ones)):
+        found.append(stack.backward(inputs, outputs, of_h_n, Sequences(), config, True, True))
+    torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
 def test_tensors_of_any_strides():
@@ -144,34 +106,7 @@ def test_tensors_of_any_strides():
     torch.testing.assert_close(results, want, rtol=1e-13, atol=1e-13)
 
 
-def test_a_refused_launch_is_planned_again(monkeypatch):
-    """The second plan needs no cooperation, and a warning tells of it."""
-    calls, refused = [], []
-
-    class Schedule(SimpleNamespace):
-        def forward(self, cell, plan, layers, rows):
-            calls.append(self.name)
-            if self.name == "cooperative":
-                raise LaunchRefused("too few SMs")
-            layers.out[0].zero_()
-            layers.h_n.zero_()
-
-    def plan_stack(problem, chip):
-        return [Plan("stepwise" if refused else "cooperative", None, None)] * L
-
-    monkeypatch.setattr(layer, "_schedule", lambda name: Schedule(name=name))
-    monkeypatch.setattr(stack, "refuse_cooperation", refused.append)
-    monkeypatch.setattr(layer.planning, "plan_stack", plan_stack)
-    config = config_of("gru", backend="triton")
-    with pytest.warns(RuntimeWarning, match="refused a cooperative launch .too few SMs."):
-        outputs = stack.forward(inputs_of(config, torch.float32), Sequences(), config, False)
-    assert not outputs.output.any()
-    assert refused == [torch.device("cpu")]
-    assert calls == ["cooperative", *["stepwise"] * L]
-
-
-@pytest.mark.parametrize("recompute", [False, True])
-@pytest.mark.parametrize("broken", ["forward", "backward"])
+@pytest.mark.parametrize(("broken", "recompute"), [("forward", False), ("backward", True)])
 def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
     """It goes on from what the kernels have saved; only ``auto`` does so, and remembers it."""
     monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
@@ -240,12 +175,3 @@ def test_python_calls_before_a_launch(monkeypatch):
         counted(stack.backward, inputs, outputs, StackGrads(outputs.output, None, None, None))
     assert counts[2] <= MOST[0]
     assert counts[3] <= MOST[1]
-
-
-def test_other_errors_of_a_launch_are_no_refusals(monkeypatch):
-    def fail(*_):
-        raise RuntimeError("out of memory")
-
-    monkeypatch.setattr(stack.layer, "forward", fail)
-    with pytest.raises(RuntimeError, match="out of memory"):
-        stack.forward(inputs_of(config_of("gru")), Sequences(), config_of("gru"), False)

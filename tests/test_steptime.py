@@ -123,7 +123,18 @@ def test_a_barrier_waits_for_the_last_warp():
     assert slower == pytest.approx(100)
     found = predict(path, SM, 8)
     assert sum(found.spent.values()) == pytest.approx(found.cycles)
-    assert found.stalls[0][1] == "barrier"
+    assert found.waits[0][1] == "barrier"
+
+
+def test_a_hop_begins_when_the_program_publishes():
+    """And ends when it may read the counter, whatever the program does in between."""
+    path = loop_of(("REDG.E.ADD.STRONG.GPU", {}), *[("FADD", {"stall": 4})] * 20,
+                   ("LDG.E.STRONG.GPU", {"write": 0}), ("FADD", {"wait": 1}))  # fmt: skip
+    hop = SM.hop_us * SM.mhz
+    assert hop < cycles(path) < hop + 2 * SM.branch
+    assert cycles(path) - cycles(path, sm=timings("sm_90", hop_us=0.5)) == pytest.approx(
+        hop - 0.5 * SM.mhz
+    )
 
 
 def test_orders_two_variants_and_repeats_itself(tmp_path):
@@ -132,5 +143,4 @@ def test_orders_two_variants_and_repeats_itself(tmp_path):
     assert (fast.barriers, slow.barriers) == (2, 8)
     assert 3 < slow.cycles / fast.cycles < 4.5
     assert predict(four, SM, 4) == slow
-    assert predict(four, SM, 4, hops=1).us == pytest.approx(slow.us + SM.hop_us)
     assert "8 barriers" in slow.report()

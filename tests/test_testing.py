@@ -22,25 +22,15 @@ class Reference(torch.nn.LSTM):
         return output, (h_n, c_n)
 
 
-def lost_b_hh(module, cotangents, step):
-    module.bias_hh_l0.data.zero_()
-
-
-def swapped_gates(module, cotangents, step):
-    for parameter in module.parameters():
-        first, second, *rest = parameter.data.chunk(4)
-        parameter.data = torch.cat((second, first, *rest))
-
-
-def lost_dc_n(module, cotangents, step):
+def lost_dc_n(cotangents, step):
     cotangents[2] = torch.zeros_like(cotangents[2])
 
 
-def h_carried_in_bf16(module, cotangents, step):
+def h_carried_in_bf16(cotangents, step):
     return lambda gx, h, c, w: step(gx, h.bfloat16().float(), c, w)
 
 
-def last_step_skipped(module, cotangents, step):
+def last_step_skipped(cotangents, step):
     calls = iter(range(10**6))
 
     def change(gx, h, c, w):
@@ -50,13 +40,11 @@ def last_step_skipped(module, cotangents, step):
     return change
 
 
-def no_bug(module, cotangents, step):
+def no_bug(cotangents, step):
     pass
 
 
-@pytest.mark.parametrize(
-    "bug", [no_bug, lost_b_hh, swapped_gates, lost_dc_n, h_carried_in_bf16, last_step_skipped]
-)
+@pytest.mark.parametrize("bug", [no_bug, lost_dc_n, h_carried_in_bf16, last_step_skipped])
 def test_planted_bugs_are_rejected(bug, monkeypatch):
     module = torch_module("lstm", CASE.I, CASE.H)
     x, hx, cotangents = make_inputs("lstm", CASE)
@@ -64,7 +52,7 @@ def test_planted_bugs_are_rejected(bug, monkeypatch):
     truth = run_module(copy.deepcopy(module).double(), double(x), double(hx), double(cotangents))
     mutant = Reference(CASE.I, CASE.H)
     mutant.load_state_dict(module.state_dict())
-    step = bug(mutant, cotangents, reference._CELLS["lstm"])
+    step = bug(cotangents, reference._CELLS["lstm"])
     if step is not None:
         monkeypatch.setitem(reference._CELLS, "lstm", step)
     got = run_module(mutant, x, hx, cotangents)

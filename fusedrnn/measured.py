@@ -1,0 +1,104 @@
+"""Times a new kind of call by the kernels and by torch's operator on the user's GPU.
+
+It does where ``torch.backends.cudnn.benchmark`` is set, by which a user asks cuDNN for the same, or
+``FUSEDRNN_BENCHMARK=1``; ``FUSEDRNN_BENCHMARK=0`` forbids it. ``auto`` follows the times for the
+rest of the process, instead of what it would expect.
+"""
+
+import os
+import warnings
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from . import dispatch
+from .arguments import Call
+from .kernels.plan import CACHES
+from .kernels.problem import KernelFailed, LaunchRefused
+from .testing import error_budget
+
+#: "1", "0" or None; not read again, for that takes as long as some of the checks of a call.
+_FORCED = os.environ.get("FUSEDRNN_BENCHMARK")
+_BACKENDS = ("triton", "aten")
+_ROUNDS = 5
+#: What the call itself will meet again and report; of memory it may have enough.
+_EXPECTED = (KernelFailed, LaunchRefused, NotImplementedError, torch.OutOfMemoryError)
+
+_Run = Callable[[Call], tuple[Any, Any]]
+
+
+def consider(call: Call, run: _Run) -> None:
+    """Measures a call by ``run`` if that is wanted, possible and not done."""
+    if not (torch.backends.cudnn.benchmark if _FORCED is None else _FORCED == "1"):
+        return
+    facts, kind = call.facts, dispatch.kind_of(call.facts)
+    if (
+        not dispatch._is_gpu(facts.device)
+        or not dispatch.is_auto()
+        or facts.transformed
+        or facts.steps == 1
+        or kind in dispatch.MEASURED
+        or type(call.input) is not Tensor
+        or torch._C._len_torch_dispatch_stack() > 0
+        or torch.cuda.is_current_stream_capturing()
+    ):
+        return
+    dispatch.MEASURED[kind] = None
+    with suppress(*_EXPECTED):
+        dispatch.MEASURED[kind] = _times(_detached(call), run)
+    for forget in CACHES:
+        forget()
+
+
+def _times(call: Call, run: _Run) -> tuple[float, float]:
+    """Compares the results of both backends, then times them in turns."""
+    ref, got = (_results(call, run, backend) for backend in reversed(_BACKENDS))
+    with torch.autocast(call.facts.device.type, enabled=False):
+        truth = _results(_detached(call, torch.float64), run, "aten")
+    is_coarse = call.facts.dtype == torch.float32 and dispatch.precision() == "tf32"
+    for i, of in enumerate(zip(got, ref, truth, strict=True)):
+        verdict = error_budget(f"result {i}", *of, eps=2.0**-11 if is_coarse else None)
+        if not verdict.ok:
+            message = f"fusedrnn's kernels are wrong here ({verdict}); torch's operator runs it: "
+            warnings.warn(f"{message}{call.facts}", RuntimeWarning, stacklevel=2)
+            return float("inf"), 0.0
+    rounds = [[_milliseconds(call, run, backend) for backend in _BACKENDS] for _ in range(_ROUNDS)]
+    ours, theirs = map(min, zip(*rounds, strict=True))
+    return ours, theirs
+
+
+def _detached(call: Call, dtype: torch.dtype | None = None) -> Call:
+    """Returns a call without history and dropout; in another dtype without autocast."""
+    facts = call.facts._replace(layers=call.facts.layers._replace(dropout=0.0))
+    facts = facts._replace(dtype=dtype, autocast=None) if dtype else facts
+
+    def own(tensor: Tensor) -> Tensor:
+        needs_grad = facts.needs_grad and tensor.requires_grad
+        return tensor.detach().to(dtype or tensor.dtype).requires_grad_(needs_grad)
+
+    states, params = tuple(map(own, call.states)), list(map(own, call.params))
+    return call._replace(facts=facts, input=own(call.input), states=states, params=params)
+
+
+def _results(call: Call, run: _Run, backend: str) -> Sequence[Tensor]:
+    """Returns output, final states and gradients, the output's own being the output."""
+    with torch.set_grad_enabled(call.facts.needs_grad), dispatch.use_backend(backend):
+        output, hx = run(call._replace(nested=None))
+        output = output if isinstance(output, Tensor) else output.data
+        results = [output, *((hx,) if isinstance(hx, Tensor) else hx)]
+        if call.facts.needs_grad:
+            leaves = [t for t in (call.input, *call.states, *call.params) if t.requires_grad]
+            results += torch.autograd.grad(output, leaves, output.detach())
+    return [result.detach() for result in results]
+
+
+def _milliseconds(call: Call, run: _Run, backend: str) -> float:
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    _results(call, run, backend)
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end)

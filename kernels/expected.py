@@ -1,0 +1,151 @@
+"""Compares the predicted time of a call on a GPU with the time that cuDNN is published to need.
+
+``predicted.csv`` has cycles of a step of compiled kernels (``predict.py`` makes it),
+``published.csv`` microseconds of a step of cuDNN with their sources. Nothing was measured here.
+"""
+
+from __future__ import annotations
+
+import csv
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from .latencies import TIMINGS
+from .problem import Chip, Plan, Problem
+
+PREDICTED = Path(__file__).with_name("predicted.csv")
+PUBLISHED = Path(__file__).with_name("published.csv")
+#: Ours is chosen up to this share of cuDNN's time: a prediction is good to 20 %.
+MARGIN = 0.8
+#: The chip of the table whose cycles stand for those of an architecture; others as sm_90.
+FAMILIES = {"sm_80": "sm_80"}
+FAMILIES |= dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86")
+RAGGED = 1.15  # times a dense step
+HOST_US = (60.0, 80.0)  # of the Python around a call, forward and backward
+LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
+MEMORY = 1.5e6  # bytes a microsecond, an A100's
+
+
+class Verdict(NamedTuple):
+    """The expected microseconds of a call, forward and, with gradients, backward."""
+
+    ours: float | None  # None: not predicted
+    theirs: float | None  # of torch's operator; None: published nowhere
+    sources: tuple[str, str]
+
+    @property
+    def favours_ours(self) -> bool:
+        return self.ours is not None and (self.theirs or 0.0) * MARGIN >= self.ours
+
+    def __str__(self) -> str:
+        times = (f"{us / 1000:.3g} ms" if us else "no figure" for us in self[:2])
+        ours, theirs = (f"{us}, {source}" for us, source in zip(times, self.sources, strict=True))
+        return f"the kernels {ours}; torch's operator {theirs}"
+
+
+@lru_cache
+def read(path: Path) -> list[dict[str, Any]]:
+    """Returns the lines of a table, with numbers as such."""
+    with path.open(encoding="utf-8", newline="") as file:
+        return [
+            {name: float(v) if v.replace(".", "").isdigit() else v for name, v in line.items()}
+            for line in csv.DictReader(file)
+        ]
+
+
+def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int) -> Verdict:
+    """Returns the expected times of a call of the stack ``problem`` with T steps of I features."""
+    family, figure = FAMILIES.get(chip.arch, "sm_90"), find_figure(problem, I)
+    mhz = chip.mhz or TIMINGS.get(chip.arch, TIMINGS[family]).mhz
+    both = _products_us(problem, chip.sms * mhz / TIMINGS[family].hmma, T, I)
+    theirs, source = None, "published nowhere"
+    if figure:  # persistent kernels run directions side by side, as far as is known
+        times = problem.layers * (problem.directions if figure["algorithm"] == "standard" else 1)
+        step = figure["forward"] + figure["backward"] * problem.needs_grad
+        theirs, source = both + T * times * step, figure["source"]
+    ours = both + sum(HOST_US[: 1 + problem.needs_grad])
+    for plan in plans:
+        line = find_line(problem, plan, family) if chip.warp_size == 32 else None
+        if line is None:
+            unknown = f"not predicted for schedule {plan.schedule} on {chip.name}"
+            return Verdict(None, theirs, (unknown, source))
+        ours += _launch_us(problem, plan, chip.sms, mhz, line, T)
+    return Verdict(ours, theirs, (f"predicted: {family}'s cycles at {mhz:.0f} MHz", source))
+
+
+def find_line(problem: Problem, plan: Plan, family: str) -> dict[str, Any] | None:
+    """Returns the line of the next larger H of the same schedule, None if there is none."""
+    cell = "rnn_tanh" if problem.cell == "rnn_relu" else problem.cell
+    products = "16-bit" if problem.dtype.itemsize == 2 else problem.precision
+    wanted = {"chip": family, "cell": cell, "products": products, "schedule": plan.schedule}
+    fitting = [
+        line
+        for line in read(PREDICTED)
+        if wanted.items() <= line.items()
+        and problem.hidden_size <= line["H"]
+        and line["layers"] <= plan.layers
+    ]
+    return min(fitting, key=lambda line: (line["H"], -line["layers"]), default=None)
+
+
+def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, line: dict[str, Any], T: int) -> float:
+    """Forward and backward of one plan, all its programs one wave after the other."""
+    total, sm, together = 0.0, TIMINGS[line["chip"]], plan.schedule == "cooperative"
+    hop_us = sm.hop_us * together  # it does not grow with what a program computes
+    for side, tiles in (("fw", plan.forward), ("bw", plan.backward)):
+        if tiles is None:
+            continue
+        # A wavefront's upper layers multiply by W_ih, too.
+        larger = 2.0 if plan.layers > line["layers"] == 1 else 1.0
+        larger *= max(1.0, tiles.block_b / line[f"{side}_rows"])
+        larger *= max(1.0, tiles.block_h / line[f"{side}_units"])
+        larger *= RAGGED if p.ragged else 1.0
+        groups = -(-p.batch // tiles.block_b)
+        waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // sms)
+        us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / mhz * larger
+        total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
+    return total
+
+
+def _products_us(p: Problem, speed: float, T: int, I: int) -> float:
+    """The GEMMs over all steps, which both sides need; ``speed`` in ``mma`` a us and sub-core."""
+    rows, units, width = T * p.batch, p.hidden_size, p.spec.gates * p.hidden_size * p.directions
+    columns = I + (p.layers - 1) * p.directions * units
+    work, moved = 2 * rows * width * columns, rows * (columns + 2 * p.layers * width)
+    if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
+        work, moved = 3 * work + 2 * rows * width * units * p.layers, 3 * moved
+    return max(
+        work / (4 * 4096 * speed / (p.dtype.itemsize / 2)), moved * p.dtype.itemsize / MEMORY
+    )
+
+
+def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
+    """Returns the published step of cuDNN, by the algorithm that torch takes (``RNN.cpp``).
+
+    Algorithms are PERSIST_STATIC_SMALL_H, PERSIST_STATIC and STANDARD; a figure holds from its H
+    up to that of the next line; "fp32" has tf32 products.
+    """
+    cell, H = "rnn" if p.cell.startswith("rnn") else p.cell, p.hidden_size
+    precision = {torch.float16: "fp16", torch.float32: "fp32", torch.bfloat16: "bf16"}.get(p.dtype)
+    if precision is None or (precision == "fp32" and p.precision != "tf32"):
+        return None
+    algorithm = "standard"
+    # In bf16 a step at H = 64 is published at 12 us (0z5a/flashrnn): no persistent kernel.
+    if not p.ragged and precision != "bf16":
+        alone = (cell, precision, p.layers, p.directions) == ("lstm", "fp16", 1, 1)
+        if (384 if cell == "rnn" else 192) >= H:
+            algorithm = "small"
+        elif alone and H % 128 == I % 128 == p.batch % 8 == 0 and H <= 1024 and p.batch <= 128:
+            algorithm = "static"
+    wanted = {"cell": cell, "algorithm": algorithm}
+    found = [
+        figure
+        for figure in read(PUBLISHED)
+        if wanted.items() <= figure.items()
+        and figure["precision"] in (precision, "any")
+        and figure["H"] <= H
+    ]
+    return max(found, key=lambda figure: figure["H"], default=None)

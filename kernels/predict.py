@@ -1,0 +1,165 @@
+"""Compiles the kernels that the planner chooses and writes their predicted steps.
+
+``python -m fusedrnn.kernels.predict`` (or ``make predict``) adds the lines that ``predicted.csv``
+lacks, or that are of other tiles than the planner's, and prints the tables of
+``docs/predicted.md``, which follow from it. It needs no GPU.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from itertools import groupby, product
+from typing import Any
+
+import torch
+
+from .expected import PREDICTED, judge, read
+from .latencies import timings
+from .plan import cooperative, plan, plan_stack
+from .problem import CHIPS, NoPlan, Plan, Problem
+
+CHIP_NAMES = ("sm_90", "sm_80", "sm_86")  # the families, see expected.FAMILIES
+CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
+DTYPES = {"16-bit": torch.bfloat16, "tf32": torch.float32}
+SIZES = (16, 32, 64, 128, 256, 512, 1024)
+#: Problems of KernelBench, level 3: cell, directions, and milliseconds of torch on three H100.
+KERNELBENCH = {
+    35: ("lstm", 1, "16.9 to 29.4"), 38: ("lstm", 2, "32.0 to 56.9"),
+    39: ("gru", 1, "21.7 to 39.1"), 41: ("gru", 2, "42.6 to 77.5"),
+}  # fmt: skip
+Key = tuple[str, str, str, int, int]
+Line = dict[str, Any]
+KEY = ("chip", "cell", "products", "H", "layers")
+#: Of each direction; instructions, barriers and cycles are of one step.
+SIDE = ("rows", "units", "warps", "instructions", "barriers", "cycles", "spills")
+COLUMNS = (*KEY, "schedule", *(f"{side}_{name}" for side in ("fw", "bw") for name in SIDE))
+
+
+def grid() -> dict[Key, Plan]:
+    """Returns the plan of every line; a wavefront is compiled with two layers."""
+    found = {}
+    for chip, cell, products, H, L in product(CHIP_NAMES, CELLS, DTYPES, SIZES, (1, 2)):
+        if L == 1 or (H in (256, 512) and cell != "rnn_tanh"):
+            key = chip, cell, products, H, L
+            try:
+                chosen = (plan if L == 1 else cooperative)(_problem(key), CHIPS[chip])
+            except NoPlan:
+                continue
+            if chosen.schedule != "stepwise":
+                found[key] = chosen
+    return found
+
+
+def _problem(key: Key) -> Problem:
+    _, cell, products, H, layers = key
+    return Problem(cell, H, 16, 1, DTYPES[products], "tf32", True, layers)
+
+
+def planned(key: Key, chosen: Plan) -> Line:
+    """Returns the columns that the planner decides; a line with others is stale."""
+    line: Line = dict(zip(KEY, key, strict=True)) | {"schedule": chosen.schedule}
+    for side, t in (("fw", chosen.forward), ("bw", chosen.backward)):
+        sizes = (t.block_b, t.block_h, t.num_warps) if t else ()
+        line |= {f"{side}_{name}": n for name, n in zip(SIDE, sizes, strict=False)}
+    return line
+
+
+def predict(key: Key, chosen: Plan) -> Line:
+    """Compiles forward and backward of a line, and predicts their steps."""
+    from .compile import compile_plan  # imports triton
+
+    line, kernels = planned(key, chosen), compile_plan(_problem(key), chosen, CHIPS[key[0]])
+    for side, kernel in zip(("fw", "bw"), kernels, strict=True):
+        found = kernel.predict(key[0])
+        counts = round(found.instructions), found.barriers, round(found.cycles), kernel.spills
+        line |= {f"{side}_{name}": n for name, n in zip(SIDE[3:], counts, strict=True)}
+    return line
+
+
+def text(line: Line) -> str:
+    """Returns a line of ``predicted.csv``."""
+    values = (line[name] for name in COLUMNS)
+    return ",".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+
+
+def tables() -> Iterator[str]:
+    """Yields the lines of the tables of ``docs/predicted.md``."""
+    yield f"| | {' | '.join(f'H {H}' for H in SIZES)} |"
+    yield f"|---{'|---' * len(SIZES)}|"
+    lines = {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
+    for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
+        found = (lines.get((name, cell, products, H, 1)) for H in SIZES)
+        mhz = timings(name).mhz
+        times = (
+            f"{f['fw_cycles'] / mhz:.2f} / {f['bw_cycles'] / mhz:.2f}" if f else "" for f in found
+        )
+        yield f"| {name}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
+    yield "| | sm_90, inference | sm_90, training | sm_80, inference | sm_80, training |"
+    yield "|---|---|---|---|---|"
+    for dtype in ("bfloat16", "float16", "float32"):
+        cases = product(CHIP_NAMES[:2], (False, True))
+        yield f"| {dtype} | {' | '.join(_chosen(dtype, *case) for case in cases)} |"
+    yield "| KernelBench | predicted ms | published ms, H100 |"
+    yield "|---|---|---|"
+    chip = CHIPS["sm_90"]
+    for number, (cell, D, published) in KERNELBENCH.items():
+        problem = Problem(cell, 256, 10, D, torch.float32, "tf32", False, 6)
+        ours = judge(problem, plan_stack(problem, chip), chip, 512, 128).ours
+        both = ", both directions" if D == 2 else ""
+        yield f"| {number}: {CELLS[cell]}{both} | {(ours or 0) / 1000:.2f} | {published} |"
+
+
+def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
+    """Returns the sizes of each cell at which ``auto`` takes the kernels, T 512 and B 16."""
+
+    def takes(cell: str, H: int) -> bool:
+        problem = Problem(cell, H, 16, 1, getattr(torch, dtype), "tf32", needs_grad)
+        plans = plan_stack(problem, CHIPS[name])
+        return judge(problem, plans, CHIPS[name], 512, H).favours_ours
+
+    found = []
+    for cell in CELLS:
+        runs = groupby(SIZES, lambda H, cell=cell: takes(cell, H))  # type: ignore[misc]
+        ends = [(sizes[0], sizes[-1]) for ours, run in runs if ours for sizes in [list(run)]]
+        said = (f"{a} to {b}" if a < b else f"{a}" for a, b in ends)
+        found.append(f"{CELLS[cell]} {', '.join(said) or 'none'}")
+    return "; ".join(found)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser("python -m fusedrnn.kernels.predict", description=__doc__)
+    parser.add_argument("--again", metavar="TEXT", help="make the lines with this text again")
+    parser.add_argument("--line", help="print this line made anew, as sm_90,lstm,tf32,64,1")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
+    options = parser.parse_args()
+    plans = grid()
+    if options.line:
+        (key,) = (key for key in plans if ",".join(map(str, key)) == options.line)
+        sys.stdout.write(text(predict(key, plans[key])) + "\n")
+        return
+    lines = {
+        key: line
+        for key, chosen in plans.items()
+        for line in read(PREDICTED)
+        if planned(key, chosen).items() <= line.items()
+        and not (options.again and options.again in text(line))
+    }
+    wanted = [key for key in plans if key not in lines]
+    with ProcessPoolExecutor(options.jobs) as processes:
+        futures = {processes.submit(predict, key, plans[key]): key for key in wanted}
+        for number, future in enumerate(as_completed(futures), 1):
+            line = lines[futures[future]] = future.result()
+            sys.stderr.write(f"{number}/{len(wanted)} {text(line)}\n")
+            # Written after each, so that an interrupted run goes on where it ended.
+            found = [",".join(COLUMNS), *(text(lines[key]) for key in plans if key in lines)]
+            PREDICTED.write_text("\n".join(found) + "\n", encoding="utf-8")
+    read.cache_clear()
+    sys.stdout.write("\n".join(tables()) + "\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,310 @@
+"""Products of a slice of W_hh with an operand that many programs computed (Gluon).
+
+The slice, some rows of W_hh or of its transpose, is the first operand of an ``mma`` and stays in
+registers. The columns are split over groups of one warp each, the leading dimension of a batched
+product, so every element of the other operand is loaded by one thread of the program: it goes from
+L2 straight into the registers that need it, 16 bytes a thread. The order of the sum over columns is
+private: a thread's 16 bytes are the operands of two instructions (``_permuted``).
+
+The partial sums of the groups meet in shared memory (``add_up``), from which each thread takes the
+elements of its own units and sequences, so the cell is computed once. An instruction has 16 rows.
+Row ``8 r + l`` is unit ``2 l + r``, or with 8 units a program unit l of one of two gates, so the
+two rows that a thread holds lie beside each other in memory and in shared memory.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any, NamedTuple
+
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.ampere import mma_v2
+
+from .steps import Part
+from .tiles import choose
+
+
+class Slice(NamedTuple):
+    """The compile-time sizes and layouts of a launch."""
+
+    L: int
+    D: int
+    H: int
+    block_b: int  # sequences of a program, a power of two of at least 8
+    block_h: int  # its units, a power of two of at least 8
+    groups: int  # of columns, one for each warp
+    pitch: int  # of the rows of a slot
+    chunks: tuple  # for each phase, of the columns: (first column, columns of a group)
+    wide: tuple  # for each phase and chunk [groups, columns of a group, BLOCK_B], as loaded
+    tile: Any  # [BLOCK_B, BLOCK_H], of one gate
+    part: Any  # [BLOCK_B * BLOCK_H / 16, 16], the same elements as they lie in shared memory
+    acc: Any  # [groups, rows, BLOCK_B], the partial sums of a product
+    weight: Any  # its first operand
+    operand: Any  # its second operand
+    shared: Any  # the partial sums in shared memory
+
+
+def chunks_of(columns: int, groups: int, itemsize: int) -> tuple[tuple[int, int], ...]:
+    """Cuts columns into chunks of ``groups`` equal powers of two: (first, columns of a group).
+
+    A group has whole lines of four threads with 16 bytes each.
+
+    >>> chunks_of(256, 4, 2), chunks_of(1056, 4, 2)
+    (((0, 64),), ((0, 256), (1024, 32)))
+    """
+    line = 64 // itemsize
+    chunks, start, rest = [], 0, -(-columns // (line * groups)) * line
+    while rest:
+        width = 1 << (rest.bit_length() - 1)
+        chunks.append((start, width))
+        start, rest = start + width * groups, rest - width
+    return tuple(chunks)
+
+
+def _doubles(first: int, stop: int) -> Iterator[int]:
+    while first < stop:
+        yield first
+        first *= 2
+
+
+def _wide(groups: int, columns: int, block_b: int, itemsize: int) -> Any:
+    vector = 16 // itemsize
+    return gl.DistributedLinearLayout(
+        reg_bases=[
+            *([0, k, 0] for k in _doubles(1, vector)),
+            *([0, k, 0] for k in _doubles(4 * vector, columns)),
+            *([0, 0, b] for b in _doubles(8, block_b)),
+        ],
+        lane_bases=[[0, vector, 0], [0, 2 * vector, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
+        warp_bases=[[g, 0, 0] for g in _doubles(1, groups)],
+        block_bases=[],
+        shape=[groups, columns, block_b],
+    )
+
+
+def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
+    """The layouts of a tile, and of its elements in shared memory.
+
+    In shared memory a row is (8 sequences, 16 units, pair of units), a column (pair of sequences,
+    one of them, unit of the pair). Half a warp reads it without bank conflicts.
+    """
+    pairs = block_h > 8
+    in_tile, in_part = [], []  # the bases of unit of the pair, then pairs, then sequences
+    unit = 2 if pairs else 1
+    half = ([0, 1], [0, 1])
+    lanes = [([0, unit << n], [1 << n, 0]) for n in range(3)] + [([1, 0], [0, 2]), ([2, 0], [0, 4])]
+    rest = [([4, 0], [0, 8])]
+    rows = max(block_h // 2, 8)  # of 8 sequences
+    rest += [([b, 0], [rows * b // 8, 0]) for b in _doubles(8, block_b)]
+    rest += [([0, 2 * u], [u, 0]) for u in _doubles(8, block_h // 2)]
+    warps = groups.bit_length() - 1
+    few = pairs and len(rest) < warps  # elements for the threads
+    registers = [] if few else [half] if pairs else [([0, 0], [0, 1])]
+    if few:
+        rest.append(half)
+    rest += [([0, 0], [0, 0])] * (warps - len(rest))
+    registers += rest[warps:]
+    for n, found in enumerate((in_tile, in_part)):
+        found += [[base[n] for base in bases] for bases in (registers, lanes, rest[:warps])]
+    if not pairs:  # the two gates of a pair are split into tiles of their own
+        in_tile[0] = in_tile[0][1:]
+    shapes = [block_b, block_h], [block_b // 8 * rows, 16]
+    tile, part = (
+        gl.DistributedLinearLayout(
+            reg_bases=bases[0], lane_bases=bases[1], warp_bases=bases[2], block_bases=[], shape=size
+        )
+        for bases, size in zip((in_tile, in_part), shapes, strict=True)
+    )
+    return tile, part
+
+
+@lru_cache(maxsize=1024)
+def slice_of(
+    L: int, D: int, H: int, block_b: int, block_h: int, groups: int, itemsize: int,
+    columns: tuple[int, ...],
+) -> Slice:  # fmt: skip
+    """Returns the sizes and layouts for elements of 2 or 4 bytes, and columns of each phase."""
+    chunks = tuple(chunks_of(n, groups, itemsize) for n in columns)
+    wide = tuple(
+        tuple(_wide(groups, width, block_b, itemsize) for _, width in each) for each in chunks
+    )
+    pitch = max(sum(width for _, width in each) * groups for each in chunks)
+    acc = gl.NVMMADistributedLayout([2, 0], [groups, 1, 1], [1, 16, 8])
+    weight, operand = (gl.DotOperandLayout(n, acc, 4 // itemsize) for n in (0, 1))
+    tile, part = _tiles(groups, block_b, block_h)
+    shared = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
+    return Slice(
+        L, D, H, block_b, block_h, groups, pitch, chunks, wide, tile, part, acc, weight, operand,
+        shared,
+    )  # fmt: skip
+
+
+@gluon.jit
+def sequences(TILE: tl.constexpr):
+    """0 to BLOCK_B - 1, for the rows of a tile."""
+    return gl.arange(0, TILE.block_b, gl.SliceLayout(1, TILE.tile))
+
+
+@gluon.jit
+def units(TILE: tl.constexpr):
+    """0 to BLOCK_H - 1, for the columns of a tile."""
+    return gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.tile))
+
+
+@gluon.jit
+def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
+    """The batch tile and the hidden units of this program, in layer and direction z."""
+    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
+    offs_b = first_b + sequences(TILE)
+    cols = tl.program_id(0) * TILE.block_h + units(TILE)
+    out = choose(layers.out, z)
+    last = tl.minimum(offs_b, B - 1)
+    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
+
+
+@gluon.jit
+def row_of_slice(N: tl.constexpr, TILE: tl.constexpr):
+    """0 to N - 1, for the rows of a slice as the first operand."""
+    return gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, TILE.weight)))
+
+
+@gluon.jit
+def columns_of_slice(
+    PHASE: tl.constexpr, CHUNK: tl.constexpr, bits: tl.constexpr, TILE: tl.constexpr
+):
+    """The columns of a chunk ``[groups, 1, columns of a group]`` in the order of the products."""
+    WIDTH: tl.constexpr = TILE.chunks[PHASE][CHUNK][1]
+    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, TILE.weight)))
+    k = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, TILE.weight)))
+    if bits == 16:
+        k = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+    else:
+        k = k // 16 * 16 + k % 4 * 4 + k // 8 % 2 * 2 + k // 4 % 2
+    return TILE.chunks[PHASE][CHUNK][0] + group[:, None, None] * WIDTH + k[None, None, :]
+
+
+@gluon.jit
+def _permuted(u, TILE: tl.constexpr):
+    """An operand as loaded, with its columns in the order of the products: nothing moves."""
+    K: tl.constexpr = u.shape[1]
+    if u.dtype.primitive_bitwidth == 16:
+        u = u.reshape([TILE.groups, K // 32, 4, 2, 2, 2, TILE.block_b])
+        u = u.permute([0, 1, 3, 4, 2, 5, 6])
+    else:
+        u = u.reshape([TILE.groups, K // 16, 4, 2, 2, TILE.block_b])
+        u = u.permute([0, 1, 3, 4, 2, 5])
+    u = u.reshape([TILE.groups, K, TILE.block_b])
+    return gl.convert_layout(u, TILE.operand, assert_trivial=True)
+
+
+@gluon.jit
+def _issued():
+    """Lets all loads be issued before a product; the compiler else waits for them one by one."""
+    gl.inline_asm_elementwise(
+        "bar.warp.sync 0xffffffff; mov.u32 $0, $1;",
+        "=r,r,~{memory}",
+        [tl.program_id(0)],
+        tl.int32,
+        False,
+        1,
+    )
+
+
+@gluon.jit
+def _fetch_chunk(
+    rows_ptr, last, WIDTH, PHASE: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
+    START: tl.constexpr = TILE.chunks[PHASE][CHUNK][0]
+    COLUMNS: tl.constexpr = TILE.chunks[PHASE][CHUNK][1]
+    wide: tl.constexpr = TILE.wide[PHASE][CHUNK]
+    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
+    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
+    row = gl.arange(0, TILE.block_b, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
+    row = tl.minimum(row, last)[None, None, :]
+    columns = START + group[:, None, None] * COLUMNS + k[None, :, None]
+    if START + TILE.groups * COLUMNS > MASK:
+        mask = (columns < MASK) & (row >= 0)
+        return tl.load(rows_ptr + row * WIDTH + columns, mask, other=0.0, cache_modifier=".cg")
+    else:
+        return tl.load(rows_ptr + row * WIDTH + columns, cache_modifier=".cg")
+
+
+@gluon.jit
+def fetch(rows_ptr, last, WIDTH, PHASE: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr):
+    """``u[chunk]``, whole rows of WIDTH values as the second operand, past L1.
+
+    ``rows_ptr`` is the row of the first sequence. Rows beyond ``last`` are the last one again;
+    columns beyond MASK are zero.
+    """
+    u = ()
+    for n in tl.static_range(len(TILE.chunks[PHASE])):
+        u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
+    _issued()
+    return u
+
+
+@gluon.jit
+def multiply(w, u, acc, TILE: tl.constexpr):
+    """``w u + acc`` over all chunks."""
+    for n in tl.static_range(len(w)):
+        acc = mma_v2(w[n], _permuted(u[n], TILE), acc, input_precision="tf32")
+    return acc
+
+
+@gluon.jit
+def zero_acc(ROWS: tl.constexpr, TILE: tl.constexpr):
+    return gl.full([TILE.groups, ROWS, TILE.block_b], 0.0, tl.float32, TILE.acc)
+
+
+@gluon.jit
+def sum_buffers(N: tl.constexpr, TILE: tl.constexpr):
+    """Shared memory for the partial sums of N products."""
+    ROWS: tl.constexpr = TILE.groups * TILE.block_b * max(TILE.block_h, 16) // 16
+    shape: tl.constexpr = [ROWS, 16]
+    out = ()
+    for _ in tl.static_range(N):
+        out = out + (gl.allocate_shared_memory(tl.float32, shape, TILE.shared),)
+    return out
+
+
+@gluon.jit
+def _sum(buffer, TILE: tl.constexpr):
+    """The sum over the groups, as it lies in shared memory."""
+    GROUPS: tl.constexpr = TILE.groups
+    ROWS: tl.constexpr = buffer.shape[0] // GROUPS
+    total = buffer.slice(0, ROWS).load(TILE.part)
+    for g in tl.static_range(1, GROUPS):
+        total += buffer.slice(g * ROWS, ROWS).load(TILE.part)
+    return total
+
+
+@gluon.jit
+def add_up(buffers, accs, TILE: tl.constexpr):
+    """The sums over all groups: a tile for each product, of 8 units two, in fp32.
+
+    The compiler puts one barrier between the stores and the loads.
+    """
+    B: tl.constexpr = TILE.block_b
+    M: tl.constexpr = max(TILE.block_h, 16)
+    for n in tl.static_range(len(accs)):
+        acc = accs[n].reshape([TILE.groups, M // 16, 2, 8, B // 8, 4, 2])
+        acc = acc.permute([0, 4, 1, 3, 5, 6, 2])
+        buffers[n].store(acc.reshape([TILE.groups * B * M // 16, 16]))
+    out = ()
+    for n in tl.static_range(len(accs)):
+        total = _sum(buffers[n], TILE).reshape([B // 8, M // 16, 8, 4, 2, 2])
+        total = total.permute([0, 3, 4, 1, 2, 5])
+        if TILE.block_h > 8:
+            tile = total.reshape([B, M])
+            out = out + (gl.convert_layout(tile, TILE.tile, assert_trivial=True),)
+        else:
+            one, other = gl.split(total.reshape([B, 8, 2]))
+            out = out + (
+                gl.convert_layout(one, TILE.tile, assert_trivial=True),
+                gl.convert_layout(other, TILE.tile, assert_trivial=True),
+            )
+    return out

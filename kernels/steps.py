@@ -1,0 +1,227 @@
+"""The tensors of a step: how a Gluon kernel reads and writes the rows of one program.
+
+Addresses of a step are a scalar, which the uniform datapath computes, plus offsets that no step
+changes. Reads of rows beyond B see the last row instead, which is cheaper than a mask.
+
+The functions take a ``Part``, and from TILE the sizes L, D, H and ``block_h``.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import triton
+import triton.language as tl
+
+from .tiles import is_present, is_stored, load_origins, time_of, visible
+
+
+class Part(NamedTuple):
+    """The share of a launch that one program computes, as a ``tiles.Program``."""
+
+    z: Any  # the layer and direction, in 0 .. L*D - 1
+    d: Any  # the direction
+    out: Any  # pointer to the layer's output
+    T: Any
+    B: Any
+    R: Any
+    first_b: Any  # the first sequence
+    offs_b: Any  # [BLOCK_B], the sequences, the last one again in place of those beyond B
+    mask_b: Any  # [BLOCK_B], those of them that exist
+    cols: Any  # [BLOCK_H], the hidden units
+
+
+@triton.jit
+def _pointers(base, program, W):
+    """Pointers to the first tile of rows of W values, the row of sequence 0 at base.
+
+    Inside of a program offsets have 32 bits, up to its first row 64.
+    """
+    base += program.first_b.to(tl.int64) * W
+    return base + (((program.offs_b - program.first_b) * W)[:, None] + program.cols[None, :])
+
+
+@triton.jit
+def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr):
+    """N tiles from rows of W values; zero beyond H and where a mask is not."""
+    H: tl.constexpr = TILE.H
+    ptrs = _pointers(base, program, W)
+    tiles = ()
+    for n in tl.static_range(N):
+        if len(masks) > 0:
+            inside = masks[0][:, None] & (program.cols < H)[None, :]
+            tile = tl.load(ptrs + n * H, mask=inside, other=0.0)
+        elif H % TILE.block_h > 0:
+            tile = tl.load(ptrs + n * H, mask=(program.cols < H)[None, :], other=0.0)
+        else:
+            tile = tl.load(ptrs + n * H)
+        tiles = tiles + (tile,)
+    return tiles
+
+
+@triton.jit
+def store(base, program, mask, tiles, W: tl.constexpr, TILE: tl.constexpr):
+    """Stores tiles into rows of W values."""
+    ptrs = _pointers(base, program, W)
+    inside = mask[:, None] & (program.cols < TILE.H)[None, :]
+    for n in tl.static_range(len(tiles)):
+        tl.store(ptrs + n * TILE.H, tiles[n].to(base.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def place_of(layers, program, step):
+    """The origins of a step, and the row of sequence 0 if rows are packed; nothing if dense.
+
+    What a step reads depends on it, so it is loaded one step before that.
+    """
+    place = ()
+    if layers.origins is not None:
+        t = time_of(tl.minimum(tl.maximum(step, 0), program.T - 1), program).to(tl.int64)
+        place = (load_origins(layers, program, t),)
+        if layers.starts is not None:
+            place = place + (tl.load(layers.starts + t),)
+    return place
+
+
+@triton.jit
+def origins_at(program, place):
+    if len(place) > 0:
+        return place[0]
+    else:
+        return program.mask_b
+
+
+@triton.jit
+def row_of(program, step, place):
+    """The row of sequence 0."""
+    if len(place) > 1:
+        return place[1]
+    else:
+        # Of unsigned numbers of 32 bits the product of 64 is one instruction.
+        t = time_of(step, program).to(tl.uint32)
+        return t.to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
+
+
+@triton.jit
+def readable(layers, program, place):
+    """A mask of the sequences whose row may be read, or nothing where all may."""
+    if len(place) > 0:
+        return (is_present(layers, program, place[0]),)
+    else:
+        return ()
+
+
+@triton.jit
+def load_ends(h_ptr, c_ptr, program, TILE: tl.constexpr):
+    """h_0 and c_0, or what is like them."""
+    first = (program.z * program.B).to(tl.int64) * TILE.H
+    state = load(h_ptr + first, program, (), 1, TILE.H, TILE)
+    if c_ptr is not None:
+        state = state + load(c_ptr + first, program, (), 1, TILE.H, TILE)
+    return state
+
+
+@triton.jit
+def store_ends(h_ptr, c_ptr, program, state, TILE: tl.constexpr):
+    first = (program.z * program.B).to(tl.int64) * TILE.H
+    store(h_ptr + first, program, program.mask_b, (state[0],), TILE.H, TILE)
+    if c_ptr is not None:
+        store(c_ptr + first, program, program.mask_b, (state[1],), TILE.H, TILE)
+
+
+@triton.jit
+def load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr):
+    """The projected input of a step, a tile for each gate, in the dtype of the tensors."""
+    G: tl.constexpr = len(CELL.gates)
+    row = program.d.to(tl.int64) * program.R
+    row += row_of(program, tl.minimum(step, program.T - 1), place)
+    masks = readable(layers, program, place)
+    if TILE.L > 1:  # the layers above the first have none, and see zeros
+        is_first = program.offs_b < tl.where(program.z == 0, program.B, 0)
+        masks = (masks[0] & is_first if len(masks) > 0 else is_first,)
+    return load(layers.gx + row * (G * TILE.H), program, masks, G, G * TILE.H, TILE)
+
+
+@triton.jit
+def store_h(layers, program, step, place, state, TILE: tl.constexpr):
+    """Stores the output of a step, given the state that leaves it."""
+    D: tl.constexpr = TILE.D
+    H: tl.constexpr = TILE.H
+    origins = origins_at(program, place)
+    here = is_stored(layers, program, origins)
+    if layers.starts is None:  # skipped steps have no row if rows are packed
+        state = visible(layers, state, origins)
+    row = row_of(program, step, place)
+    rows = program.out + row * (D * H) + program.d * H
+    store(rows, program, here, (state[0],), D * H, TILE)
+
+
+@triton.jit
+def store_saved(layers, program, step, place, state, saved, CELL: tl.constexpr, TILE: tl.constexpr):
+    """Stores what backward needs of a step besides h: the saved tiles and c."""
+    H: tl.constexpr = TILE.H
+    S: tl.constexpr = len(CELL.saved)
+    origins = origins_at(program, place)
+    here = is_stored(layers, program, origins)
+    row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
+    if layers.gates is not None:
+        store(layers.gates + row * (S * H), program, here, saved, S * H, TILE)
+    if layers.cs is not None:
+        if layers.starts is None:
+            state = visible(layers, state, origins)
+        store(layers.cs + row * H, program, here, (state[1],), H, TILE)
+
+
+@triton.jit
+def load_left(layers, program, step, place, TILE: tl.constexpr):
+    """The state that left a step, the one before the first if the rows are dense.
+
+    It is zero where the step was skipped.
+    """
+    D: tl.constexpr = TILE.D
+    H: tl.constexpr = TILE.H
+    masks = readable(layers, program, place)
+    row = row_of(program, tl.maximum(step, 0), place)
+    h_rows = program.out + row * (D * H) + program.d * H
+    c_rows = layers.cs
+    if layers.cs is not None:
+        c_rows = layers.cs + (program.z.to(tl.int64) * program.R + row) * H
+    W = D * H
+    if layers.origins is None:
+        first = (program.z * program.B).to(tl.int64) * H
+        h_rows = tl.where(step >= 0, h_rows, layers.h_0 + first)
+        if D > 1:
+            W = tl.where(step >= 0, D * H, H)
+        if layers.cs is not None:
+            c_rows = tl.where(step >= 0, c_rows, layers.c_0 + first)
+    state = load(h_rows, program, masks, 1, W, TILE)
+    if layers.cs is not None:
+        state = state + load(c_rows, program, masks, 1, H, TILE)
+    return state
+
+
+@triton.jit
+def load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl.constexpr):
+    """Loads the tensors of a backward step, in their dtype: saved tiles, the state that left the
+    step before, and the gradients of out and of cs (a tile or none).
+    """
+    D: tl.constexpr = TILE.D
+    H: tl.constexpr = TILE.H
+    S: tl.constexpr = len(CELL.saved)
+    left = load_left(layers, program, step - 1, places[1], TILE)
+    masks = readable(layers, program, places[0])
+    row = row_of(program, tl.maximum(step, 0), places[0])
+    d_row = program.z.to(tl.int64) * program.R + row
+    saved, d_out, d_cs = (), (), ()
+    if S > 0:
+        saved = load(layers.gates + d_row * (S * H), program, masks, S, S * H, TILE)
+    if grads.out is not None:
+        base = grads.out + row * (D * H) + program.d * H
+        shown = masks
+        if TILE.L > 1:  # it is the output of the last layer
+            is_last = program.offs_b < tl.where(program.z == TILE.L - 1, program.B, 0)
+            shown = (masks[0] & is_last if len(masks) > 0 else is_last,)
+        d_out = load(base, program, shown, 1, D * H, TILE)
+    if grads.cs is not None:
+        d_cs = load(grads.cs + d_row * H, program, masks, 1, H, TILE)
+    return saved, left, d_out, d_cs

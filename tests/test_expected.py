@@ -1,0 +1,175 @@
+"""Predicted beside published: the arithmetic, the rules, and the tables that are shipped."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from bench import references
+from fusedrnn.kernels import expected, predict
+from fusedrnn.kernels.expected import PREDICTED, PUBLISHED, find_figure, find_line, judge, read
+from fusedrnn.kernels.plan import cooperative, plan_stack
+from fusedrnn.kernels.problem import CHIPS, Problem
+
+ROOT, H100 = Path(__file__).parents[1], CHIPS["sm_90"]
+LSTM = Problem("lstm", 64, 8, 1, torch.float16, "tf32", True)
+SHIPPED = read(PREDICTED)
+TICK = 1755  # cycles of a microsecond
+
+
+@pytest.fixture
+def tables(monkeypatch):
+    """Round numbers: a step takes 1 us forward and 2 us backward; nothing is free but the host."""
+    sizes = {("lstm", 64): 64, ("rnn_tanh", 64): 64, ("lstm", 512): 8, ("lstm", 1024): 8}
+    shared = {"chip": "sm_90", "products": "16-bit", "layers": 1, "fw_rows": 8, "bw_rows": 8}
+    shared |= {"fw_cycles": TICK, "bw_cycles": 2 * TICK}
+    lines = [
+        shared | {"cell": cell, "H": H, "fw_units": units, "bw_units": units}
+        | {"schedule": "resident_nvidia" if units == 64 else "cooperative"}
+        for (cell, H), units in sizes.items()
+    ]  # fmt: skip
+    figure = {"cell": "lstm", "precision": "fp16", "algorithm": "small", "source": "X"}
+    figures = [figure | {"H": H, "forward": 3.0 * H, "backward": 5.0} for H in (1, 64)]
+    monkeypatch.setattr(expected, "read", {PREDICTED: lines, PUBLISHED: figures}.get)
+    monkeypatch.setattr(expected, "MEMORY", 1e30)
+    monkeypatch.setattr(expected, "LAUNCH_US", 0.0)
+    monkeypatch.setattr(expected, "HOST_US", (0.0, 0.0))
+
+
+def ours(problem=LSTM, chip=H100, T=100):
+    return judge(problem, plan_stack(problem, chip), chip, T, 0).ours
+
+
+def test_a_call_worked_out_by_hand(tables, monkeypatch):
+    gradient_of_w_hh = expected._products_us(LSTM, 132 * 1755 / 6.5, 100, 0)
+    assert gradient_of_w_hh == pytest.approx(2 * 800 * 256 * 64 / (4 * 4096 / 6.5 * 132 * 1755))
+    monkeypatch.setattr(expected, "_products_us", lambda *_: 0.0)
+    assert ours() == pytest.approx(100 * 3)
+    assert ours(LSTM._replace(needs_grad=False)) == pytest.approx(100)
+    assert ours(T=1) == pytest.approx(3)
+    assert ours(LSTM._replace(layers=2)) == pytest.approx(600)
+    assert ours(LSTM._replace(ragged=True)) == pytest.approx(345)
+    assert ours(LSTM._replace(batch=8 * 132)) == pytest.approx(300)
+    assert ours(LSTM._replace(batch=8 * 132 + 1)) == pytest.approx(600)  # a second wave
+    assert ours(LSTM._replace(batch=8 * 66 + 1, directions=2)) == pytest.approx(600)
+    assert ours(LSTM._replace(hidden_size=40)) == pytest.approx(300)  # padded to 64
+    assert ours(LSTM._replace(cell="rnn_relu")) == pytest.approx(300)
+    monkeypatch.setattr(expected, "HOST_US", (10.0, 20.0))
+    monkeypatch.setattr(expected, "LAUNCH_US", 1.0)
+    assert ours() == pytest.approx(300 + 30 + 2)
+
+
+def test_chips_take_their_familys_cycles_and_their_own_clock(tables):
+    slow = H100._replace(name="H100 PCIe", sms=114, mhz=TICK / 2)
+    assert ours(chip=slow) == pytest.approx(2 * ours(), rel=0.01)
+    b200 = CHIPS["sm_100"]
+    assert ours(chip=b200) == pytest.approx(ours() * TICK / 1965, rel=0.01)
+    assert ours(chip=CHIPS["sm_80"]) is None
+    assert ours(chip=H100._replace(arch="gfx942", warp_size=64)) is None
+
+
+def test_a_cooperative_step_is_a_hop_and_what_a_program_computes(tables, monkeypatch):
+    monkeypatch.setattr(expected, "_products_us", lambda *_: 0.0)
+    large = LSTM._replace(hidden_size=512, needs_grad=False)
+    tiles = cooperative(large, H100).forward
+    us = 0.65 + 0.35 * (tiles.block_b / 8) * (tiles.block_h / 8)
+    assert ours(large) == pytest.approx(100 * us)
+    many = large._replace(batch=4096)
+    tiles = cooperative(many, H100).forward
+    us = 0.65 + 0.35 * (tiles.block_b / 8) * (tiles.block_h / 8)
+    rounds = -(-4096 // (tiles.block_b * tiles.at_once))
+    assert ours(many) == pytest.approx(rounds * 100 * us)
+    (wave,) = plan_stack(large._replace(layers=2), H100)
+    us = 0.65 + 2 * 0.35 * (wave.forward.block_b / 8) * (wave.forward.block_h / 8)
+    assert ours(large._replace(layers=2)) == pytest.approx(101 * us)
+
+
+def test_theirs_and_the_margin(tables):
+    verdict = judge(LSTM, plan_stack(LSTM, H100), H100, 100, 0)
+    assert verdict.theirs == pytest.approx(100 * (192 + 5), rel=0.01)
+    assert verdict.sources[1] == "X"
+    for theirs, favours in (
+        (1.25 * verdict.ours, True),
+        (1.24 * verdict.ours, False),
+        (None, False),
+    ):
+        assert verdict._replace(theirs=theirs).favours_ours is favours
+    assert not verdict._replace(ours=None).favours_ours
+
+
+BIG, HALF, FP32 = {"hidden_size": 256}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}
+
+
+@pytest.mark.parametrize(
+    ("algorithm", "I", "changes"),
+    [
+        ("small", 64, {}), ("small", 64, {"hidden_size": 192}), ("small", 64, FP32),
+        ("small", 64, {"cell": "rnn_relu", "hidden_size": 384}),
+        ("standard", 64, {"hidden_size": 193}), ("standard", 64, HALF),
+        ("standard", 64, {"ragged": True}),  # packed
+        ("static", 128, BIG), ("standard", 64, BIG), ("standard", 128, BIG | {"ragged": True}),
+        ("standard", 128, BIG | {"batch": 7}), ("standard", 128, BIG | {"batch": 136}),
+        ("standard", 128, BIG | {"layers": 2}), ("standard", 128, BIG | FP32),
+        ("standard", 128, BIG | {"cell": "gru"}),
+        (None, 64, FP32 | {"precision": "ieee"}), (None, 64, {"dtype": torch.float64}),
+        (None, 64, {"cell": "gru_reset_before"}),
+    ],
+)  # fmt: skip
+def test_cudnns_algorithm(algorithm, I, changes):
+    figure = find_figure(LSTM._replace(**changes), I)
+    assert (figure and figure["algorithm"]) == algorithm
+
+
+def test_published_figures_hold_from_their_h_on():
+    sizes = (16, 64, 65, 79, 80, 128)
+    at = [find_figure(LSTM._replace(hidden_size=H), 64)["H"] for H in sizes]
+    assert at == [1, 1, 65, 65, 80, 80]
+    for figure in read(PUBLISHED):
+        assert figure["source"].startswith(("published: ", "derived: "))
+        assert 0 < figure["forward"] < figure["backward"]
+
+
+def test_the_shipped_steps_are_of_the_planners_kernels():
+    """A plan that changes makes lines of the table stale: `make predict` makes them again."""
+    expected_lines = [predict.planned(*each) for each in predict.grid().items()]
+    assert 100 < len(expected_lines) == len(SHIPPED) < 200
+    for decided, line in zip(expected_lines, SHIPPED, strict=True):
+        assert decided.items() <= line.items()
+        assert max(line["fw_spills"], line["bw_spills"]) <= 64
+
+
+def test_the_next_larger_line_stands_for_a_size_between():
+    for H, line in ((65, 128), (128, 128), (200, 256), (300, 512)):
+        problem = LSTM._replace(hidden_size=H)
+        plan, *_ = plan_stack(problem, H100)
+        assert find_line(problem, plan, "sm_90")["H"] == line
+    assert find_line(problem._replace(hidden_size=1025), plan, "sm_90") is None
+    wavefront = LSTM._replace(hidden_size=256, layers=3)
+    assert find_line(wavefront, cooperative(wavefront, H100), "sm_90")["layers"] == 2
+
+
+FRESH = ["sm_90,lstm,16-bit,32,1"]
+SLOW = ["sm_80,gru,tf32,64,1", "sm_86,rnn_tanh,16-bit,128,1", "sm_90,lstm,16-bit,256,1"]
+
+
+@pytest.mark.parametrize("key", FRESH + [pytest.param(k, marks=pytest.mark.slow) for k in SLOW])
+def test_a_shipped_step_is_that_of_a_fresh_binary(key):
+    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-m", "fusedrnn.kernels.predict", "--line", key]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    assert done.stdout.strip() in PREDICTED.read_text().splitlines(), done.stderr
+
+
+def test_published_times_of_kernelbench():
+    rows = [row for row in references.read(references.PATH) if "H100" in row["gpu"]]
+    for number, (*_, said) in predict.KERNELBENCH.items():
+        times = [float(r["forward_ms"]) for r in rows if r["case"] == f"kernelbench-{number}"]
+        assert said == f"{min(times)} to {max(times)}"
+
+
+def test_the_page_shows_the_tables():
+    page = (ROOT / "docs" / "predicted.md").read_text().splitlines()
+    assert [line for line in predict.tables() if line not in page] == []
