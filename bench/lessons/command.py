@@ -7,9 +7,9 @@ from types import ModuleType
 import torch
 
 from .. import DEFAULT_FOLDER, UserError
-from . import by_hand, gates, lengths, reviews, sine, temperature, vanishing
+from . import by_hand, lengths, reviews, sine, temperature, vanishing
 
-_MODULES = by_hand, gates, vanishing, sine, lengths, reviews, temperature
+_MODULES = by_hand, vanishing, sine, lengths, reviews, temperature
 LESSONS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2].replace("_", "-"): module for module in _MODULES
 }
