@@ -244,7 +244,7 @@ def _facts(
             if facts := _KNOWN.get(kind):
                 return facts
         except (AttributeError, TypeError):
-            pass  # not all are tensors: the checks name the one
+            kind = None  # not all are tensors, or have sizes that are numbers
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
     I, H, P = _sizes(cell, params, layers)

@@ -1,7 +1,5 @@
 """Chooses the backend of a call, by the user's settings and what the backends take.
 
-Backends, best first:
-
 - ``triton``: the fused kernels, on CUDA tensors (or in Triton's interpreter, if named).
 - ``aten``: torch's own operator: cuDNN on CUDA, oneDNN or ATen on the CPU.
 - ``torch``: the recurrence step by step in plain torch (``loop.py``); takes every call.
@@ -23,7 +21,7 @@ import torch
 from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
-from .kernels.problem import Chip, NoPlan, Plan, Problem, chip_of
+from .kernels.problem import Chip, NoPlan, Problem, chip_of
 from .records import StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
@@ -36,17 +34,18 @@ _PREFERENCE = ("triton", "aten", "torch")
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
 # A threading.local and not a ContextVar, at which TorchDynamo breaks the graph.
 _local = threading.local()
+_environ: Any = getattr(os.environ, "_data", {})
+_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
     """Chooses the backend of every call of this thread inside the ``with`` block.
 
-    Blocks nest, and the former choice comes back when a block is left, by an exception too. It
-    takes precedence over the environment variable ``FUSEDRNN_BACKEND``.
+    Blocks nest, and take precedence over the environment variable ``FUSEDRNN_BACKEND``.
 
     Args:
-        name: ``"auto"``, ``"triton"``, ``"torch"`` or ``"aten"``. A named backend (all but
-            ``"auto"``) runs or raises ``NotImplementedError`` with the reason.
+        name: ``"auto"``, or ``"triton"``, ``"torch"`` or ``"aten"``, which run or raise
+            ``NotImplementedError`` with the reason.
 
     Raises:
         ValueError: there is no backend of that name.
@@ -62,9 +61,8 @@ def use_backend(name: str) -> AbstractContextManager[None]:
 def use_precision(name: str) -> AbstractContextManager[None]:
     """Chooses how this thread's triton backend multiplies fp32 inside the ``with`` block.
 
-    Without it torch's own switch decides, ``torch.backends.cudnn.rnn.fp32_precision`` (set also
-    by the older ``torch.backends.cudnn.allow_tf32``): by torch's default that is tf32. It has no
-    effect on other dtypes and other backends.
+    Without it torch's own switch decides, ``torch.backends.cudnn.rnn.fp32_precision``: by default
+    tf32. It has no effect on other dtypes and other backends.
 
     Args:
         name: ``"ieee"`` (fp32 throughout), ``"tf32"`` (operands of products rounded to 10 bits of
@@ -78,15 +76,13 @@ def use_precision(name: str) -> AbstractContextManager[None]:
 
 
 def requested_backend() -> tuple[str, str]:
-    """Returns the requested backend and its source: ``use_backend``, the environment or a default.
-
-    Raises:
-        ValueError: ``FUSEDRNN_BACKEND`` names no backend.
-    """
+    """Returns the requested backend and its source; raises ValueError for an unknown name."""
     name = getattr(_local, "backend", None)
     if name is not None:
         return name, "use_backend"
-    name = os.environ.get(ENVIRONMENT_VARIABLE)
+    # A look-up in os.environ raises and catches two exceptions when a variable is not set.
+    is_set = torch.compiler.is_compiling() or _KEY in _environ
+    name = os.environ.get(ENVIRONMENT_VARIABLE) if is_set else None
     if not name:
         return "auto", "default"
     _check_name(ENVIRONMENT_VARIABLE, name, BACKENDS)
@@ -99,11 +95,7 @@ def is_auto() -> bool:
 
 
 def precision() -> str:
-    """Returns how fp32 is multiplied on triton: ``"ieee"``, ``"tf32"`` or ``"tf32x3"``.
-
-    Follows ``use_precision``, else the switch that torch's own RNNs follow. That one getter takes
-    torch's older and newer switches alike; ``cudnn.allow_tf32`` raises when the two were mixed.
-    """
+    """Returns how triton multiplies fp32, by ``use_precision`` or the switch of torch's RNNs."""
     name = getattr(_local, "precision", None)
     if name is not None:
         return name
@@ -219,8 +211,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
 
     Returns:
         An ``Explanation`` whose text names the backend, with triton the schedule and tile sizes,
-        and why the better backends were refused. At a prompt it shows itself; in a script write
-        ``print(fusedrnn.explain(module, input))``.
+        and why the better backends were refused; a prompt shows it.
 
     Raises:
         TypeError: the module is not fusedrnn's.
@@ -251,10 +242,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
 
 
 def runs_as_one_node(facts: Facts) -> bool:
-    """Returns whether torch's operator can run inside ours, which compilers leave alone.
-
-    There it has no autograd, for which ours would have to return what it saves.
-    """
+    """Returns whether torch's operator can run inside ours, where it has no autograd."""
     layers = facts.layers
     drops_out = layers.training and layers.dropout > 0 and layers.num_layers > 1
     return not (facts.needs_grad or drops_out or "packed" in facts.ragged)
@@ -333,12 +321,14 @@ def _planned_refusal(
     fields: tuple, device: torch.device, judged: tuple[int, int] | None
 ) -> str | None:
     """Returns why no kernel takes a ``Problem`` of these fields or, judged by T and I, should."""
-    problem = Problem(*fields)
+    problem, chip = Problem(*fields), chip_of(device)
     try:
-        plans = planning.plan_stack(problem, chip_of(device))
+        plans = planning.plan_stack(problem, chip)
     except NoPlan as no_plan:
         return str(no_plan)
-    return _expected_slower(problem, plans, chip_of(device), *judged) if judged else None
+    verdict = judge(problem, plans, chip, *judged) if judged else None
+    is_slower = verdict is not None and not verdict.favours_ours
+    return f"it is not expected to be faster: {verdict}" if is_slower else None
 
 
 # A compiler calls it while tracing and keeps the answer, for the planner caches. This is what
@@ -346,30 +336,21 @@ def _planned_refusal(
 _planned_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-def _expected_slower(
-    problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int
-) -> str | None:
-    """Returns why torch's own operator is the better choice on a GPU, or None."""
-    verdict = judge(problem, plans, chip, T, I)
-    return None if verdict.favours_ours else f"it is not expected to be faster: {verdict}"
-
-
 def _aten_refusal(facts: Facts, requested: str) -> str | None:
     """Returns why torch's operator cannot run the call, or under ``auto`` should not, or None."""
-    if facts.cell == "gru_reset_before":
-        return "torch has no operator for GRU(reset_after=False)"
-    if "lengths" in facts.ragged or "reset" in facts.ragged:
-        return "torch's operator takes no lengths and no reset"
-    if facts.states:
-        return "torch's operator keeps no state but the last"
-    if facts.recompute:
-        return "torch's operator saves all that its backward needs"
-    is_auto = requested == "auto"
-    if is_auto and facts.transformed:
-        return "torch.func has no rules for torch's operator"
-    if is_auto and facts.compiled and not runs_as_one_node(facts):
+    is_auto, is_cut = requested == "auto", bool({"lengths", "reset"} & {*facts.ragged})
+    unrolls = is_auto and facts.compiled and not runs_as_one_node(facts)
+    for refuses, reason in (
+        (facts.cell == "gru_reset_before", "torch has no operator for GRU(reset_after=False)"),
+        (is_cut, "torch's operator takes no lengths and no reset"),
+        (facts.states, "torch's operator keeps no state but the last"),
+        (facts.recompute, "torch's operator saves all that its backward needs"),
+        (is_auto and facts.transformed, "torch.func has no rules for torch's operator"),
         # And AOTAutograd fails on what oneDNN's LSTM saves for its backward (torch 2.11 to 2.13).
-        return "torch.compile unrolls torch's operator over T, and would for each T again"
+        (unrolls, "torch.compile unrolls torch's operator over T, and would for each T again"),
+    ):
+        if refuses:
+            return reason
     if facts.device.type != "cpu" or _is_gpu(facts.device):
         return None
     # Under autocast torch hands every LSTM to oneDNN, which raises where the CPU lacks the dtype.
@@ -382,10 +363,7 @@ def _aten_refusal(facts: Facts, requested: str) -> str | None:
 
 
 def _loop_is_faster(facts: Facts) -> str | None:
-    """Returns why ``auto`` leaves a call on the CPU to the loop although torch's operator takes it.
-
-    ``python -m bench cpu`` measures these rules.
-    """
+    """Returns why ``auto`` prefers the loop on the CPU, by ``python -m bench cpu``, or None."""
     T, B, I, H = facts.steps, facts.batch, facts.input_size, facts.hidden_size
     if not facts.needs_grad or facts.dtype != torch.float32 or facts.autocast or facts.proj_size:
         return None

@@ -1,7 +1,6 @@
 """``lstm``, ``gru`` and ``rnn`` as functions of input, states and weights.
 
-``arguments.prepare`` checks a call, ``dispatch.choose`` names its backend, and ``run`` runs it. The
-modules are a thin layer over this file.
+``arguments.prepare`` checks a call, ``dispatch`` chooses its backend, and ``run`` runs it.
 """
 
 import warnings
@@ -52,20 +51,18 @@ def lstm(
         h'      = o * tanh(c')
 
     Equivalent torch code: ``nn.LSTM`` with these weights. Names, shapes, gate order and results
-    are torch's. ``use_backend``, ``FUSEDRNN_BACKEND`` and the limits of the backends decide which
-    one runs; ``explain`` tells.
+    are torch's. ``explain`` tells which backend runs.
 
     Args:
         input: ``[T, B, I]``; ``[B, T, I]`` if ``batch_first``; ``[T, I]`` without a batch; or a
-            ``PackedSequence`` or nested tensor of layout ``torch.jagged`` (for which
-            ``batch_first`` means nothing). Floating point.
+            ``PackedSequence`` or nested tensor of layout ``torch.jagged``. Floating point.
         hx: ``(h_0, c_0)``, each ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or
             ``[L*D, 1, H]`` for all sequences alike, with the input's dtype and device; None means
             zeros. With a projection h_0 has P columns, not H.
         params: the weights in torch's flat order, for each layer, and in it for each direction:
             ``weight_ih [4*H, I]`` (above the first layer ``[4*H, D*H]``), ``weight_hh [4*H, H]``,
-            if ``bias`` also ``bias_ih [4*H]`` and ``bias_hh [4*H]``. A ``weight_hh [4*H, P]``
-            with P != H announces a projection, and ``weight_hr [P, H]`` follows in each entry.
+            if ``bias`` also ``bias_ih [4*H]`` and ``bias_hh [4*H]``; with a projection
+            ``weight_hh [4*H, P]``, and ``weight_hr [P, H]`` at the end of each entry.
         num_layers: L.
         bias: whether ``params`` holds biases.
         batch_first: whether input and output are ``[B, T, ...]``. States never are.
@@ -77,18 +74,16 @@ def lstm(
             6 numbers that an LSTM keeps for each unit and step 2 remain, of a GRU's 5 one. The
             gradients are the same up to rounding.
         lengths: how many steps of each sequence count, integers ``[B]`` in any order on any device,
-            0 to T. The others are as if they were not there: they may hold NaN, the output is 0
-            there and has no gradient, h_n and c_n are of the last step that counts (hx, if none),
-            and the reverse direction starts at each sequence's own end. On a GPU the values are
-            not checked: more than T counts as T, less than 0 as 0.
+            0 to T. The others may hold NaN; the output is 0 there and has no gradient, h_n and c_n
+            are of the last step that counts (hx, if none), and the reverse direction starts at
+            each sequence's own end. On a GPU the values are clamped, not checked.
         reset: bool ``[T, B]``, ``[B, T]`` if ``batch_first``: a new sequence begins at this step.
             The state is zero before it, hx too, and no gradient passes. The reverse direction is
-            cut at the same place, hence zero before step t - 1. What ``lengths`` leaves out is
-            ignored.
+            cut at the same place, hence zero before step t - 1.
 
     Returns:
         output ``[T, B, D*H]`` in the form of the input, and ``(h_n, c_n)`` in the form of hx. Under
-        ``torch.autocast`` triton and the reference compute and return autocast's dtype, as cuDNN.
+        ``torch.autocast`` triton and the loop compute and return autocast's dtype, as cuDNN.
 
     Raises:
         ValueError: the input's ndim or dtype is wrong, or params has the wrong length; or lengths
@@ -102,7 +97,6 @@ def lstm(
         >>> module = torch.nn.LSTM(3, 4)
         >>> input = torch.randn(7, 2, 3)
         >>> output, (h_n, c_n) = fusedrnn.lstm(input, None, list(module.parameters()))
-        >>> assert output.shape == (7, 2, 4)
         >>> torch.testing.assert_close(output, module(input)[0])
     """
     layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional, recompute)
@@ -128,15 +122,12 @@ def gru(
         n    = tanh(W_in x + b_in + W_hn (r * h) + b_hn)      reset_after=False: Cho et al., ONNX
         h'   = (1 - z) * n + z * h
 
-    z is torch's in both forms, the share of the *old* state. Where a source writes
-    ``h' = (1 - z) * h + z * n``, its z is 1 - torch's: negate the z rows of weights and biases.
-
+    Where a source writes ``h' = (1 - z) * h + z * n``, negate the z rows of weights and biases.
     Equivalent torch code: ``nn.GRU`` with these weights (for ``reset_after=True`` only).
 
     Args:
-        input: as of ``lstm``.
+        input, params: as of ``lstm``, with ``3*H`` rows (r, z, n) and no projection.
         hx: h_0 ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or None for zeros.
-        params: as of ``lstm``, with ``3*H`` rows (r, z, n) and no projection.
         reset_after: whether r applies after the recurrent product (torch's) or before it.
         **options: the keyword arguments of ``lstm``.
 
@@ -163,9 +154,8 @@ def rnn(
     Equivalent torch code: ``nn.RNN`` with these weights.
 
     Args:
-        input: as of ``lstm``.
+        input, params: as of ``lstm``, with ``H`` rows and no projection.
         hx: h_0 ``[L*D, B, H]`` (without a batch ``[L*D, H]``), or None for zeros.
-        params: as of ``lstm``, with ``H`` rows and no projection.
         nonlinearity: ``"tanh"`` or ``"relu"``.
         **options: the keyword arguments of ``lstm``.
 

@@ -27,10 +27,9 @@ _NARROW = range(2, 16)
 def weight_grads(
     cell: str, z: int, x: Tensor, layers: Layers, dgates: Tensor, rows: Rows
 ) -> list[Tensor]:
-    """Returns dW_ih, dW_hh and, with biases, db_ih, db_hh of one layer and direction.
+    """Returns dW_ih, dW_hh and, with biases, db_ih, db_hh of number z of a launch.
 
-    ``z`` is the index of the layer and direction among those of the launch. ``x`` is its input,
-    ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates`` is ``[R, N*H]``.
+    ``x`` is its input, ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates [R, N*H]``.
     """
     columns, H = layers.w_hh[z].shape
     dgx, by_sequence = dgates[:, :columns], rows_by_sequence(x, columns)
@@ -85,8 +84,8 @@ def _recurrent_weight_grad(cell: str, z: int, layers: Layers, dgates: Tensor, ro
 def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
     """Returns the h that entered each row, as pairs of rows and their h.
 
-    Dense rows make two pairs, unless copying them costs less than another product. One long sum
-    that goes on from the terms of h_0, which are often large, would round all others to their size.
+    A sum that goes on from the terms of h_0, which are often large, would round all others to
+    their size; so dense rows make two pairs, unless copying costs less than another product.
     """
     H, B, d = layers.h_0.shape[2], rows.B, z % (layers.out[z].shape[1] // layers.h_0.shape[2])
     h_0, left = layers.h_0[z], layers.out[z][:, d * H : (d + 1) * H]
@@ -103,8 +102,7 @@ def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
 def outer(left: Tensor, right: Tensor) -> Tensor:
     """Returns ``left^T right``, ``[M, N]`` of ``[R, M]`` and ``[R, N]``, a sum over rows.
 
-    On the CPU in parts: in fp32 one sum through thousands of rows leaves the error budget, while
-    torch.nn, which adds step by step, does not.
+    On the CPU in parts: in fp32 one sum through thousands of rows leaves the error budget.
     """
     rows, size = left.shape[0], left.shape[1] * right.shape[1]
     parts = min(_PARTS, rows // _ROWS_OF_A_PART, _PARTS_SIZE // max(size, 1))

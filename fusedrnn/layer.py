@@ -1,10 +1,9 @@
 """The layers of one launch: the input GEMM and the recurrence, forward and backward.
 
 Forward computes ``gx = x W_ih^T + b_ih`` for all steps in one product and runs a schedule of the
-kernels, or the loop on the CPU. Backward runs it in reverse, which leaves ``dgates``, and computes
-the gradients of weights and input from them. Where gates were not saved (``recompute``), backward
-first computes them again, of some steps at a time: the states that entered those are known, so they
-are one step of as many sequences (Chen et al. 2016, arXiv 1604.06174).
+kernels, or the loop. Backward runs it in reverse, which leaves ``dgates``, and computes from them
+the gradients of weights and input. Where gates were not saved (``recompute``), it computes them
+again, of some steps at a time (Chen et al. 2016, arXiv 1604.06174).
 """
 
 import re
@@ -26,7 +25,7 @@ from .kernels import plan as planning
 from .kernels.problem import Chip, KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers, Weights
-from .layout import empty_grads, entering, previous_rows, rows_by_sequence
+from .layout import entering, previous_rows, rows_by_sequence
 from .records import StackConfig
 from .reference import saved_gates
 
@@ -78,7 +77,7 @@ planning.CACHES.append(_launches.cache_clear)
 
 @cache
 def _schedule(name: str) -> Any:
-    """Imports the module of a schedule, which needs Triton, on first use."""
+    """Imports a module of the kernels, which needs Triton, on first use."""
     return import_module(f".kernels.{name}", __package__)
 
 
@@ -87,7 +86,7 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
     *read, written = tensors
     aligned, pairs = _aligned(written)
     try:
-        run = getattr(_schedule(plan.schedule), direction)
+        run = getattr(_schedule(plan.module(direction)), direction)
         run(cell, plan, *(_aligned(part)[0] for part in read), aligned, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -186,8 +185,7 @@ def backward(
     computed again. ``grads`` has the gradients of out, cs, h_n and c_n; h_0 and c_0 are filled.
 
     Returns:
-        dx ``[R, I]`` of the first layer, None unless it is needed, and the gradients of the weights
-        in torch's order, an empty list unless they are needed.
+        dx ``[R, I]`` of the first layer or None, and the gradients of the weights in torch's order.
     """
     D, (Z, _, H) = config.directions, layers.h_0.shape
     parts: Iterable[_Segment] = [_Segment(slice(None), layers, grads, rows)]
@@ -198,7 +196,7 @@ def backward(
     total: list[Tensor] = []
     for own, part, part_grads, part_rows in parts:
         shape = Z, part_rows.total, config.spec.grad_tiles * H
-        part_grads = part_grads._replace(gates=empty_grads(layers.h_0, shape, rows))
+        part_grads = part_grads._replace(gates=layers.h_0.new_empty(shape))
         with gemm_precision(config.precision, layers.h_0):
             if plan is None:
                 loop.backward(config.cell, part, part_grads, part_rows)
@@ -230,8 +228,8 @@ def _segments(
 ) -> Iterator[_Segment]:
     """Yields the segments of a layer with their gates, the last steps first.
 
-    Dense rows of one direction are cut in time. All others are one segment, because a slice of rows
-    does not hold the same steps of both directions or of all sequences.
+    A slice of rows does not hold the same steps of both directions or of all sequences, so only
+    dense rows of one direction are cut.
     """
     D, B, H = layers.h_0.shape
     left = layers.out[0].unflatten(1, (D, H)).transpose(0, 1)
@@ -282,11 +280,7 @@ def _gates(
 
 
 def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]:
-    """Makes the library's fp32 products on CUDA as exact as those in the kernels.
-
-    torch has only a process-wide switch, which is set and put back. cuBLAS has no tf32x3; ieee is
-    at least as exact.
-    """
+    """Makes the library's fp32 products on CUDA as exact as the kernels' (tf32x3: ieee)."""
     return _switched(precision) if like.is_cuda and like.dtype == torch.float32 else nullcontext()
 
 

@@ -1,9 +1,8 @@
 """One layer as a loop over time in plain torch, in place: the backend of the CPU.
 
 A step's state is the row of ``out`` (and of ``cs``) that it writes anyway, gx is overwritten by the
-gates, and backward computes all that does not depend on the gradients before its loop: so a step
-is a few in-place calls on views that one ``split`` made. Packed sequences are sorted by length, and
-step t works on the first ``sizes[t]`` of them. The equations are in ``loop_cells.py``.
+gates, and backward computes all that does not depend on the gradients before its loop. Step t of
+packed rows works on the first ``sizes[t]`` sequences. The equations are in ``loop_cells.py``.
 """
 
 import os
@@ -189,8 +188,7 @@ def _run_steps_back(
 ) -> None:
     """Runs the steps of one direction against their order.
 
-    arriving: gradients that are carried ``[B, H]``, and what reaches them from outside ``[R, H]``;
-    states: the gradients that are carried.
+    ``arriving`` pairs gradients that are carried ``[B, H]`` with what reaches them ``[R, H]``.
     """
     added = [(steps.prefix(state), steps.split(grad)) for state, grad in arriving]
     if steps.is_dense:

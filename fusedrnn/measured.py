@@ -32,12 +32,14 @@ _Run = Callable[[Call], tuple[Any, Any]]
 
 def consider(call: Call, run: _Run) -> None:
     """Measures a call by ``run`` if that is wanted, possible and not done."""
-    if not (torch.backends.cudnn.benchmark if _FORCED is None else _FORCED == "1"):
+    facts = call.facts
+    if not dispatch._is_gpu(facts.device):
         return
-    facts, kind = call.facts, dispatch.kind_of(call.facts)
+    if not (torch._C._get_cudnn_benchmark() if _FORCED is None else _FORCED == "1"):
+        return
+    kind = dispatch.kind_of(facts)
     if (
-        not dispatch._is_gpu(facts.device)
-        or not dispatch.is_auto()
+        not dispatch.is_auto()
         or facts.transformed
         or facts.steps == 1
         or kind in dispatch.MEASURED

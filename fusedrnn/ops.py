@@ -1,9 +1,8 @@
 """``fusedrnn::rnn_forward`` and ``fusedrnn::rnn_backward``: a stack of layers as one operator.
 
-The operators have fake kernels, so that compilers see one node with symbolic T and B, rules for
-``torch.func`` (``vmap.py``), and autograd. The gradient of ``rnn_backward`` is taken of the
-reference, hence derivatives of every order exist. A call that neither a compiler nor a mode must
-see skips the dispatcher.
+They have fake kernels, so that compilers see one node with symbolic T and B, rules for
+``torch.func`` (``vmap.py``), and autograd; the gradient of ``rnn_backward`` is the reference's. A
+call that neither a compiler nor a mode must see skips the dispatcher.
 """
 
 import math
@@ -55,16 +54,9 @@ def rnn_stack(
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:
     """Runs a stack of layers, differentiably.
 
-    Args:
-        inputs: the tensors; under a projection (reference only) h_0 is ``[L*D, B, P]`` and each
-            layer's parameters end with ``weight_hr [P, H]``.
-        sequences: lengths and resets, or the batch sizes of packed input.
-        config: all that is not a tensor.
-        keep_states: whether c of every step is wanted.
-
     Returns:
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
-        ``[L*D, B, H]`` each; and c of every step, ``[L*D, T, B, H]``, where it is kept.
+        ``[L*D, B, H]`` each; and with ``keep_states`` c of every step, ``[L*D, T, B, H]``.
     """
     sequences = with_table(sequences, inputs.h_0.shape[1], inputs.input.device)
     if vmap.has_tangents() or _has_projection(inputs, config):
@@ -165,8 +157,7 @@ def _run_backward(inputs, outputs, grads, sequences, config, *flags):
 class _Node(torch.autograd.Function):
     """A node of autograd: ``run(*tensors)``, with gradients by ``pull_back``.
 
-    ``torch.library``'s own autograd walks all arguments as trees, which takes longer than a small
-    layer, and does not compose with ``torch.func``.
+    ``torch.library``'s own walks all arguments as trees and does not compose with ``torch.func``.
     """
 
     @staticmethod

@@ -1,8 +1,4 @@
-"""Adoption without a change in a model's code: ``patch``, ``replace_modules`` and ``to_torch``.
-
-``patch`` makes ``torch.nn.LSTM``, ``GRU``, ``RNN`` and the names of their cells lead to fusedrnn's
-classes, for models that are built afterwards. ``replace_modules`` converts an existing model.
-"""
+"""Adoption without a change in a model's code: ``patch``, ``replace_modules`` and ``to_torch``."""
 
 import copy
 import functools
@@ -52,9 +48,8 @@ def patch() -> Patch:
 
     Names bound, modules built and classes derived before the call remain torch's and work as
     before, but such modules cannot be pickled while patched. What is bound, built or derived while
-    patched remains ours. ``isinstance(module, torch.nn.LSTM)`` is True for ours only while patched.
-    So that Dynamo does not break the graph at ours, ``torch._dynamo.config.allow_rnn`` is True
-    while patched; the first call imports ``torch._dynamo``.
+    patched remains ours. ``torch._dynamo.config.allow_rnn`` is True while patched, so that Dynamo
+    does not break the graph at ours, which are ``torch.nn.LSTM`` by then.
     """
     # This import also brings torch's quantization, which must bind torch's own classes.
     import torch._dynamo  # noqa: F401
@@ -111,10 +106,7 @@ def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:
 
 
 def _for_both(ours: type, theirs: type, method: str) -> Callable:
-    """Returns a method of ours that runs torch's on classes derived from torch's before the patch.
-
-    Their methods may call ``nn.LSTM.forward(self, x)``, where the name leads to ours by now.
-    """
+    """Returns a method of ours that runs torch's on classes derived before the patch."""
     own = getattr(ours, method)
 
     @functools.wraps(own)
@@ -139,10 +131,7 @@ def _with_warning(mark: Callable) -> Callable:
 
 
 def _allow_rnn(default: bool, current: bool) -> tuple[bool, bool]:
-    """Sets Dynamo's switch for all threads and for the current one; returns the former values.
-
-    Since torch 2.12 a setting applies to one thread, so the default must change as well.
-    """
+    """Sets Dynamo's switch for all threads and, since torch 2.12, this one; returns the former."""
     config = torch._dynamo.config
     entry = config._config["allow_rnn"]  # type: ignore[attr-defined]
     former = entry.default, config.allow_rnn

@@ -1,8 +1,7 @@
 """The recurrences in plain torch, step by step: the oracle of the kernels and of the loop.
 
-Written from the equations and from the documentation of torch, not from the kernels. Autograd can
-differentiate it any number of times, hence second derivatives come from it. Any dtype, any device;
-gates are in torch's order.
+Written from the equations and torch's documentation, not from the kernels, for any dtype and
+device. Autograd can differentiate it any number of times. Gates are in torch's order.
 """
 
 from collections.abc import Callable, Sequence
@@ -94,15 +93,8 @@ def differentiable_stack(
 ) -> tuple[Tensor, Tensor, State, State]:
     """Runs a stack of layers by operations of autograd, so derivatives of any order exist.
 
-    Args:
-        cell: the name of a cell.
-        input: ``[T, B, I]``, packed ``[R, I]``.
-        h_0: ``[L*D, B, P]``; P is H without a projection.
-        c_0: ``[L*D, B, H]``, or None for a cell without c.
-        weights: ``weights[layer][direction]``.
-        dropout_masks: of each layer but the last ``[T, B, D*P]``, packed ``[R, D*P]``, scaled; or
-            empty.
-        sequences: lengths and resets, or the batch sizes of packed input.
+    The tensors are those of ``StackInputs``, but under a projection h_0 is ``[L*D, B, P]``, the
+    masks have P columns, and weights, ``weights[layer][direction]``, have w_hr.
 
     Returns:
         output ``[T, B, D*P]``, h_n ``[L*D, B, P]``, c_n or None, and c of every step

@@ -26,9 +26,9 @@ _Run = TypeVar("_Run", bound=Callable)
 def _fail_safe(run: _Run) -> _Run:
     """Makes ``run`` answer where its kernels do not.
 
-    A refused cooperative launch is planned again: the plan allows for the whole device, and under
-    MPS or in a green context there is less of it. Where kernels fail that ``auto`` chose, the loop
-    answers this call, and later ones are planned without them.
+    A refused cooperative launch is planned again, since another process may own a part of the
+    device. Where kernels fail that ``auto`` chose, the loop answers this call, and later ones are
+    planned without them.
     """
 
     @wraps(run)
@@ -111,8 +111,7 @@ def backward(
     """Runs all layers backwards.
 
     Returns:
-        d_input or None unless it is needed, d_h_0, d_c_0 or None, and the gradients of the
-        parameters or an empty list.
+        d_input or None, d_h_0, d_c_0 or None, and the gradients of the parameters or [].
     """
     input, h_0, c_0, _, masks = inputs
     L, D, H = config.num_layers, config.directions, h_0.shape[-1]

@@ -20,15 +20,14 @@ class Stream:
     """A stack that runs one step per call and carries its state; made by ``module.stream()``.
 
     The results are those of one call of the module over the whole sequence, without gradients and
-    as in ``eval()``. Each call uses the module's present weights, and runs the forward pre-hooks
-    with which ``weight_norm`` and pruning compute some; the state follows a module that is cast or
-    moved. ``use_backend`` and ``torch.autocast`` apply; the state keeps the dtype of the weights.
+    as in ``eval()``. Each call uses the module's present weights, after its forward pre-hooks
+    (``weight_norm``, pruning); the state follows a module that is cast or moved and keeps the dtype
+    of the weights. ``use_backend`` and ``torch.autocast`` apply.
 
     Args:
         module: a ``fusedrnn`` LSTM, GRU or RNN in one direction; ``batch_first`` has no effect.
         batch_size: B, the number of sequences.
-        hx: the initial state, ``(h_0, c_0)`` or ``h_0``, each ``[L, B, H]``, or ``[L, 1, H]`` for
-            all sequences; None means zeros. It is copied.
+        hx: the initial state, as for the module; None means zeros. It is copied.
 
     Raises:
         ValueError: the module is bidirectional, or ``batch_size`` is not a positive integer.
@@ -99,8 +98,7 @@ class Stream:
         """Sets the state of all or some sequences to zeros, without synchronisation.
 
         Args:
-            rows: the sequences, as a bool mask ``[B]`` or indices ``[n]`` (int32 or int64). None
-                means all.
+            rows: the sequences, as a bool mask ``[B]`` or int32 or int64 indices; None: all.
 
         Raises:
             TypeError: ``rows`` is not a tensor of bool, int32 or int64.

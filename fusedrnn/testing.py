@@ -52,13 +52,8 @@ def error_budget(
 
     The budget is ``max|got - truth| <= 4 max|ref - truth| + 8 eps rms(truth)``, and a relative RMS
     error of 5e-6 in fp32, 1e-12 in fp64, and four times torch's plus eps in coarser arithmetic.
-
-    Args:
-        name: the tensor's name, for the message.
-        got: the result under test.
-        ref: torch's result in the same dtype.
-        truth: the fp64 result.
-        eps: the unit roundoff if it is coarser than the dtype's, as in tf32 (2**-11).
+    ``truth`` is the fp64 result; ``eps`` the unit roundoff if it is coarser than the dtype's, as in
+    tf32 (2**-11).
 
     Raises:
         ValueError: the shapes differ.
@@ -111,9 +106,8 @@ def run_module(
 ) -> dict[str, Tensor]:
     """Runs an RNN module and, given cotangents, its backward; returns every tensor by name.
 
-    ``module`` is called as ``nn.LSTM`` or ``nn.GRU``; ``cotangents`` are the gradients of output,
-    h_n and, for an LSTM, c_n. The names are ``output, h_n, c_n`` and ``d_input, d_h_0, d_c_0,
-    d_<parameter>``; all tensors are detached.
+    ``cotangents`` are the gradients of output, h_n and, for an LSTM, c_n. The names are ``output,
+    h_n, c_n`` and ``d_input, d_h_0, d_c_0, d_<parameter>``; all tensors are detached.
     """
     input = input.detach().clone().requires_grad_(cotangents is not None)
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)

@@ -14,10 +14,8 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from . import rows
-
-SKIPPED, PREVIOUS = tl.constexpr(rows.SKIPPED), tl.constexpr(rows.PREVIOUS)
-ZERO, INITIAL = tl.constexpr(rows.ZERO), tl.constexpr(rows.INITIAL)
+#: The origins of ``rows.py``.
+SKIPPED, PREVIOUS, ZERO, INITIAL = (tl.constexpr(number) for number in range(4))
 
 
 class Tile(NamedTuple):

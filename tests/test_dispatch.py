@@ -157,8 +157,8 @@ def test_the_plan_gets_the_whole_question(cuda, monkeypatch):
     monkeypatch.setattr(planning, "plan_stack", lambda *question: asked.append(question) or ())
     layers = {"num_layers": 3, "bidirectional": True, "recompute": True}
     with fusedrnn.use_precision("tf32x3"):
-        choose(facts(cuda, "gru", layers, dtype=torch.float16, needs_grad=True))
-    expected = planning.Problem("gru", 16, 2, 2, torch.float16, "tf32x3", True, 3, False, True)
+        choose(facts(cuda, "gru", layers, dtype=torch.float32, needs_grad=True))
+    expected = planning.Problem("gru", 16, 2, 2, torch.float32, "tf32x3", True, 3, False, True)
     assert asked == [(expected, CHIPS["sm_90"])]
 
 

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedrnn.kernels import tiles
+from fusedrnn.kernels import rows, tiles
 
 
 @triton.jit
@@ -67,3 +67,8 @@ def test_tiles_are_loaded_masked_and_stored(device):
     want[:, H:] += 1.0
     assert torch.equal(out[:B], want)
     assert (out[B] == 7.0).all()
+
+
+@pytest.mark.parametrize("name", ["SKIPPED", "PREVIOUS", "ZERO", "INITIAL"])
+def test_origins_are_those_of_the_rows(name):
+    assert getattr(tiles, name).value == getattr(rows, name)
