@@ -25,7 +25,7 @@ from .kernels import plan as planning
 from .kernels.problem import Chip, KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers, Weights
-from .layout import empty_grads, entering, previous_rows, rows_by_sequence
+from .layout import entering, previous_rows, rows_by_sequence
 from .records import StackConfig
 from .reference import saved_gates
 
@@ -77,7 +77,7 @@ planning.CACHES.append(_launches.cache_clear)
 
 @cache
 def _schedule(name: str) -> Any:
-    """Imports the module of a schedule, which needs Triton, on first use."""
+    """Imports a module of the kernels, which needs Triton, on first use."""
     return import_module(f".kernels.{name}", __package__)
 
 
@@ -86,7 +86,7 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
     *read, written = tensors
     aligned, pairs = _aligned(written)
     try:
-        run = getattr(_schedule(plan.schedule), direction)
+        run = getattr(_schedule(plan.module(direction)), direction)
         run(cell, plan, *(_aligned(part)[0] for part in read), aligned, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
@@ -196,7 +196,7 @@ def backward(
     total: list[Tensor] = []
     for own, part, part_grads, part_rows in parts:
         shape = Z, part_rows.total, config.spec.grad_tiles * H
-        part_grads = part_grads._replace(gates=empty_grads(layers.h_0, shape, rows))
+        part_grads = part_grads._replace(gates=layers.h_0.new_empty(shape))
         with gemm_precision(config.precision, layers.h_0):
             if plan is None:
                 loop.backward(config.cell, part, part_grads, part_rows)

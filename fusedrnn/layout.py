@@ -14,7 +14,6 @@ from .kernels.rows import (
     INITIAL,
     PREVIOUS,
     SKIPPED,
-    SLACK,
     Rows,
     origins_of,
     packed_rows,
@@ -134,13 +133,6 @@ def without_padding(x: Tensor, rows: Rows) -> Tensor:
     if rows.origins is None or rows.sizes is not None:
         return x
     return x.masked_fill((rows.origins[0] == SKIPPED).unsqueeze(-1), 0.0)
-
-
-def empty_grads(like: Tensor, shape: tuple[int, int, int], rows: Rows) -> Tensor:
-    """Allocates ``dgates [Z, R, N*H]``, with rows behind packed ones that kernels may read."""
-    if rows.sizes is None:
-        return like.new_empty(shape)
-    return like.new_empty(shape[0] * shape[1] + SLACK, shape[2])[:-SLACK].view(shape)
 
 
 def rows_by_sequence(x: Tensor, columns: int) -> Tensor | None:

@@ -95,22 +95,25 @@ def compile_plan(
 
     For ragged rows it takes packed ones, and for several layers dropout masks, which need most.
     """
-    module = import_module(f".{plan.schedule}", __package__)
     layers, grads, rows = _tensors(problem, plan)
     found: dict[int, Kernel] = {}
     for direction in directions:
         tiles = plan.forward if direction == "forward" else plan.backward
         assert tiles is not None, "the plan has no backward"
+        module = import_module(f".{plan.module(direction)}", __package__)
+        steps = getattr(module, "STEPS", 1)
 
         def record(
-            binary: Any, grid: tuple, direction: str = direction, tiles: Tiles = tiles
+            binary: Any,
+            grid: tuple,
+            direction: str = direction,
+            tiles: Tiles = tiles,
+            steps: int = steps,
         ) -> None:
             if id(binary) in found:
                 found[id(binary)].launches += 1
             else:
-                found[id(binary)] = Kernel(
-                    direction, tiles, grid, binary, getattr(module, "STEPS", 1)
-                )
+                found[id(binary)] = Kernel(direction, tiles, grid, binary, steps)
 
         given = (layers,) if direction == "forward" else (layers, grads)
         with _recording(module, chip, record):

@@ -4,8 +4,8 @@ W_hh does not fit one program, so it is cut: a program owns BLOCK_H hidden units
 gates and keeps their rows of W_hh for the whole launch. c and the gates of these units stay with
 it. The others need h, which goes through slots by the protocol of ``exchange.py``. A step
 is: wait for h, load all of it into the operands of a product (``slices.py``), multiply, sum over
-the warps, apply the cell, put h into the next slot, publish. What nobody waits for, the stores of
-out, gates and c, follows the publication, and the loads of gx precede the wait.
+the warps, apply the cell, put h into the next slot, publish. What no program waits for, the
+stores of out, gates and c, follows the publication, and the loads of gx precede the wait.
 
 What is published is the state that *enters* the next step: zero where a sequence begins. So rows
 may be ragged or packed, and the product knows nothing of it. The first publication is h_0.
@@ -26,27 +26,27 @@ from __future__ import annotations
 import triton.language as tl
 from triton.experimental import gluon
 
-from .cells import CELLS
-from .cooperative_backward import _cooperative_bwd_kernel, backward  # noqa: F401
+from .cells import CELLS, Cell
 from .exchange import (
     PATIENCE,
-    Workspace,
     group_of,
-    launch_together,
     publish,
     put,
     slot_of,
     wait,
 )
+from .launch import Workspace, launch_together
 from .mma import load_bias, round_operand, squash, widened
-from .problem import Plan
+from .problem import Plan, Tiles
 from .rows import Rows
 from .slices import (
+    Slice,
     add_up,
     columns_of_slice,
     fetch,
+    hold,
     multiply,
-    program_of,
+    products,
     row_of_slice,
     slice_of,
     sum_buffers,
@@ -57,6 +57,7 @@ from .steps import (
     load_gx,
     origins_at,
     place_of,
+    program_of,
     row_of,
     store_ends,
     store_h,
@@ -88,7 +89,8 @@ def _load_rows(w_ptr, GATES: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constex
             k = columns_of_slice(PHASE, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
             ptrs = w_ptr + (gate * H + unit)[None, :, None] * H + k
             mask = here[None, :, None] & (k < H)
-            each = each + (round_operand(tl.load(ptrs, mask=mask, other=0.0)),)
+            x = round_operand(tl.load(ptrs, mask=mask, other=0.0))
+            each = each + (hold(x, PHASE, n, TILE),)
         w = w + (each,)
     return w
 
@@ -99,31 +101,31 @@ def _input_products(layers, program, step, place, w_ih, CELL: tl.constexpr, TILE
     first = row_of(program, step, place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     below = choose(layers.out, tl.maximum(program.z - 1, 0))
-    x = fetch(below + first * TILE.H, last, TILE.H, 0, TILE.H, TILE)
+    x = fetch(below + first * TILE.H, last, TILE.H, 0, False, TILE.H, TILE)
+    mask = ()
     if layers.masks is not None:
         masks = choose(layers.masks, program.z) + first * TILE.H
-        mask = fetch(masks, last, TILE.H, 0, TILE.H, TILE)
-        dropped = ()
-        for n in tl.static_range(len(x)):
-            dropped = dropped + (x[n] * mask[n],)
-        x = dropped
+        mask = fetch(masks, last, TILE.H, 0, False, TILE.H, TILE)
+    dropped = ()
+    for n in tl.static_range(len(x)):
+        dropped = dropped + (round_operand(x[n] * mask[n] if len(mask) > 0 else x[n]),)
     out = ()
     for g in tl.static_range(len(CELL.gates)):
-        out = out + (multiply(w_ih[g], x, zero_acc(TILE.block_h, TILE), TILE),)
+        out = out + (multiply(w_ih[g], dropped, zero_acc(TILE.block_h, TILE), 0, False, TILE),)
     return out
 
 
 @gluon.jit
 def _phase(
-    w, u, gx, gh, starts, b, buffers, PHASE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+    w, slot, gx, gh, starts, b, buffers, PHASE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
 ):
     """The pre-activations of a phase's gates: gx, and gh with these gates behind it.
 
     ``starts`` are the products with the layer's input, or nothing. Where the two pre-activations of
-    a gate are not just added, its start becomes a sum of its own.
+    a gate are not just added, its start becomes another sum.
     """
     GATES: tl.constexpr = CELL.phases[PHASE]
-    accs, apart = (), ()
+    begin, apart = (), ()
     for n in tl.static_range(len(w)):
         start = zero_acc(max(TILE.block_h, 16), TILE)
         if len(starts) > 0:
@@ -131,7 +133,8 @@ def _phase(
                 start = starts[GATES[n]]
             else:
                 apart = apart + (starts[GATES[n]],)
-        accs = accs + (multiply(w[n], u, start, TILE),)
+        begin = begin + (start,)
+    accs = products(w, slot, begin, PHASE, TILE)
     sums, apart = add_up(buffers, accs + apart, TILE), ()
     for n in tl.static_range(len(GATES)):
         if CELL.merged[GATES[n]]:
@@ -203,8 +206,7 @@ def _cooperative_fwd_kernel(
                 put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)
                 publish(counter)
             wait(counter, partners * (published + p), patience)
-            u = fetch(slot, TILE.block_b, TILE.pitch, p, TILE.pitch, TILE)
-            gx, gh = _phase(w_hh[p], u, gx, gh, starts, b_hh, buffers, p, CELL, TILE)
+            gx, gh = _phase(w_hh[p], slot, gx, gh, starts, b_hh, buffers, p, CELL, TILE)
         left, saved = CELL.forward(gx, gh, state, squash, True)
         left = leaving_state(layers, left, state, origins_at(program, places[0]))
         origins = origins_at(program, places[1])
@@ -233,6 +235,13 @@ def _zero_accs(N: tl.constexpr, TILE: tl.constexpr):
     return out
 
 
+def tile_of(cell: Cell, L: int, D: int, H: int, tiles: Tiles, itemsize: int) -> Slice:
+    """The sizes and layouts of a launch."""
+    columns = (H,) * len(cell.phases)
+    sizes = tiles.block_b, tiles.block_h, tiles.num_warps, itemsize
+    return slice_of(L, D, H, *sizes, columns, tiles.halved)
+
+
 def forward(
     cell: str,
     plan: Plan,
@@ -253,10 +262,7 @@ def forward(
     """
     of, tiles = CELLS[cell], plan.forward
     D, H = layers.out[0].shape[-1] // layers.h_0.shape[-1], layers.h_0.shape[-1]
-    tile = slice_of(
-        plan.layers, D, H, tiles.block_b, tiles.block_h, tiles.num_warps,
-        layers.h_0.element_size(), (H,) * len(of.phases),
-    )  # fmt: skip
+    tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = (layers_forward(layers, plan.layers),)
     launch_together(_cooperative_fwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
 

@@ -1,23 +1,17 @@
 """Schedule *cooperative*, backward: programs that exchange the gradients of their gates (Gluon).
 
-A program holds the columns of W_hh of its units, with all gates, for the whole launch. In a step it
-computes the adjoint of the cell for its units, puts dgates into its part of a slot, publishes, waits
-for the others, and multiplies all dgates by its columns: the gradient of its units' h. What nobody
-waits for, the stores of dgates and the loads of the next step, lies between publishing and waiting.
+A program holds the columns of W_hh of its units, with all gates, for the whole launch. A step is:
+the adjoint of the cell for its units, dgates put into a slot, publish, wait for the others, load
+all dgates into the operands of a product (``slices.py``), multiply, sum over the warps: the
+gradient of its units' h. What no program waits for, the stores of dgates and the loads of the next
+step, lies between publishing and waiting. A slot has the dgates of each phase, gates side by side.
 
-A row of a slot has a tile of dgates for each product, side by side: first those that only the layer
-below reads, then those of phase 0 and of phase 1. So what one product needs is one run of columns.
-
-**Wavefront**: layer l computes dy, the gradient of its output, from the dgates of layer l + 1, one
-step behind. Its wait for its partners is also one for that layer's next step, and one for the layer
-below to have read the slot that it writes next.
+**Wavefront**: layer l runs one step behind layer l + 1. It computes dy, the gradient of its output,
+from the rows of dgates of the layer above, which are stored before publishing. Its wait for its
+partners is also one for the next step of that layer, so the two products share their sums.
 """
 
 from __future__ import annotations
-
-from functools import lru_cache
-from itertools import chain
-from typing import NamedTuple
 
 import triton.language as tl
 from triton.experimental import gluon
@@ -25,25 +19,25 @@ from triton.experimental import gluon
 from .cells import CELLS, Cell
 from .exchange import (
     PATIENCE,
-    Workspace,
     group_of,
-    launch_together,
     publish,
     put,
     slot_of,
     wait,
-    wait_for_three,
+    wait_for_both,
 )
+from .launch import Workspace, launch_together
 from .mma import round_operand, squash, widened
-from .problem import Plan
+from .problem import Plan, Tiles
 from .rows import Rows
 from .slices import (
     Slice,
     add_up,
     columns_of_slice,
     fetch,
+    hold,
     multiply,
-    program_of,
+    products,
     row_of_slice,
     slice_of,
     sum_buffers,
@@ -56,6 +50,7 @@ from .steps import (
     load_step,
     origins_at,
     place_of,
+    program_of,
     readable,
     row_of,
     store,
@@ -76,54 +71,50 @@ from .tiles import (
 
 
 @gluon.jit
-def _load_slice(w_ptr, PART: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The columns of W of this program's units, as the first operand of each chunk of a part."""
+def _load_chunk(w_ptr, PART: tl.constexpr, N: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """The columns of W of this program's units, for a chunk of the gates of a part."""
     H: tl.constexpr = TILE.H
-    PADDED: tl.constexpr = (H + 15) // 16 * 16
+    COUNT: tl.constexpr = len(CELL.parts[PART]) * H
+    END: tl.constexpr = TILE.chunks[PART][N][0] + TILE.chunks[PART][N][1] * TILE.groups
     m = row_of_slice(TILE.block_h, TILE)
     unit = tl.program_id(0) * TILE.block_h + m // 16 * 16 + m % 8 * 2 + m // 8 % 2
-    unit = unit[None, :, None]
+    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+    ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
+    if END <= COUNT and H % TILE.block_h == 0:  # a mask would cost registers
+        return round_operand(tl.load(ptrs))
+    else:
+        inside = (k < COUNT) & (unit < H)[None, :, None]
+        return round_operand(tl.load(ptrs, inside, other=0.0))
+
+
+@gluon.jit
+def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``w[chunk]`` for the product of a part."""
     w = ()
     for n in tl.static_range(len(TILE.chunks[PART])):
-        k = columns_of_slice(PART, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
-        tile, row = k // PADDED, k % PADDED
-        gate = tile * 0
-        for g in tl.static_range(len(PARTS.gates[PART])):
-            gate = tl.where(tile == g, PARTS.gates[PART][g], gate)
-        inside = (tile < len(PARTS.gates[PART])) & (row < H) & (unit < H)
-        x = tl.load(w_ptr + ((gate * H + row) * H + unit), inside, other=0.0)
-        w = w + (round_operand(x),)
+        w = w + (hold(_load_chunk(w_ptr, PART, n, CELL, TILE), PART, n, TILE),)
     return w
 
 
 @gluon.jit
-def _fetch(slot, PART: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr):
-    """The dgates that a part multiplies."""
-    LAST: tl.constexpr = TILE.block_b - 1
-    return fetch(slot + PARTS.first[PART], LAST, TILE.pitch, PART, TILE.pitch, TILE)
+def _fetch_above(grads, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr):
+    """The dgates of the layer above in a step, of which rows beyond the last may be any row."""
+    P: tl.constexpr = len(CELL.phases)
+    COLUMNS: tl.constexpr = len(CELL.gates) * TILE.H
+    WIDTH: tl.constexpr = len(CELL.tiles) * TILE.H
+    first = row_of(program, tl.maximum(step, 0), place) + program.first_b
+    last = (program.R - 1 - first).to(tl.int32)
+    z = tl.minimum(program.z + 1, TILE.L - 1).to(tl.int64)
+    rows = grads.gates + (z * program.R + first) * WIDTH
+    u, rounded = fetch(rows, last, WIDTH, P, False, COLUMNS, TILE), ()
+    for n in tl.static_range(len(u)):
+        rounded = rounded + (round_operand(u[n]),)
+    return rounded
 
 
 @gluon.jit
-def _put(
-    slot,
-    p: tl.constexpr,
-    program,
-    dgates,
-    CELL: tl.constexpr,
-    PARTS: tl.constexpr,
-    TILE: tl.constexpr,
-):
-    """Stores the dgates of a phase into this program's part of a slot."""
-    PADDED: tl.constexpr = (TILE.H + 15) // 16 * 16
-    for n in tl.static_range(len(PARTS.order)):
-        for i in tl.static_range(len(CELL.grads[p])):
-            if PARTS.order[n] == CELL.grads[p][i]:
-                put(slot + n * PADDED, program.cols, dgates[i], TILE)
-
-
-@gluon.jit
-def _gradient_above(layers, program, step, place, total, drop, TILE: tl.constexpr):
-    """The gradient of this layer's output in a step, given its sum; zero for the last layer."""
+def _gradient_above(layers, program, place, total, drop, TILE: tl.constexpr):
+    """The gradient of this layer's output, given the product; zero for the last layer."""
     for n in tl.static_range(len(drop)):
         total *= widened(drop)[n]
     total = visible(layers, (total,), origins_at(program, place))[0]
@@ -145,13 +136,13 @@ def _load_drop(layers, program, step, place, TILE: tl.constexpr):
 
 @gluon.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
 def _cooperative_bwd_kernel(
-    layers, grads, shared, T, B, R, first_tile, patience,
-    CELL: tl.constexpr, PARTS: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
+    layers, grads, shared, T, B, R, first_tile, patience, CELL: tl.constexpr, TILE: tl.constexpr
+):
     H: tl.constexpr = TILE.H
     N: tl.constexpr = len(CELL.tiles)
     P: tl.constexpr = len(CELL.phases)
     LAST: tl.constexpr = TILE.L * TILE.D - 1
+    PART: tl.constexpr = TILE.pitch // P  # columns of a slot
     # Numbered from the last layer down, so that a program is scheduled after those it waits for.
     z = LAST - tl.program_id(2)
     program = program_of(layers, z, T, B, R, first_tile, TILE)
@@ -160,7 +151,7 @@ def _cooperative_bwd_kernel(
     buffers = sum_buffers(2 if TILE.L > 1 else 1, TILE)
     w = ()
     for p in tl.static_range(P):
-        w = w + (_load_slice(choose(layers.w_hh, z), p, PARTS, TILE),)
+        w = w + (_load_columns(choose(layers.w_hh, z), p, CELL, TILE),)
 
     places = (
         place_of(layers, program, T - 1), place_of(layers, program, T - 2),
@@ -171,21 +162,18 @@ def _cooperative_bwd_kernel(
     left = widened(load_left(layers, program, T - 1, places[0], TILE))
     now = load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
     if TILE.L > 1:
-        w_ih = _load_slice(choose(layers.w_ih, tl.minimum(z + 1, LAST)), P, PARTS, TILE)
-        # Of the last and the first layer their own group, for which they do not wait.
-        counter_above, slots_above = group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
-        counter_below, _ = group_of(shared, tl.maximum(z - 1, 0), B, first_tile, TILE)
+        w_ih = _load_columns(choose(layers.w_ih, tl.minimum(z + 1, LAST)), P, CELL, TILE)
+        counter_above, _ = group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
+        per_step = tl.where(z < LAST, partners * P, 0)  # publications to wait for
         drop = _load_drop(layers, program, T - 1, places[0], TILE)
-        wait(counter_above, tl.where(z < LAST, partners * P, 0), patience)
-        acc = multiply(
-            w_ih, _fetch(slots_above, P, PARTS, TILE), zero_acc(TILE.block_h, TILE), TILE
-        )
-        (dy,) = add_up(buffers, (acc,), TILE)
-        dy = _gradient_above(layers, program, T - 1, places[0], dy, drop, TILE)
+        wait(counter_above, per_step, patience)
+        x = _fetch_above(grads, program, T - 1, places[0], CELL, TILE)
+        zero = zero_acc(TILE.block_h, TILE)
+        (dy,) = add_up(buffers, (multiply(w_ih, x, zero, P, False, TILE),), TILE)
+        dy = _gradient_above(layers, program, places[0], dy, drop, TILE)
 
     for back in range(T):
         step = T - 1 - back
-        published = partners * P * back
         slot = slot_of(slots, back, TILE)
         saved, left_before, d_out, d_cs = now
         saved, left_before = widened(saved), widened(left_before)
@@ -210,11 +198,15 @@ def _cooperative_bwd_kernel(
             )
             if layers.starts is None:
                 dgates = visible(layers, dgates, origins)
-            _put(slot, p, program, dgates, CELL, PARTS, TILE)
-            publish(counter)
+            part = slot + p * PART
+            for i in tl.static_range(len(CELL.phases[p])):
+                put(part + i * H, program.cols, dgates[CELL.factors[p][i]], TILE)
             rows = grads.gates + row * (N * H) + CELL.grads[p][0] * H
-            store(rows, program, here, dgates, N * H, TILE)
-            target = published + partners * (P - p)
+            if TILE.L > 1:  # the layer below reads it
+                store(rows, program, here, dgates, N * H, TILE)
+            publish(counter)
+            if TILE.L == 1:
+                store(rows, program, here, dgates, N * H, TILE)
             if p == 0:
                 now = load_step(
                     layers, grads, program, step - 1, (places[1], places[2]), CELL, TILE
@@ -222,61 +214,32 @@ def _cooperative_bwd_kernel(
                 if TILE.L > 1:
                     drop = _load_drop(layers, program, step - 1, places[1], TILE)
                 later = (places[1], places[2], place_of(layers, program, step - 3))
+            target = partners * (P * back + P - p)
             if p == 0 and TILE.L > 1:
-                next_above = tl.where(
-                    z < LAST, tl.minimum(published + 2 * partners * P, partners * P * T), 0
-                )
-                read_below = tl.where(z > 0, published - partners * (P - 1), 0)
-                wait_for_three(
-                    counter, target, counter_above, next_above, counter_below, read_below, patience
-                )
-                u = _fetch(slot, 0, PARTS, TILE)
-                x = _fetch(slot_of(slots_above, back + 1, TILE), P, PARTS, TILE)
-                acc = multiply(w[0], u, zero_acc(TILE.block_h, TILE), TILE)
-                acc_above = multiply(w_ih, x, zero_acc(TILE.block_h, TILE), TILE)
-                du, dy = add_up(buffers, (acc, acc_above), TILE)
-                dy = _gradient_above(layers, program, step - 1, places[1], dy, drop, TILE)
+                both = tl.minimum(back + 2, T) * per_step
+                wait_for_both(counter, target, counter_above, both, patience)
+                x = _fetch_above(grads, program, step - 1, places[1], CELL, TILE)
+                zero = zero_acc(TILE.block_h, TILE)
+                accs = products((w[0],), part, (zero,), p, TILE)
+                du, dy = add_up(buffers, accs + (multiply(w_ih, x, zero, P, False, TILE),), TILE)
+                dy = _gradient_above(layers, program, places[1], dy, drop, TILE)
             else:
                 wait(counter, target, patience)
-                u = _fetch(slot, p, PARTS, TILE)
-                (du,) = add_up(
-                    buffers, (multiply(w[p], u, zero_acc(TILE.block_h, TILE), TILE),), TILE
-                )
+                zero = zero_acc(TILE.block_h, TILE)
+                (du,) = add_up(buffers, products((w[p],), part, (zero,), p, TILE), TILE)
         d_state = add_to(d_state, 0, du)
         d_state = gradient_before(layers, d_state, d_leaving, origins)
         left, places = left_before, later
     store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 
-class Parts(NamedTuple):
-    """The columns of a row of a slot."""
-
-    order: tuple[int, ...]  # the tiles of dgates, side by side
-    first: tuple[int, ...]  # for each phase, and the product with W_ih, the first column
-    gates: tuple[tuple[int, ...], ...]  # and the gates
-
-
-@lru_cache(maxsize=1024)
-def slots_of(
-    cell: Cell, L: int, D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: int
-) -> tuple[Parts, Slice]:
-    """Returns the compile-time arguments of the kernel besides the cell."""
-    phases = zip(cell.grads, cell.factors[: len(cell.phases)], strict=True)
-    own = [[grads[i] for i in factors] for grads, factors in phases]
-    order, gates = tuple(chain(*own)), cell.phases
-    if L > 1:
-        order = (*(t for t in cell.gates if t not in order), *order)
-        own.append([t for t in order if t in cell.gates])
-        gates = (*gates, tuple(own[-1]))
-    padded = -(-H // 16) * 16
-    first = tuple(order.index(tiles[0]) * padded for tiles in own)
-    columns = tuple(len(each) * padded for each in gates)
-    tile = slice_of(L, D, H, block_b, block_h, warps, itemsize, columns)
-    ends = (
-        start + sum(width for _, width in chunks) * warps
-        for start, chunks in zip(first, tile.chunks, strict=True)
-    )
-    return Parts(order, first, gates), tile._replace(pitch=max(ends))
+def tile_of(cell: Cell, L: int, D: int, H: int, tiles: Tiles, itemsize: int) -> Slice:
+    """The sizes and layouts of a launch; a slot has the columns of each phase side by side."""
+    parts = cell.parts if L > 1 else cell.phases
+    columns = tuple(len(gates) * H for gates in parts)
+    sizes = tiles.block_b, tiles.block_h, tiles.num_warps, itemsize
+    tile = slice_of(L, D, H, *sizes, columns, tiles.halved)
+    return tile._replace(pitch=tile.pitch * len(cell.phases))
 
 
 def backward(
@@ -298,12 +261,12 @@ def backward(
     Raises:
         LaunchRefused: the device does not hold all programs of a launch at once.
     """
-    Z, _, H = layers.h_0.shape
-    D, tiles = layers.out[0].shape[-1] // H, plan.backward
-    sizes = tiles.block_b, tiles.block_h, tiles.num_warps, layers.h_0.element_size()
-    constants = CELLS[cell], *slots_of(CELLS[cell], Z // D, D, H, *sizes)
-    tensors = layers_backward(layers, Z // D), grads
-    launch_together(_cooperative_bwd_kernel, tensors, rows, tiles, constants, shared, patience)
+    assert plan.backward is not None, "the plan has no backward"
+    D, H = layers.out[0].shape[-1] // layers.h_0.shape[-1], layers.h_0.shape[-1]
+    of, tiles = CELLS[cell], plan.backward
+    tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
+    tensors = layers_backward(layers, plan.layers), grads
+    launch_together(_cooperative_bwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
 
 
 def layers_backward(layers: Layers, L: int) -> Layers:

@@ -24,26 +24,16 @@ assert triggered" with the message below and not a hung GPU.
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
-
-import torch
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .launch import cdiv, in_rounds, on_device, options_of
-from .mma import round_operand
-from .problem import Tiles
-from .rows import Rows
-from .slices import sequences
+from .mma import round_operand, sequences
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name in Triton 3.6
 
 #: Polls of one wait before it fails: about ten seconds.
 PATIENCE = 1 << 24
-#: All programs run at once, or the launch is refused. The assertion of ``wait`` needs debug, which
-#: by itself would also check every integer sum for overflow.
-TOGETHER = {"debug": True, "sanitize_overflow": False, "launch_cooperative_grid": True}
 
 
 @gluon.jit
@@ -76,7 +66,8 @@ def wait(counter_ptr, target, patience):
         mov.u32 $0, 1;
         setp.ne.u32 done, polls, 0;
         @done bra DONE;
-        POLL: ld.acquire.gpu.global.u32 seen, [$1];
+        POLL:
+        ld.acquire.gpu.global.u32 seen, [$1];
         setp.ge.s32 done, seen, $2;
         @done bra DONE;
         add.u32 polls, polls, 1;
@@ -96,34 +87,30 @@ def wait(counter_ptr, target, patience):
 
 
 @gluon.jit
-def wait_for_three(first, target, second, second_target, third, third_target, patience):
-    """``wait`` for three counters at once, each polled by a thread of its own."""
+def wait_for_both(counter_ptr, target, other_ptr, other_target, patience):
+    """``wait`` for two counters at once, each polled by another thread."""
     met = gl.inline_asm_elementwise(
         """{
-        .reg .pred done; .reg .pred mine; .reg .u32 thread; .reg .u32 polls; .reg .s32 seen;
+        .reg .pred done; .reg .pred mine; .reg .u32 polls; .reg .s32 seen;
         .reg .b64 counter; .reg .s32 target;
-        mov.u32 thread, %tid.x;
-        mov.u32 polls, 0;
+        mov.u32 polls, %tid.x;
         mov.u32 $0, 1;
-        setp.gt.u32 done, thread, 2;
+        setp.gt.u32 done, polls, 1;
         @done bra DONE;
-        setp.eq.u32 mine, thread, 1;
-        selp.b64 counter, $2, $1, mine;
-        selp.b32 target, $5, $4, mine;
-        setp.eq.u32 mine, thread, 2;
-        selp.b64 counter, $3, counter, mine;
-        selp.b32 target, $6, target, mine;
+        setp.eq.u32 mine, polls, 0;
+        selp.b64 counter, $1, $2, mine;
+        selp.b32 target, $3, $4, mine;
         POLL: ld.acquire.gpu.global.u32 seen, [counter];
         setp.ge.s32 done, seen, target;
         @done bra DONE;
         add.u32 polls, polls, 1;
-        setp.le.u32 done, polls, $7;
+        setp.le.u32 done, polls, $5;
         @done bra POLL;
         mov.u32 $0, 0;
         DONE:
         }""",
-        "=&r,l,l,l,r,r,r,r,~{memory}",
-        [first, second, third, target, second_target, third_target, patience],
+        "=&r,l,l,r,r,r,~{memory}",
+        [counter_ptr, other_ptr, target, other_target, patience],
         tl.int32,
         False,
         1,
@@ -155,51 +142,3 @@ def put(rows_ptr, cols, tile, TILE: tl.constexpr):
         tl.store(ptrs, tile, mask=(cols < TILE.H)[None, :])
     else:
         tl.store(ptrs, tile)
-
-
-class Workspace(NamedTuple):
-    """The memory that the programs of one call share besides its results."""
-
-    counters: torch.Tensor  # [Z, batch tiles], int32, zero
-    slots: torch.Tensor  # [Z, batch tiles, 2, BLOCK_B, pitch], zero
-
-
-def workspace(like: torch.Tensor, Z: int, tiles: int, block_b: int, pitch: int) -> Workspace:
-    """Allocates the workspace of one call for Z layers and directions of ``tiles`` batch tiles.
-
-    It comes from torch's caching allocator on the current stream, so that calls on two streams
-    never share one, and a CUDA graph captures the zeros with the launch.
-    """
-    size = 2 * Z * tiles * block_b * pitch
-    memory = like.new_zeros(size + Z * tiles * 4 // like.element_size())  # one kernel fills both
-    slots = memory[:size].view(Z, tiles, 2, block_b, pitch)
-    return Workspace(memory[size:].view(torch.int32).view(Z, tiles), slots)
-
-
-def launch_together(
-    kernel: Any,
-    tensors: tuple,
-    rows: Rows,
-    tiles: Tiles,
-    constants: tuple,
-    shared: Workspace | None,
-    patience: int,
-) -> None:
-    """Launches a kernel in rounds of batch tiles; its last compile-time argument is a ``Slice``.
-
-    Raises:
-        LaunchRefused: the device does not hold all programs of a round at once.
-    """
-    h_0, tile = tensors[0].h_0, constants[-1]
-    Z, B, H = h_0.shape
-    if shared is None:
-        shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
-    options = options_of(tiles) | TOGETHER
-
-    def launch(first_tile: int, count: int) -> None:
-        kernel[cdiv(H, tile.block_h), count, Z](
-            *tensors, shared, rows.T, B, rows.total, first_tile, patience, *constants, **options
-        )
-
-    with on_device(h_0):
-        in_rounds(launch, B, tiles)

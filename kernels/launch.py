@@ -4,14 +4,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from .problem import LaunchRefused, Tiles
+from .rows import Rows
 from .tensors import Layers
 from .tiles import Tile
 
+#: All programs run at once, or the launch is refused. The assertion of ``wait`` needs debug, which
+#: by itself would also check every integer sum for overflow.
+TOGETHER = {"debug": True, "sanitize_overflow": False, "launch_cooperative_grid": True}
 _CONSTANTS: dict[tuple, tuple] = {}
 
 
@@ -67,6 +71,54 @@ def in_rounds(launch: Callable[[int, int], None], B: int, tiles: Tiles) -> None:
             if "cooperative" in str(error).lower():  # cudaErrorCooperativeLaunchTooLarge
                 raise LaunchRefused(str(error)) from error
             raise
+
+
+class Workspace(NamedTuple):
+    """The memory that the programs of one call share besides its results."""
+
+    counters: torch.Tensor  # [Z, batch tiles], int32, zero
+    slots: torch.Tensor  # [Z, batch tiles, 2, BLOCK_B, pitch], zero
+
+
+def workspace(like: torch.Tensor, Z: int, tiles: int, block_b: int, pitch: int) -> Workspace:
+    """Allocates the workspace of one call for Z layers and directions of ``tiles`` batch tiles.
+
+    It comes from torch's caching allocator on the current stream, so that calls on two streams
+    never share one, and a CUDA graph captures the zeros with the launch.
+    """
+    size = 2 * Z * tiles * block_b * pitch
+    memory = like.new_zeros(size + Z * tiles * 4 // like.element_size())  # one kernel fills both
+    slots = memory[:size].view(Z, tiles, 2, block_b, pitch)
+    return Workspace(memory[size:].view(torch.int32).view(Z, tiles), slots)
+
+
+def launch_together(
+    kernel: Any,
+    tensors: tuple,
+    rows: Rows,
+    tiles: Tiles,
+    constants: tuple,
+    shared: Workspace | None,
+    patience: int,
+) -> None:
+    """Launches a kernel in rounds of batch tiles; its last compile-time argument is a ``Slice``.
+
+    Raises:
+        LaunchRefused: the device does not hold all programs of a round at once.
+    """
+    h_0, tile = tensors[0].h_0, constants[-1]
+    Z, B, H = h_0.shape
+    if shared is None:
+        shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
+    options = options_of(tiles) | TOGETHER
+
+    def launch(first_tile: int, count: int) -> None:
+        kernel[cdiv(H, tile.block_h), count, Z](
+            *tensors, shared, rows.T, B, rows.total, first_tile, patience, *constants, **options
+        )
+
+    with on_device(h_0):
+        in_rounds(launch, B, tiles)
 
 
 def layers_forward(layers: Layers) -> Layers:

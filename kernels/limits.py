@@ -35,12 +35,13 @@ class SliceNeeds(NamedTuple):
 
 
 def slice_needs(
-    spec: CellSpec, kind: str, layers: int, forward: bool, H: int, units: int, rows: int, warps: int
-) -> SliceNeeds:
+    spec: CellSpec, kind: str, layers: int, forward: bool, H: int, units: int, rows: int,
+    warps: int, halved: bool = False,
+) -> SliceNeeds:  # fmt: skip
     """The needs of a program of ``units``, ``rows`` sequences and ``warps`` (``slices.py``).
 
     Forward, a product has 16 rows of gates and units, and H columns; backward, units and the
-    columns of all gates of a phase.
+    columns of all gates of a phase. If halved, half of the columns of W is in shared memory.
     """
     itemsize = 2 if kind == "16-bit" else 4
     line = 64 // itemsize * warps
@@ -50,28 +51,27 @@ def slice_needs(
     if forward:
         blocks, columns = [-(-n * units // 16) for n in gates], [H] * len(gates)
     else:
-        blocks, columns = [-(-units // 16)] * len(gates), [n * -(-H // 16) * 16 for n in gates]
-    columns = [-(-n // line) * line for n in columns]
-    weights = sum(n * k for n, k in zip(blocks, columns, strict=True)) * itemsize // 8 // warps
-    operands = [rows * k * itemsize // 128 // warps for k in columns]
+        blocks, columns = [-(-units // 16)] * len(gates), [n * H for n in gates]
+    held = [-(-n // (1 + halved) // line) * line for n in columns]
+    rest = [-(-(n - k) // line) * line if halved else 0 for n, k in zip(columns, held, strict=True)]
+    in_registers, in_shared = (
+        sum(n * k for n, k in zip(blocks, each, strict=True)) * 16 * itemsize
+        for each in (held, rest)
+    )
     sums = max(blocks)
-    if layers > 1:
-        sums += sum(n for n in spec.recurrent if n >= spec.gates) and units // 16
-        sums = sums if forward else 2 * sums
-    instructions = weights // 4 * rows // 8
+    if layers > 1 and forward:  # the input's part of n in the GRU is a sum of its own
+        sums += sum(tile >= spec.gates for tile in spec.recurrent) * units // 16
+    elif layers > 1:
+        sums *= 2
+    operand = max(map(max, zip(held, rest, strict=True))) * rows * itemsize
     return SliceNeeds(
-        weights + max(operands) + sums * rows // 2,
-        sums * warps * rows * 64,
-        instructions,
-        sum(operands) * 128 * warps,
+        (in_registers + operand) // (128 * warps) + sums * rows // 2,
+        sums * warps * rows * 64 + in_shared,
+        (in_registers + in_shared) // (512 * warps) * rows // 8,
+        sum(held + rest) * rows * itemsize,
     )
 
 
-#: The registers of ``slice_needs`` that leave room for the rest: more for ragged rows and several
-#: layers.
-ROOM = 208
-
-
-def holds_slice(needs: SliceNeeds, layers: int, ragged: bool) -> bool:
-    """Returns whether the registers hold a slice; ``tests/compile_all.py`` checks it."""
-    return needs.registers <= ROOM - 16 * ragged - 32 * (layers > 1)
+def holds_slice(needs: SliceNeeds, layers: int, ragged: bool, forward: bool) -> bool:
+    """Returns whether registers are left for the rest; ``tests/compile_all.py`` checks it."""
+    return needs.registers <= 208 - 16 * (ragged and forward) - 32 * (layers > 1)

@@ -48,17 +48,17 @@ _forced: Callable[[Problem, Chip], tuple[Plan, ...]] | None = None
 @contextmanager
 def forced(planner: Callable[[Problem, Chip], tuple[Plan, ...]]) -> Iterator[None]:
     """Within the context ``plan_stack`` is ``planner``; for tests and benchmarks."""
-    before = _forced
+    global _forced
+    before, _forced = _forced, planner
+    _forget()
     try:
-        _use(planner)
         yield
     finally:
-        _use(before)
+        _forced = before
+        _forget()
 
 
-def _use(planner: Callable[[Problem, Chip], tuple[Plan, ...]] | None) -> None:
-    global _forced
-    _forced = planner
+def _forget() -> None:
     for forget in CACHES:
         forget()
 
@@ -226,14 +226,16 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
     """Yields every slice that fits: the estimated cycles of a step, and the tiles."""
     spec, kind, L, H = problem.spec, problem.kind(chip), problem.layers, problem.hidden_size
     sm = TIMINGS.get(chip.arch, TIMINGS["sm_90"])
-    for units, rows, warps in product((8, 16, 32, 64), (8, 16, 32), (4, 8)):
-        needs = slice_needs(spec, kind, L, forward, H, units, rows, warps)
+    sizes = product((8, 16, 32, 64), (8, 16, 32), (4, 8), (False, True))
+    for units, rows, warps, halved in sizes:
+        needs = slice_needs(spec, kind, L, forward, H, units, rows, warps, halved)
         programs = -(-H // units) * problem.directions * L  # of a batch tile
         if (
             programs > chip.sms
             or needs.shared_bytes > chip.shared_bytes
-            or not holds_slice(needs, L, problem.ragged)
+            or not holds_slice(needs, L, problem.ragged, forward)
             or (units == 8 and (L > 1 or not forward))  # whose instructions have 16 rows
+            or (halved and L > 1)
         ):
             continue
         tiles = -(-problem.batch // rows)
@@ -242,11 +244,11 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
         # for all slices, but not for all rounds.
         read = max(needs.read_bytes / sm.global_bytes, at_once * programs * needs.read_bytes / L2)
         products = needs.mma * -(-warps // 4) * sm.hmma
-        sums = 2 * needs.shared_bytes / sm.shared_bytes
-        cycles = len(spec.phases) * (sm.hop_us * sm.mhz + sm.l2 + REST) + read + products + sums
+        shared = 2 * needs.shared_bytes / sm.shared_bytes
+        waits = len(spec.phases) * (sm.hop_us * sm.mhz + sm.l2 * (1 + halved) + REST)
         yield (
-            -(-tiles // at_once) * cycles,
-            Tiles(rows, units, warps, 255, "tf32", needs.shared_bytes, at_once),
+            -(-tiles // at_once) * (waits + read + products + shared),
+            Tiles(rows, units, warps, 255, "tf32", needs.shared_bytes, at_once, halved),
         )
 
 

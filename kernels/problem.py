@@ -140,7 +140,9 @@ class Tiles:
     max_registers: int | None  # a thread's; None where the compiler has no such option
     precision: str  # of products, as tl.dot's input_precision
     shared_bytes: int  # an upper bound of the compiler's figure
-    at_once: int = 1  # batch tiles in a launch of schedule cooperative
+    # Of schedule cooperative:
+    at_once: int = 1  # batch tiles in a launch
+    halved: bool = False  # half of the weights is in shared memory
 
     def __str__(self) -> str:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
@@ -154,6 +156,11 @@ class Plan:
     forward: Tiles
     backward: Tiles | None
     layers: int = 1
+
+    def module(self, direction: str) -> str:
+        """Returns the name of the module of ``kernels`` that runs a direction."""
+        apart = self.schedule == "cooperative" and direction == "backward"
+        return "cooperative_backward" if apart else self.schedule
 
     def describe(self) -> str:
         """Returns the plan in one line, as ``explain`` prints it."""

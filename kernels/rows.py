@@ -30,9 +30,6 @@ import torch
 from torch import Tensor
 
 SKIPPED, PREVIOUS, ZERO, INITIAL = range(4)
-#: Rows of memory behind packed dgates. Schedule cooperative reads whole tiles of rows, the last of
-#: which may end behind the last step; a mask for them would cost registers that it lacks.
-SLACK = 32
 
 
 class Rows(NamedTuple):

@@ -126,8 +126,8 @@ def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
     """Returns one turn of the longest loop in the order of execution.
 
     Branches depend on data that is not there. Those out of the loop are not taken. A predicated
-    branch forward is taken where it skips a call, the slow path of a division. A polling loop is
-    left after one round.
+    branch forward is taken where it skips a call and no load: the slow path of a division. A
+    polling loop is left after one round.
 
     Raises:
         ValueError: there is no loop.
@@ -156,7 +156,10 @@ def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
         if target is not None:
             always = not one.predicate and "UP" not in one.operands
             skipped = instructions[index + 1 : target]
-            slow = any(each.name.startswith("CALL") for each in skipped)
+            names = [each.name for each in skipped]
+            slow = any(name.startswith("CALL") for name in names) and not any(
+                name.startswith(("BAR", "LD", "HMMA")) for name in names
+            )
             if always or (target > index and (slow or index in exits)):
                 follows = target
         if len(path) > 4 * (last - first + 1):

@@ -23,9 +23,6 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-from .steps import Part
-from .tiles import choose
-
 
 class Slice(NamedTuple):
     """The compile-time sizes and layouts of a launch."""
@@ -38,6 +35,7 @@ class Slice(NamedTuple):
     groups: int  # of columns, one for each warp
     pitch: int  # of the rows of a slot
     chunks: tuple  # for each phase, of the columns: (first column, columns of a group)
+    held: tuple  # for each phase, the chunks in registers; the rest is in shared memory
     wide: tuple  # for each phase and chunk [groups, columns of a group, BLOCK_B], as loaded
     tile: Any  # [BLOCK_B, BLOCK_H], of one gate
     part: Any  # [BLOCK_B * BLOCK_H / 16, 16], the same elements as they lie in shared memory
@@ -45,9 +43,10 @@ class Slice(NamedTuple):
     weight: Any  # its first operand
     operand: Any  # its second operand
     shared: Any  # the partial sums in shared memory
+    store: Any  # a chunk of the first operand in shared memory
 
 
-def chunks_of(columns: int, groups: int, itemsize: int) -> tuple[tuple[int, int], ...]:
+def chunks_of(columns: int, groups: int, itemsize: int, start: int = 0) -> tuple:
     """Cuts columns into chunks of ``groups`` equal powers of two: (first, columns of a group).
 
     A group has whole lines of four threads with 16 bytes each.
@@ -56,7 +55,7 @@ def chunks_of(columns: int, groups: int, itemsize: int) -> tuple[tuple[int, int]
     (((0, 64),), ((0, 256), (1024, 32)))
     """
     line = 64 // itemsize
-    chunks, start, rest = [], 0, -(-columns // (line * groups)) * line
+    chunks, rest = [], -(-columns // (line * groups)) * line
     while rest:
         width = 1 << (rest.bit_length() - 1)
         chunks.append((start, width))
@@ -109,7 +108,7 @@ def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
     registers += rest[warps:]
     for n, found in enumerate((in_tile, in_part)):
         found += [[base[n] for base in bases] for bases in (registers, lanes, rest[:warps])]
-    if not pairs:  # the two gates of a pair are split into tiles of their own
+    if not pairs:  # the two gates of a pair become two tiles
         in_tile[0] = in_tile[0][1:]
     shapes = [block_b, block_h], [block_b // 8 * rows, 16]
     tile, part = (
@@ -124,10 +123,16 @@ def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
 @lru_cache(maxsize=1024)
 def slice_of(
     L: int, D: int, H: int, block_b: int, block_h: int, groups: int, itemsize: int,
-    columns: tuple[int, ...],
+    columns: tuple[int, ...], halved: bool = False,
 ) -> Slice:  # fmt: skip
     """Returns the sizes and layouts for elements of 2 or 4 bytes, and columns of each phase."""
-    chunks = tuple(chunks_of(n, groups, itemsize) for n in columns)
+    line = 64 // itemsize * groups
+    halves = [-(-n // 2 // line) * line if halved else n for n in columns]
+    held = [chunks_of(n, groups, itemsize) for n in halves]
+    chunks = tuple(
+        each + chunks_of(n - half, groups, itemsize, half) if halved else each
+        for each, half, n in zip(held, halves, columns, strict=True)
+    )
     wide = tuple(
         tuple(_wide(groups, width, block_b, itemsize) for _, width in each) for each in chunks
     )
@@ -136,33 +141,11 @@ def slice_of(
     weight, operand = (gl.DotOperandLayout(n, acc, 4 // itemsize) for n in (0, 1))
     tile, part = _tiles(groups, block_b, block_h)
     shared = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
+    store = gl.SwizzledSharedLayout(16 // itemsize, 1, 8, [2, 1, 0])
     return Slice(
-        L, D, H, block_b, block_h, groups, pitch, chunks, wide, tile, part, acc, weight, operand,
-        shared,
+        L, D, H, block_b, block_h, groups, pitch, chunks, tuple(map(len, held)), wide, tile, part,
+        acc, weight, operand, shared, store,
     )  # fmt: skip
-
-
-@gluon.jit
-def sequences(TILE: tl.constexpr):
-    """0 to BLOCK_B - 1, for the rows of a tile."""
-    return gl.arange(0, TILE.block_b, gl.SliceLayout(1, TILE.tile))
-
-
-@gluon.jit
-def units(TILE: tl.constexpr):
-    """0 to BLOCK_H - 1, for the columns of a tile."""
-    return gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.tile))
-
-
-@gluon.jit
-def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
-    """The batch tile and the hidden units of this program, in layer and direction z."""
-    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
-    offs_b = first_b + sequences(TILE)
-    cols = tl.program_id(0) * TILE.block_h + units(TILE)
-    out = choose(layers.out, z)
-    last = tl.minimum(offs_b, B - 1)
-    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
 
 
 @gluon.jit
@@ -234,25 +217,63 @@ def _fetch_chunk(
 
 
 @gluon.jit
-def fetch(rows_ptr, last, WIDTH, PHASE: tl.constexpr, MASK: tl.constexpr, TILE: tl.constexpr):
+def fetch(
+    rows_ptr, last, WIDTH, PHASE: tl.constexpr, REST: tl.constexpr, MASK: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
     """``u[chunk]``, whole rows of WIDTH values as the second operand, past L1.
 
-    ``rows_ptr`` is the row of the first sequence. Rows beyond ``last`` are the last one again;
-    columns beyond MASK are zero.
+    The chunks whose weights are in registers, or the REST. ``rows_ptr`` is the row of the first
+    sequence. Rows beyond ``last`` are the last one again; columns beyond MASK are zero.
     """
+    HELD: tl.constexpr = TILE.held[PHASE]
     u = ()
     for n in tl.static_range(len(TILE.chunks[PHASE])):
-        u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
+        if (n >= HELD) == REST:
+            u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
     _issued()
     return u
 
 
 @gluon.jit
-def multiply(w, u, acc, TILE: tl.constexpr):
-    """``w u + acc`` over all chunks."""
-    for n in tl.static_range(len(w)):
-        acc = mma_v2(w[n], _permuted(u[n], TILE), acc, input_precision="tf32")
+def hold(w, PHASE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """A chunk of the first operand where it stays: in registers or in shared memory."""
+    if CHUNK < TILE.held[PHASE]:
+        return w
+    else:
+        return gl.allocate_shared_memory(w.dtype, w.shape, TILE.store, w)
+
+
+@gluon.jit
+def multiply(w, u, acc, PHASE: tl.constexpr, REST: tl.constexpr, TILE: tl.constexpr):
+    """``w u + acc`` over the chunks of u."""
+    HELD: tl.constexpr = TILE.held[PHASE]
+    for n in tl.static_range(len(u)):
+        if REST:
+            acc = mma_v2(
+                w[HELD + n].load(TILE.weight),
+                _permuted(u[n], TILE), acc, input_precision="tf32",
+            )  # fmt: skip
+        else:
+            acc = mma_v2(w[n], _permuted(u[n], TILE), acc, input_precision="tf32")
     return acc
+
+
+@gluon.jit
+def products(w, slot, starts, PHASE: tl.constexpr, TILE: tl.constexpr):
+    """``w[n] u + starts[n]`` with the operand u of a phase, which is in a slot."""
+    accs = ()
+    u = fetch(slot, TILE.block_b, TILE.pitch, PHASE, False, TILE.pitch, TILE)
+    for n in tl.static_range(len(w)):
+        accs = accs + (multiply(w[n], u, starts[n], PHASE, False, TILE),)
+    if len(TILE.chunks[PHASE]) > TILE.held[PHASE]:
+        rest = ()
+        u = fetch(slot, TILE.block_b, TILE.pitch, PHASE, True, TILE.pitch, TILE)
+        for n in tl.static_range(len(w)):
+            rest = rest + (multiply(w[n], u, accs[n], PHASE, True, TILE),)
+        return rest
+    else:
+        return accs
 
 
 @gluon.jit

@@ -12,8 +12,10 @@ from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
+from triton.experimental import gluon
 
-from .tiles import is_present, is_stored, load_origins, time_of, visible
+from .mma import sequences, units
+from .tiles import choose, is_present, is_stored, load_origins, time_of, visible
 
 
 class Part(NamedTuple):
@@ -29,6 +31,17 @@ class Part(NamedTuple):
     offs_b: Any  # [BLOCK_B], the sequences, the last one again in place of those beyond B
     mask_b: Any  # [BLOCK_B], those of them that exist
     cols: Any  # [BLOCK_H], the hidden units
+
+
+@gluon.jit
+def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
+    """The batch tile and the hidden units of this program, in layer and direction z."""
+    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
+    offs_b = first_b + sequences(TILE)
+    cols = tl.program_id(0) * TILE.block_h + units(TILE)
+    out = choose(layers.out, z)
+    last = tl.minimum(offs_b, B - 1)
+    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
 
 
 @triton.jit

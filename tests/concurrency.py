@@ -3,8 +3,8 @@
 Triton's interpreter runs the programs of a grid one after another, so the first wait for a later
 program would never end. Here every process calls the same launcher on the same tensors in shared
 memory, and its interpreter runs one program of the grid only. Atomics of the interpreter are real
-ones, so the protocol is really run, by programs that really overlap; random delays before stores
-and atomics make them overlap differently each time.
+ones, so the protocol is really run, by programs that really overlap; random delays before stores,
+atomics and loads past L1 make them overlap differently each time.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
 builder = interpreter.interpreter_builder
@@ -47,7 +48,7 @@ def run_concurrently(
     Args:
         launches: each calls launchers on shared tensors.
         programs: how many programs each grid has.
-        delay: the longest random pause before each store and each atomic, in seconds.
+        delay: the longest random pause before each store, atomic and load past L1, in seconds.
         seed: of the pauses.
         slow: the one program that pauses, always as long as ``delay``; by default all do.
 
@@ -107,11 +108,12 @@ def _run_program(number: int, programs: int) -> None:
 
 
 def _pause_before_memory(seconds: Callable[[], float]) -> None:
-    for name in ("create_masked_store", "create_store", "create_atomic_rmw"):
+    for name in ("create_masked_store", "create_store", "create_atomic_rmw", "create_masked_load"):
         original = getattr(builder, name)
 
-        def slowly(*args, _original=original, **kwargs):
-            time.sleep(seconds())
+        def slowly(*args, _original=original, _is_load=name == "create_masked_load", **kwargs):
+            if not _is_load or ir.CACHE_MODIFIER.CG in args:
+                time.sleep(seconds())
             return _original(*args, **kwargs)
 
         setattr(builder, name, slowly)

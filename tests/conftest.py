@@ -9,6 +9,9 @@ import torch
 # Triton reads the variable when it is imported.
 if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
+    import gluon_interpreter
+
+    gluon_interpreter.install()
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 #: The modules that allocate tensors which kernels or loops fill.

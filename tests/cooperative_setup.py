@@ -6,7 +6,8 @@ import torch
 from concurrency import run_concurrently, shared
 from kernel_cases import Data, Shape, cooperative_plan, differences, rows_of, tensors
 
-from fusedrnn.kernels import cooperative, exchange
+from fusedrnn.kernels import cooperative, cooperative_backward, launch
+from fusedrnn.kernels.cells import CELLS
 
 #: Polls until a test gives up on a lost program: half a minute without pauses.
 PATIENCE = 1_000_000
@@ -19,10 +20,16 @@ def prepared(cell: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Dat
     return shared(tensors(cell, shape, dtype))
 
 
-def workspace(cell: str, shape: Shape) -> exchange.Workspace:
-    tiles = -(-shape.B // 16)
-    like = torch.empty(0)
-    return shared(exchange.workspace(cell, like, shape.L * shape.D, tiles, shape.B, shape.H))
+def workspaces(cell: str, shape: Shape, data: Data) -> list[launch.Workspace]:
+    """The memory of both launches, which the programs share."""
+    h_0, plan, sizes = data.layers.h_0, cooperative_plan(shape), (shape.L, shape.D, shape.H)
+    works = []
+    for module, tiles in ((cooperative, plan.forward), (cooperative_backward, plan.backward)):
+        tile = module.tile_of(CELLS[cell], *sizes, tiles, h_0.element_size())
+        count = -(-shape.B // tile.block_b)
+        work = launch.workspace(h_0, shape.L * shape.D, count, tile.block_b, tile.pitch)
+        works.append(shared(work))
+    return works
 
 
 def launches(cell, shape, data, works, patience=PATIENCE):
@@ -33,14 +40,14 @@ def launches(cell, shape, data, works, patience=PATIENCE):
         cooperative.forward(cell, plan, data.layers, rows, shared=works[0], patience=patience)
 
     def backward():
-        cooperative.backward(cell, plan, *data, rows, shared=works[1], patience=patience)
+        cooperative_backward.backward(cell, plan, *data, rows, shared=works[1], patience=patience)
 
     return forward, backward
 
 
 def run(cell, shape, data, *, works=None, patience=PATIENCE, delay=DELAY, **pauses) -> list[str]:
     """Runs both launches, which fill ``data``, and returns what failed."""
-    works = works or [workspace(cell, shape) for _ in range(2)]
+    works = works or workspaces(cell, shape, data)
     forward, backward = launches(cell, shape, data, works, patience)
     failed = run_concurrently([forward], shape.programs, delay=delay, **pauses)
     return failed or run_concurrently([backward], shape.programs, delay=delay, **pauses)

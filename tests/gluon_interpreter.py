@@ -7,26 +7,25 @@ the other, and each as if all of its threads ran in step.
 
 from __future__ import annotations
 
-import importlib
-import sys
-from types import ModuleType
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia import ampere
 from triton.runtime.interpreter import TensorHandle
 
 
 class Buffer:
     """A tile in shared memory, or a transposed view of one."""
 
-    def __init__(self, dtype: tl.dtype, shape: list[int], layout: Any = None) -> None:
+    def __init__(
+        self, dtype: tl.dtype, shape: list[int], layout: Any = None, tile: Any = None
+    ) -> None:
         self.dtype, self.shape = dtype, [int(size) for size in shape]
-        self.tile: tl.tensor | None = None  # nothing was written: a read fails
+        self.tile: tl.tensor | None = tile  # if nothing was written a read fails
 
     def store(self, tile: tl.tensor) -> None:
         assert list(tile.shape) == self.shape
@@ -68,18 +67,21 @@ def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) 
     return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value, "bar": lambda value: value}[name](x)
 
 
-def poll(counter: tl.tensor, target: Any, patience: Any) -> tl.tensor:
-    """1 when the counter has reached the target, 0 after so many polls."""
-    target, patience = (int(np.asarray(_number(n)).item()) for n in (target, patience))
-    for _ in range(patience):
-        seen = tl.atomic_add(counter, 0, sem="acquire", scope="gpu")
-        if int(_number(seen).item()) >= target:
-            return tl.full([], 1, tl.int32)
-    return tl.full([], 0, tl.int32)
+def poll(*args: Any) -> tl.tensor:
+    """1 when each counter has reached its target, 0 after so many polls; patience comes last."""
+    *pairs, patience = args
+    half = len(pairs) // 2
+    for counter, target in zip(pairs[:half], pairs[half:], strict=True):
+        for _ in range(_number(patience)):
+            if _number(tl.atomic_add(counter, 0, sem="acquire", scope="gpu")) >= _number(target):
+                break
+        else:
+            return tl.full([], 0, tl.int32)
+    return tl.full([], 1, tl.int32)
 
 
-def _number(value: Any) -> Any:
-    return value.handle.data if hasattr(value, "handle") else np.asarray(value)
+def _number(value: Any) -> int:
+    return int(value.handle.data.item() if hasattr(value, "handle") else value)
 
 
 def round_to_tf32(x: tl.tensor) -> tl.tensor:
@@ -90,27 +92,12 @@ def round_to_tf32(x: tl.tensor) -> tl.tensor:
     return tl.tensor(TensorHandle(np.where(finite, rounded, x.handle.data), tl.float32), x.type)
 
 
-class Language:
-    """Gluon's language where layouts mean nothing; the layouts themselves stay Gluon's."""
+def convert_layout(x: tl.tensor, layout: Any, assert_trivial: bool = False) -> tl.tensor:
+    return x
 
-    arange = staticmethod(arange)
-    allocate_shared_memory = Buffer
-    inline_asm_elementwise = staticmethod(assembly)
 
-    @staticmethod
-    def convert_layout(x: tl.tensor, layout: Any, assert_trivial: bool = False) -> tl.tensor:
-        return x
-
-    @staticmethod
-    def split(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-        return tl.split(x)
-
-    @staticmethod
-    def full(shape: list[int], value: float, dtype: tl.dtype, layout: Any = None) -> tl.tensor:
-        return tl.full([int(size) for size in shape], value, dtype)
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(gl, name)
+def full(shape: list[int], value: float, dtype: tl.dtype, layout: Any = None) -> tl.tensor:
+    return tl.full([int(size) for size in shape], value, dtype)
 
 
 def mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: str = "") -> tl.tensor:
@@ -118,12 +105,9 @@ def mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: str = ""
     return tl.dot(a, b, acc, input_precision="ieee")
 
 
-def interpreted(name: str) -> ModuleType:
-    """Imports a module of ``fusedrnn.kernels`` whose kernels are Gluon's, for the interpreter."""
-    with mock.patch.object(gluon, "jit", triton.jit):
-        module = importlib.import_module(f"fusedrnn.kernels.{name}")
-    for each in ("mma", "slices", "exchange_nvidia"):
-        used = sys.modules.get(f"fusedrnn.kernels.{each}")
-        if used is not None:
-            used.gl, used.mma_v2, used.barrier = Language(), mma_v2, lambda: None
-    return module
+def install() -> None:
+    """Replaces Gluon's language for all kernels imported from now on; layouts stay Gluon's."""
+    gluon.jit, ampere.mma_v2 = triton.jit, mma_v2
+    gl.arange, gl.full, gl.split, gl.convert_layout = arange, full, tl.split, convert_layout
+    gl.allocate_shared_memory, gl.inline_asm_elementwise = Buffer, assembly
+    gl.barrier = lambda: None

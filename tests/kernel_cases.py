@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.kernels.plan import Plan, Tiles
-from fusedrnn.kernels.rows import SKIPPED, SLACK, Rows, origins_of, packed_rows
+from fusedrnn.kernels.rows import SKIPPED, Rows, origins_of, packed_rows, packed_table
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.kernels.tensors import Grads, Layers, Weights
 from fusedrnn.records import Sequences
@@ -22,8 +22,8 @@ class Shape(NamedTuple):
     """T steps, B sequences, H units, L layers, D directions.
 
     ``rows`` are "dense", "ragged" (with lengths and resets) or "packed". In schedule cooperative a
-    program owns ``block_h`` units, ``at_once`` batch tiles of 16 rows run in one launch, and
-    ``folded`` products share an accumulator.
+    program owns ``block_h`` units (backward 16 or more), ``at_once`` batch tiles of 16 rows (8 rows
+    with 8 units) run in one launch, and half of the weights may lie in shared memory.
     """
 
     T: int
@@ -36,7 +36,7 @@ class Shape(NamedTuple):
     rows: str = "dense"
     bias: bool = True
     at_once: int = 2
-    folded: int = 0
+    halved: bool = False
 
     @property
     def programs(self) -> int:
@@ -63,9 +63,12 @@ def stepwise_plan() -> Plan:
 
 
 def cooperative_plan(shape: Shape) -> Plan:
-    chunks = ((0, 2, 16), (32, 2, 16))[: 1 + (shape.H > 32)]
-    tiles = Tiles(16, shape.block_h, 4, None, "ieee", 0, chunks, shape.at_once, shape.folded)
-    return Plan("cooperative", tiles, tiles, shape.L)
+    rows = 8 if shape.block_h == 8 else 16
+    forward, backward = (
+        Tiles(rows, units, 4, None, "tf32", 0, shape.at_once, shape.halved)
+        for units in (shape.block_h, max(shape.block_h, 16))
+    )
+    return Plan("cooperative", forward, backward, shape.L)
 
 
 def sequences_of(shape: Shape) -> Sequences:
@@ -85,7 +88,7 @@ def rows_of(shape: Shape, device: torch.device = CPU) -> Rows:
     T, B, D = shape.T, shape.B, shape.D
     lengths, reset, sizes, *_ = sequences_of(shape)
     if shape.rows == "packed":
-        return packed_rows(sizes, D, device, reset)
+        return packed_rows(sizes, packed_table(sizes, B, device), D, reset)
     if shape.rows == "ragged":
         return Rows(T, B, origins_of(T, B, D, device, lengths, reset))
     return Rows(T, B)
@@ -138,7 +141,7 @@ def tensors(
         cs=poisoned(randn(Z, R, H)) if two and shape.rows != "dense" else None,
         h_n=randn(Z, B, H),
         c_n=randn(Z, B, H) if two else None,
-        gates=nan(Z * R + SLACK, N * H)[:-SLACK].view(Z, R, N * H),
+        gates=nan(Z, R, N * H),
         h_0=nan(Z, B, H),
         c_0=nan(Z, B, H) if two else None,
     )

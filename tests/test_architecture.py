@@ -21,8 +21,8 @@ PACKAGE, BENCH = (
     }
     for patterns in (("fusedrnn/*.py", "kernels/*.py"), ("bench/**/*.py",))
 )
-_NAMES = ("resident", "resident_nvidia", "cooperative", "stepwise")
-SCHEDULES = {f"fusedrnn.kernels.{name}" for name in _NAMES}
+MODULES = ("resident", "resident_nvidia", "cooperative", "cooperative_backward", "stepwise")
+SCHEDULES = {f"fusedrnn.kernels.{name}" for name in MODULES}
 MOST_LINES, MOST_LINES_OF_A_FUNCTION, MOST_PARAMETERS, LONGEST_CHAIN = 450, 60, 12, 10
 #: The operators of torch.library, whose schema is their list of parameters.
 OPERATORS = re.compile(r"torch\.library|library\.|_op\b|custom_op|register")

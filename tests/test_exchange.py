@@ -1,51 +1,53 @@
-"""The workspace and the two functions of the protocol; ``test_cooperative.py`` runs it."""
+"""The workspace and the functions of the protocol; ``test_cooperative.py`` runs it."""
 
 import pytest
 import torch
-import triton
 import triton.language as tl
+from triton.experimental import gluon
 
-from fusedrnn.kernels import exchange
+from fusedrnn.kernels import exchange, launch
 
 
-def test_a_workspace_has_a_counter_for_each_group_and_slots_where_needed():
+def test_a_workspace_has_a_counter_and_two_slots_for_each_group():
     like = torch.empty(0, dtype=torch.float16)
-    plain = exchange.workspace("lstm", like, 2, 3, 40, 64)
-    assert plain.counters.shape == (2, 3)
-    assert plain.counters.dtype == torch.int32
-    assert not plain.counters.any()
-    assert plain.slots is None
-    other = exchange.workspace("gru_reset_before", like, 2, 3, 40, 64)
-    assert other.slots.shape == (2, 1, 40, 64)
-    assert other.slots.dtype == torch.float16
+    counters, slots = launch.workspace(like, 2, 3, 8, 64)
+    assert counters.shape == (2, 3)
+    assert counters.dtype == torch.int32
+    assert slots.shape == (2, 3, 2, 8, 64)
+    assert slots.dtype == torch.float16
+    assert not counters.any()
+    assert not slots.any()
 
 
 def test_calls_share_no_workspace():
-    like = torch.empty(0)
-    one, two = (exchange.workspace("lstm", like, 1, 1, 2, 8) for _ in range(2))
+    one, two = (launch.workspace(torch.empty(0), 1, 1, 8, 16) for _ in range(2))
     assert one.counters.data_ptr() != two.counters.data_ptr()
+    assert one.slots.data_ptr() != two.slots.data_ptr()
 
 
-@triton.jit
-def protocol_kernel(counter_ptr, seen_ptr, patience, TARGET: tl.constexpr):
+@gluon.jit
+def protocol_kernel(counter_ptr, seen_ptr, patience, TARGET: tl.constexpr, OTHER: tl.constexpr):
     exchange.publish(counter_ptr)
     exchange.publish(counter_ptr)
     exchange.wait(counter_ptr, TARGET, patience)
+    exchange.wait_for_both(counter_ptr, TARGET, counter_ptr + 1, OTHER, patience)
     tl.store(seen_ptr, tl.load(counter_ptr))
 
 
-def test_a_publication_counts_and_a_wait_for_it_ends(device):
-    counter, seen = (torch.zeros(1, dtype=torch.int32, device=device) for _ in range(2))
-    protocol_kernel[1,](counter, seen, 5, 2)
+def test_publications_count_and_a_wait_for_them_ends(device):
+    counters, seen = torch.tensor([0, 1], dtype=torch.int32), torch.zeros(1, dtype=torch.int32)
+    counters, seen = counters.to(device), seen.to(device)
+    protocol_kernel[1,](counters, seen, 5, 2, 1)
     assert seen.item() == 2
 
 
+@pytest.mark.parametrize("targets", [(3, 1), (2, 2)], ids=["its counter", "the other counter"])
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a device assertion ends a CUDA context")
-def test_a_wait_in_vain_ends(monkeypatch):
+def test_a_wait_in_vain_ends(targets, monkeypatch):
     from triton.runtime import interpreter
 
     options = interpreter.InterpreterOptions(debug=True, sanitize_overflow=False)
     monkeypatch.setattr(interpreter.interpreter_builder, "options", options)
-    counter, seen = (torch.zeros(1, dtype=torch.int32) for _ in range(2))
+    counters = torch.tensor([0, 1], dtype=torch.int32)
     with pytest.raises(Exception, match="waited in vain"):
-        protocol_kernel[1,](counter, seen, 5, 3)
+        protocol_kernel[1,](counters, torch.zeros(1, dtype=torch.int32), 5, *targets)

@@ -103,6 +103,18 @@ def test_theirs_and_the_margin(tables):
 BIG, HALF, FP32 = {"hidden_size": 256}, {"dtype": torch.bfloat16}, {"dtype": torch.float32}
 
 
+def test_cudnn_runs_layers_and_without_a_persistent_kernel_directions_in_turn():
+    def theirs(**changes):
+        problem = LSTM._replace(**changes)
+        return judge(problem, plan_stack(problem, H100), H100, 1000, 64).theirs
+
+    one = theirs(dtype=torch.bfloat16)
+    assert one == pytest.approx(1000 * 13.5, rel=0.02)
+    assert theirs(dtype=torch.bfloat16, directions=2) == pytest.approx(2 * one, rel=0.02)
+    assert theirs(layers=3) == pytest.approx(3 * theirs(), rel=0.02)
+    assert theirs(directions=2) == pytest.approx(theirs(), rel=0.02)
+
+
 @pytest.mark.parametrize(
     ("algorithm", "I", "changes"),
     [

@@ -7,17 +7,15 @@ from fusedrnn.kernels.cells import CELLS
 from fusedrnn.kernels.plan import LaunchRefused, Tiles
 
 RESIDENT = Tiles(16, 64, 8, 255, "tf32", 0)
-COOPERATIVE = Tiles(16, 16, 8, None, "ieee", 0, ((0, 8, 32),), 3, 2)
+COOPERATIVE = Tiles(16, 16, 8, 255, "tf32", 0, 3)
 
 
 def test_constants_are_made_once():
     first = launch.constants(CELLS["lstm"], RESIDENT, 1, 2, 50)
     again = launch.constants(CELLS["lstm"], RESIDENT, 1, 2, 50)
     assert all(one is other for one, other in zip(first, again, strict=True))
-    assert first[1] == (1, 2, 50, 16, 64, "tf32", (), 0)
+    assert first[1] == (1, 2, 50, 16, 64, "tf32")
     assert launch.constants(CELLS["lstm"], RESIDENT, 1, 1, 50)[1].D == 1
-    cooperative = launch.constants(CELLS["lstm"], COOPERATIVE, 2, 1, 256)[1]
-    assert cooperative == (2, 1, 256, 16, 16, "ieee", ((0, 8, 32),), 2)
 
 
 def test_a_cell_that_takes_the_name_of_another_is_not_taken_for_it(monkeypatch):
@@ -37,8 +35,7 @@ def test_the_cache_of_constants_is_bounded(monkeypatch):
 def test_options_of_the_compiler():
     plain = {"num_warps": 8, "num_stages": 1, "enable_fp_fusion": True}
     assert launch.options_of(RESIDENT) == plain | {"maxnreg": 255}
-    waiting = {"debug": True, "sanitize_overflow": False, "launch_cooperative_grid": True}
-    assert launch.options_of(COOPERATIVE) == plain | waiting
+    assert launch.options_of(Tiles(16, 64, 8, None, "ieee", 0)) == plain
 
 
 @pytest.mark.parametrize(

@@ -177,8 +177,8 @@ def binaries():
     """Returns how many binaries of our kernels this process has."""
     kernels = [
         kernel
-        for schedule in SCHEDULES
-        for name, kernel in vars(layer._schedule(schedule)).items()
+        for module in (*SCHEDULES, "cooperative_backward")
+        for name, kernel in vars(layer._schedule(module)).items()
         if name.endswith("_kernel")
     ]
     return sum(len(cache[0]) for k in kernels for cache in k.device_caches.values())

@@ -64,14 +64,14 @@ def check(chosen, p, chip):
 
 def test_schedules_by_size():
     def schedules(**changes):
-        sizes = (64, 128, 256, 512, 1024, 2048)
+        sizes = (64, 128, 256, 512, 1024, 2048, 4096)
         return [plan(problem(hidden_size=H, **changes), H100).schedule[:4] for H in sizes]
 
-    assert schedules() == ["resi"] * 2 + ["coop"] * 3 + ["step"]
-    assert schedules(cell="gru") == ["resi"] * 2 + ["coop"] * 3 + ["step"]
-    assert schedules(cell="rnn_tanh") == ["resi"] * 3 + ["coop"] * 3
-    assert schedules(dtype=FP32) == ["resi"] + ["coop"] * 3 + ["step"] * 2
-    assert schedules(dtype=FP32, precision="tf32x3") == ["resi"] + ["step"] * 5
+    assert schedules() == ["resi"] * 2 + ["coop"] * 4 + ["step"]
+    assert schedules(cell="gru") == ["resi"] * 2 + ["coop"] * 4 + ["step"]
+    assert schedules(cell="rnn_tanh") == ["resi"] * 3 + ["coop"] * 4
+    assert schedules(dtype=FP32) == ["resi"] + ["coop"] * 4 + ["step"] * 2
+    assert schedules(dtype=FP32, precision="tf32x3") == ["resi"] + ["step"] * 6
     assert set(schedules(dtype=torch.float64)) == {"step"}
 
 

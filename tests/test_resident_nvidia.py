@@ -29,7 +29,9 @@ SHAPES = {
 
 @pytest.fixture(scope="module")
 def resident():
-    return gluon_interpreter.interpreted("resident_nvidia")
+    from fusedrnn.kernels import resident_nvidia
+
+    return resident_nvidia
 
 
 def run(resident, cell, shape, dtype=torch.float32, block_b=8):

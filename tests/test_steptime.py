@@ -88,6 +88,9 @@ def test_traces_the_loop_over_time():
     assert (path[0].line, path[1].write, path[2].wait) == ("cells.py:7", 0, 1)
     with pytest.raises(ValueError, match="no loop"):
         trace(instructions[:1])
+    # A block that loads is not a slow path, though it calls a helper.
+    loading = [*instructions[:5], Instruction(0x48, "LDG.E"), *instructions[5:]]
+    assert [each.address for each in trace(loading)][3:] == [0x40, 0x48, 0x50, 0x60]
 
 
 @pytest.mark.parametrize("arch", TIMINGS)
