@@ -121,8 +121,7 @@ def test_cpu_times_in_new_processes_and_report_prints_the_speeds(tmp_path, capsy
     argv = ["cpu", "--quick", "--only", "imdb-one-hot,character,ragged"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
-    for words in ("geometric_mean", "MB kept for backward", "kept_mb lstm"):
-        assert words in printed
+    assert "geometric_mean" in printed
     rows = rows_in(tmp_path)
     assert {row["provider"] for row in rows} >= {"fusedrnn stream", "fusedrnn recompute"}
     assert all(row["x_low"] for row in rows)
