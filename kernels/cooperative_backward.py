@@ -27,11 +27,11 @@ from .exchange import (
     wait_for_both,
 )
 from .launch import Workspace, launch_together
+from .layouts import Slice, slice_of
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
 from .rows import Rows
 from .slices import (
-    Slice,
     add_up,
     columns_of_slice,
     fetch,
@@ -39,7 +39,6 @@ from .slices import (
     multiply,
     products,
     row_of_slice,
-    slice_of,
     sum_buffers,
     zero_acc,
 )
