@@ -80,7 +80,8 @@ def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
     one of them, unit of the pair). Half a warp reads it without bank conflicts.
     """
     pairs = block_h > 8
-    in_tile, in_part = [], []  # the bases of unit of the pair, then pairs, then sequences
+    in_tile: list = []  # the bases of unit of the pair, then pairs, then sequences
+    in_part: list = []
     unit = 2 if pairs else 1
     half = ([0, 1], [0, 1])
     lanes = [([0, unit << n], [1 << n, 0]) for n in range(3)] + [([1, 0], [0, 2]), ([2, 0], [0, 4])]
