@@ -3,9 +3,9 @@
 A group of programs (one layer and direction, one batch tile) has one counter, zero before the
 launch, and two *slots*: rows of memory for an operand of the next product. In the e-th
 *publication* (e = 0, 1, ...) each of the M partners stores its part of a slot and adds 1 to the
-counter; the slots alternate. The publication is complete when the counter reaches M * (e + 1): a program makes
-publication e + 1 only after it has waited for all of publication e, so the counter cannot reach
-that value in any other way.
+counter; the slots alternate. The publication is complete when the counter reaches M * (e + 1): a
+program makes publication e + 1 only after it has waited for all of publication e, so the counter
+cannot reach that value in any other way.
 
 A program that has waited sees the data, by the PTX memory model:
 
