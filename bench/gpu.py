@@ -84,14 +84,6 @@ def steps() -> list[Step]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--minutes", type=float, default=9.0, help="of the whole run; default 9")
-    add("--only", metavar="STEPS", help=f"with commas: {', '.join(s.name for s in steps())}")
-    add("--out", type=Path, metavar="DIR", help="default: bench/results/GPU-DATE")
-    add("--dry-run", action="store_true", help="print the steps; needs no GPU")
-
-
 def run(options: argparse.Namespace) -> int:
     """Runs the steps; returns 0, or 1 where a step failed."""
     chosen = steps()
@@ -113,7 +105,7 @@ def run(options: argparse.Namespace) -> int:
     folder = folder.resolve()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        run_steps(chosen, folder, 60 * min(options.minutes, 1440))
+        run_steps(chosen, folder, 60 * (9.0 if math.isinf(options.minutes) else options.minutes))
     finally:
         print(summary(folder))
     # nvidia-smi or compute-sanitizer may be missing.

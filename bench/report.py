@@ -18,7 +18,7 @@ import torch
 import fusedrnn
 
 from . import UserError
-from .providers import PROVIDERS, TORCH, matmul_fp32, rnn_fp32
+from .providers import PROVIDERS, TORCH, rnn_fp32
 
 #: Of results.csv: one line for each case, cell, pass and provider.
 COLUMNS = (
@@ -55,7 +55,6 @@ def environment(device: torch.device, data: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "fp32": rnn_fp32() if cuda else "ieee",
-        "matmul_fp32": matmul_fp32() if cuda else "ieee",
         "peers": {p.package: installed.get(p.package) for p in PROVIDERS.values() if p.package},
         "commit": _commit(),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),

@@ -9,9 +9,8 @@ from torch import Tensor
 
 from .. import data
 from ..cases import EMBEDDING, cut_down
-from ..models import Model, examples_of, remember
+from ..models import Model, examples_of, predict, remember, train
 from ..providers import build
-from ..train import predict, train
 from . import COLOURS, Result
 
 LOOK_AT = "precision and recall beside accuracy; features in bench/models.py packs the reviews."
