@@ -10,7 +10,8 @@ import re
 
 import pytest
 import torch
-from pairs import LENGTHS, RESET, packed
+from pairs import packed
+from sizes import LENGTHS, RESET
 from torch import Tensor, nn, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 

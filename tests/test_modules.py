@@ -9,7 +9,8 @@ import pickle
 
 import pytest
 import torch
-from pairs import CELLS, NAMES, input_of, output_of
+from pairs import input_of, output_of
+from sizes import CELLS, NAMES
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
