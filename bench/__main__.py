@@ -18,7 +18,7 @@ from . import UserError
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "names": {"nargs": "?", "metavar": "NAMES", "help": "of cases or groups, with commas"},
     "lesson": {"nargs": "?", "metavar": "NAME", "help": "without it, the list"},
-    "rung": {"nargs": "?", "metavar": "RUNG", "help": "1 to 5 or scan; without it, the table"},
+    "rung": {"nargs": "?", "choices": [*"12345", "scan"], "help": "without it, the table"},
     "folder": {"type": Path, "metavar": "FOLDER", "help": "with a results.csv in it"},
     "files": {"nargs": "+", "type": Path, "metavar": "CSV", "help": "older ones, then new"},
     "--device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "default: auto"},

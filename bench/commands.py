@@ -1,6 +1,7 @@
 """The commands that run the loop over cases: demo and its parts, ragged, cases, cpu."""
 
 import argparse
+from statistics import geometric_mean
 from typing import Any
 
 import torch
@@ -100,7 +101,3 @@ def summary(rows: list[dict[str, Any]]) -> None:
     groups = frame[frame.provider == "fusedrnn"].groupby(["cell", "pass"], sort=False)
     table = groups.x.agg(["min", geometric_mean, "count"]).reset_index()
     print(f"\ntorch.nn's time / fusedrnn's\n{table.to_markdown(index=False, floatfmt='.2f')}")
-
-
-def geometric_mean(values: Any) -> float:
-    return float(torch.tensor(list(values)).log().mean().exp())

@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -193,6 +194,6 @@ def summary(folder: Path) -> str:
             elif row["x"] and row["provider"] == "fusedrnn":
                 gains.setdefault(f"{row['pass']} {row['cell']}", []).append(float(row["x"]))
     for name, values in gains.items():
-        mean, count = math.exp(sum(map(math.log, values)) / len(values)), len(values)
-        lines.append(f"{name}: {mean:.2f} times torch.nn's speed in {count} cases")
+        speed = f"{statistics.geometric_mean(values):.2f} times torch.nn's speed"
+        lines.append(f"{name}: {speed} in {len(values)} cases")
     return "\n".join(lines)

@@ -32,10 +32,9 @@ LOSSES = ("case", "cell", "provider", "step", "loss")
 MAIN = {"case": 19, "backend": 7, "error": 5, "forward": 16, "training": 16, "loss": 18}
 CASES = {"case": 27, "provider": 20, "error": 9, "forward": 16, "training": 16}
 LEGEND = """
-Beside torch.nn, from the same weights. error: the largest error of any output or gradient against
-fp64, as a part of what is allowed, or why there is none (results.csv has a note). forward,
-training: how many times as fast as torch.nn, and milliseconds; torch.nn gets a PackedSequence where
-lengths differ. loss: after the same training, and torch.nn's."""
+Beside torch.nn, from the same weights. error: the largest one against fp64, as a part of what is
+allowed, or why there is none (results.csv has a note). forward, training: how many times as fast as
+torch.nn, and milliseconds. loss: after the same training, and torch.nn's."""
 
 
 def environment(device: torch.device, data: str) -> dict[str, Any]:

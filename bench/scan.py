@@ -18,8 +18,7 @@ BLOCK_T, BLOCK_H = 32, 32
 
 @triton.jit
 def after(a, b, a_later, b_later):
-    """Composes two maps y -> a y + b, the later one last."""
-    return a * a_later, b * a_later + b_later
+    return a * a_later, b * a_later + b_later  # y -> a y + b, twice
 
 
 @triton.jit

@@ -73,8 +73,9 @@ def _load_rows(
     """``w[product][chunk]``, the rows of this program's units: a gate each, of 8 units two."""
     H: tl.constexpr = TILE.H
     GATES: tl.constexpr = CELL.parts[PART]
+    BITS: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth
     EACH: tl.constexpr = 1 if TILE.block_h > 8 else 2  # gates of a product
-    row = row_of_slice(TILE.block_h * EACH, TILE)
+    row = row_of_slice(TILE.block_h * EACH, TILE.weight)
     if EACH == 1:
         unit = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
     else:
@@ -88,7 +89,7 @@ def _load_rows(
         here = (unit < H) & (row < TILE.block_h * (len(GATES) - first))
         each = ()
         for n in tl.static_range(len(TILE.chunks[PHASE])):
-            k = columns_of_slice(PHASE, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+            k = columns_of_slice(PHASE, n, BITS, TILE.weight, TILE)
             ptrs = w_ptr + (gate * H + unit)[None, :, None] * H + k
             mask = here[None, :, None] & (k < H)
             x = round_operand(tl.load(ptrs, mask=mask, other=0.0))

@@ -62,6 +62,7 @@ def covering() -> list[Job]:
         job("rnn_tanh", 256, ragged=True),
         job("rnn_relu", 128, FP32, "tf32", "sm_80"),
         job("rnn_relu", 16, FP16),
+        job("lstm", 128, FP16, chip="sm_86"),
         # cooperative
         job("lstm", 512),
         job("lstm", 512, FP16, ragged=True),

@@ -45,13 +45,11 @@ def run(options: argparse.Namespace) -> int:
 def _picture(draw, file: Path) -> str:
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        return "No picture: matplotlib is not installed."
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    draw(figure)
-    try:
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        draw(figure)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=80)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(f"the picture cannot be written to {file}: {error}") from error
     return f"Picture: {file}"
