@@ -27,19 +27,19 @@ from .exchange import (
     wait_for_both,
 )
 from .launch import Workspace, launch_together
+from .layouts import Slice, slice_of
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
 from .rows import Rows
 from .slices import (
-    Slice,
     add_up,
     columns_of_slice,
     fetch,
+    from_pairs,
     hold,
     multiply,
     products,
     row_of_slice,
-    slice_of,
     sum_buffers,
     zero_acc,
 )
@@ -60,6 +60,7 @@ from .tensors import Grads, Layers
 from .tiles import (
     INITIAL,
     PREVIOUS,
+    add_gradients,
     add_to,
     choose,
     gradient_before,
@@ -76,15 +77,16 @@ def _load_chunk(w_ptr, PART: tl.constexpr, N: tl.constexpr, CELL: tl.constexpr, 
     H: tl.constexpr = TILE.H
     COUNT: tl.constexpr = len(CELL.parts[PART]) * H
     END: tl.constexpr = TILE.chunks[PART][N][0] + TILE.chunks[PART][N][1] * TILE.groups
-    m = row_of_slice(TILE.block_h, TILE)
-    unit = tl.program_id(0) * TILE.block_h + m // 16 * 16 + m % 8 * 2 + m // 8 % 2
-    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+    LAYOUT: tl.constexpr = TILE.pairs[PART][N]
+    unit = tl.program_id(0) * TILE.block_h + row_of_slice(TILE.block_h, LAYOUT)
+    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, LAYOUT, TILE)
     ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
     if END <= COUNT and H % TILE.block_h == 0:  # a mask would cost registers
-        return round_operand(tl.load(ptrs))
+        w = tl.load(ptrs)
     else:
         inside = (k < COUNT) & (unit < H)[None, :, None]
-        return round_operand(tl.load(ptrs, inside, other=0.0))
+        w = tl.load(ptrs, inside, other=0.0)
+    return round_operand(from_pairs(w, TILE))
 
 
 @gluon.jit
@@ -93,6 +95,15 @@ def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.conste
     w = ()
     for n in tl.static_range(len(TILE.chunks[PART])):
         w = w + (hold(_load_chunk(w_ptr, PART, n, CELL, TILE), PART, n, TILE),)
+    return w
+
+
+@gluon.jit
+def _load_phases(w_ptr, CELL: tl.constexpr, TILE: tl.constexpr):
+    """``w[phase][chunk]`` of W_hh."""
+    w = ()
+    for p in tl.static_range(len(CELL.phases)):
+        w = w + (_load_columns(w_ptr, p, CELL, TILE),)
     return w
 
 
@@ -122,114 +133,112 @@ def _gradient_above(layers, program, place, total, drop, TILE: tl.constexpr):
 
 
 @gluon.jit
-def _load_drop(layers, program, step, place, TILE: tl.constexpr):
-    """The dropout factors of this layer's output in a step, or nothing."""
+def _load_next(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl.constexpr):
+    """All that a step reads and that no product computes, and the places of the steps before it."""
+    now = load_step(layers, grads, program, step, (places[0], places[1]), CELL, TILE)
+    drop = ()
     if layers.masks is not None:
         masks = choose(layers.masks, tl.minimum(program.z + 1, TILE.L - 1))
-        row = row_of(program, tl.maximum(step, 0), place)
-        return load(
-            masks + row * TILE.H, program, readable(layers, program, place), 1, TILE.H, TILE
-        )
+        rows = masks + row_of(program, tl.maximum(step, 0), places[0]) * TILE.H
+        drop = load(rows, program, readable(layers, program, places[0]), 1, TILE.H, TILE)
+    return now, drop, (places[0], places[1], place_of(layers, program, step - 2))
+
+
+@gluon.jit
+def _entered(layers, origins, left_before, initial):
+    """The state that entered a step, given the one that left the step before."""
+    if layers.origins is not None:
+        first = zero_where(origins != INITIAL, initial)
+        return where(origins == PREVIOUS, left_before, first)
     else:
-        return ()
+        return left_before
+
+
+@gluon.jit
+def _publish(
+    layers, grads, program, step, place, part, counter, dgates,
+    p: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Publishes the dgates of a phase of a step, and stores them."""
+    H: tl.constexpr = TILE.H
+    WIDTH: tl.constexpr = len(CELL.tiles) * H
+    origins = origins_at(program, place)
+    here = is_stored(layers, program, origins)
+    if layers.starts is None:  # skipped steps have no row if rows are packed
+        dgates = visible(layers, dgates, origins)
+    row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
+    rows = grads.gates + row * WIDTH + CELL.grads[p][0] * H
+    for i in tl.static_range(len(CELL.phases[p])):
+        put(part + i * H, program.cols, dgates[CELL.factors[p][i]], TILE)
+    if TILE.L > 1:  # the layer below reads it
+        store(rows, program, here, dgates, WIDTH, TILE)
+    publish(counter)
+    if TILE.L == 1:
+        store(rows, program, here, dgates, WIDTH, TILE)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
 def _cooperative_bwd_kernel(
     layers, grads, shared, T, B, R, first_tile, patience, CELL: tl.constexpr, TILE: tl.constexpr
 ):
-    H: tl.constexpr = TILE.H
-    N: tl.constexpr = len(CELL.tiles)
     P: tl.constexpr = len(CELL.phases)
     LAST: tl.constexpr = TILE.L * TILE.D - 1
-    PART: tl.constexpr = TILE.pitch // P  # columns of a slot
     # Numbered from the last layer down, so that a program is scheduled after those it waits for.
     z = LAST - tl.program_id(2)
     program = program_of(layers, z, T, B, R, first_tile, TILE)
     partners = tl.num_programs(0)
     counter, slots = group_of(shared, z, B, first_tile, TILE)
-    buffers = sum_buffers(2 if TILE.L > 1 else 1, TILE)
-    w = ()
-    for p in tl.static_range(P):
-        w = w + (_load_columns(choose(layers.w_hh, z), p, CELL, TILE),)
+    buffers, zero = sum_buffers(2 if TILE.L > 1 else 1, TILE), zero_acc(TILE.block_h, TILE)
+    w = _load_phases(choose(layers.w_hh, z), CELL, TILE)
 
-    places = (
-        place_of(layers, program, T - 1), place_of(layers, program, T - 2),
-        place_of(layers, program, T - 3),
-    )  # fmt: skip
+    places = (place_of(layers, program, T - 1), place_of(layers, program, T - 2))
     initial = widened(load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))
     left = widened(load_left(layers, program, T - 1, places[0], TILE))
-    now = load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
+    now, drop, places = _load_next(layers, grads, program, T - 1, places, CELL, TILE)
+    dy = ()
     if TILE.L > 1:
         w_ih = _load_columns(choose(layers.w_ih, tl.minimum(z + 1, LAST)), P, CELL, TILE)
         counter_above, _ = group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
         per_step = tl.where(z < LAST, partners * P, 0)  # publications to wait for
-        drop = _load_drop(layers, program, T - 1, places[0], TILE)
         wait(counter_above, per_step, patience)
         x = _fetch_above(grads, program, T - 1, places[0], CELL, TILE)
-        zero = zero_acc(TILE.block_h, TILE)
-        (dy,) = add_up(buffers, (multiply(w_ih, x, zero, P, False, TILE),), TILE)
-        dy = _gradient_above(layers, program, places[0], dy, drop, TILE)
+        dy = add_up(buffers, (multiply(w_ih, x, zero, P, False, TILE),), TILE)[0]
+        dy = (_gradient_above(layers, program, places[0], dy, drop, TILE),)
 
     for back in range(T):
         step = T - 1 - back
         slot = slot_of(slots, back, TILE)
-        saved, left_before, d_out, d_cs = now
-        saved, left_before = widened(saved), widened(left_before)
+        saved, left_before = widened(now[0]), widened(now[1])
         origins = origins_at(program, places[0])
-        entered = left_before
-        if layers.origins is not None:
-            first = zero_where(origins != INITIAL, initial)
-            entered = where(origins == PREVIOUS, left_before, first)
-        if grads.out is not None:
-            d_state = add_to(d_state, 0, widened(d_out)[0])
-        if grads.cs is not None:
-            d_state = add_to(d_state, 1, widened(d_cs)[0])
-        if TILE.L > 1:
-            d_state = add_to(d_state, 0, dy)
+        entered = _entered(layers, origins, left_before, initial)
+        d_state = add_gradients(d_state, widened(now[2]), widened(now[3]))
+        d_state = add_gradients(d_state, dy, ())
         d_leaving, carry = d_state, ()
         du = d_state[0]  # not read by the last phase
-        here = is_stored(layers, program, origins)
-        row = program.z.to(tl.int64) * R + row_of(program, step, places[0])
         for p in tl.static_range(P - 1, -1, -1):
             dgates, d_state, carry = CELL.adjoint(
                 p, d_state, du, saved, entered, left, carry, squash
             )
-            if layers.starts is None:
-                dgates = visible(layers, dgates, origins)
-            part = slot + p * PART
-            for i in tl.static_range(len(CELL.phases[p])):
-                put(part + i * H, program.cols, dgates[CELL.factors[p][i]], TILE)
-            rows = grads.gates + row * (N * H) + CELL.grads[p][0] * H
-            if TILE.L > 1:  # the layer below reads it
-                store(rows, program, here, dgates, N * H, TILE)
-            publish(counter)
-            if TILE.L == 1:
-                store(rows, program, here, dgates, N * H, TILE)
-            if p == 0:
-                now = load_step(
-                    layers, grads, program, step - 1, (places[1], places[2]), CELL, TILE
-                )
-                if TILE.L > 1:
-                    drop = _load_drop(layers, program, step - 1, places[1], TILE)
-                later = (places[1], places[2], place_of(layers, program, step - 3))
+            part = slot + p * (TILE.pitch // P)
+            _publish(layers, grads, program, step, places[0], part, counter, dgates, p, CELL, TILE)
             target = partners * (P * back + P - p)
+            if p == 0:
+                now, drop, places = _load_next(
+                    layers, grads, program, step - 1, places[1:], CELL, TILE
+                )
             if p == 0 and TILE.L > 1:
                 both = tl.minimum(back + 2, T) * per_step
                 wait_for_both(counter, target, counter_above, both, patience)
-                x = _fetch_above(grads, program, step - 1, places[1], CELL, TILE)
-                zero = zero_acc(TILE.block_h, TILE)
-                accs = products((w[0],), part, (zero,), p, TILE)
-                du, dy = add_up(buffers, accs + (multiply(w_ih, x, zero, P, False, TILE),), TILE)
-                dy = _gradient_above(layers, program, places[1], dy, drop, TILE)
+                x = _fetch_above(grads, program, step - 1, places[0], CELL, TILE)
+                (du,) = products((w[0],), part, (zero,), p, TILE)
+                du, dy = add_up(buffers, (du, multiply(w_ih, x, zero, P, False, TILE)), TILE)
+                dy = (_gradient_above(layers, program, places[0], dy, drop, TILE),)
             else:
                 wait(counter, target, patience)
-                zero = zero_acc(TILE.block_h, TILE)
                 (du,) = add_up(buffers, products((w[p],), part, (zero,), p, TILE), TILE)
-        d_state = add_to(d_state, 0, du)
-        d_state = gradient_before(layers, d_state, d_leaving, origins)
-        left, places = left_before, later
+        d_state = gradient_before(layers, add_to(d_state, 0, du), d_leaving, origins)
+        left = left_before
     store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 

@@ -26,7 +26,7 @@ def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:
 
 
 class SliceNeeds(NamedTuple):
-    """What one program of schedule cooperative needs."""
+    """The needs of one program of schedule cooperative."""
 
     registers: int  # of a thread, for W, one operand and the accumulators
     shared_bytes: int
@@ -72,6 +72,6 @@ def slice_needs(
     )
 
 
-def holds_slice(needs: SliceNeeds, layers: int, ragged: bool, forward: bool) -> bool:
+def holds_slice(needs: SliceNeeds, layers: int, ragged: bool, forward: bool, halved: bool) -> bool:
     """Returns whether registers are left for the rest; ``tests/compile_all.py`` checks it."""
-    return needs.registers <= 208 - 16 * (ragged and forward) - 32 * (layers > 1)
+    return needs.registers <= 208 - 16 * (ragged and (forward or halved)) - 32 * (layers > 1)
