@@ -41,12 +41,6 @@ class Sentiment(nn.Module):
         return self.fc(torch.cat((h_n[-2], h_n[-1]), -1)).squeeze(-1)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--processes", type=int, default=2, metavar="N", help="default 2")
-    add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="default lstm")
-
-
 def run(options: argparse.Namespace) -> int:
     """Prints the losses of each way to train; returns 1 if they differ."""
     world = options.processes

@@ -18,7 +18,7 @@ import fusedrnn
 from .cases import Workload
 from .data import Corpus
 from .models import Model, examples_of
-from .providers import PROVIDERS, TORCH, Adapter, build
+from .providers import PROVIDERS, TORCH, Adapter, build, rnn_fp32
 
 PASSES = ("forward", "training")
 #: Steps that the gate compares in cases that are only timed: kernels do not depend on T.
@@ -86,6 +86,10 @@ class BenchmarkCase(NamedTuple):
             return self
         lengths = None if self.lengths is None else self.lengths.clamp(max=_GATED_STEPS)
         return self._replace(x=self.x[:, :_GATED_STEPS], lengths=lengths)
+
+    def precision(self) -> str:
+        """Returns how fp32 is multiplied on CUDA, where torch.nn takes tf32 by default."""
+        return rnn_fp32() if self.x.is_cuda and self.x.dtype == torch.float32 else ""
 
     def rnn(self, provider: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
         rnn = build(provider, self.cell, self.workload, **options)

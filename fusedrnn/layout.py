@@ -75,8 +75,8 @@ def with_table(sequences: Sequences, B: int, device: torch.device) -> Sequences:
 def rows_of(input: Tensor, B: int, D: int, sequences: Sequences) -> Rows:
     """Returns the rows of a call with ``input [T, B, I]``, or packed ``[R, I]``."""
     lengths, reset, batch_sizes, table = with_table(sequences, B, input.device)
-    if batch_sizes is not None:
-        return packed_rows(batch_sizes, D, input.device, reset, B, table)
+    if batch_sizes is not None and table is not None:
+        return packed_rows(batch_sizes, table, D, reset)
     T = input.shape[0]
     if lengths is None and reset is None:
         return Rows(T, B)

@@ -24,7 +24,7 @@ MARGIN = 0.8
 FAMILIES = {"sm_80": "sm_80"}
 FAMILIES |= dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86")
 RAGGED = 1.15  # times a dense step
-HOST_US = (60.0, 80.0)  # of the Python around a call, forward and backward
+HOST_US = (75.0, 90.0)  # from a call to the launch, forward and backward: `python -m bench host`
 LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
 MEMORY = 1.5e6  # bytes a microsecond, an A100's
 
