@@ -35,7 +35,7 @@ from .exchange import (
     slot_of,
     wait,
 )
-from .launch import Workspace, launch_together
+from .launch import Workspace, launch_together, layers_forward
 from .layouts import Slice, slice_of
 from .mma import load_bias, round_operand, squash, widened
 from .problem import Plan, Tiles
@@ -269,8 +269,3 @@ def forward(
     tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = (layers_forward(layers, plan.layers),)
     launch_together(_cooperative_fwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
-
-
-def layers_forward(layers: Layers, L: int) -> Layers:
-    """The tensors that the forward kernel reads; the others are None and cost no time."""
-    return layers if L > 1 else layers._replace(w_ih=None, b_ih=None, masks=None)
