@@ -158,7 +158,7 @@ def test_the_next_larger_line_stands_for_a_size_between():
         problem = LSTM._replace(hidden_size=H)
         plan, *_ = plan_stack(problem, H100)
         assert find_line(problem, plan, "sm_90")["H"] == line
-    assert find_line(problem._replace(hidden_size=1025), plan, "sm_90") is None
+    assert find_line(problem._replace(hidden_size=4097), plan, "sm_90") is None
     wavefront = LSTM._replace(hidden_size=256, layers=3)
     assert find_line(wavefront, cooperative(wavefront, H100), "sm_90")["layers"] == 2
 
