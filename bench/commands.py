@@ -58,12 +58,9 @@ def cases(options: argparse.Namespace) -> int:
     for kind, names, known in (("provider", wanted, PROVIDERS), ("cell", cells, EVERY_CELL)):
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"there is no {kind} {unknown[0]!r}; there are {', '.join(known)}")
-    who = []
-    for name in dict.fromkeys(wanted):
-        if reason := absent(name, device):
-            print(f"absent   {name}: {reason}")
-        else:
-            who.append(name)
+    reasons = {name: absent(name, device) for name in wanted}
+    print("".join(f"absent   {name}: {why}\n" for name, why in reasons.items() if why), end="")
+    who = [name for name, why in reasons.items() if not why]
     plan = [(w, [name for name in who if applies(name, w)]) for w in workloads]
     _, code = run(options, plan, cells, gate_only=options.gate_only)
     if published := [w.name for w in workloads if w.group in ("kernelbench", "deepbench")]:

@@ -66,11 +66,9 @@ class Gate:
 
         Without ``backward`` outputs and final states are compared, in evaluation mode.
         """
-        backward_too = backward and not PROVIDERS[provider].step
-        budgets = [
-            error_budget(name, got, self.reference[name], self.truth[name], eps=self.eps)
-            for name, got in self._run(provider, self.case.x.dtype, backward_too).items()
-        ]
+        got = self._run(provider, self.case.x.dtype, backward and not PROVIDERS[provider].step)
+        reference, truth, eps = self.reference, self.truth, self.eps
+        budgets = [error_budget(n, got[n], reference[n], truth[n], eps=eps) for n in got]
         shares = [(b.max_err, b.allowed) for b in budgets] + [
             (b.rms, b.rms_allowed) for b in budgets
         ]

@@ -173,10 +173,7 @@ class BenchmarkCase(NamedTuple):
 
 
 def interleaved(calls: dict[str, Callable], settings: Settings) -> dict[str, Times]:
-    """Times all calls once a round, beginning with another one each round.
-
-    The keys are names of providers. The others are compared with the first.
-    """
+    """Times all calls once a round, beginning with another one, and compares with the first."""
     names, samples = list(calls), {name: list[float]() for name in calls}
     slice = min(0.02, settings.seconds / settings.least_rounds)  # of a call in a round
     deadline, rounds = time.perf_counter() + settings.seconds, 0

@@ -52,8 +52,7 @@ class Model(nn.Module):
 def remember(rnn: nn.RNNBase) -> None:
     """Adds 3 to the bias of the LSTM's forget gate or the GRU's update gate.
 
-    The memory then lasts some twenty steps. Without it the gradient vanishes over 100 words, and
-    training begins on a plateau where rounding decides the direction of Adam's steps.
+    The memory then lasts some twenty steps; without it the gradient vanishes over 100 words.
     """
     for name, parameter in rnn.named_parameters():
         if name.startswith("bias_hh") and rnn.mode in ("LSTM", "GRU"):

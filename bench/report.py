@@ -101,7 +101,8 @@ def lines(rows: dict, trainings: dict) -> Iterator[str]:
             row = rows.get((provider, mode), {})
             ms = row.get("ms", 0)
             time = f"{ms:{'.3g' if ms < 999 else '.0f'}} ms" if ms else "-"
-            cells[mode] = f"{row['x']:.2f}x, {time}" if row.get("x") else time
+            x = row.get("x") or 0
+            cells[mode] = f"{x:.{2 if x < 10 else 0}f}x, {time}" if x else time
         losses = [trainings[p].final_loss for p in (provider, TORCH) if p in trainings]
         cells["loss"] = ", ".join(f"{loss:.3g}" for loss in losses)
         yield _line(cells, widths)

@@ -26,7 +26,7 @@ from .exchange import (
     wait,
     wait_for_both,
 )
-from .launch import Workspace, launch_together
+from .launch import Workspace, launch_together, layers_backward
 from .layouts import Slice, slice_of
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
@@ -276,9 +276,3 @@ def backward(
     tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = layers_backward(layers, plan.layers), grads
     launch_together(_cooperative_bwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
-
-
-def layers_backward(layers: Layers, L: int) -> Layers:
-    """The tensors that the kernel reads; the others are None and cost no time."""
-    layers = layers if L > 1 else layers._replace(w_ih=None, masks=None)
-    return layers._replace(gx=None, b_ih=None, b_hh=None, h_n=None, c_n=None)

@@ -7,7 +7,7 @@ import torch
 
 import fusedrnn
 from bench import UserError, data
-from bench.lessons import by_hand, command, reviews
+from bench.lessons import by_hand, command
 
 
 def options(tmp_path, name, **given):
@@ -61,12 +61,3 @@ def test_the_formula_counts_the_parameters(cell, layers, bidirectional):
     module = getattr(fusedrnn, cell)(7, 5, layers, bidirectional=bidirectional)
     counted = sum(parameter.numel() for parameter in module.parameters())
     assert by_hand.parameters(cell, 7, 5, layers, 1 + bidirectional) == counted
-
-
-def test_confusion_and_scores():
-    logits = torch.tensor([-1.0, 2.0, 3.0, -4.0, 5.0])
-    matrix = reviews.confusion(logits, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]))
-    assert matrix == [[1, 1], [1, 2]]
-    assert reviews.scores(matrix) == pytest.approx(
-        {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3}
-    )

@@ -7,17 +7,8 @@ import pytest
 import torch
 import triton.language as tl
 from concurrency import run_concurrently, shared
-from cooperative_setup import (
-    DELAY,
-    Shape,
-    check,
-    differences,
-    launches,
-    prepared,
-    run,
-    workspaces,
-)
-from kernel_cases import cooperative_plan, expected, results
+from cooperative_setup import DELAY, check, launches, prepared, run, workspaces
+from kernel_cases import Shape, cooperative_plan, differences, expected, results
 from mutants import rewritten
 
 import fusedrnn

@@ -5,7 +5,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pairs import LENGTHS, H, I, batch, packed
+from pairs import batch, packed
+from sizes import LENGTHS, H, I
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn

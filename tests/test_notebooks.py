@@ -1,12 +1,10 @@
 """The puzzles of docs/puzzles.ipynb: checks fail on the empty cells and pass with the solutions."""
 
 import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import python
 
 DOCS = Path(__file__).parents[1] / "docs"
 #: Runs the files of a folder in order, as cells of one notebook; prints what each check found.
@@ -30,9 +28,7 @@ def cells(name, kind):
 def found_by_checks(name, folder):
     for n, cell in enumerate(cells(name, "code")):
         (folder / f"cell{n:02}.py").write_text(cell)
-    environment = {**os.environ, "PYTHONPATH": str(DOCS.parent), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-c", RUN, str(folder)]
-    done = subprocess.run(command, env=environment, cwd=folder, capture_output=True, text=True)
+    done = python("-c", RUN, folder, cwd=folder, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
     return done.stdout.splitlines()
 
@@ -49,11 +45,9 @@ def test_every_check_fails_on_the_empty_cell(tmp_path):
     assert [line[:9] for line in failed] == [f"puzzle {n}:" for n in range(1, 9)]
 
 
-def test_the_notebooks_differ_in_the_cells_to_fill_alone():
-    puzzles, solutions = cells("puzzles.ipynb", "code"), cells("solutions.ipynb", "code")
-    differing = [pair for pair in zip(puzzles, solutions, strict=True) if pair[0] != pair[1]]
-    assert len(differing) == 8
-    assert all("YOUR CODE" in puzzle for puzzle, _ in differing)
-    assert not any("YOUR CODE" in solution for solution in solutions)
-    texts = cells("puzzles.ipynb", "markdown")
-    assert sum(text.startswith(f"## {n}. ") and "```" in text for n, text in enumerate(texts)) == 8
+def test_the_notebooks_differ_in_eight_cells_alone():
+    pairs = zip(cells("puzzles.ipynb", "code"), cells("solutions.ipynb", "code"), strict=True)
+    differing = [puzzle for puzzle, solution in pairs if puzzle != solution]
+    assert ["YOUR CODE" in puzzle for puzzle in differing] == [True] * 8
+    titles = cells("puzzles.ipynb", "markdown")[1:9]
+    assert all(text.startswith(f"## {n}. ") for n, text in enumerate(titles, 1))

@@ -4,20 +4,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pairs import (
-    LENGTHS,
-    NAMES,
-    RESET,
-    B,
-    H,
-    I,
-    T,
-    assert_close,
-    batch,
-    build,
-    leaves,
-    states_for,
-)
+from pairs import assert_close, batch, build, leaves, states_for
+from sizes import LENGTHS, NAMES, RESET, B, H, I, T
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
