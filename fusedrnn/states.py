@@ -12,7 +12,7 @@ from .arguments import Call
 from .kernels.rows import Rows
 from .kernels.spec import SPECS
 from .kernels.tensors import Weights
-from .layout import entering, previous_rows, rows_of, without_padding
+from .layout import entering, previous_rows, rows_of, with_table, without_padding
 from .ops import rnn_stack
 from .records import StackInputs
 from .reference import gates_of
@@ -53,7 +53,10 @@ def run(call: Call, wants_gates: bool) -> States:
     config = dispatch.decide(facts)[1]._replace(num_layers=1)
     x, h_0, c_0, params, masks = call.stack_inputs()
     D, L = config.directions, facts.layers.num_layers
-    rows, sequences = rows_of(x, h_0.shape[1], D, call.sequences), call.sequences
+    sequences = call.sequences
+    if sequences.batch_sizes is not None:
+        sequences = with_table(sequences, x, h_0.shape[1], D)
+    rows = rows_of(x, h_0.shape[1], D, sequences)
     each, finals, h, c, gates = len(params) // L, [], [], [], []
     for layer in range(L):
         of_layer = slice(layer * D, (layer + 1) * D)
