@@ -131,7 +131,7 @@ def tested(number: str) -> int:
     print(f"rung {number} beside the reference, in Triton's interpreter: {file}", flush=True)
     pytest = (sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider")
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "TRITON_INTERPRET": "1"}
-    command = (*pytest, "-k", "equals and lstm", file)
+    command = (*pytest, "-k", "equals and (lstm or scan)", file)
     return subprocess.run(command, cwd=ROOT, env=environment).returncode
 
 

@@ -21,7 +21,7 @@ def loop(x, w_z, b_z, w_n, b_n):
 
 
 @pytest.mark.parametrize("T", [1, BLOCK_T, 2 * BLOCK_T + 3])
-def test_the_scan_equals_the_loop_of_another_model_than_lstm(T, device):
+def test_the_scan_equals_the_loop(T, device):
     inputs = [torch.randn(2, T, 3), *(torch.randn(33, n).squeeze(1) for n in (3, 1, 3, 1))]
     found = []
     for run, dtype in ((min_gru, torch.float32), (loop, torch.float32), (loop, torch.float64)):
