@@ -73,7 +73,8 @@ def test_one_compilation_for_all_shapes(name, training):
 def test_by_inductor():
     make = lambda T, B: ((torch.randn(T, B, I),), {})  # noqa: E731
     # Caches outlive a change of our operator.
-    with torch._inductor.config.patch(force_disable_caches=True):
+    autograd = torch._functorch.config.patch(enable_autograd_cache=False)
+    with torch._inductor.config.patch(fx_graph_cache=False), autograd:
         check(fusedrnn.LSTM(I, H, num_layers=2), make, backend="inductor")
 
 
