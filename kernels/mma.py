@@ -120,6 +120,22 @@ def widened(tiles):
 
 
 @gluon.jit
+def zero_where(condition, tiles):
+    """Zero in the sequences where the condition holds, even in place of a NaN.
+
+    The compiler would move a choice behind the rounding, where it has to unpack the numbers.
+    """
+    mask = tl.where(condition, 0, -1)[:, None]
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        code: tl.constexpr = "and.b32 $0, $1, $2;"
+        out = out + (
+            gl.inline_asm_elementwise(code, "=f,f,r", [tiles[n], mask], tl.float32, True, 1),
+        )
+    return out
+
+
+@gluon.jit
 def round_operand(x):
     """fp32 rounded to the nearest TF32: the tensor cores would cut off the low bits."""
     if x.dtype == tl.float32:
@@ -139,13 +155,14 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
     k = gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.weight))
     unit = (row // 16) * 16 + (row % 8) * 2 + (row // 8) % 2
     inside = (unit < H)[:, None] & (k < H)[None, :]
+    zero = tl.program_id(2)  # a constant would be put into registers again in every step
     w = ()
     for g in tl.static_range(len(CELL.gates)):
         if TRANSPOSE:
             ptrs = w_ptr + ((g * H + k)[None, :] * H + unit[:, None])
         else:
             ptrs = w_ptr + ((g * H + unit)[:, None] * H + k[None, :])
-        w = w + (round_operand(tl.load(ptrs, mask=inside, other=0.0)),)
+        w = w + (round_operand(tl.load(ptrs, mask=inside, other=zero)),)
     return w
 
 

@@ -35,11 +35,13 @@ from .mma import (
     units,
     widened,
     zero_acc,
+    zero_where,
 )
 from .problem import Plan, Tiles
 from .rows import Rows
 from .steps import (
     Part,
+    arrived,
     load_ends,
     load_gx,
     load_left,
@@ -56,15 +58,15 @@ from .tensors import Grads, Layers
 from .tiles import (
     INITIAL,
     PREVIOUS,
+    SKIPPED,
+    ZERO,
     add_to,
     choose,
     entering_state,
-    gradient_before,
     is_stored,
     leaving_state,
     visible,
     where,
-    zero_where,
 )
 
 #: Steps in one turn of the loop over time.
@@ -106,12 +108,16 @@ def _forward_step(
     result = leaving_state(layers, state, entering, origins)
     if layers.origins is not None:  # behind the last step no sequence begins
         origins_next = tl.where(step + 1 < program.T, origins_next, PREVIOUS)
-    state = entering_state(layers, result, origins_next)
+    if layers.origins is not None:
+        state = zero_where(origins_next == ZERO, result)
+    else:
+        state = result
     share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
-    gx_later = load_gx(layers, program, step + 2, places[2], CELL, TILE)
-    later = (places[1], places[2], place_of(layers, program, step + 3))
+    after_next = arrived(places[2])
+    gx_later = load_gx(layers, program, step + 2, after_next, CELL, TILE)
+    later = (places[1], after_next, place_of(layers, program, step + 3))
     store_h(layers, program, step, places[0], result, TILE)
     store_saved(layers, program, step, places[0], result, saved, CELL, TILE)
     return state, gx_later, later
@@ -126,7 +132,8 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (
-        place_of(layers, program, 0), place_of(layers, program, 1), place_of(layers, program, 2)
+        arrived(place_of(layers, program, 0)), arrived(place_of(layers, program, 1)),
+        place_of(layers, program, 2),
     )  # fmt: skip
     gx = load_gx(layers, program, 0, places[0], CELL, TILE)
     gx_odd = load_gx(layers, program, 1, places[1], CELL, TILE)
@@ -167,9 +174,10 @@ def _backward_step(
         widened(left_before),
         origins_at(program, places[0]),
     )
+    last = arrived(places[3])
     if not TILE.is_full:
-        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
-    later = (places[1], places[2], places[3], place_of(layers, program, step - 4))
+        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
+    later = (places[1], places[2], last, place_of(layers, program, step - 4))
     entered = left_before
     if layers.origins is not None:
         first = zero_where(origins != INITIAL, initial)
@@ -197,9 +205,11 @@ def _backward_step(
             terms = terms + (term,)
         du = to_tile(sum_of(terms), TILE)
     d_state = add_to(d_state, 0, du)
-    d_state = gradient_before(layers, d_state, d_leaving, origins)
+    if layers.origins is not None:
+        d_state = where(origins == SKIPPED, d_leaving, d_state)
+        d_state = zero_where(origins == ZERO, d_state)
     if TILE.is_full:  # of registers, so that they are taken later
-        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
     return d_state, left_before, now, later
 
 
@@ -212,8 +222,8 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     even, odd = shared_tiles(G, G, dtype, TILE), shared_tiles(G, G, dtype, TILE)
 
     places = (
-        place_of(layers, program, T - 1), place_of(layers, program, T - 2),
-        place_of(layers, program, T - 3), place_of(layers, program, T - 4),
+        arrived(place_of(layers, program, T - 1)), arrived(place_of(layers, program, T - 2)),
+        arrived(place_of(layers, program, T - 3)), place_of(layers, program, T - 4),
     )  # fmt: skip
     fixed = (w, widened(load_ends(layers.h_0, layers.c_0, program, TILE)))
     d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))

@@ -64,6 +64,8 @@ def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) 
     name = code.partition(".")[0]
     if name == "cvt":
         return round_to_tf32(x)
+    if name == "and":
+        return tl.where(args[1] == 0, 0.0, x)
     return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value, "bar": lambda value: value}[name](x)
 
 
