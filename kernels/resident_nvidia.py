@@ -58,11 +58,9 @@ from .tensors import Grads, Layers
 from .tiles import (
     INITIAL,
     PREVIOUS,
-    SKIPPED,
     ZERO,
     add_to,
     choose,
-    entering_state,
     is_stored,
     leaving_state,
     visible,
@@ -81,6 +79,12 @@ def _program(layers, T, B, R, TILE: tl.constexpr):
     offs_b = first_b + sequences(TILE)
     last = tl.minimum(offs_b, B - 1)
     return Part(d, d, layers.out[0], T, B, R, first_b, last, offs_b < B, units(TILE))
+
+
+@gluon.jit
+def _entering(layers, state, origins):
+    """``tiles.entering_state``, or backward the gradient behind it."""
+    return zero_where(origins == ZERO, state) if layers.origins is not None else state
 
 
 @gluon.jit
@@ -108,10 +112,7 @@ def _forward_step(
     result = leaving_state(layers, state, entering, origins)
     if layers.origins is not None:  # behind the last step no sequence begins
         origins_next = tl.where(step + 1 < program.T, origins_next, PREVIOUS)
-    if layers.origins is not None:
-        state = zero_where(origins_next == ZERO, result)
-    else:
-        state = result
+    state = _entering(layers, result, origins_next)
     share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
@@ -138,7 +139,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     gx = load_gx(layers, program, 0, places[0], CELL, TILE)
     gx_odd = load_gx(layers, program, 1, places[1], CELL, TILE)
     state = widened(load_ends(layers.h_0, layers.c_0, program, TILE))
-    state = entering_state(layers, state, origins_at(program, places[0]))
+    state = _entering(layers, state, origins_at(program, places[0]))
     share(even, state[0])
     for pair in range(T // 2):
         step = 2 * pair
@@ -180,7 +181,7 @@ def _backward_step(
     later = (places[1], places[2], last, place_of(layers, program, step - 4))
     entered = left_before
     if layers.origins is not None:
-        first = zero_where(origins != INITIAL, initial)
+        first = zero_where(origins != INITIAL, widened(initial))
         entered = where(origins == PREVIOUS, left_before, first)
     if grads.out is not None:
         d_state = add_to(d_state, 0, widened(d_out)[0])
@@ -205,9 +206,7 @@ def _backward_step(
             terms = terms + (term,)
         du = to_tile(sum_of(terms), TILE)
     d_state = add_to(d_state, 0, du)
-    if layers.origins is not None:
-        d_state = where(origins == SKIPPED, d_leaving, d_state)
-        d_state = zero_where(origins == ZERO, d_state)
+    d_state = _entering(layers, leaving_state(layers, d_state, d_leaving, origins), origins)
     if TILE.is_full:  # of registers, so that they are taken later
         now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
     return d_state, left_before, now, later
@@ -225,7 +224,7 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
         arrived(place_of(layers, program, T - 1)), arrived(place_of(layers, program, T - 2)),
         arrived(place_of(layers, program, T - 3)), place_of(layers, program, T - 4),
     )  # fmt: skip
-    fixed = (w, widened(load_ends(layers.h_0, layers.c_0, program, TILE)))
+    fixed = (w, load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))
     left = widened(load_left(layers, program, T - 1, places[0], TILE))
     now = load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)

@@ -56,22 +56,21 @@ def _pointers(base, program, cols, W):
 
 @triton.jit
 def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr, ZERO: tl.constexpr = True):
-    """N tiles from rows of W values; zero beyond H and where a mask is not.
+    """N tiles from rows of W values; zero where a mask is not.
 
-    Without ZERO, units beyond H are the first ones again and rows that are masked hold anything,
-    which takes fewer instructions.
+    Beyond H they are zero, or without ZERO those of the first units again, which takes fewer
+    instructions.
     """
     H: tl.constexpr = TILE.H
     ptrs = _pointers(base, program, program.cols if ZERO else program.cols % H, W)
     tiles = ()
     for n in tl.static_range(N):
-        if not ZERO:
-            tile = tl.load(ptrs + n * H, mask=masks[0][:, None] if len(masks) > 0 else None)
-        elif len(masks) > 0:
-            inside = masks[0][:, None] & (program.cols < H)[None, :]
+        if ZERO and H % TILE.block_h > 0:
+            inside = (program.cols < H)[None, :]
+            inside = masks[0][:, None] & inside if len(masks) > 0 else inside
             tile = tl.load(ptrs + n * H, mask=inside, other=0.0)
-        elif H % TILE.block_h > 0:
-            tile = tl.load(ptrs + n * H, mask=(program.cols < H)[None, :], other=0.0)
+        elif len(masks) > 0:
+            tile = tl.load(ptrs + n * H, mask=masks[0][:, None], other=0.0)
         else:
             tile = tl.load(ptrs + n * H)
         tiles = tiles + (tile,)

@@ -14,7 +14,8 @@ from fusedrnn.kernels.sass import Instruction
 NAMES = ("resident_nvidia", "resident", "cooperative")
 PARTS = [("sm_90", name) for name in (*NAMES, "stepwise")]
 PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident_nvidia", NAMES[-1])]
-PARTS += [("sm_86", "resident_nvidia"), ("sm_89", "cooperative"), ("sm_120", "cooperative")]
+PARTS += [(chip, "resident_nvidia") for chip in ("sm_86", "sm_89", "sm_120")]
+PARTS += [(chip, "cooperative") for chip in ("sm_89", "sm_120")]
 
 
 @pytest.mark.parametrize(("chip", "schedule"), PARTS)
