@@ -46,7 +46,7 @@ format: $(READY)  ## repair what ruff can repair
 	$(PY) -m ruff check --fix
 	$(PY) -m ruff format
 
-lesson: $(READY)  ## run an experiment of a course (NAME=gates; without NAME: list them)
+lesson: $(READY)  ## run an experiment of a course (NAME=sine; without NAME: list them)
 	$(PY) -m bench lesson $(NAME) $(ARGS)
 
 predict: $(READY)  ## compile the kernels for absent GPUs and predict their steps (ARGS="--again cooperative")

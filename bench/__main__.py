@@ -14,33 +14,55 @@ import torch
 
 from . import UserError
 
-#: Options of several commands, whose modules list those that they take.
-SHARED: dict[str, dict[str, Any]] = {
-    "device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "default: auto"},
-    "imdb": {"metavar": "PATH", "help": "Keras' imdb.npz; also FUSEDRNN_IMDB"},
-    "download": {"action": "store_true", "help": "fetch imdb.npz (17 MB) if there is none"},
-    "out": {"type": Path, "metavar": "DIR", "help": "of the results; default bench/results/local"},
-    "seed": {"type": int, "default": 0, "help": "of weights, data and dropout"},
-    "quick": {"action": "store_true", "help": "tiny sizes: tests the program, measures nothing"},
-    "minutes": {"type": float, "default": math.inf, "help": "begin no case after this time"},
-    "resume": {"action": "store_true", "help": "continue the folder of --out"},
+#: Of every argument, where a command has it.
+ARGUMENTS: dict[str, dict[str, Any]] = {
+    "names": {"nargs": "?", "metavar": "NAMES", "help": "of cases or groups, with commas"},
+    "lesson": {"nargs": "?", "metavar": "NAME", "help": "without it, the list"},
+    "rung": {"nargs": "?", "choices": [*"12345", "scan"], "help": "without it, the table"},
+    "folder": {"type": Path, "metavar": "FOLDER", "help": "with a results.csv in it"},
+    "files": {"nargs": "+", "type": Path, "metavar": "CSV", "help": "older ones, then new"},
+    "--device": {"choices": ("auto", "cpu", "cuda"), "default": "auto", "help": "default: auto"},
+    "--imdb": {"metavar": "PATH", "help": "Keras' imdb.npz; also FUSEDRNN_IMDB"},
+    "--download": {"action": "store_true", "help": "fetch imdb.npz (17 MB) if there is none"},
+    "--out": {"type": Path, "metavar": "DIR", "help": "of the results; default in bench/results"},
+    "--seed": {"type": int, "default": 0, "help": "of weights, data and dropout"},
+    "--quick": {"action": "store_true", "help": "tiny sizes: tests the program, measures nothing"},
+    "--minutes": {"type": float, "default": math.inf, "help": "begin no case after; of gpu, 9"},
+    "--resume": {"action": "store_true", "help": "continue the folder of --out"},
+    "--only": {"metavar": "NAMES", "help": "only these cases or steps, with commas"},
+    "--providers": {"metavar": "NAMES", "help": "these beside torch.nn; default: all"},
+    "--cells": {"metavar": "NAMES", "help": "default: lstm,gru,rnn"},
+    "--gate-only": {"action": "store_true", "help": "compare results, measure no time"},
+    "--dry-run": {"action": "store_true", "help": "print the steps; needs no GPU"},
+    "--figure": {"type": Path, "metavar": "FILE", "help": "the picture, .png or .svg"},
+    "--write": {"action": "store_true", "help": "put table and figure into docs/"},
+    "--plot": {"action": "store_true", "help": "also draw speed.png and losses.png"},
+    "--tolerance": {"type": float, "default": 1.1, "help": "factor; default 1.1"},
+    "--gpu": {"metavar": "NAME", "help": "only this model, as torch names it"},
+    "--processes": {"type": int, "default": 2, "metavar": "N", "help": "default 2"},
+    "--cell": {"choices": ("lstm", "gru", "rnn"), "default": "lstm", "help": "default lstm"},
 }
-#: Of each command the module, which is imported when it is called, the function, and the help.
+DATA = "--imdb --download --out --seed --quick"
+CPU = f"{DATA} --minutes --resume"
+RUN = f"--device {CPU}"
+CASES = f"names --providers --cells --gate-only {RUN}"
+#: Of each command its function, whose module is imported for it alone, its arguments, and help.
 COMMANDS = {
-    "demo": ("run.demo", "results, speed and training on reviews and series; the default"),
-    "imdb": ("run.demo", "the part of the demo on reviews"),
-    "sine": ("run.demo", "the part of the demo on a sine and a price"),
-    "cpu": ("cpu.run", "all workloads on the CPU, in new processes (8 minutes)"),
-    "host": ("host.run", "the host's time from call to launch, and cells; needs no GPU"),
-    "ragged": ("run.ragged", "different lengths: padded, packed, with lengths"),
-    "cases": ("peers.run", "all implementations on named cases; without names, their list"),
-    "gpu": ("gpu.run", "on a CUDA machine: gate, times, tests"),
-    "lesson": ("lessons.command.run", "an experiment of a course; without a name, the list"),
-    "compare": ("compare.run", "what became slower, wrong or larger between CSV files"),
-    "report": ("pictures.run", "the table of a results folder; --plot draws it"),
-    "references": ("references.run", "times of the named cases that others have published"),
-    "distributed": ("distributed.run", "DDP and fully_shard beside one process"),
-}
+    "demo": ("commands.demo", RUN, "results, speed and training; the default"),
+    "imdb": ("commands.demo", RUN, "the part of the demo on reviews"),
+    "sine": ("commands.demo", RUN, "the part of the demo on a sine and a price"),
+    "cpu": ("commands.cpu", f"--only {CPU}", "all workloads on the CPU, in new processes"),
+    "host": ("host.run", "", "the host's time from call to launch, and of cells; needs no GPU"),
+    "ragged": ("commands.ragged", RUN, "different lengths: padded, packed, with lengths"),
+    "cases": ("commands.cases", CASES, "all implementations on named cases, or the list of cases"),
+    "gpu": ("gpu.run", "--minutes --only --out --dry-run", "on a CUDA machine: gate, times, tests"),
+    "ladder": ("ladder.run", f"rung --write {RUN}", "the kernels side by side, or one alone"),
+    "lesson": ("lessons.command.run", f"lesson --figure {DATA}", "an experiment of a course"),
+    "compare": ("compare.run", "files --tolerance", "what became slower, wrong or larger"),
+    "report": ("pictures.run", "folder --plot", "the table of a results folder"),
+    "references": ("references.run", "names --gpu", "times of the cases that others published"),
+    "distributed": ("distributed.run", "--processes --cell", "DDP and fully_shard"),
+}  # fmt: skip
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,16 +98,13 @@ def _parser(command: str) -> argparse.ArgumentParser:
     commands = parser.add_subparsers(
         title="commands", metavar="", dest="command", prog="python -m bench"
     )
-    for name, (place, words) in COMMANDS.items():
+    for name, (place, arguments, words) in COMMANDS.items():
         sub = commands.add_parser(name, help=words, description=words)
         if name == command:
-            path, _, function = place.rpartition(".")
-            module = import_module(f".{path}", __package__)
-            if hasattr(module, "add_arguments"):
-                module.add_arguments(sub)
-            for option in getattr(module, "OPTIONS", ()):
-                sub.add_argument(f"--{option}", **SHARED[option])
-            sub.set_defaults(run=getattr(module, function))
+            for argument in arguments.split():
+                sub.add_argument(argument, **ARGUMENTS[argument])
+            module, _, function = place.rpartition(".")
+            sub.set_defaults(run=getattr(import_module(f".{module}", __package__), function))
     return parser
 
 

@@ -93,11 +93,9 @@ PUBLISHED = (
 def sweep() -> Iterator[Workload]:
     """Yields sizes, batches, dtypes, lengths and kinds; the usual ones first."""
     kinds: dict[str, dict] = {
-        "": {},
-        "-packed": {"ragged": True},
-        "-bidirectional": {"bidirectional": True},
-    }
-    kinds["-stacked"] = {"layers": 2}
+        "": {}, "-packed": {"ragged": True}, "-bidirectional": {"bidirectional": True},
+        "-stacked": {"layers": 2},
+    }  # fmt: skip
     sizes = (64, 256, 1024, 128, 512, 32, 16, 192, 384, 768, 2048)
     dtypes = {"fp16": "float16", "fp32": "float32", "bf16": "bfloat16"}
     lengths, batches = (512, 64, 1024, 256, 4096), (16, 64, 1, 128, 256)

@@ -1,8 +1,7 @@
 """``python -m bench compare OLD.csv ... NEW.csv``: cases that became slower, wrong or larger.
 
 Ratios to torch.nn are compared, because the times of two runs depend on the load. A case is slower
-where the spread of its new ratio lies below the spreads of all old ones by more than the tolerance.
-One old file does not show how far a ratio moves between runs of the same code, so give several.
+where the spread of its new ratio lies below those of all old ones by more than the tolerance.
 """
 
 import argparse
@@ -15,11 +14,6 @@ KEYS = ["case", "cell", "pass", "provider"]
 NEEDED = [*KEYS, "gate", "x", "x_low", "x_high"]
 #: Bytes are counted and not timed, so little more is already a change.
 LARGER = 1.01
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("files", nargs="+", type=Path, metavar="CSV", help="older ones, then new")
-    parser.add_argument("--tolerance", type=float, default=1.1, help="factor; default 1.1")
 
 
 def run(options: argparse.Namespace) -> int:

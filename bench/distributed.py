@@ -1,8 +1,7 @@
 """``python -m bench distributed``: trains in several processes and compares with one process.
 
-The model is trained by DistributedDataParallel and by ``fully_shard``, with NCCL and one GPU for
-each process where there are enough GPUs, else with gloo on the CPU. Every process takes its rows of
-the same batches in fp64, so the losses must be those of a single process.
+The model is trained by DistributedDataParallel and by ``fully_shard``, on GPUs if there are enough.
+Every process takes its rows of the same batches in fp64, so the losses must be the same.
 """
 
 import argparse
@@ -41,12 +40,6 @@ class Sentiment(nn.Module):
         return self.fc(torch.cat((h_n[-2], h_n[-1]), -1)).squeeze(-1)
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--processes", type=int, default=2, metavar="N", help="default 2")
-    add("--cell", choices=("lstm", "gru", "rnn"), default="lstm", help="default lstm")
-
-
 def run(options: argparse.Namespace) -> int:
     """Prints the losses of each way to train; returns 1 if they differ."""
     world = options.processes
@@ -82,9 +75,7 @@ def _process(rank: int, world: int, folder: str, strategy: str, cell: str) -> No
     if rank == 0:
         Path(folder, "losses.json").write_text(json.dumps(found))
     dist.destroy_process_group()
-    # torch keeps the mesh of fully_shard and with it threads of gloo, which can abort a process
-    # that frees tensors while the interpreter ends.
-    os._exit(0)
+    os._exit(0)  # threads of gloo can abort a process that frees tensors while Python ends
 
 
 def losses(cell: str, strategy: str = "", device: torch.device | None = None) -> list:

@@ -4,8 +4,6 @@ All providers get the same weights, input, initial states and cotangents. Every 
 and gradient must be within the error budget of ``fusedrnn.testing``, against torch.nn in fp64.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -17,8 +15,8 @@ from fusedrnn.testing import error_budget, run_module
 from .measure import BenchmarkCase
 from .providers import PROVIDERS, TORCH
 
-#: Unit roundoff where fp32 is multiplied with 10 bits of fraction.
-EPS = {"tf32": 2**-11}
+#: The unit roundoff of fp32 where it is multiplied with 10 bits of fraction.
+TF32_EPS = 2**-11
 
 
 class Verdict(NamedTuple):
@@ -28,18 +26,6 @@ class Verdict(NamedTuple):
     share: float  # the largest error divided by what is allowed
     error: float  # the largest absolute error of output and final states
     failures: list[str]
-
-
-@contextmanager
-def cudnn_in(precision: str) -> Iterator[None]:
-    """Makes torch.nn multiply fp32 in a precision, on CUDA; ``""`` changes nothing."""
-    rnns: Any = torch.backends.cudnn.rnn
-    before = rnns.fp32_precision
-    rnns.fp32_precision = {"": before, "tf32": "tf32"}.get(precision, "ieee")
-    try:
-        yield
-    finally:
-        rnns.fp32_precision = before
 
 
 class _Padded(nn.Module):
@@ -72,21 +58,17 @@ class Gate:
         tensors = [torch.randn(shape, generator=generator).to(case.x) for shape in shapes]
         self.hx, self.cotangents = tensors[: len(states)], tensors[len(states) :]
         self.truth = self._run(TORCH, torch.float64)
-        self.references: dict[str, dict[str, Tensor]] = {}
+        self.reference = self._run(TORCH, self.case.x.dtype)
+        self.eps = TF32_EPS if self.case.precision() == "tf32" else None
 
-    def judge(self, provider: str, precision: str = "", backward: bool = True) -> Verdict:
+    def judge(self, provider: str, backward: bool = True) -> Verdict:
         """Compares all that a provider returns.
 
-        ``precision`` says how it multiplies fp32 on CUDA. Without ``backward`` outputs and final
-        states are compared, in evaluation mode.
+        Without ``backward`` outputs and final states are compared, in evaluation mode.
         """
-        dtype = self.case.x.dtype
-        got = self._run(provider, dtype, backward and not PROVIDERS[provider].step)
-        if precision not in self.references:
-            with cudnn_in(precision):
-                self.references[precision] = self._run(TORCH, dtype)
-        reference, eps = self.references[precision], EPS.get(precision)
-        budgets = [error_budget(n, got[n], reference[n], self.truth[n], eps=eps) for n in got]
+        got = self._run(provider, self.case.x.dtype, backward and not PROVIDERS[provider].step)
+        reference, truth, eps = self.reference, self.truth, self.eps
+        budgets = [error_budget(n, got[n], reference[n], truth[n], eps=eps) for n in got]
         shares = [(b.max_err, b.allowed) for b in budgets] + [
             (b.rms, b.rms_allowed) for b in budgets
         ]

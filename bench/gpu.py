@@ -11,6 +11,7 @@ import os
 import re
 import shlex
 import signal
+import statistics
 import subprocess
 import sys
 import time
@@ -84,14 +85,6 @@ def steps() -> list[Step]:
     return found
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add("--minutes", type=float, default=9.0, help="of the whole run; default 9")
-    add("--only", metavar="STEPS", help=f"with commas: {', '.join(s.name for s in steps())}")
-    add("--out", type=Path, metavar="DIR", help="default: bench/results/GPU-DATE")
-    add("--dry-run", action="store_true", help="print the steps; needs no GPU")
-
-
 def run(options: argparse.Namespace) -> int:
     """Runs the steps; returns 0, or 1 where a step failed."""
     chosen = steps()
@@ -113,7 +106,7 @@ def run(options: argparse.Namespace) -> int:
     folder = folder.resolve()
     signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))
     try:
-        run_steps(chosen, folder, 60 * min(options.minutes, 1440))
+        run_steps(chosen, folder, 60 * (9.0 if math.isinf(options.minutes) else options.minutes))
     finally:
         print(summary(folder))
     # nvidia-smi or compute-sanitizer may be missing.
@@ -201,6 +194,6 @@ def summary(folder: Path) -> str:
             elif row["x"] and row["provider"] == "fusedrnn":
                 gains.setdefault(f"{row['pass']} {row['cell']}", []).append(float(row["x"]))
     for name, values in gains.items():
-        mean, count = math.exp(sum(map(math.log, values)) / len(values)), len(values)
-        lines.append(f"{name}: {mean:.2f} times torch.nn's speed in {count} cases")
+        speed = f"{statistics.geometric_mean(values):.2f} times torch.nn's speed"
+        lines.append(f"{name}: {speed} in {len(values)} cases")
     return "\n".join(lines)

@@ -18,7 +18,7 @@ import fusedrnn
 from .cases import Workload
 from .data import Corpus
 from .models import Model, examples_of
-from .providers import PROVIDERS, TORCH, Adapter, build
+from .providers import PROVIDERS, TORCH, Adapter, build, rnn_fp32
 
 PASSES = ("forward", "training")
 #: Steps that the gate compares in cases that are only timed: kernels do not depend on T.
@@ -86,6 +86,10 @@ class BenchmarkCase(NamedTuple):
             return self
         lengths = None if self.lengths is None else self.lengths.clamp(max=_GATED_STEPS)
         return self._replace(x=self.x[:, :_GATED_STEPS], lengths=lengths)
+
+    def precision(self) -> str:
+        """Returns how fp32 is multiplied on CUDA, where torch.nn takes tf32 by default."""
+        return rnn_fp32() if self.x.is_cuda and self.x.dtype == torch.float32 else ""
 
     def rnn(self, provider: str, dtype: torch.dtype | None = None, **options: Any) -> Any:
         rnn = build(provider, self.cell, self.workload, **options)
@@ -169,10 +173,7 @@ class BenchmarkCase(NamedTuple):
 
 
 def interleaved(calls: dict[str, Callable], settings: Settings) -> dict[str, Times]:
-    """Times all calls once a round, beginning with another one each round.
-
-    The keys are names of providers. The others are compared with the first.
-    """
+    """Times all calls once a round, beginning with another one, and compares with the first."""
     names, samples = list(calls), {name: list[float]() for name in calls}
     slice = min(0.02, settings.seconds / settings.least_rounds)  # of a call in a round
     deadline, rounds = time.perf_counter() + settings.seconds, 0

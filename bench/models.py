@@ -1,5 +1,6 @@
-"""The models of the workloads around an RNN, and their examples."""
+"""The models of the workloads around an RNN, their examples, and short trainings."""
 
+from collections.abc import Iterator
 from typing import NamedTuple
 
 import torch
@@ -51,8 +52,7 @@ class Model(nn.Module):
 def remember(rnn: nn.RNNBase) -> None:
     """Adds 3 to the bias of the LSTM's forget gate or the GRU's update gate.
 
-    The memory then lasts some twenty steps. Without it the gradient vanishes over 100 words, and
-    training begins on a plateau where rounding decides the direction of Adam's steps.
+    The memory then lasts some twenty steps; without it the gradient vanishes over 100 words.
     """
     for name, parameter in rnn.named_parameters():
         if name.startswith("bias_hh") and rnn.mode in ("LSTM", "GRU"):
@@ -95,3 +95,58 @@ def examples_of(workload: Workload, corpus: Corpus | None, seed: int) -> Example
         parts.append((ids[rows], lengths[rows], reviews.labels[rows].float()))
     inputs, lengths, targets = (torch.cat(pair) for pair in zip(*parts, strict=True))
     return Examples(inputs, lengths, targets, known=len(parts[0][0]))
+
+
+class Training(NamedTuple):
+    """The loss of every step, and the metric on the test part after the last."""
+
+    losses: list[float]
+    metric: float  # accuracy of reviews, root mean square error of forecasts
+
+    @property
+    def final_loss(self) -> float:
+        """The mean over the last tenth of the steps, because single batches scatter."""
+        last = self.losses[-max(1, len(self.losses) // 10) :]
+        return sum(last) / len(last)
+
+
+def train(model: Model, workload: Workload, examples: Examples, steps: int, seed: int) -> Training:
+    """Trains with Adam on the model's device, and tests."""
+    torch.manual_seed(seed)  # of dropout
+    classifies, device = workload.vocabulary > 0, model.fc.weight.device
+    criterion = nn.BCEWithLogitsLoss() if classifies else nn.MSELoss()
+    optimiser = torch.optim.Adam(model.parameters(), lr=workload.learning_rate)
+    losses = []
+    model.train()
+    for _, rows in zip(range(steps), _batches(examples.known, workload.B, seed), strict=False):
+        batch = examples.batch(rows, device)
+        optimiser.zero_grad()
+        loss = criterion(model(batch), batch.targets)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimiser.step()
+        losses.append(loss.detach())  # .item() would synchronise with the GPU
+    values, targets = predict(model, examples)
+    if classifies:
+        metric = ((values > 0) == (targets > 0.5)).double().mean()
+    else:
+        metric = (values - targets).square().mean().sqrt()
+    return Training(torch.stack(losses).tolist(), metric.item())
+
+
+def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
+    """Yields shuffled full batches without end."""
+    generator = torch.Generator().manual_seed(seed)
+    while True:
+        order = torch.randperm(count, generator=generator)
+        yield from order.split(size)[: max(1, count // size)]
+
+
+@torch.no_grad()
+def predict(model: Model, examples: Examples) -> tuple[Tensor, Tensor]:
+    """Returns the logits or forecasts ``[N]`` for the test part, in its order, and the targets."""
+    model.eval()
+    rows, device = torch.arange(examples.known, len(examples.targets)), model.fc.weight.device
+    batches = [examples.batch(part, device) for part in rows.split(256)]
+    values = torch.cat([model(batch) for batch in batches])
+    return values, torch.cat([batch.targets for batch in batches])

@@ -11,11 +11,6 @@ from .providers import TORCH
 COLUMNS = 4
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("folder", type=Path, metavar="FOLDER", help="with a results.csv in it")
-    parser.add_argument("--plot", action="store_true", help="also draw speed.png and losses.png")
-
-
 def run(options: argparse.Namespace) -> int:
     """Prints torch.nn's time divided by each provider's, for every case, cell and pass."""
     try:
@@ -45,47 +40,39 @@ def draw(folder: Path) -> list[Path]:
     """Writes speed.png and, where something was trained, losses.png; returns the files."""
     import pandas
 
-    drawn = []
-    for name, picture, value, keys, paint in (
-        ("results.csv", "speed.png", "ms", ["case", "cell", "pass"], _bars),
-        ("losses.csv", "losses.png", "loss", ["case", "cell"], _curves),
-    ):
-        if name == "results.csv" or (folder / name).exists():
-            table = pandas.read_csv(folder / name).dropna(subset=[value])
-            if len(table):
-                drawn.append(folder / picture)
-                _panels(table, keys, paint).savefig(drawn[-1], dpi=110)
+    rows = pandas.read_csv(folder / "results.csv").dropna(subset=["ms"])
+    drawn = [_panels(rows, ["case", "cell", "pass"], _bars, folder / "speed.png")]
+    losses = folder / "losses.csv"
+    if losses.exists() and len(curves := pandas.read_csv(losses)):
+        drawn.append(_panels(curves, ["case", "cell"], _curves, folder / "losses.png"))
     return drawn
 
 
-def _panels(table, keys: list[str], paint: Callable[..., None]):
-    """Returns a figure with a panel for each group of rows, in lines of four."""
+def _bars(group, axis) -> None:
+    """Draws the median ms of each provider, and lines from the 20th to the 80th percentile."""
+    spread = [(group["ms"] - group["p20"]).clip(0), (group["p80"] - group["ms"]).clip(0)]
+    group.plot.barh("provider", "ms", xerr=spread, ax=axis, legend=False, ylabel="")
+
+
+def _curves(group, axis) -> None:
+    """Draws the loss by step. The curves lie on each other, so they are dashed in turn."""
+    wide = group.pivot(index="step", columns="provider", values="loss")
+    wide.plot(ax=axis, style=["-", "--", ":"] * len(wide.columns), xlabel="").legend(fontsize=6)
+
+
+def _panels(table, keys: list[str], paint: Callable[..., None], path: Path) -> Path:
+    """Writes a picture with a panel for each group of rows, in lines of four."""
     from matplotlib.figure import Figure
 
-    palette = {name: f"C{n}" for n, name in enumerate(table["provider"].unique())}
     groups = list(table.groupby(keys, sort=False))
     height = -(-len(groups) // COLUMNS)
     figure = Figure(figsize=(13, 0.5 + 2.3 * height), layout="constrained")
     axes = figure.subplots(height, COLUMNS, squeeze=False).flat
     for (title, group), axis in zip(groups, axes, strict=False):
+        paint(group, axis)
         axis.set_title(" ".join(title), fontsize=8)
         axis.tick_params(labelsize=7)
-        paint(axis, group, palette)
     for axis in axes:  # those that are left
         axis.set_axis_off()
-    return figure
-
-
-def _bars(axis, group, palette: dict[str, str]) -> None:
-    """Draws the median ms of each provider, and lines from the 20th to the 80th percentile."""
-    spread = [(group["ms"] - group["p20"]).clip(0), (group["p80"] - group["ms"]).clip(0)]
-    axis.barh(group["provider"], group["ms"], xerr=spread, color=group["provider"].map(palette))
-    axis.set_xlabel("ms", fontsize=7)
-    axis.invert_yaxis()
-
-
-def _curves(axis, group, palette: dict[str, str]) -> None:
-    """Draws the loss by step. The curves lie on each other, so each is thinner than the last."""
-    for n, (provider, curve) in enumerate(group.groupby("provider", sort=False)):
-        axis.plot("step", "loss", data=curve, color=palette[provider], lw=3 / (n + 1))
-    axis.legend(list(group["provider"].unique()), fontsize=6)
+    figure.savefig(path, dpi=110)
+    return path

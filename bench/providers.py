@@ -173,10 +173,6 @@ def rnn_fp32() -> str:
     return "ieee" if rnns.fp32_precision == "ieee" else "tf32"
 
 
-def matmul_fp32() -> str:
-    return "tf32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
-
-
 @contextmanager
 def scheduled(name: str) -> Iterator[None]:
     """Runs every layer inside by one schedule of the triton backend, each in its own launch."""
@@ -195,7 +191,6 @@ class Provider(NamedTuple):
     context: Callable[[], AbstractContextManager] = nullcontext  # around every call
     package: str = ""  # if it may be absent
     devices: tuple[str, ...] = ("cpu", "cuda")
-    fp32: Callable[[], str] = rnn_fp32  # how it multiplies on CUDA
     layout: str = ""  # "padded" or "lengths", if it is not given packed sequences
     step: bool = False  # runs single steps forward only, by module.stream()
 
@@ -219,11 +214,11 @@ PROVIDERS = {
     "fusedrnn aten": _by(use_backend, "aten", "cpu", "cuda"),
     "fusedrnn triton": _by(use_backend, "triton"),
     **{f"fusedrnn {name}": _by(scheduled, name) for name in plan.SCHEDULES},
-    "eager loop": Provider(EagerLoop, fp32=matmul_fp32),
-    "compiled loop": Provider(CompiledLoop, fp32=matmul_fp32),
+    "eager loop": Provider(EagerLoop),
+    "compiled loop": Provider(CompiledLoop),
     # FlashRNN's LSTM has tf32 only; Haste's GRU lets cuBLAS round to fp16, which is as coarse.
-    "flashrnn": Provider(FlashRNN, package="flashrnn", devices=("cuda",), fp32=lambda: "tf32"),
-    "haste": Provider(Haste, package="haste_pytorch", devices=("cuda",), fp32=lambda: "tf32"),
+    "flashrnn": Provider(FlashRNN, package="flashrnn", devices=("cuda",)),
+    "haste": Provider(Haste, package="haste_pytorch", devices=("cuda",)),
     "torchrl": Provider(TorchRL, package="torchrl", devices=("cuda",)),
 }
 

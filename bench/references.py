@@ -15,15 +15,9 @@ DeepBench: cuDNN or MIOpen, the recurrence alone, without the input product."""
 
 
 def same_gpu(published: str, name: str) -> bool:
-    """Tells whether two names mean one GPU model, as ``V100`` and ``Tesla V100-SXM2-16GB``."""
-    return _model(published) == _model(name)
-
-
-def _model(name: str) -> set[str]:
-    """Returns the words of a GPU's name without its maker, socket and memory."""
-    words = re.findall(r"[a-z0-9]+", name.lower())
-    ignored = re.compile(r"nvidia|amd|tesla|geforce|instinct|sxm\d?|\d+gb|hbm\d\w?")
-    return {word for word in words if not ignored.fullmatch(word)}
+    """Tells whether torch's name of a GPU has all words of a published one, as of ``V100``."""
+    short, long = (set(re.findall(r"[a-z0-9]+", text.lower())) for text in (published, name))
+    return short <= long
 
 
 def lines(cases: Sequence[str] = (), gpu: str | None = None) -> Iterator[str]:
@@ -48,11 +42,7 @@ def _range(rows: Sequence[dict[str, str]], column: str) -> str:
     return " - ".join(f"{n:g}" for n in sorted({min(times), max(times)})) if times else "-"
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("cases", nargs="*", metavar="CASE", help="default: all of them")
-    parser.add_argument("--gpu", metavar="NAME", help="only this model, as torch names it")
-
-
 def run(options: argparse.Namespace) -> int:
-    print("\n".join((HEADER, *lines(options.cases, options.gpu))))
+    names = options.names.split(",") if options.names else ()
+    print("\n".join((HEADER, *lines(names, options.gpu))))
     return 0

@@ -18,7 +18,7 @@ import torch
 import fusedrnn
 
 from . import UserError
-from .providers import PROVIDERS, TORCH, matmul_fp32, rnn_fp32
+from .providers import PROVIDERS, TORCH, rnn_fp32
 
 #: Of results.csv: one line for each case, cell, pass and provider.
 COLUMNS = (
@@ -32,10 +32,9 @@ LOSSES = ("case", "cell", "provider", "step", "loss")
 MAIN = {"case": 19, "backend": 7, "error": 5, "forward": 16, "training": 16, "loss": 18}
 CASES = {"case": 27, "provider": 20, "error": 9, "forward": 16, "training": 16}
 LEGEND = """
-Beside torch.nn, from the same weights. error: the largest error of any output or gradient against
-fp64, as a part of what is allowed, or why there is none (results.csv has a note). forward,
-training: how many times as fast as torch.nn, and milliseconds; torch.nn gets a PackedSequence where
-lengths differ. loss: after the same training, and torch.nn's."""
+Beside torch.nn, from the same weights. error: the largest one against fp64, as a part of what is
+allowed, or why there is none (results.csv has a note). forward, training: how many times as fast as
+torch.nn, and milliseconds. loss: after the same training, and torch.nn's."""
 
 
 def environment(device: torch.device, data: str) -> dict[str, Any]:
@@ -55,7 +54,6 @@ def environment(device: torch.device, data: str) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
         "fp32": rnn_fp32() if cuda else "ieee",
-        "matmul_fp32": matmul_fp32() if cuda else "ieee",
         "peers": {p.package: installed.get(p.package) for p in PROVIDERS.values() if p.package},
         "commit": _commit(),
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
@@ -103,7 +101,8 @@ def lines(rows: dict, trainings: dict) -> Iterator[str]:
             row = rows.get((provider, mode), {})
             ms = row.get("ms", 0)
             time = f"{ms:{'.3g' if ms < 999 else '.0f'}} ms" if ms else "-"
-            cells[mode] = f"{row['x']:.2f}x, {time}" if row.get("x") else time
+            x = row.get("x") or 0
+            cells[mode] = f"{x:.{2 if x < 10 else 0}f}x, {time}" if x else time
         losses = [trainings[p].final_loss for p in (provider, TORCH) if p in trainings]
         cells["loss"] = ", ".join(f"{loss:.3g}" for loss in losses)
         yield _line(cells, widths)

@@ -10,15 +10,13 @@ from typing import Any
 import torch
 
 from . import DEFAULT_FOLDER, report
-from .cases import CELLS, EVERY_CELL, RAGGED, TRAINED, Workload, cut_down
+from .cases import EVERY_CELL, Workload, cut_down
 from .data import load
 from .gate import Gate
 from .measure import PASSES, BenchmarkCase, Settings, in_fresh_process, interleaved, on_cuda
-from .models import Model
-from .providers import PROVIDERS, TORCH, build, matmul_fp32
-from .train import Training, train
+from .models import Model, Training, train
+from .providers import PROVIDERS, TORCH, build
 
-OPTIONS = ("device", "imdb", "download", "out", "seed", "quick", "minutes", "resume")
 Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
 
 
@@ -29,8 +27,7 @@ def run(
 ) -> tuple[list[dict[str, Any]], int]:  # fmt: skip
     """Measures the providers of each workload, by every cell of ``cells`` that it has.
 
-    Torch.nn and fusedrnn are trained too if ``trains``. Each case is timed in some new
-    ``processes``, with 0 in this one; if ``gate_only`` it is not timed.
+    Each case is timed in some new ``processes``, with 0 in this one.
 
     Returns:
         The rows of all cases, and the exit code: 1 if a result was wrong or a provider failed.
@@ -71,13 +68,13 @@ def run(
     print(report.LEGEND)
     print(f"{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
     planned = {(workload.name, cell) for workload, _, cell in work}
-    on_disk = report.read(results.folder / "results.csv")  # also of the run that is continued
-    bad = [row for row in on_disk if row["gate"] in ("red", "failed")]
-    wrong = [row for row in bad if (row["case"], row["cell"]) in planned]
-    for row in wrong:
-        name = " ".join(row[key] for key in ("case", "cell", "provider", "pass"))
-        print(f"{name}: {row['gate']}, {row['note']}", file=sys.stderr)
-    return every, 1 if wrong else 0
+    code = 0
+    for row in report.read(results.folder / "results.csv"):  # also of the run that is continued
+        if row["gate"] in ("red", "failed") and (row["case"], row["cell"]) in planned:
+            name = " ".join(row[key] for key in ("case", "cell", "provider", "pass"))
+            print(f"{name}: {row['gate']}, {row['note']}", file=sys.stderr)
+            code = 1
+    return every, code
 
 
 @contextmanager
@@ -98,11 +95,10 @@ def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
     """Returns a row for each provider and pass; the note names the tensors that are wrong."""
     rows: Rows = {}
     gate, w = Gate(case), case.workload
-    fp32 = case.x.device.type == "cuda" and case.x.dtype == torch.float32
     common = {
         "case": w.name, "cell": case.cell, "dtype": w.dtype, "T": w.T, "B": w.B, "I": w.I, "H": w.H,
         "layers": w.layers, "directions": 1 + w.bidirectional,
-        "layout": "packed" if w.ragged else "padded",
+        "layout": "packed" if w.ragged else "padded", "precision": case.precision(),
     }  # fmt: skip
     for provider in providers:
         for mode in PASSES[: 1 if PROVIDERS[provider].step else 2]:
@@ -111,16 +107,13 @@ def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
                 told = case.explain(provider, mode)
                 row["backend"] = told.backend if told else ""
                 row["plan"] = "; ".join(told.layers).replace("\n", " ") if told else ""
-                loop = row["backend"] == "torch"
-                precision = (matmul_fp32 if loop else PROVIDERS[provider].fp32)() if fp32 else ""
-                row["precision"] = precision
                 if provider.startswith(TORCH):
                     row["gate"] = "reference"
                     continue
                 # The gate differentiates more than training does, so the backend is named.
                 by_name = f"fusedrnn {row['backend']}" if mode == "training" else provider
                 judged = by_name if provider == "fusedrnn" and by_name in PROVIDERS else provider
-                verdict = gate.judge(judged, precision, backward=mode == "training")
+                verdict = gate.judge(judged, backward=mode == "training")
                 row |= {"gate": "ok" if verdict.ok else "red", "share": verdict.share}
                 row |= {"error": verdict.error, "note": "; ".join(verdict.failures)}
     return rows
@@ -173,14 +166,3 @@ def trained(
         with PROVIDERS[provider].context():
             trainings[provider] = train(model, workload, case.examples, steps, settings.seed)
     return trainings
-
-
-def demo(options: argparse.Namespace) -> int:
-    """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
-    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if options.command in ("demo", w.group)]
-    return run(options, plan, CELLS, trains=True)[1]
-
-
-def ragged(options: argparse.Namespace) -> int:
-    """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
-    return run(options, [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))])[1]

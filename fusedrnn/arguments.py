@@ -194,8 +194,8 @@ def prepare(
         data = input if batched else input.unsqueeze(1)
         data = data.transpose(0, 1) if batched and layers.batch_first else data
         steps, batch = data.shape[:2]
-        given = {"lengths": lengths, "reset": reset}
-        sequences, ragged = Sequences(), tuple(name for name in given if given[name] is not None)
+        sequences = Sequences()
+        ragged = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
     states = () if hx is None else _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
     facts = _facts(cell, data, states, params, layers, (steps, batch, batched), ragged)
     if ragged and packing is None:
@@ -208,7 +208,7 @@ def prepare(
         sequences = Sequences(*of)
     if hx is None:
         rows = layers.num_layers * layers.directions, batch
-        zeros = {n: data.new_zeros((*rows, n), dtype=facts.dtype) for n in set(facts.columns)}
+        zeros = {n: data.new_zeros(*rows, n) for n in set(facts.columns)}
         states = tuple([zeros[n] for n in facts.columns])  # equal ones are one: nothing writes
     else:
         states = states if batched else tuple([s.unsqueeze(1) for s in states])
@@ -414,6 +414,8 @@ def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
 
 def _autocast_dtype(data: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast asks for on the input's device, or None."""
+    if not torch._C._is_any_autocast_enabled():
+        return None
     kind = data.device.type
     if kind == "meta" or not torch.is_autocast_enabled(kind):
         return None

@@ -24,10 +24,9 @@ from .grads import input_grad, weight_grads
 from .kernels import plan as planning
 from .kernels.problem import Chip, KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
-from .kernels.tensors import Grads, Layers, Weights
+from .kernels.tensors import Grads, Layers
 from .layout import entering, previous_rows, rows_by_sequence
 from .records import StackConfig
-from .reference import saved_gates
 
 #: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
 #: launches cost more.
@@ -251,7 +250,7 @@ def _segments(
             h_0=first[0],
             c_0=first[1],
             out=(layers.out[0][own],) * D,
-            gates=_gates(config.cell, x[own], layers, of_own, config.precision),
+            gates=_gates(config, x[own], layers, of_own),
             cs=None if layers.cs is None else layers.cs[:, own],
         )
         part_grads = grads._replace(
@@ -265,18 +264,28 @@ def _segments(
         grads = grads._replace(h_n=grads.h_0.clone(), c_n=c_n)
 
 
-def _gates(
-    cell: str, x: Tensor, layers: Layers, states: Sequence[Tensor], precision: str
-) -> Tensor:
-    """Returns the gates ``[D, r, S*H]`` of r rows from the states ``[D, r, H]`` that entered."""
-    h, c = states[0], states[1] if len(states) == 2 else [None] * len(states[0])
-    b_ih, b_hh = (b or [None] * len(h) for b in (layers.b_ih, layers.b_hh))
-    found = []
-    with gemm_precision(precision, x):
-        for d, w_ih in enumerate(layers.w_ih):
-            weights = Weights(w_ih, layers.w_hh[d], b_ih[d], b_hh[d])
-            found.append(saved_gates(cell, F.linear(x, w_ih, b_ih[d]), h[d], c[d], weights))
-    return torch.stack(found)
+def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tensor]) -> Tensor:
+    """Computes the gates ``[D, r, S*H]`` of r rows as those of one step of r sequences.
+
+    states: h, and c of a cell that has it, which entered the rows, ``[D, r, H]`` each.
+    """
+    D, r, H = states[0].shape
+    h_0, *c_0 = (state.contiguous() for state in states)
+    step = layers._replace(
+        h_0=h_0,
+        c_0=c_0[0] if c_0 else None,
+        h_n=torch.empty_like(h_0),
+        c_n=torch.empty_like(h_0) if c_0 else None,
+        out=(x.new_empty(r, D * H),) * D,
+        gates=x.new_empty(D, r, config.spec.saved * H),
+        cs=None,
+    )
+    plan = None
+    if not config.is_loop:
+        problem = planning.Problem(config.cell, H, r, D, x.dtype, config.precision, True)
+        plan = planning.stepwise(problem, planning.chip_of(x.device))
+    forward(config, plan, x, step, Rows(1, r))
+    return step.gates
 
 
 def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]:

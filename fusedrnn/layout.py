@@ -65,22 +65,23 @@ def to_grid(rows: Tensor, index: Tensor, T: int, B: int) -> Tensor:
     return grid.index_copy(0, index, rows).unflatten(0, (T, B))
 
 
-def with_table(sequences: Sequences, B: int, device: torch.device) -> Sequences:
-    """Returns the sequences with the table of packed input, which backward needs too."""
-    if sequences.batch_sizes is None or sequences.table is not None:
+def with_table(sequences: Sequences, input: Tensor, B: int, D: int) -> Sequences:
+    """Returns the sequences with the table of their rows, which backward needs too."""
+    lengths, reset, batch_sizes, table = sequences
+    if table is not None or (lengths is None and reset is None and batch_sizes is None):
         return sequences
-    return sequences._replace(table=packed_table(sequences.batch_sizes, B, device))
+    if batch_sizes is not None:
+        return sequences._replace(table=packed_table(batch_sizes, B, input.device))
+    table = origins_of(input.shape[0], B, D, input.device, lengths, reset)
+    return sequences._replace(table=table)
 
 
 def rows_of(input: Tensor, B: int, D: int, sequences: Sequences) -> Rows:
     """Returns the rows of a call with ``input [T, B, I]``, or packed ``[R, I]``."""
-    lengths, reset, batch_sizes, table = with_table(sequences, B, input.device)
-    if batch_sizes is not None:
-        return packed_rows(batch_sizes, D, input.device, reset, B, table)
-    T = input.shape[0]
-    if lengths is None and reset is None:
-        return Rows(T, B)
-    return Rows(T, B, origins_of(T, B, D, input.device, lengths, reset))
+    _, reset, batch_sizes, table = with_table(sequences, input, B, D)
+    if batch_sizes is not None and table is not None:
+        return packed_rows(batch_sizes, table, D, reset)
+    return Rows(input.shape[0], B, table)
 
 
 def previous_rows(rows: Rows, d: int, device: torch.device) -> Tensor:

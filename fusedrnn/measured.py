@@ -98,9 +98,10 @@ def _results(call: Call, run: _Run, backend: str) -> Sequence[Tensor]:
 
 
 def _milliseconds(call: Call, run: _Run, backend: str) -> float:
+    stream = torch.cuda.current_stream(call.input.device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-    start.record()
+    start.record(stream)
     _results(call, run, backend)
-    end.record()
+    end.record(stream)
     end.synchronize()
     return start.elapsed_time(end)

@@ -58,7 +58,8 @@ def rnn_stack(
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
         ``[L*D, B, H]`` each; and with ``keep_states`` c of every step, ``[L*D, T, B, H]``.
     """
-    sequences = with_table(sequences, inputs.h_0.shape[1], inputs.input.device)
+    if sequences.batch_sizes is not None or is_eager(inputs.input):
+        sequences = with_table(sequences, inputs.input, inputs.h_0.shape[1], config.directions)
     if vmap.has_tangents() or _has_projection(inputs, config):
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
     elif _needs_dispatcher(inputs.input):

@@ -15,7 +15,7 @@ class Sequences(NamedTuple):
     lengths: Tensor | None = None  # [B], integers, on any device
     reset: Tensor | None = None  # bool [T, B], with packed rows in their order
     batch_sizes: Tensor | None = None  # int64 [T] on the CPU, as in a PackedSequence
-    table: Tensor | None = None  # with these, ``packed_table`` on the input's device
+    table: Tensor | None = None  # ``packed_table``, or of others the origins of their rows
 
 
 class StackInputs(NamedTuple):

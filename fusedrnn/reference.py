@@ -67,11 +67,6 @@ _CELLS: dict[str, Callable] = {
 _GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 
 
-def saved_gates(cell: str, gx: Tensor, h: Tensor, c: State, w: Weights) -> Tensor:
-    """Returns the tiles ``[R, S*H]`` that a kernel saves, of many steps at once."""
-    return torch.cat(_CELLS[cell](gx, h, c, w)[2], -1)
-
-
 def gates_of(cell: str, gx: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
     """Returns the activated gates of many steps at once, by name.
 

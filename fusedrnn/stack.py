@@ -85,11 +85,14 @@ def forward(
     rows, below = rows_of(input, h_0.shape[1], D, sequences), config.hidden_layers if save else 0
     results = empty_outputs(inputs, config, save)
     hidden, last = _rows(results.hidden), results.output.view(-1, D * H)
-    outs = [hidden[n] if n < below else torch.empty_like(last) for n in range(L - 1)]
-    outs.append(hidden[-1] if below == L else last)
+    launches = launches_of(config, h_0, save, rows)
+    outs = [last] * L if hidden is None else [*hidden, last][:L]
+    if hidden is None and L > 1:  # two are enough if layers do not run together
+        rooms = [torch.empty_like(last) for _ in range(2 if len(launches) == L else L)]
+        outs = [rooms[n % len(rooms)] for n in range(L - 1)] + [last]
     masks = [mask.reshape(-1, D * H) for mask in masks]
     whole, x = _layers(inputs, results, outs, masks, config), input
-    for launch in launches_of(config, h_0, save, rows):
+    for launch in launches:
         layer.forward(config, launch.plan, x, _part(whole, launch, config), rows)
         end = launch.layers[-1]
         x = outs[end] * masks[end] if masks and end < L - 1 else outs[end]

@@ -53,7 +53,9 @@ def run(call: Call, wants_gates: bool) -> States:
     config = dispatch.decide(facts)[1]._replace(num_layers=1)
     x, h_0, c_0, params, masks = call.stack_inputs()
     D, L = config.directions, facts.layers.num_layers
-    sequences = with_table(call.sequences, h_0.shape[1], x.device)
+    sequences = call.sequences
+    if sequences.batch_sizes is not None:
+        sequences = with_table(sequences, x, h_0.shape[1], D)
     rows = rows_of(x, h_0.shape[1], D, sequences)
     each, finals, h, c, gates = len(params) // L, [], [], [], []
     for layer in range(L):

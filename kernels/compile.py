@@ -116,7 +116,7 @@ def compile_plan(
                 found[id(binary)] = Kernel(direction, tiles, grid, binary, steps)
 
         given = (layers,) if direction == "forward" else (layers, grads)
-        with _recording(module, chip, record):
+        with recording(module, chip, record):
             getattr(module, direction)(problem.cell, plan, *given, rows)
     return list(found.values())
 
@@ -138,7 +138,7 @@ class _Driver:
 
 
 @contextmanager
-def _recording(module: Any, chip: Chip, record: Callable[[Any, tuple], None]) -> Iterator[None]:
+def recording(module: Any, chip: Chip, record: Callable[[Any, tuple], None]) -> Iterator[None]:
     """Within the context the module's kernels are compiled, and recorded instead of launched."""
     kernels = [k for name, k in vars(module).items() if name.endswith("_kernel")]
 

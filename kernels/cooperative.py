@@ -35,7 +35,7 @@ from .exchange import (
     slot_of,
     wait,
 )
-from .launch import Workspace, launch_together
+from .launch import Workspace, launch_together, layers_forward
 from .layouts import Slice, slice_of
 from .mma import load_bias, round_operand, squash, widened
 from .problem import Plan, Tiles
@@ -67,11 +67,16 @@ from .tiles import PREVIOUS, add_to, choose, entering_state, leaving_state
 
 
 @gluon.jit
-def _load_rows(w_ptr, GATES: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
+def _load_rows(
+    w_ptr, PART: tl.constexpr, PHASE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+):
     """``w[product][chunk]``, the rows of this program's units: a gate each, of 8 units two."""
     H: tl.constexpr = TILE.H
+    GATES: tl.constexpr = CELL.parts[PART]
+    BITS: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth
     EACH: tl.constexpr = 1 if TILE.block_h > 8 else 2  # gates of a product
-    row = row_of_slice(TILE.block_h * EACH, TILE)
+    LAYOUT: tl.constexpr = TILE.weight
+    row = row_of_slice(TILE.block_h * EACH, LAYOUT)
     if EACH == 1:
         unit = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
     else:
@@ -85,7 +90,7 @@ def _load_rows(w_ptr, GATES: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constex
         here = (unit < H) & (row < TILE.block_h * (len(GATES) - first))
         each = ()
         for n in tl.static_range(len(TILE.chunks[PHASE])):
-            k = columns_of_slice(PHASE, n, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+            k = columns_of_slice(PHASE, n, BITS, LAYOUT, TILE)
             ptrs = w_ptr + (gate * H + unit)[None, :, None] * H + k
             mask = here[None, :, None] & (k < H)
             x = round_operand(tl.load(ptrs, mask=mask, other=0.0))
@@ -174,10 +179,10 @@ def _cooperative_fwd_kernel(
 
     w_hh = ()
     for p in tl.static_range(P):
-        w_hh = w_hh + (_load_rows(choose(layers.w_hh, z), CELL.phases[p], p, TILE),)
+        w_hh = w_hh + (_load_rows(choose(layers.w_hh, z), p, p, CELL, TILE),)
     b_hh, b_ih = load_bias(choose(layers.b_hh, z), program.cols, CELL, TILE), ()
     if TILE.L > 1:
-        w_ih = _load_rows(choose(layers.w_ih, z), CELL.gates, 0, TILE)
+        w_ih = _load_rows(choose(layers.w_ih, z), P, 0, CELL, TILE)
         b_ih = load_bias(choose(layers.b_ih, z), program.cols, CELL, TILE)
     buffers = sum_buffers(2 * G if TILE.L > 1 else G, TILE)
 
@@ -264,8 +269,3 @@ def forward(
     tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = (layers_forward(layers, plan.layers),)
     launch_together(_cooperative_fwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
-
-
-def layers_forward(layers: Layers, L: int) -> Layers:
-    """The tensors that the forward kernel reads; the others are None and cost no time."""
-    return layers if L > 1 else layers._replace(w_ih=None, b_ih=None, masks=None)

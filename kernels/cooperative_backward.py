@@ -26,7 +26,7 @@ from .exchange import (
     wait,
     wait_for_both,
 )
-from .launch import Workspace, launch_together
+from .launch import Workspace, launch_together, layers_backward
 from .layouts import Slice, slice_of
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
@@ -35,6 +35,7 @@ from .slices import (
     add_up,
     columns_of_slice,
     fetch,
+    from_pairs,
     hold,
     multiply,
     products,
@@ -76,15 +77,16 @@ def _load_chunk(w_ptr, PART: tl.constexpr, N: tl.constexpr, CELL: tl.constexpr, 
     H: tl.constexpr = TILE.H
     COUNT: tl.constexpr = len(CELL.parts[PART]) * H
     END: tl.constexpr = TILE.chunks[PART][N][0] + TILE.chunks[PART][N][1] * TILE.groups
-    m = row_of_slice(TILE.block_h, TILE)
-    unit = tl.program_id(0) * TILE.block_h + m // 16 * 16 + m % 8 * 2 + m // 8 % 2
-    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, TILE)
+    LAYOUT: tl.constexpr = TILE.pairs[PART][N]
+    unit = tl.program_id(0) * TILE.block_h + row_of_slice(TILE.block_h, LAYOUT)
+    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, LAYOUT, TILE)
     ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
     if END <= COUNT and H % TILE.block_h == 0:  # a mask would cost registers
-        return round_operand(tl.load(ptrs))
+        w = tl.load(ptrs)
     else:
         inside = (k < COUNT) & (unit < H)[None, :, None]
-        return round_operand(tl.load(ptrs, inside, other=0.0))
+        w = tl.load(ptrs, inside, other=0.0)
+    return round_operand(from_pairs(w, TILE))
 
 
 @gluon.jit
@@ -274,9 +276,3 @@ def backward(
     tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = layers_backward(layers, plan.layers), grads
     launch_together(_cooperative_bwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
-
-
-def layers_backward(layers: Layers, L: int) -> Layers:
-    """The tensors that the kernel reads; the others are None and cost no time."""
-    layers = layers if L > 1 else layers._replace(w_ih=None, masks=None)
-    return layers._replace(gx=None, b_ih=None, b_hh=None, h_n=None, c_n=None)

@@ -2,10 +2,10 @@
 
 A group of programs (one layer and direction, one batch tile) has one counter, zero before the
 launch, and two *slots*: rows of memory for an operand of the next product. In the e-th
-*publication* (e = 0, 1, ...) each of the M partners stores its part of slot e % 2 and adds 1 to the
-counter. The publication is complete when the counter reaches M * (e + 1): a program makes
-publication e + 1 only after it has waited for all of publication e, so the counter cannot reach
-that value in any other way.
+*publication* (e = 0, 1, ...) each of the M partners stores its part of a slot and adds 1 to the
+counter; the slots alternate. The publication is complete when the counter reaches M * (e + 1): a
+program makes publication e + 1 only after it has waited for all of publication e, so the counter
+cannot reach that value in any other way.
 
 A program that has waited sees the data, by the PTX memory model:
 
@@ -15,8 +15,8 @@ A program that has waited sees the data, by the PTX memory model:
    it orders all later loads of the program after it.
 3. Loads of exchanged data bypass L1 (``cache_modifier=".cg"``), which is not coherent.
 
-Nothing is overwritten too early: a program writes slot e % 2 again in publication e + 2, after it
-has waited for publication e + 1, which every partner made after it had read publication e.
+Nothing is overwritten too early: what a program wrote in publication e it writes again in e + 2 at
+the earliest, after it has waited for e + 1, which every partner made after it had read e.
 
 A wait is bounded: after ``patience`` polls it fails, so that a lost program gives a "device-side
 assert triggered" with the message below and not a hung GPU.

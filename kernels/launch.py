@@ -121,11 +121,12 @@ def launch_together(
         in_rounds(launch, B, tiles)
 
 
-def layers_forward(layers: Layers) -> Layers:
-    """The tensors that the forward kernel reads; the others are None, and cost no time."""
-    return layers._replace(w_ih=None, b_ih=None, masks=None)
+def layers_forward(layers: Layers, L: int = 1) -> Layers:
+    """The tensors that a kernel of L layers reads; the others are None, and cost no time."""
+    return layers if L > 1 else layers._replace(w_ih=None, b_ih=None, masks=None)
 
 
-def layers_backward(layers: Layers) -> Layers:
-    """The tensors that the backward kernel reads."""
-    return layers._replace(gx=None, w_ih=None, b_ih=None, b_hh=None, masks=None, h_n=None, c_n=None)
+def layers_backward(layers: Layers, L: int = 1) -> Layers:
+    """The tensors that its backward reads."""
+    read = layers_forward(layers, L)
+    return read._replace(gx=None, b_ih=None, b_hh=None, h_n=None, c_n=None)

@@ -26,6 +26,7 @@ class Slice(NamedTuple):
     chunks: tuple  # for each phase, of the columns: (first column, columns of a group)
     held: tuple  # for each phase, the chunks in registers; the rest is in shared memory
     wide: tuple  # for each phase and chunk [groups, columns of a group, BLOCK_B], as loaded
+    pairs: tuple  # for each phase and chunk the first operand as backward loads it
     tile: Any  # [BLOCK_B, BLOCK_H], of one gate
     part: Any  # [BLOCK_B * BLOCK_H / 16, 16], the same elements as they lie in shared memory
     acc: Any  # [groups, rows, BLOCK_B], the partial sums of a product
@@ -80,7 +81,8 @@ def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
     one of them, unit of the pair). Half a warp reads it without bank conflicts.
     """
     pairs = block_h > 8
-    in_tile, in_part = [], []  # the bases of unit of the pair, then pairs, then sequences
+    in_tile: list = []  # the bases of unit of the pair, then pairs, then sequences
+    in_part: list = []
     unit = 2 if pairs else 1
     half = ([0, 1], [0, 1])
     lanes = [([0, unit << n], [1 << n, 0]) for n in range(3)] + [([1, 0], [0, 2]), ([2, 0], [0, 4])]
@@ -109,6 +111,22 @@ def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
     return tile, part
 
 
+def _pairs(groups: int, columns: int, block_h: int, itemsize: int) -> Any:
+    """A chunk of the first operand with its rows by unit, of which a thread has two beside."""
+    width = 4 // itemsize
+    return gl.DistributedLinearLayout(
+        reg_bases=[
+            [0, 1, 0],
+            *([0, 0, k] for k in (*_doubles(1, width), *_doubles(4 * width, columns))),
+            *([0, h, 0] for h in _doubles(16, block_h)),
+        ],
+        lane_bases=[[0, 0, width], [0, 0, 2 * width], [0, 2, 0], [0, 4, 0], [0, 8, 0]],
+        warp_bases=[[g, 0, 0] for g in _doubles(1, groups)],
+        block_bases=[],
+        shape=[groups, block_h, columns],
+    )
+
+
 @lru_cache(maxsize=1024)
 def slice_of(
     L: int, D: int, H: int, block_b: int, block_h: int, groups: int, itemsize: int,
@@ -125,6 +143,10 @@ def slice_of(
     wide = tuple(
         tuple(_wide(groups, width, block_b, itemsize) for _, width in each) for each in chunks
     )
+    pairs = tuple(
+        tuple(_pairs(groups, width, max(block_h, 16), itemsize) for _, width in each)
+        for each in chunks
+    )
     pitch = max(sum(width for _, width in each) * groups for each in chunks)
     acc = gl.NVMMADistributedLayout([2, 0], [groups, 1, 1], [1, 16, 8])
     weight, operand = (gl.DotOperandLayout(n, acc, 4 // itemsize) for n in (0, 1))
@@ -132,6 +154,6 @@ def slice_of(
     shared = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
     store = gl.SwizzledSharedLayout(16 // itemsize, 1, 8, [2, 1, 0])
     return Slice(
-        L, D, H, block_b, block_h, groups, pitch, chunks, tuple(map(len, held)), wide, tile, part,
-        acc, weight, operand, shared, store,
+        L, D, H, block_b, block_h, groups, pitch, chunks, tuple(map(len, held)), wide, pairs,
+        tile, part, acc, weight, operand, shared, store,
     )  # fmt: skip

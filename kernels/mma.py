@@ -5,8 +5,8 @@ The units of H are its rows, so that no row of an ``mma`` instruction is wasted 
 ``8 r + l`` of an instruction's 16 is unit ``2 l + r``: the two rows that a thread holds are
 neighbouring units, so the accumulator is a tile ``[BLOCK_B, BLOCK_H]`` whose rows are stored with
 32 bits a thread in full sectors. Going from one to the other moves nothing, which
-``assert_trivial`` makes the compiler prove. A small H has more warps of 8 units each: the results of
-rows 8 to 15 are left, and the work of a thread outside of the products halves.
+``assert_trivial`` makes the compiler prove. A small H has more warps, of 8 units each: rows 8 to
+15 are left, and the work of a thread outside of the products halves.
 
 u changes hands between warps through shared memory, in tiles of the same layout.
 """
@@ -162,7 +162,7 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
     row = gl.arange(0, TILE.rows, gl.SliceLayout(1, TILE.weight))
     k = gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.weight))
     # In every step the compiler would make again what it knows: zeros, and copies of rows.
-    limit = H + tl.program_id(2)
+    limit = H if TRANSPOSE else H + tl.program_id(2)
     if TILE.rows > TILE.block_h:
         unit = (row // 16) * 8 + (row % 8 ^ row // 8 % 2)
     else:

@@ -25,7 +25,7 @@ from .problem import CHIPS, NoPlan, Plan, Problem
 CHIP_NAMES = ("sm_90", "sm_80", "sm_86")  # the families, see expected.FAMILIES
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
 DTYPES = {"16-bit": torch.bfloat16, "tf32": torch.float32}
-SIZES = (16, 32, 64, 128, 256, 512, 1024)
+SIZES = (16, 32, 64, 128, 256, 512, 1024, 2048)
 #: Problems of KernelBench, level 3: cell, directions, and milliseconds of torch on three H100.
 KERNELBENCH = {
     35: ("lstm", 1, "16.9 to 29.4"), 38: ("lstm", 2, "32.0 to 56.9"),

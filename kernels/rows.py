@@ -99,22 +99,12 @@ def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:
     return torch.cat([starts, lengths]).to(device, non_blocking=True)
 
 
-def packed_rows(
-    batch_sizes: Tensor,
-    D: int,
-    device: torch.device,
-    reset: Tensor | None = None,
-    B: int | None = None,
-    table: Tensor | None = None,
-) -> Rows:
-    """Returns the rows of packed input with ``batch_sizes [T]``, which are on the CPU as in torch.
+def packed_rows(batch_sizes: Tensor, table: Tensor, D: int, reset: Tensor | None = None) -> Rows:
+    """Returns the rows of packed input with ``batch_sizes [T]`` and their ``packed_table``.
 
     Args:
         reset: bool ``[T, B]``, with the sequences by falling length, or None.
-        B: the number of sequences, if some have no step at all.
-        table: the result of ``packed_table``, if it is there.
     """
-    T, B = len(batch_sizes), int(batch_sizes[0]) if B is None else B
-    table = packed_table(batch_sizes, B, device) if table is None else table
+    T, B = len(batch_sizes), len(table) - len(batch_sizes)
     starts, lengths = table.split([T, B])
-    return Rows(T, B, origins_of(T, B, D, device, lengths, reset), batch_sizes, starts)
+    return Rows(T, B, origins_of(T, B, D, table.device, lengths, reset), batch_sizes, starts)

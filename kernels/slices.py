@@ -21,19 +21,29 @@ from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 
 @gluon.jit
-def row_of_slice(N: tl.constexpr, TILE: tl.constexpr):
+def row_of_slice(N: tl.constexpr, LAYOUT: tl.constexpr):
     """0 to N - 1, for the rows of a slice as the first operand."""
-    return gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, TILE.weight)))
+    return gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+
+
+@gluon.jit
+def from_pairs(w, TILE: tl.constexpr):
+    """The first operand, from rows by unit: nothing moves."""
+    M: tl.constexpr = w.shape[1]
+    K: tl.constexpr = w.shape[2]
+    rows = w.reshape([TILE.groups, M // 16, 8, 2, K]).permute([0, 1, 3, 2, 4])
+    return gl.convert_layout(rows.reshape([TILE.groups, M, K]), TILE.weight, assert_trivial=True)
 
 
 @gluon.jit
 def columns_of_slice(
-    PHASE: tl.constexpr, CHUNK: tl.constexpr, bits: tl.constexpr, TILE: tl.constexpr
-):
+    PHASE: tl.constexpr, CHUNK: tl.constexpr, bits: tl.constexpr, LAYOUT: tl.constexpr,
+    TILE: tl.constexpr,
+):  # fmt: skip
     """The columns of a chunk ``[groups, 1, columns of a group]`` in the order of the products."""
     WIDTH: tl.constexpr = TILE.chunks[PHASE][CHUNK][1]
-    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, TILE.weight)))
-    k = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, TILE.weight)))
+    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
+    k = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
     if bits == 16:
         k = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
     else:

@@ -63,6 +63,7 @@ def covering() -> list[Job]:
         job("rnn_relu", 128, FP32, "tf32", "sm_80"),
         job("rnn_relu", 16, FP16),
         job("lstm", 32, FP32, "tf32", "sm_86"),
+        job("lstm", 128, FP16, chip="sm_86"),
         job("gru", 128, chip="sm_89"),
         job("lstm", 100, FP16, chip="sm_120", ragged=True),
         # cooperative
@@ -79,8 +80,11 @@ def covering() -> list[Job]:
         job("gru_reset_before", 256),
         job("rnn_tanh", 1024, needs_grad=False),
         job("rnn_relu", 512, FP32, "tf32", "sm_100"),
-        job("lstm", 128, FP16, chip="sm_86"),
         job("lstm", 512, chip="sm_89"),
+        # half of the weights in shared memory
+        job("lstm", 2048),
+        job("lstm", 1024, FP32, "tf32", ragged=True),
+        job("gru", 1280, chip="sm_86"),
         job("gru", 256, FP32, "tf32", "sm_120"),
         # stepwise
         job("lstm", 48, FP64, D=2),

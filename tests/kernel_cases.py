@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from fusedrnn.kernels.plan import Plan, Tiles
-from fusedrnn.kernels.rows import SKIPPED, Rows, origins_of, packed_rows
+from fusedrnn.kernels.rows import SKIPPED, Rows, origins_of, packed_rows, packed_table
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.kernels.tensors import Grads, Layers, Weights
 from fusedrnn.records import Sequences
@@ -88,7 +88,7 @@ def rows_of(shape: Shape, device: torch.device = CPU) -> Rows:
     T, B, D = shape.T, shape.B, shape.D
     lengths, reset, sizes, *_ = sequences_of(shape)
     if shape.rows == "packed":
-        return packed_rows(sizes, D, device, reset)
+        return packed_rows(sizes, packed_table(sizes, B, device), D, reset)
     if shape.rows == "ragged":
         return Rows(T, B, origins_of(T, B, D, device, lengths, reset))
     return Rows(T, B)

@@ -8,7 +8,6 @@ from torch import Tensor, nn
 from fusedrnn.kernels.spec import SPECS
 
 CELLS = tuple(SPECS)
-WITH_TORCH = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
 class LoopGRU(nn.GRU):

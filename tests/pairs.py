@@ -3,18 +3,11 @@
 from __future__ import annotations
 
 import torch
+from sizes import B, H, I, T
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fusedrnn
-
-T, B, I, H = 4, 3, 3, 5
-NAMES = ("LSTM", "GRU", "RNN")
-CELLS = ("LSTMCell", "GRUCell", "RNNCell")
-LENGTHS = torch.tensor([4, 1, 3])
-RESET = torch.tensor(
-    [[False, True, False], [True, False, False], [False, False, True], [False, False, False]]
-)
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, **kwargs) -> tuple[nn.Module, nn.Module]:

@@ -10,61 +10,55 @@ import re
 
 import pytest
 import torch
-from pairs import LENGTHS, RESET, packed
-from torch import nn, zeros
+from pairs import packed
+from sizes import LENGTHS, RESET
+from torch import Tensor, nn, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fusedrnn
 
 
-def wrap(name, h):
-    """Returns hx made of h alone, as the module wants it."""
-    return (h, h.clone()) if name.startswith("LSTM") else h
+def arguments(name, input, hx):
+    """Returns those of a call; an LSTM gets a tensor for both states, and no hx is none."""
+    if hx is None:
+        return (input,)
+    return input, (hx, hx.clone()) if name.startswith("LSTM") and isinstance(hx, Tensor) else hx
 
 
 def zero_packed(*shapes, dtype=torch.float32):
     return pack_sequence([zeros(shape, dtype=dtype) for shape in shapes], enforce_sorted=False)
 
 
-#: The arguments of a call of ``(3, 4, num_layers=2)`` by the module's name, and our message.
+X, H = zeros(5, 2, 3), zeros(2, 2, 4)
+#: Input and hx of a call of ``(3, 4, num_layers=2)``, and our message.
 SEQUENCE = {
-    "input a list": (lambda n: ([1, 2],), "input is a list; expected a tensor"),
-    "input 0-D": (lambda n: (zeros(()),), "input is 0-D; expected 2-D or 3-D"),
-    "features": (lambda n: (zeros(5, 2, 7),), "input has 7 features .* input_size, 3"),
-    "dtype": (lambda n: (zeros(5, 2, 3).double(),), "input is torch.float64, the weights are"),
-    "device": (lambda n: (zeros(5, 2, 3, device="meta"),), r"params\[0\] is on cpu; expected meta"),
-    "no step": (lambda n: (zeros(0, 2, 3),), "larger than 0 in RNN: input has no time step"),
-    "hx 3-D unbatched": (
-        lambda n: (zeros(5, 3), wrap(n, zeros(2, 1, 4))),
-        r"hx.* has shape \(2, 1, 4\); expected \(2, 4\)",
-    ),
-    "hx columns": (lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 2, 5))), r"expected \(2, 2, 4\)"),
-    "hx dtype": (
-        lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 2, 4).double())),
-        "hx.* is torch.float64; expected torch.float32",
-    ),
-    "hx device": (
-        lambda n: (zeros(5, 2, 3), wrap(n, zeros(2, 2, 4, device="meta"))),
-        "hx.* is on meta; expected cpu",
-    ),
-    "hx a number": (lambda n: (zeros(5, 2, 3), 3), "hx is a int; expected a t"),
-    "hx of one": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4),)), "hx is a tuple"),
-    "hx of three": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4),) * 3), "hx is a tuple"),
-    "hx with None": (lambda n: (zeros(5, 2, 3), (zeros(2, 2, 4), None)), "hx.* is a "),
-    "packed data 3-D": (lambda n: (zero_packed((3, 3, 3)),), "packed input's data is 3-D"),
+    "input a list": ([1, 2], None, "input is a list; expected a tensor"),
+    "input 0-D": (zeros(()), None, "input is 0-D; expected 2-D or 3-D"),
+    "features": (zeros(5, 2, 7), None, "input has 7 features .* input_size, 3"),
+    "dtype": (X.double(), None, "input is torch.float64, the weights are"),
+    "device": (X.to("meta"), None, r"params\[0\] is on cpu; expected meta"),
+    "no step": (zeros(0, 2, 3), None, "larger than 0 in RNN: input has no time step"),
+    "hx 3-D unbatched": (X[:, 0], H[:, :1], r"hx.* shape \(2, 1, 4\); expected \(2, 4\)"),
+    "hx columns": (X, zeros(2, 2, 5), r"expected \(2, 2, 4\)"),
+    "hx dtype": (X, H.double(), "hx.* is torch.float64; expected torch.float32"),
+    "hx device": (X, H.to("meta"), "hx.* is on meta; expected cpu"),
+    "hx a number": (X, 3, "hx is a int; expected a t"),
+    "hx of one": (X, (H,), "hx is a tuple"),
+    "hx of three": (X, (H, H, H), "hx is a tuple"),
+    "hx with None": (X, (H, None), "hx.* is a "),
+    "packed data 3-D": (zero_packed((3, 3, 3)), None, "packed input's data is 3-D"),
 }
-
-#: The arguments of a call of a cell ``(3, 4)``; the messages are torch's.
+#: Input and hx of a call of a cell ``(3, 4)``; the messages are torch's.
 CELL = {
-    "input a list": lambda n: ([1, 2],),
-    "input 3-D": lambda n: (zeros(2, 2, 3),),
-    "features": lambda n: (zeros(2, 5),),
-    "dtype": lambda n: (zeros(2, 3).double(),),
-    "hx 3-D": lambda n: (zeros(2, 3), wrap(n, zeros(1, 2, 4))),
-    "hx columns": lambda n: (zeros(2, 3), wrap(n, zeros(2, 5))),
-    "hx a number": lambda n: (zeros(2, 3), 3),
-    "hx of one": lambda n: (zeros(2, 3), (zeros(2, 4),)),
-    "hx with None": lambda n: (zeros(2, 3), (zeros(2, 4), None)),
+    "input a list": ([1, 2], None),
+    "input 3-D": (zeros(2, 2, 3), None),
+    "features": (zeros(2, 5), None),
+    "dtype": (X[0].double(), None),
+    "hx 3-D": (X[0], H[:1]),
+    "hx columns": (X[0], zeros(2, 5)),
+    "hx a number": (X[0], 3),
+    "hx of one": (X[0], (H[0],)),
+    "hx with None": (X[0], (H[0], None)),
 }
 
 #: Those of RNNBase by examples, and all of ours.
@@ -122,16 +116,16 @@ def test_a_cell_of_an_unknown_nonlinearity():
 @pytest.mark.parametrize("case", SEQUENCE)
 @pytest.mark.parametrize("name", ["LSTM", "GRU", "RNN"])
 def test_bad_call_of_a_sequence_module(name, case):
-    arguments, message = SEQUENCE[case]
+    *given, message = SEQUENCE[case]
     modules = getattr(nn, name)(3, 4, 2), getattr(fusedrnn, name)(3, 4, 2)
-    assert_same_error(*modules, arguments(name), message)
+    assert_same_error(*modules, arguments(name, *given), message)
 
 
 @pytest.mark.parametrize("case", CELL)
 @pytest.mark.parametrize("name", ["LSTMCell", "GRUCell", "RNNCell"])
 def test_bad_call_of_a_cell(name, case):
     theirs, ours = getattr(nn, name)(3, 4), getattr(fusedrnn, name)(3, 4)
-    given = CELL[case](name)
+    given = arguments(name, *CELL[case])
     expected, raised = error_of(theirs, *given), error_of(ours, *given)
     assert (type(raised), str(raised)) == (type(expected), str(expected))
     with fusedrnn.use_backend("torch"):
@@ -141,14 +135,12 @@ def test_bad_call_of_a_cell(name, case):
 
 
 def test_states_of_an_lstm():
-    modules, x = (nn.LSTM(3, 4, 2), fusedrnn.LSTM(3, 4, 2)), zeros(5, 2, 3)
-    for given in (x, pack_sequence([zeros(3, 3), zeros(2, 3)])):
-        assert_same_error(*modules, (given, zeros(2, 2, 4)), r"hx is a tensor; .* \(h_0, c_0\)")
-    hx = zeros(2, 2, 4), zeros(2, 2, 5)
-    assert_same_error(*modules, (x, hx), r"hx\[1\] has shape \(2, 2, 5\)")
+    modules = nn.LSTM(3, 4, 2), fusedrnn.LSTM(3, 4, 2)
+    for given in (X, pack_sequence([X[:3, 0], X[:2, 0]])):
+        assert_same_error(*modules, (given, H), r"hx is a tensor; .* \(h_0, c_0\)")
+    assert_same_error(*modules, (X, (H, zeros(2, 2, 5))), r"hx\[1\] has shape \(2, 2, 5\)")
     projected = nn.LSTM(3, 4, 2, proj_size=2), fusedrnn.LSTM(3, 4, 2, proj_size=2)
-    hx = zeros(2, 2, 4), zeros(2, 2, 4)
-    assert_same_error(*projected, (x, hx), r"hx\[0\] .* expected \(2, 2, 2\)")
+    assert_same_error(*projected, (X, (H, H)), r"hx\[0\] .* expected \(2, 2, 2\)")
 
 
 def test_a_tuple_for_one_state_of_a_shape_that_is_known():

@@ -10,7 +10,8 @@ import copy
 
 import pytest
 import torch
-from pairs import B, H, I, T, build, gradients, leaves, states_for
+from pairs import build, gradients, leaves, states_for
+from sizes import B, H, I, T
 
 import fusedrnn
 from fusedrnn import dispatch

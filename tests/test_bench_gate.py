@@ -6,8 +6,8 @@ from torch import nn
 
 from bench import providers
 from bench.cases import RAGGED, Workload, cut_down, named
+from bench.commands import applies
 from bench.measure import PASSES, BenchmarkCase, Settings
-from bench.peers import applies
 from bench.providers import PROVIDERS, TORCH, Provider
 from bench.run import able, gated, timed
 

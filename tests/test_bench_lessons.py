@@ -6,15 +6,13 @@ import pytest
 import torch
 
 import fusedrnn
-from bench import data
-from bench.cases import TRAINED
-from bench.lessons import by_hand, command, parameters, reviews
-from bench.providers import build
+from bench import UserError, data
+from bench.lessons import by_hand, command
 
 
 def options(tmp_path, name, **given):
     shared = {"out": tmp_path, "seed": 0, "quick": True, "imdb": None, "download": False}
-    return argparse.Namespace(**shared | {"name": name, "figure": None} | given)
+    return argparse.Namespace(**shared | {"lesson": name, "figure": None} | given)
 
 
 @pytest.mark.parametrize("name", command.LESSONS)
@@ -31,9 +29,11 @@ def test_every_lesson_runs_and_says_what_to_look_at(tmp_path, monkeypatch, capsy
         assert (tmp_path / f"lesson-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lessons_are_listed(tmp_path, capsys):
+def test_lessons_are_listed_and_an_unknown_one_is_one_sentence(tmp_path, capsys):
     assert command.run(options(tmp_path, None)) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(command.LESSONS)
+    with pytest.raises(UserError, match="no lesson 'nothing'"):
+        command.run(options(tmp_path, "nothing"))
 
 
 @torch.no_grad()
@@ -45,17 +45,19 @@ def test_the_lstm_by_hand_is_the_module():
     torch.testing.assert_close((h_1, c_1), (want_h[0], want_c[0]))
 
 
-@pytest.mark.parametrize("cell", ["rnn", "gru", "lstm"])
-@pytest.mark.parametrize("workload", TRAINED, ids=lambda workload: workload.name)
-def test_the_formula_counts_the_parameters(cell, workload):
-    counted = sum(p.numel() for p in build("fusedrnn", cell, workload).parameters())
-    assert parameters.by_formula(cell, workload) == counted
+@torch.no_grad()
+def test_the_classic_gru_by_hand_is_the_module():
+    module, other = fusedrnn.GRU(3, 5, reset_after=False), fusedrnn.GRU(3, 5)
+    other.load_state_dict(module.state_dict())
+    x, h = torch.randn(2, 3), torch.randn(2, 5)
+    got = by_hand.gru_step(x, h, *module.parameters())
+    torch.testing.assert_close(got, module(x[None], h[None])[1][0])
+    assert (got - other(x[None], h[None])[1][0]).abs().max() > 1e-3
 
 
-def test_confusion_and_scores():
-    logits = torch.tensor([-1.0, 2.0, 3.0, -4.0, 5.0])
-    matrix = reviews.confusion(logits, torch.tensor([0.0, 0.0, 1.0, 1.0, 1.0]))
-    assert matrix == [[1, 1], [1, 2]]
-    assert reviews.scores(matrix) == pytest.approx(
-        {"accuracy": 3 / 5, "precision": 2 / 3, "recall": 2 / 3}
-    )
+@pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])
+@pytest.mark.parametrize(("layers", "bidirectional"), [(1, False), (2, True)])
+def test_the_formula_counts_the_parameters(cell, layers, bidirectional):
+    module = getattr(fusedrnn, cell)(7, 5, layers, bidirectional=bidirectional)
+    counted = sum(parameter.numel() for parameter in module.parameters())
+    assert by_hand.parameters(cell, 7, 5, layers, 1 + bidirectional) == counted

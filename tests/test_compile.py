@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 from compile_all import run_script
-from compiling import COMPILED_CHIPS, every_job, faults, longest_chain
+from compiling import COMPILED_CHIPS, FP32, every_job, faults
 from compiling import job as one_job
 
 from fusedrnn.kernels.compile import count_kinds
@@ -14,8 +14,7 @@ from fusedrnn.kernels.sass import Instruction
 NAMES = ("resident_nvidia", "resident", "cooperative")
 PARTS = [("sm_90", name) for name in (*NAMES, "stepwise")]
 PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident_nvidia", NAMES[-1])]
-PARTS += [(chip, "resident_nvidia") for chip in ("sm_86", "sm_89", "sm_120")]
-PARTS += [(chip, "cooperative") for chip in ("sm_89", "sm_120")]
+PARTS += [(f"sm_{n}", name) for n in (86, 89, 120) for name in ("resident_nvidia", NAMES[-1])]
 
 
 @pytest.mark.parametrize(("chip", "schedule"), PARTS)
@@ -49,24 +48,26 @@ def kernel(ttgir="", ptx="", ttir="", **changes):
 
 
 def test_faults_are_seen():
-    job = one_job("lstm", 512)
+    job = one_job("lstm", 64, FP32, "tf32x3")
     narrow = "%5 = tt.addptr %4, %x : tensor<8x!tt.ptr<bf16>>, tensor<8xi32>"
-    tiles = SimpleNamespace(**vars(job.plan.forward) | {"block_b": 8})
-    ttgir = "tt.load %a cacheModifier = cg\n atomic_rmw add, acquire\n atomic_rmw add, acquire"
-    found = faults(job, kernel(ttgir, "ld.global.cg.b16", narrow, tiles=tiles))
+    found = faults(job, kernel(ttir=narrow, tiles=job.plan.forward))
+    last = [fault.split()[-1] for fault in found]
+    assert last == ["spilled", "allowed", "bits", "constant", "instruction"]
+
+
+def test_faults_of_an_exchange_are_seen():
+    job = one_job("lstm", 512)
+    names = ["LDG.E.64.STRONG.GPU", "LDG.E.STRONG.GPU", "STL", "SHFL", *["BAR"] * 4, "BRA"]
+    loop = [Instruction(n, name, target=0) for n, name in enumerate(names)]
+    ptx = "\tst.global.b32\n\t@p red.release.gpu.global\n\tld.acquire.gpu.global\n\tld.global.cg"
+    found = faults(job, kernel(ptx=ptx, tiles=job.plan.forward, spills=600, instructions=loop))
     assert [fault.split()[-1] for fault in found] == [
-        "spilled", "allowed", "bits", "constant", "instruction", "modelled",
-        "wait", "element", "limit", "once",
+        "spilled", "allowed", "step", "loop", "instruction", "threads", "time", "wait",
+        "st.global", "ld.global.cg", "limit", "once",
     ]  # fmt: skip
-    assert "no load of exchanged data" in faults(job, kernel("acquire", tiles=tiles))[-3]
-
-
-def test_the_longest_chain_goes_through_accumulators_and_sums():
-    dot = "%{} = tt.dot %a, %b, %{} : tensor<16x32xbf16, #ttg.dot_op<{{opIdx = 0, x}}>> * y\n"
-    text = dot.format("c", "zero") + dot.format("d", "c") + dot.format("e", "zero")
-    text += "%f = arith.addf %d, %e : tensor<16x8xf32>\n" + dot.format("g", "f")
-    assert longest_chain(text, 16) == 6
-    assert longest_chain(dot.format("h", "zero"), 8) == 4
+    assert {"no red.release.gpu", "no ld.acquire.gpu"} <= set(
+        faults(job, kernel(tiles=job.plan.forward, instructions=loop))
+    )
 
 
 def test_counts_of_kinds():

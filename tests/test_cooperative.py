@@ -7,17 +7,8 @@ import pytest
 import torch
 import triton.language as tl
 from concurrency import run_concurrently, shared
-from cooperative_setup import (
-    DELAY,
-    Shape,
-    check,
-    differences,
-    launches,
-    prepared,
-    run,
-    workspaces,
-)
-from kernel_cases import cooperative_plan, expected, results
+from cooperative_setup import DELAY, check, launches, prepared, run, workspaces
+from kernel_cases import Shape, cooperative_plan, differences, expected, results
 from mutants import rewritten
 
 import fusedrnn
@@ -196,9 +187,9 @@ def break_flag_before_operand(patch):
 
 def break_flag_before_dgates(patch):
     loop, late = "for i in tl.static_range(len(CELL.phases[p])):\n", "if TILE.L == 1:\n"
-    publish, kernel = "publish(counter)\n" + " " * 12, "_cooperative_bwd_kernel"
-    rewrite(patch, cooperative_backward, kernel, publish + late, late)
-    rewrite(patch, cooperative_backward, kernel, loop, publish + loop)
+    publish = "publish(counter)\n    "
+    rewrite(patch, cooperative_backward, "_publish", publish + late, late)
+    rewrite(patch, cooperative_backward, "_publish", loop, publish + loop)
 
 
 def break_parity(patch):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import threading
 
 import pytest
@@ -252,20 +251,6 @@ def test_named_backends_refuse(monkeypatch):
         assert choose(facts(ragged=("packed",))) == "triton"
     assert "the bit patterns of bfloat16" in refusal("triton", facts(dtype=torch.bfloat16))
     assert "no projection" in refusal("triton", facts(proj_size=2))
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast_agrees_with_torch_on_this_cpu(dtype):
-    """Torch hands an LSTM, and only that, to oneDNN without asking what the CPU can do."""
-    for needs_grad in (False, True):
-        takes = choose(facts(dtype=dtype, autocast=dtype, needs_grad=needs_grad)) == "aten"
-        refuses = pytest.raises(RuntimeError, match="primitive descriptor")
-        with (
-            torch.autocast("cpu", dtype),
-            torch.set_grad_enabled(needs_grad),
-            contextlib.nullcontext() if takes else refuses,
-        ):
-            nn.LSTM(3, 4)(torch.zeros(5, 2, 3))
 
 
 def test_explain_on_the_cpu():

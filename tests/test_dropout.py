@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import pytest
 import torch
-from pairs import LENGTHS, NAMES, RESET, assert_close, batch, build, leaves, packed
+from pairs import assert_close, batch, build, leaves, packed
+from sizes import LENGTHS, NAMES, RESET
 from torch import Tensor, nn
 
 import fusedrnn

@@ -25,7 +25,7 @@ def tables(monkeypatch):
     """Round numbers: a step takes 1 us forward and 2 us backward; nothing is free but the host."""
     sizes = {("lstm", 64): 64, ("rnn_tanh", 64): 64, ("lstm", 512): 8, ("lstm", 1024): 8}
     shared = {"chip": "sm_90", "products": "16-bit", "layers": 1, "fw_rows": 8, "bw_rows": 8}
-    shared |= {"fw_cycles": TICK, "bw_cycles": 2 * TICK}
+    shared |= {"fw_cycles": TICK, "bw_cycles": 2 * TICK, "fw_spills": 0, "bw_spills": 64}
     lines = [
         shared | {"cell": cell, "H": H, "fw_units": units, "bw_units": units}
         | {"schedule": "resident_nvidia" if units == 64 else "cooperative"}
@@ -150,7 +150,6 @@ def test_the_shipped_steps_are_of_the_planners_kernels():
     assert 100 < len(expected_lines) == len(SHIPPED) < 200
     for decided, line in zip(expected_lines, SHIPPED, strict=True):
         assert decided.items() <= line.items()
-        assert max(line["fw_spills"], line["bw_spills"]) <= 64
 
 
 def test_the_next_larger_line_stands_for_a_size_between():
@@ -158,7 +157,12 @@ def test_the_next_larger_line_stands_for_a_size_between():
         problem = LSTM._replace(hidden_size=H)
         plan, *_ = plan_stack(problem, H100)
         assert find_line(problem, plan, "sm_90")["H"] == line
-    assert find_line(problem._replace(hidden_size=1025), plan, "sm_90") is None
+    assert find_line(problem._replace(hidden_size=4097), plan, "sm_90") is None
+    spilling = [line for line in SHIPPED if line["bw_spills"] > expected.MOST_SPILLED]
+    assert len(spilling) < 5
+    for line in spilling:
+        problem = LSTM._replace(cell=line["cell"], hidden_size=int(line["H"]))
+        assert find_line(problem, cooperative(problem, H100), line["chip"]) is not line
     wavefront = LSTM._replace(hidden_size=256, layers=3)
     assert find_line(wavefront, cooperative(wavefront, H100), "sm_90")["layers"] == 2
 

@@ -9,24 +9,8 @@ from itertools import pairwise
 
 import pytest
 import torch
-from pairs import (
-    CELLS,
-    LENGTHS,
-    NAMES,
-    RESET,
-    B,
-    H,
-    I,
-    T,
-    assert_close,
-    assert_same,
-    batch,
-    build,
-    leaves,
-    packed,
-    run,
-    states_for,
-)
+from pairs import assert_close, assert_same, batch, build, leaves, packed, run, states_for
+from sizes import CELLS, LENGTHS, NAMES, RESET, B, H, I, T
 
 import fusedrnn
 from fusedrnn import arguments, functional

@@ -1,10 +1,12 @@
 """``auto`` follows what it has measured; the CPU and a stand-in for its clock replace a GPU."""
 
 from contextlib import nullcontext
+from types import SimpleNamespace
 
 import pytest
 import torch
-from pairs import LENGTHS, B, H, I, batch, packed
+from pairs import batch, packed
+from sizes import LENGTHS, H, I
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
@@ -14,38 +16,50 @@ from fusedrnn.kernels.problem import KernelFailed
 MODULE = {"num_layers": 2, "dropout": 0.3, "dtype": torch.float32}
 
 
+class Clock:
+    """Stands for CUDA's events; ``times`` has T of each call that was timed."""
+
+    def __init__(self):
+        self.ms, self.times, self.run = {"triton": 0.5, "aten": 1.0}, [], measured._results
+
+    def results(self, call, run, backend):
+        self.last = call.facts.steps, self.ms[backend]
+        return self.run(call, run, backend)
+
+    def event(self, enable_timing):
+        return SimpleNamespace(record=repr, synchronize=list, elapsed_time=self.elapsed)
+
+    def elapsed(self, end):
+        self.times.append(self.last[0])
+        return self.last[1]
+
+
 @pytest.fixture
-def timed(monkeypatch):
-    """Has the calls that were timed; ``timed.ms`` is the time of the kernels, torch's is 1 ms."""
-
-    class Timed(list):
-        ms = 0.5
-
-    def stopwatch(call, run, backend):
-        timed.append(call.facts.steps)
-        return {"triton": timed.ms, "aten": 1.0}[backend]
-
-    timed = Timed()
+def clock(monkeypatch):
+    clock = Clock()
     monkeypatch.setattr(dispatch, "_is_gpu", lambda device: True)
     monkeypatch.setattr(dispatch, "MEASURED", {})
-    monkeypatch.setattr(measured, "_milliseconds", stopwatch)
+    monkeypatch.setattr(measured, "_results", clock.results)
+    monkeypatch.setattr(measured, "_ROUNDS", 1)
+    monkeypatch.setattr(torch.cuda, "Event", clock.event)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
     dispatch._decided.cache_clear()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
-        yield timed
+        yield clock
     dispatch._decided.cache_clear()
 
 
 @pytest.mark.parametrize("form", ["dense", "packed", "no gradients"])
 @pytest.mark.parametrize(("ms", "backend"), [(0.5, "triton"), (2.0, "aten")])
-def test_the_faster_backend_runs(timed, ms, backend, form):
-    module, timed.ms = fusedrnn.LSTM(I, H, **MODULE), ms
+def test_the_faster_backend_runs(clock, ms, backend, form):
+    module, clock.ms["triton"] = fusedrnn.LSTM(I, H, **MODULE), ms
     x = packed() if form == "packed" else batch()
     x = x.float() if form == "packed" else x.float().requires_grad_()
     with torch.set_grad_enabled(form != "no gradients"):
         torch.manual_seed(1)
         got = module(x)[0]
-        assert len(timed) == 2 * measured._ROUNDS
+        assert len(clock.times) == 2
         explanation = fusedrnn.explain(module, x)
         assert explanation.backend == backend
         assert f"the kernels {ms:g} ms, torch's operator 1 ms" in str(explanation)
@@ -53,46 +67,47 @@ def test_the_faster_backend_runs(timed, ms, backend, form):
         torch.manual_seed(1)
         with fusedrnn.use_backend(backend):
             want = module(x)[0]
-    assert len(timed) == 2 * measured._ROUNDS
+    assert len(clock.times) == 2
     torch.testing.assert_close(got.data, want.data, rtol=0, atol=0)
 
 
-def test_once_for_each_of_three_classes_of_steps(timed, monkeypatch):
-    monkeypatch.setattr(measured, "_results", lambda *_: [torch.zeros(1)])
+def test_once_for_each_of_three_classes_of_steps_and_power_of_two_of_sequences(clock, monkeypatch):
+    clock.run, clock.ms["triton"] = (lambda *_: [torch.zeros(1)]), 2.0
     monkeypatch.setattr(measured, "_FORCED", "1")
     torch.backends.cudnn.benchmark = False
-    module, timed.ms = fusedrnn.GRU(I, H), 2.0
-    for steps in (30, 32, 5, 33, 256, 257, 300):
-        module(torch.randn(steps, B, I))
-    assert sorted(set(timed)) == [30, 33, 257]
+    module = fusedrnn.GRU(I, H)
+    for T, B in ((30, 8), (32, 5), (5, 6), (33, 8), (256, 7), (257, 8), (300, 8), (29, 4)):
+        module(torch.randn(T, B, I))
+    assert clock.times == [30, 30, 33, 33, 257, 257, 29, 29]
 
 
-def test_wrong_results_are_not_timed(timed, monkeypatch):
+def test_wrong_results_are_not_timed(clock, monkeypatch):
     module, stack = fusedrnn.GRU(I, H), functional.rnn_stack
     wrong = lambda *args: (stack(*args)[0] + 1e-4, *stack(*args)[1:])  # noqa: E731
     monkeypatch.setattr(functional, "rnn_stack", wrong)
     with pytest.warns(RuntimeWarning, match="wrong here"):
         module(batch().float())
-    assert not timed
+    assert not clock.times
     assert fusedrnn.explain(module, batch().float()).backend == "aten"
 
 
-def test_kernels_that_fail_are_reported_by_the_call_itself(timed, monkeypatch):
+def test_kernels_that_fail_are_reported_by_the_call_itself(clock, monkeypatch):
     def launch(*_):
         raise KernelFailed("no")
 
+    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
     monkeypatch.setattr(layer, "_launch", launch)
     monkeypatch.setattr(dispatch, "_planned_refusal", lambda *_: None)
     with pytest.warns(RuntimeWarning, match="failed"):
-        fusedrnn.GRU(I, H + 3)(batch().float())
-    assert not timed
+        fusedrnn.GRU(I, H)(batch().float())
+    assert not clock.times
 
 
 ELSEWHERE = ("forbidden", "capture", "compiler", "transform", "mode", "named", "step", "lengths")
 
 
 @pytest.mark.parametrize("where", ELSEWHERE)
-def test_elsewhere_nothing_is_measured(timed, where, monkeypatch):
+def test_elsewhere_nothing_is_measured(clock, where, monkeypatch):
     x, module, options, context = batch().float(), fusedrnn.GRU(I, H), {}, nullcontext()
     if where == "forbidden":
         monkeypatch.setattr(measured, "_FORCED", "0")
@@ -109,5 +124,5 @@ def test_elsewhere_nothing_is_measured(timed, where, monkeypatch):
         context = contexts.get(where, context)
     with context:
         module(x[:1] if where == "step" else x, **options)
-    assert not timed
+    assert not clock.times
     assert list(dispatch.MEASURED.values()) == [None] * (where == "lengths")

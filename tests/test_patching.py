@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from pairs import CELLS, NAMES, input_of, output_of
+from pairs import input_of, output_of
+from sizes import CELLS, NAMES
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

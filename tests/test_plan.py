@@ -6,19 +6,8 @@ import pytest
 import torch
 
 from fusedrnn.kernels import plan as planning
-from fusedrnn.kernels.plan import (
-    CHIPS,
-    NoPlan,
-    Problem,
-    chip_of,
-    cooperative,
-    give_up,
-    plan,
-    plan_stack,
-    refuse_cooperation,
-    resident,
-    stepwise,
-)
+from fusedrnn.kernels.plan import cooperative, plan, plan_stack, resident, stepwise
+from fusedrnn.kernels.problem import CHIPS, NoPlan, Problem, chip_of, give_up, refuse_cooperation
 
 H100, BF16, FP32 = CHIPS["sm_90"], torch.bfloat16, torch.float32
 AMD = H100._replace(name="MI300", arch="gfx942", shared_bytes=65_536, warp_size=64)

@@ -1,6 +1,6 @@
-"""Schedule resident for NVIDIA: its results in the interpreter.
+"""Schedule resident for NVIDIA in the interpreter, which shows no barriers and no assembly.
 
-The interpreter shows neither barriers nor inline assembly; ``test_compile.py`` sees the binaries.
+``test_compile.py`` has the binaries, and ``test_on_cuda.py`` runs them.
 """
 
 from dataclasses import replace
@@ -10,75 +10,63 @@ import pytest
 import torch
 from kernel_cases import Shape, differences, expected, resident_plan, results, rows_of, tensors
 
-from fusedrnn.kernels import steps
+from fusedrnn.kernels import resident_nvidia, steps
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.testing import assert_budget
 
 pytestmark = pytest.mark.skipif(
     torch.cuda.is_available(), reason="the kernels are imported for the interpreter"
 )
-SHAPES = {
-    "dense": Shape(3, 9, 20),  # an odd T, a second tile of one sequence, 12 columns of padding
-    "two directions": Shape(4, 3, 32, D=2, bias=False),
-    "ragged": Shape(3, 9, 20, D=2, rows="ragged"),
-    "packed": Shape(4, 5, 17, D=2, rows="packed"),
-}
+FP32, FP16 = torch.float32, torch.float16
+RAGGED = Shape(3, 9, 20, D=2, rows="ragged")
+BOTH = ("lstm", "gru_reset_before")  # two states; two products a step
+CASES = [
+    # An odd T, a second tile of one sequence, 12 columns of padding.
+    *((cell, Shape(3, 9, 20), FP32, 8) for cell in SPECS),
+    *((cell, Shape(4, 3, 32, D=2, bias=False), FP32, 8) for cell in BOTH),
+    *((cell, RAGGED, FP32, 8) for cell in BOTH),
+    *((cell, Shape(4, 5, 17, D=2, rows="packed"), FP32, 8) for cell in BOTH),
+    *((cell, Shape(3, 5, 48), FP16, 8) for cell in BOTH),
+    ("lstm", Shape(1, 2, 5), FP32, 8),
+    ("lstm", Shape(2, 2, 128), FP32, 8),
+    ("lstm", Shape(3, 17, 33, rows="ragged"), FP32, 16),
+]
 
 
-@pytest.fixture(scope="module")
-def resident():
-    from fusedrnn.kernels import resident_nvidia
-
-    return resident_nvidia
-
-
-def run(resident, cell, shape, dtype=torch.float32, block_b=8):
-    """With one direction, a warp has 16 units, and else 8."""
+def run(cell, shape, dtype=FP32, block_b=8):
+    """A warp has 16 units in one direction, 8 in two."""
     data = tensors(cell, shape, dtype)
     plan, rows = resident_plan(shape.H, block_b), rows_of(shape)
     tiles = replace(plan.forward, num_warps=plan.forward.block_h // (16 if shape.D == 1 else 8))
     plan = replace(plan, forward=tiles, backward=tiles)
-    resident.forward(cell, plan, data.layers, rows)
-    resident.backward(cell, plan, *data, rows)
+    resident_nvidia.forward(cell, plan, data.layers, rows)
+    resident_nvidia.backward(cell, plan, *data, rows)
     return data
 
 
-@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES)
-@pytest.mark.parametrize("cell", SPECS)
-def test_equals_the_reference(resident, cell, shape, monkeypatch):
-    """Within the error budget of fp32 if the products are exact."""
+@pytest.fixture
+def _exact_products(monkeypatch):
     monkeypatch.setattr(gluon_interpreter, "round_to_tf32", lambda x: x)
-    assert not differences(cell, shape, run(resident, cell, shape))
 
 
-@pytest.mark.parametrize("shape", [Shape(1, 2, 5), Shape(2, 2, 128)], ids=["small", "large"])
-def test_other_sizes(resident, shape, monkeypatch):
-    monkeypatch.setattr(gluon_interpreter, "round_to_tf32", lambda x: x)
-    assert not differences("lstm", shape, run(resident, "lstm", shape))
+@pytest.mark.usefixtures("_exact_products")
+@pytest.mark.parametrize(("cell", "shape", "dtype", "block_b"), CASES)
+def test_equals_the_reference(cell, shape, dtype, block_b):
+    """Within the error budget of fp32, too, if the products are exact."""
+    assert not differences(cell, shape, run(cell, shape, dtype, block_b))
 
 
-def test_sixteen_sequences_a_program(resident, monkeypatch):
-    monkeypatch.setattr(gluon_interpreter, "round_to_tf32", lambda x: x)
-    shape = Shape(3, 17, 33, rows="ragged")
-    assert not differences("lstm", shape, run(resident, "lstm", shape, block_b=16))
-
-
-@pytest.mark.parametrize("cell", SPECS)
-def test_half_precision(resident, cell):
-    shape = Shape(3, 5, 48)
-    assert not differences(cell, shape, run(resident, cell, shape, torch.float16))
-
-
-@pytest.mark.parametrize("cell", SPECS)
-def test_operands_rounded_to_tf32(resident, cell):
+@pytest.mark.parametrize("cell", BOTH)
+def test_operands_rounded_to_tf32(cell):
     shape = Shape(3, 5, 32)
-    data = run(resident, cell, shape)
-    ref, truth = (expected(cell, shape, data, dtype) for dtype in (torch.float32, torch.float64))
+    data = run(cell, shape)
+    ref, truth = (expected(cell, shape, data, dtype) for dtype in (FP32, torch.float64))
     for name, value in results(cell, shape, data).items():
         assert_budget(name, value, ref[name], truth[name], eps=2**-11)
     assert differences(cell, shape, data)  # they were rounded
 
 
+@pytest.mark.usefixtures("_exact_products")
 @pytest.mark.parametrize(
     ("name", "fault"),
     [
@@ -88,9 +76,7 @@ def test_operands_rounded_to_tf32(resident, cell):
         ("leaving_state", lambda layers, state, entering, origins: state),
     ],
 )
-def test_planted_faults_are_found(resident, name, fault, monkeypatch):
-    monkeypatch.setattr(gluon_interpreter, "round_to_tf32", lambda x: x)
-    for module in (resident, steps):
-        monkeypatch.setattr(module, name, fault, raising=module is resident)
-    shape = SHAPES["ragged"]
-    assert differences("lstm", shape, run(resident, "lstm", shape))
+def test_planted_faults_are_found(name, fault, monkeypatch):
+    for module in (resident_nvidia, steps):
+        monkeypatch.setattr(module, name, fault, raising=module is resident_nvidia)
+    assert differences("lstm", RAGGED, run("lstm", RAGGED))

@@ -2,7 +2,15 @@
 
 import torch
 
-from fusedrnn.kernels.rows import INITIAL, PREVIOUS, SKIPPED, ZERO, origins_of, packed_rows
+from fusedrnn.kernels.rows import (
+    INITIAL,
+    PREVIOUS,
+    SKIPPED,
+    ZERO,
+    origins_of,
+    packed_rows,
+    packed_table,
+)
 
 CPU = torch.device("cpu")
 
@@ -36,7 +44,8 @@ def test_a_reset_of_the_first_step_hides_the_initial_state():
 
 
 def test_rows_of_packed_input():
-    rows = packed_rows(torch.tensor([3, 2, 2, 1]), 2, CPU)
+    sizes = torch.tensor([3, 2, 2, 1])
+    rows = packed_rows(sizes, packed_table(sizes, 3, CPU), 2)
     assert rows.total == 8
     assert [(span.start, span.stop) for span in rows.spans()] == [(0, 3), (3, 5), (5, 7), (7, 8)]
     assert rows.starts.tolist() == [0, 3, 5, 7]
@@ -45,5 +54,6 @@ def test_rows_of_packed_input():
 
 
 def test_rows_of_sequences_without_any_step():
-    rows = packed_rows(torch.tensor([1]), 1, CPU, B=2)
+    sizes = torch.tensor([1])
+    rows = packed_rows(sizes, packed_table(sizes, 2, CPU), 1)
     assert rows.origins.tolist() == [[[INITIAL, SKIPPED]]]

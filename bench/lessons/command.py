@@ -7,18 +7,12 @@ from types import ModuleType
 import torch
 
 from .. import DEFAULT_FOLDER, UserError
-from . import by_hand, gates, lengths, parameters, reviews, sine, temperature, vanishing
+from . import by_hand, lengths, reviews, sine, temperature, vanishing
 
-OPTIONS = ("imdb", "download", "out", "seed", "quick")
-_MODULES = by_hand, parameters, gates, vanishing, sine, lengths, reviews, temperature
+_MODULES = by_hand, vanishing, sine, lengths, reviews, temperature
 LESSONS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2].replace("_", "-"): module for module in _MODULES
 }
-
-
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("name", nargs="?", metavar="NAME", help=", ".join(LESSONS))
-    parser.add_argument("--figure", type=Path, metavar="FILE", help="the picture, .png or .svg")
 
 
 def run(options: argparse.Namespace) -> int:
@@ -27,23 +21,23 @@ def run(options: argparse.Namespace) -> int:
     The picture is ``lesson-NAME.png`` in the folder of ``--out`` unless ``--figure`` names a file.
     """
     titles = {name: (module.__doc__ or "").splitlines()[0][:-1] for name, module in LESSONS.items()}
-    if options.name is None:
+    if options.lesson is None:
         print("\n".join(f"{name:<12} {title}" for name, title in titles.items()))
         return 0
-    if options.name not in LESSONS:
-        raise UserError(f"there is no lesson {options.name!r}: they are {', '.join(LESSONS)}")
-    print(f"{options.name}: {titles[options.name]}\n")
+    if options.lesson not in LESSONS:
+        raise UserError(f"there is no lesson {options.lesson!r}: they are {', '.join(LESSONS)}")
+    print(f"{options.lesson}: {titles[options.lesson]}\n")
     before = torch.get_num_threads()
     # The steps are so small that a second thread costs more than it computes.
     torch.set_num_threads(1)
     try:
-        lines, draw = LESSONS[options.name].run(options)
+        lines, draw = LESSONS[options.lesson].run(options)
     finally:
         torch.set_num_threads(before)
     print("\n".join(lines))
-    print(f"\nLook at: {LESSONS[options.name].LOOK_AT}")
+    print(f"\nLook at: {LESSONS[options.lesson].LOOK_AT}")
     if draw:
-        file = options.figure or (options.out or DEFAULT_FOLDER) / f"lesson-{options.name}.png"
+        file = options.figure or (options.out or DEFAULT_FOLDER) / f"lesson-{options.lesson}.png"
         print(_picture(draw, file))
     return 0
 
@@ -51,13 +45,11 @@ def run(options: argparse.Namespace) -> int:
 def _picture(draw, file: Path) -> str:
     try:
         from matplotlib.figure import Figure
-    except ImportError:
-        return "No picture: matplotlib is not installed."
-    figure = Figure(figsize=(7, 4), layout="constrained")
-    draw(figure)
-    try:
+
+        figure = Figure(figsize=(7, 4), layout="constrained")
+        draw(figure)
         file.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(file, dpi=80)
-    except (OSError, ValueError) as error:
+    except (ImportError, OSError, ValueError) as error:
         raise UserError(f"the picture cannot be written to {file}: {error}") from error
     return f"Picture: {file}"

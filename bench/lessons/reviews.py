@@ -2,17 +2,15 @@
 
 from argparse import Namespace
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from .. import data
 from ..cases import EMBEDDING, cut_down
-from ..models import Model, examples_of, remember
+from ..models import Model, examples_of, predict, remember, train
 from ..providers import build
-from ..train import predict, train
-from . import COLOURS, Result
+from . import Result
 
 LOOK_AT = "precision and recall beside accuracy; features in bench/models.py packs the reviews."
 #: The larger IMDB case in a size that one core trains in under a minute.
@@ -45,7 +43,7 @@ def run(options: Namespace) -> Result:
     torch.manual_seed(options.seed)
     model = Model(build("fusedrnn", "lstm", workload), workload)
     remember(model.rnn)
-    training = train(model, workload, examples, workload.steps, options.seed)
+    train(model, workload, examples, workload.steps, options.seed)
     matrix = confusion(*predict(model, examples))
     tested = len(examples.targets) - examples.known
     lines = [
@@ -56,18 +54,4 @@ def run(options: Namespace) -> Result:
         *(f"{('bad', 'good')[i]:<12}{row[0]:>15}{row[1]:>16}" for i, row in enumerate(matrix)),
         ", ".join(f"{name} {value:.3f}" for name, value in scores(matrix).items()),
     ]
-    return lines, lambda figure: draw(figure, training.losses, matrix)
-
-
-def draw(figure: Any, losses: list[float], matrix: list[list[int]]) -> None:
-    """Draws the loss curve and the matrix."""
-    left, right = figure.subplots(1, 2)
-    left.plot(losses, color=COLOURS["lstm"], lw=1)
-    left.set_xlabel("training step")
-    left.set_ylabel("cross entropy of the batch")
-    right.imshow(matrix, cmap="Greys", vmin=0, vmax=2 * max(map(max, matrix)))
-    for i, row in enumerate(matrix):
-        for j, count in enumerate(row):
-            right.text(j, i, f"{count}", ha="center", va="center", fontsize=14)
-    right.set_xticks((0, 1), ("predicted bad", "predicted good"))
-    right.set_yticks((0, 1), ("bad", "good"))
+    return lines, None

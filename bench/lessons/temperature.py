@@ -1,7 +1,4 @@
-"""Text of one model at temperatures 0.5, 1.0 and 1.5.
-
-The text comes from a small grammar, in which the verb agrees with the number of the animals.
-"""
+"""Text of one model at temperatures 0.5, 1.0 and 1.5."""
 
 import random
 from argparse import Namespace

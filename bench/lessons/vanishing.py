@@ -1,9 +1,8 @@
 """The gradient that reaches back over 10 to 100 steps, in RNN, LSTM and GRU.
 
 One step back multiplies the gradient by dh_t/dh_{t-1}: in an RNN by W_hh and the slope of tanh, in
-an LSTM along c by the forget gate, in a GRU mainly by the update gate. Bengio et al., "Learning
-long-term dependencies with gradient descent is difficult", 1994; Jozefowicz et al., "An empirical
-exploration of recurrent network architectures", 2015 (the bias of the forget gate).
+an LSTM along c by the forget gate, in a GRU mainly by the update gate (Bengio et al., 1994;
+Jozefowicz et al., 2015, on the bias of the forget gate).
 """
 
 from argparse import Namespace
