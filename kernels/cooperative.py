@@ -21,8 +21,6 @@ tiles, L*D)``; all programs of a launch must be on the chip at once, which
 Limits: tensors of 16 bits, or fp32 with tf32 products; L > 1 needs D = 1 and 16 units a program.
 """
 
-from __future__ import annotations
-
 import triton.language as tl
 from triton.experimental import gluon
 

@@ -11,8 +11,6 @@ from the rows of dgates of the layer above, which are stored before publishing. 
 partners is also one for the next step of that layer, so the two products share their sums.
 """
 
-from __future__ import annotations
-
 import triton.language as tl
 from triton.experimental import gluon
 

@@ -22,8 +22,6 @@ A wait is bounded: after ``patience`` polls it fails, so that a lost program giv
 assert triggered" with the message below and not a hung GPU.
 """
 
-from __future__ import annotations
-
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

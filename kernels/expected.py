@@ -4,8 +4,6 @@
 ``published.csv`` microseconds of a step of cuDNN with their sources. Nothing was measured here.
 """
 
-from __future__ import annotations
-
 import csv
 from functools import lru_cache
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The host's side of a launch: grid, compile-time arguments and compiler options."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any, NamedTuple

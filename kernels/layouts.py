@@ -4,8 +4,6 @@
 hands at one place only, where the partial sums of the warps meet in shared memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple

@@ -11,8 +11,6 @@ neighbouring units, so the accumulator is a tile ``[BLOCK_B, BLOCK_H]`` whose ro
 u changes hands between warps through shared memory, in tiles of the same layout.
 """
 
-from __future__ import annotations
-
 from functools import lru_cache
 from typing import Any, NamedTuple
 

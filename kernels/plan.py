@@ -3,8 +3,6 @@
 A pure function: it neither imports triton nor touches a device.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache

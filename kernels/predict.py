@@ -5,8 +5,6 @@ lacks, or that are of other tiles than the planner's, and prints the tables of
 ``docs/predicted.md``, which follow from it. It needs no GPU.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

@@ -13,8 +13,6 @@ Limits: W_hh must fit one program (``plan.py``), H is padded to a power of two i
 launch runs one layer.
 """
 
-from __future__ import annotations
-
 import triton
 import triton.language as tl
 

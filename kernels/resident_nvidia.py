@@ -9,8 +9,6 @@ Limits: tensors of 16 bits, or fp32 with tf32 products; W_hh must fit the regist
 H is padded to a power of two of at least 16, with units that read the first ones and multiply by 0.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import triton.language as tl

@@ -21,8 +21,6 @@ sequence that begins at t (``reset[t]``) is cut off from t - 1 in both direction
 before step t forward, and before step t - 1 in reverse.
 """
 
-from __future__ import annotations
-
 from itertools import accumulate
 from typing import NamedTuple
 

@@ -12,8 +12,6 @@ Row ``8 r + l`` is unit ``2 l + r``, or with 8 units a program unit l of one of 
 two rows that a thread holds lie beside each other in memory and in shared memory.
 """
 
-from __future__ import annotations
-
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl

@@ -6,8 +6,6 @@ changes. Reads of rows beyond B see the last row instead, which is cheaper than 
 The functions take a ``Part``, and from TILE the sizes L, D, H and ``block_h``.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import triton

@@ -17,8 +17,6 @@ or writes has the dtype of the tensors. W_hh is read in every step, so the sched
 another one fits. The products in fp32 are as exact as torch's switch for them; the caller sets it.
 """
 
-from __future__ import annotations
-
 from typing import Any, NamedTuple
 
 import torch

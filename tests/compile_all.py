@@ -4,8 +4,6 @@ Exit code 1 if a binary spills more than 64 bytes a thread, needs more shared me
 or breaks another rule of ``compiling.py``.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import sys

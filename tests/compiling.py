@@ -1,7 +1,5 @@
 """The kernels to compile, and what must hold of each binary."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterator
 from dataclasses import replace

@@ -7,8 +7,6 @@ ones, so the protocol is really run, by programs that really overlap; random del
 atomics and loads past L1 make them overlap differently each time.
 """
 
-from __future__ import annotations
-
 import math
 import multiprocessing
 import random

@@ -1,7 +1,5 @@
 """Runs the launches of schedule cooperative with each program in a process of its own."""
 
-from __future__ import annotations
-
 import torch
 from concurrency import run_concurrently, shared
 from kernel_cases import Data, Shape, cooperative_plan, differences, rows_of, tensors

@@ -1,7 +1,5 @@
 """Random tensors for the kernels of every schedule, and what the reference makes of them."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

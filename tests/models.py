@@ -1,7 +1,5 @@
 """torch.nn's module for each cell, and random inputs of it."""
 
-from __future__ import annotations
-
 import torch
 from torch import Tensor, nn
 

@@ -1,7 +1,5 @@
 """Planted bugs: in the source of kernels, and in the tables of rows."""
 
-from __future__ import annotations
-
 import inspect
 import tempfile
 from pathlib import Path

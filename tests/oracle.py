@@ -1,7 +1,5 @@
 """The same sequences one by one through torch.nn: what `lengths` and `reset` must equal."""
 
-from __future__ import annotations
-
 from itertools import pairwise
 
 import torch

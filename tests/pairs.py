@@ -1,7 +1,5 @@
 """Pairs of torch's module and ours with the same weights, and runs that are compared."""
 
-from __future__ import annotations
-
 import torch
 from sizes import B, H, I, T
 from torch import Tensor, nn

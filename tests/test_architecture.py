@@ -1,7 +1,5 @@
 """Tests of the structure: imports, lengths, docstrings, and the rules of kernels."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

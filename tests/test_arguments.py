@@ -4,8 +4,6 @@ Every case runs both modules. Cases that torch lets pass, or fails on far from t
 separate, with the type that its other modules raise.
 """
 
-from __future__ import annotations
-
 import re
 
 import pytest

@@ -4,8 +4,6 @@ Under autocast the loop and the kernels compute as cuDNN does: input, hx and wei
 dtype, which the results have. On `auto` the CPU runs torch's own operator.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

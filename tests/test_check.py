@@ -1,7 +1,5 @@
 """``python -m fusedrnn check``: what it says of a machine without a GPU, and of a broken one."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """Schedule cooperative, each program in a process of its own, against the reference."""
 
-from __future__ import annotations
-
 import gluon_interpreter
 import pytest
 import torch

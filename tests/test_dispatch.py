@@ -1,7 +1,5 @@
 """The choice of a backend, and its reasons in words."""
 
-from __future__ import annotations
-
 import threading
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of the Markdown files: links resolve, and files, commands and verbs in them exist."""
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 

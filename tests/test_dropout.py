@@ -3,8 +3,6 @@
 On `auto` the CPU runs torch's operator; the loop and the kernels draw their masks themselves.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pairs import assert_close, batch, build, leaves, packed

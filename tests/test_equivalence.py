@@ -4,8 +4,6 @@ The truth is torch.nn in fp64, one piece of one sequence at a time (``oracle.py`
 and all gradients. Padding holds NaN, in the input and in the gradient that arrives.
 """
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Every form of input through every backend, against torch's modules on the same weights."""
 
-from __future__ import annotations
-
 import copy
 import warnings
 from contextlib import contextmanager, nullcontext

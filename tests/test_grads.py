@@ -1,7 +1,5 @@
 """The products over all rows: their exactness in fp32, and their equality with autograd."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

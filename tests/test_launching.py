@@ -4,8 +4,6 @@ Each test runs in its own process, without the interpreter. The driver (``fake_c
 arguments that it gets with those of the kernel and records the launch; no kernel runs.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import os

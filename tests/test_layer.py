@@ -1,7 +1,5 @@
 """The launches of a stack, and the precision of the products around them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

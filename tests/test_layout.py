@@ -1,7 +1,5 @@
 """Packed rows, and their places in a grid."""
 
-from __future__ import annotations
-
 import torch
 
 from fusedrnn.kernels.rows import Rows

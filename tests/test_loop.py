@@ -3,8 +3,6 @@
 Its numbers are checked in `test_equivalence.py`.
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from processes import python

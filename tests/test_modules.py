@@ -1,7 +1,5 @@
 """The modules as torch's: constructors, weights, repr, copies, pickles, and replaced weights."""
 
-from __future__ import annotations
-
 import copy
 import inspect
 import io

@@ -4,8 +4,6 @@ Tensors on "meta" take the place of the GPU's: nothing can be read from them, an
 launched. Tensors on the CPU are the host's, as a PackedSequence's ``batch_sizes``.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 from functools import partial
 

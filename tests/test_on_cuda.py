@@ -3,8 +3,6 @@
 `make gpu` runs these by ``-m gpu``; elsewhere they are skipped. Equal means bit for bit.
 """
 
-from __future__ import annotations
-
 from contextlib import contextmanager
 
 import pytest

@@ -1,7 +1,5 @@
 """The operators: schema, fake kernels, autograd of every order, and programs that contain them."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from pairs import assert_close, batch, build, leaves, states_for

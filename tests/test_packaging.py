@@ -1,7 +1,5 @@
 """Tests of the wheel and the sdist, which are built from a copy of the checkout without network."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,7 +1,5 @@
 """Tests of ``patch``, ``replace_modules`` and ``to_torch``: torch modules become ours, and back."""
 
-from __future__ import annotations
-
 import copy
 import io
 import pickle

@@ -1,7 +1,5 @@
 """Tests of ``python -m fusedrnn run``: programs run as under python, and modules are counted."""
 
-from __future__ import annotations
-
 import subprocess
 from pathlib import Path
 

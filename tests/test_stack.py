@@ -1,7 +1,5 @@
 """The stack on real tensors: what is saved, what may be changed, and what a refusal leads to."""
 
-from __future__ import annotations
-
 import sys
 from types import SimpleNamespace
 

@@ -1,7 +1,5 @@
 """Tests of ``module.states()``: every state and gate of every step, with gradients."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,7 +1,5 @@
 """Tests of ``module.stream()``: steps equal the module, and the state can be changed."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -3,8 +3,6 @@
 The reference is a composition of torch's operators; `test_reference.py` compares it with torch.nn.
 """
 
-from __future__ import annotations
-
 from itertools import product
 
 import pytest

@@ -3,8 +3,6 @@
 ``environment`` makes what a process needs in which ``start`` is called before a kernel is.
 """
 
-from __future__ import annotations
-
 import ctypes
 import os
 import shutil
