@@ -41,7 +41,6 @@ from .problem import Plan, Tiles
 from .rows import Rows
 from .steps import (
     Part,
-    arrived,
     load_ends,
     load_gx,
     load_left,
@@ -117,9 +116,8 @@ def _forward_step(
     share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
-    after_next = arrived(places[2])
-    gx_later = load_gx(layers, program, step + 2, after_next, CELL, TILE)
-    later = (places[1], after_next, place_of(layers, program, step + 3))
+    gx_later = load_gx(layers, program, step + 2, places[2], CELL, TILE)
+    later = (places[1], places[2], place_of(layers, program, step + 3))
     store_h(layers, program, step, places[0], result, TILE)
     store_saved(layers, program, step, places[0], result, saved, CELL, TILE)
     return state, gx_later, later
@@ -134,8 +132,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (
-        arrived(place_of(layers, program, 0)), arrived(place_of(layers, program, 1)),
-        place_of(layers, program, 2),
+        place_of(layers, program, 0), place_of(layers, program, 1), place_of(layers, program, 2)
     )  # fmt: skip
     gx = load_gx(layers, program, 0, places[0], CELL, TILE)
     gx_odd = load_gx(layers, program, 1, places[1], CELL, TILE)
@@ -176,10 +173,9 @@ def _backward_step(
         widened(left_before),
         origins_at(program, places[0]),
     )
-    last = arrived(places[3])
     if not TILE.is_full:
-        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
-    later = (places[1], places[2], last, place_of(layers, program, step - 4))
+        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+    later = (places[1], places[2], places[3], place_of(layers, program, step - 4))
     entered = left_before
     if layers.origins is not None:
         first = zero_where(origins != INITIAL, widened(initial))
@@ -213,7 +209,7 @@ def _backward_step(
         (du,) = zero_where((origins == SKIPPED) | (origins == ZERO), (du,))
     d_state = add_to(d_state, 0, du)
     if TILE.is_full:  # of registers, so that they are taken later
-        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
+        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
     return d_state, left_before, now, later
 
 
@@ -226,8 +222,8 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     even, odd = shared_tiles(G, G, dtype, TILE), shared_tiles(G, G, dtype, TILE)
 
     places = (
-        arrived(place_of(layers, program, T - 1)), arrived(place_of(layers, program, T - 2)),
-        arrived(place_of(layers, program, T - 3)), place_of(layers, program, T - 4),
+        place_of(layers, program, T - 1), place_of(layers, program, T - 2),
+        place_of(layers, program, T - 3), place_of(layers, program, T - 4),
     )  # fmt: skip
     fixed = (w, load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))
