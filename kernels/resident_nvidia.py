@@ -57,7 +57,6 @@ from .tensors import Grads, Layers
 from .tiles import (
     INITIAL,
     PREVIOUS,
-    SKIPPED,
     ZERO,
     add_to,
     choose,
@@ -190,9 +189,6 @@ def _backward_step(
     row = program.d.to(tl.int64) * program.R + row_of(program, step, places[0])
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
         dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry, squash)
-        if p == 0:
-            before = leaving_state(layers, d_state, d_leaving, origins)
-            d_state = _entering(layers, before, origins)
         if layers.starts is None:
             dgates = visible(layers, dgates, origins)
         for i in tl.static_range(len(CELL.phases[p])):
@@ -205,9 +201,8 @@ def _backward_step(
             term = multiply(w[CELL.phases[p][i]], u, zero_acc(TILE))
             terms = terms + (term,)
         du = to_tile(sum_of(terms), TILE)
-    if layers.origins is not None:
-        (du,) = zero_where((origins == SKIPPED) | (origins == ZERO), (du,))
     d_state = add_to(d_state, 0, du)
+    d_state = _entering(layers, leaving_state(layers, d_state, d_leaving, origins), origins)
     if TILE.is_full:  # of registers, so that they are taken later
         now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
     return d_state, left_before, now, later
