@@ -237,7 +237,7 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
             or needs.shared_bytes > chip.shared_bytes
             or not holds_slice(needs, L, problem.ragged, forward, halved)
             or (units == 8 and (L > 1 or not forward))  # whose instructions have 16 rows
-            or (halved and L > 1)
+            or (halved and (L > 1 or rows > 16 or units > 32))  # they would spill
         ):
             continue
         tiles = -(-problem.batch // rows)

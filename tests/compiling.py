@@ -16,7 +16,7 @@ from fusedrnn.kernels.sass import trace
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread
-MOST_SPILLED_BEFORE = 512  # of a cooperative kernel, all while W_hh is loaded, before its loop
+MOST_SPILLED_BEFORE = 256  # of a cooperative kernel, all while W_hh is loaded, before its loop
 COMPILED_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 KINDS = ((BF16, "ieee"), (FP16, "ieee"), (FP32, "tf32"), (FP32, "tf32x3"), (FP32, "ieee"))

@@ -76,12 +76,3 @@ def _nan_poisoned_allocations(monkeypatch):
         module = sys.modules.get(f"fusedrnn.{name}")
         if hasattr(module, "torch"):
             monkeypatch.setattr(module, "torch", PoisonedTorch())
-
-
-@pytest.fixture(params=[pytest.param(v, marks=pytest.mark.slow) for v in ("3.9", "3.6")])
-def triton_dir(request):
-    """The folder of another Triton, newest and oldest supported, which `make test-all` installs."""
-    variable = "FUSEDRNN_TRITON_" + request.param.replace(".", "")
-    if variable not in os.environ:
-        pytest.skip(f"{variable} names no folder with Triton {request.param}")
-    return os.environ[variable]

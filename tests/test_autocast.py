@@ -30,12 +30,15 @@ def assert_equal(got, want) -> None:
         assert torch.equal(g, w)
 
 
-@routes
-@pytest.mark.parametrize(("name", "given"), [("LSTM", "mixed"), ("GRU", "full"), ("RNN", "half")])
+@pytest.mark.parametrize(
+    ("name", "given", "backend", "half"),
+    [
+        ("LSTM", "mixed", "torch", BF16), ("LSTM", "mixed", "triton", HALF),
+        ("GRU", "full", "torch", HALF), ("RNN", "half", "torch", BF16),
+    ],
+)  # fmt: skip
 def test_any_mixture_of_dtypes_is_computed_in_autocasts(backend, half, name, given):
     """Bit for bit the module in that dtype; gradients have the dtypes of their tensors."""
-    if backend == "triton" and name != "LSTM":
-        pytest.skip("one cell shows it, the interpreter is slow")
     _, ours = build(name, FULL)
     low = copy.deepcopy(ours).to(half)
     kinds = {"full": (FULL, FULL), "half": (half, half), "mixed": (FULL, half)}[given]

@@ -54,13 +54,9 @@ def test_the_table_of_the_page_lies_between_marks_and_has_every_rung(monkeypatch
 
 @pytest.mark.parametrize("number", ladder.RUNGS)
 def test_a_rung_runs_alone(number, monkeypatch, capfd):
-    """Its tests are only collected here."""
-    start = ladder.subprocess.run
-
-    def collect(command, **options):
-        return start((*command, "--collect-only"), **options)
-
-    monkeypatch.setattr(ladder.subprocess, "run", collect)
+    start = ladder.subprocess.run  # the rung's tests are only collected here
+    collect = "--collect-only"
+    monkeypatch.setattr(ladder.subprocess, "run", lambda words, **o: start((*words, collect), **o))
     assert main(["ladder", number, "--device", "cpu"]) == 0
     rung, printed = ladder.RUNGS[number], capfd.readouterr().out
     assert f"tests/test_{rung.test}.py::test" in printed

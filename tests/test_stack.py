@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -145,33 +146,26 @@ def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
 
 def test_python_calls_before_a_launch(monkeypatch):
     """The host's part of a launch: calls of functions from stack to schedule, one layer."""
-    counts: list[int] = []
+    calls, counts = [], []
 
-    class Launched:
-        def forward(self, *_):
-            counts.append(calls)
+    def launch(*_):
+        counts.append(calls.count("call") + calls.count("c_call"))
 
-        backward = forward
-
-    def count(frame, event, arg):
-        nonlocal calls
-        calls += event in ("call", "c_call")
-
-    def counted(run, *args):
-        nonlocal calls
-        calls = 0
-        sys.setprofile(count)
-        result = run(*args, Sequences(), config, True, *([] if run is stack.forward else [True]))
+    def counted(run, *given):
+        calls.clear()
+        sys.setprofile(lambda frame, event, arg: calls.append(event))
+        result = run(*given)
         sys.setprofile(None)
         return result
 
-    launched, calls = Launched(), 0
-    monkeypatch.setattr(layer, "_schedule", lambda name: launched)
+    schedule = SimpleNamespace(forward=launch, backward=launch)
+    monkeypatch.setattr(layer, "_schedule", lambda name: schedule)
     config = config_of("lstm", backend="triton", num_layers=1)
     inputs = inputs_of(config, torch.float32)._replace(dropout_masks=[])
     inputs = inputs._replace(h_0=inputs.h_0[:1], c_0=inputs.c_0[:1], params=inputs.params[:4])
     for _ in range(2):  # the first call plans
-        outputs = counted(stack.forward, inputs)
-        counted(stack.backward, inputs, outputs, StackGrads(outputs.output, None, None, None))
+        outputs = counted(stack.forward, inputs, Sequences(), config, True)
+        grads = StackGrads(outputs.output, None, None, None)
+        counted(stack.backward, inputs, outputs, grads, Sequences(), config, True, True)
     assert counts[2] <= MOST[0]
     assert counts[3] <= MOST[1]
