@@ -160,7 +160,7 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
     row = gl.arange(0, TILE.rows, gl.SliceLayout(1, TILE.weight))
     k = gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.weight))
     # In every step the compiler would make again what it knows: zeros, and copies of rows.
-    limit = H if TRANSPOSE else H + tl.program_id(2)
+    limit = H if TRANSPOSE or TILE.rows == H else H + tl.program_id(2)
     if TILE.rows > TILE.block_h:
         unit = (row // 16) * 8 + (row % 8 ^ row // 8 % 2)
     else:

@@ -39,7 +39,6 @@ from .problem import Plan, Tiles
 from .rows import Rows
 from .steps import (
     Part,
-    arrived,
     load_ends,
     load_gx,
     load_left,
@@ -56,7 +55,6 @@ from .tensors import Grads, Layers
 from .tiles import (
     INITIAL,
     PREVIOUS,
-    SKIPPED,
     ZERO,
     add_to,
     choose,
@@ -115,9 +113,8 @@ def _forward_step(
     share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
-    after_next = arrived(places[2])
-    gx_later = load_gx(layers, program, step + 2, after_next, CELL, TILE)
-    later = (places[1], after_next, place_of(layers, program, step + 3))
+    gx_later = load_gx(layers, program, step + 2, places[2], CELL, TILE)
+    later = (places[1], places[2], place_of(layers, program, step + 3))
     store_h(layers, program, step, places[0], result, TILE)
     store_saved(layers, program, step, places[0], result, saved, CELL, TILE)
     return state, gx_later, later
@@ -132,8 +129,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (
-        arrived(place_of(layers, program, 0)), arrived(place_of(layers, program, 1)),
-        place_of(layers, program, 2),
+        place_of(layers, program, 0), place_of(layers, program, 1), place_of(layers, program, 2)
     )  # fmt: skip
     gx = load_gx(layers, program, 0, places[0], CELL, TILE)
     gx_odd = load_gx(layers, program, 1, places[1], CELL, TILE)
@@ -174,10 +170,9 @@ def _backward_step(
         widened(left_before),
         origins_at(program, places[0]),
     )
-    last = arrived(places[3])
     if not TILE.is_full:
-        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
-    later = (places[1], places[2], last, place_of(layers, program, step - 4))
+        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+    later = (places[1], places[2], places[3], place_of(layers, program, step - 4))
     entered = left_before
     if layers.origins is not None:
         first = zero_where(origins != INITIAL, widened(initial))
@@ -192,9 +187,6 @@ def _backward_step(
     row = program.d.to(tl.int64) * program.R + row_of(program, step, places[0])
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
         dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry, squash)
-        if p == 0:
-            before = leaving_state(layers, d_state, d_leaving, origins)
-            d_state = _entering(layers, before, origins)
         if layers.starts is None:
             dgates = visible(layers, dgates, origins)
         for i in tl.static_range(len(CELL.phases[p])):
@@ -207,11 +199,10 @@ def _backward_step(
             term = multiply(w[CELL.phases[p][i]], u, zero_acc(TILE))
             terms = terms + (term,)
         du = to_tile(sum_of(terms), TILE)
-    if layers.origins is not None:
-        (du,) = zero_where((origins == SKIPPED) | (origins == ZERO), (du,))
     d_state = add_to(d_state, 0, du)
+    d_state = _entering(layers, leaving_state(layers, d_state, d_leaving, origins), origins)
     if TILE.is_full:  # of registers, so that they are taken later
-        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
+        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
     return d_state, left_before, now, later
 
 
@@ -224,8 +215,8 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     even, odd = shared_tiles(G, G, dtype, TILE), shared_tiles(G, G, dtype, TILE)
 
     places = (
-        arrived(place_of(layers, program, T - 1)), arrived(place_of(layers, program, T - 2)),
-        arrived(place_of(layers, program, T - 3)), place_of(layers, program, T - 4),
+        place_of(layers, program, T - 1), place_of(layers, program, T - 2),
+        place_of(layers, program, T - 3), place_of(layers, program, T - 4),
     )  # fmt: skip
     fixed = (w, load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))

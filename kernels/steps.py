@@ -100,17 +100,6 @@ def place_of(layers, program, step):
 
 
 @triton.jit
-def arrived(place):
-    """A place of an earlier step, with origins of 32 bits, which need no unpacking."""
-    if len(place) > 1:
-        return (place[0].to(tl.int32), place[1])
-    elif len(place) > 0:
-        return (place[0].to(tl.int32),)
-    else:
-        return place
-
-
-@triton.jit
 def origins_at(program, place):
     if len(place) > 0:
         return place[0]
