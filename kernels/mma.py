@@ -5,7 +5,8 @@ The units of H are its rows, so that no row of an ``mma`` instruction is wasted 
 ``8 r + l`` of an instruction's 16 is unit ``2 l + r``: the two rows that a thread holds are
 neighbouring units, so the accumulator is a tile ``[BLOCK_B, BLOCK_H]`` whose rows are stored with
 32 bits a thread in full sectors. Going from one to the other moves nothing, which
-``assert_trivial`` makes the compiler prove.
+``assert_trivial`` makes the compiler prove. A small H has more warps, of 8 units each: rows 8 to
+15 are left, and the work of a thread outside of the products halves.
 
 u changes hands between warps through shared memory, in tiles of the same layout.
 """
@@ -30,31 +31,33 @@ class Tile(NamedTuple):
     H: int
     block_b: int  # sequences of a program
     block_h: int  # its units, a power of two of at least 16
+    rows: int  # of a product: block_h, or twice that if a warp has 8 units
     is_full: bool  # W_hh takes half of the registers
     tile: Any  # [BLOCK_B, BLOCK_H], a tile in registers
-    acc: Any  # [BLOCK_H, BLOCK_B], the accumulator of a product
-    weight: Any  # [BLOCK_H, BLOCK_H], its first operand
+    acc: Any  # [rows, BLOCK_B], the accumulator of a product
+    weight: Any  # [rows, BLOCK_H], its first operand
     operand: Any  # [BLOCK_H, BLOCK_B], its second operand
     shared: Any  # [BLOCK_B, BLOCK_H], a tile in shared memory
 
 
 @lru_cache(maxsize=1024)
 def tile_of(D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: int) -> Tile:
-    """Returns the layouts for elements of 2 or 4 bytes; a warp has 16 units or more."""
+    """Returns the layouts for elements of 2 or 4 bytes; a warp has 8 units or more."""
 
     def steps(first: int, stop: int) -> list[int]:
         return [first << n for n in range((stop // first).bit_length() - 1)]
 
     acc = gl.NVMMADistributedLayout([2, 0], [warps, 1], [16, 8])
+    pair = 2 if block_h >= 16 * warps else 1  # units of a thread side by side
     tile = gl.DistributedLinearLayout(
         reg_bases=[
-            [0, 1],
+            *([0, h] for h in steps(1, pair)),
             [1, 0],
             *([b, 0] for b in steps(8, block_b)),
-            *([0, h] for h in steps(16 * warps, block_h)),
+            *([0, h] for h in steps(8 * pair * warps, block_h)),
         ],
-        lane_bases=[[2, 0], [4, 0], [0, 2], [0, 4], [0, 8]],
-        warp_bases=[[0, h] for h in steps(16, 16 * warps)],
+        lane_bases=[[2, 0], [4, 0], [0, pair], [0, 2 * pair], [0, 4 * pair]],
+        warp_bases=[[0, h] for h in steps(8 * pair, 8 * pair * warps)],
         block_bases=[],
         shape=[block_b, block_h],
     )
@@ -65,8 +68,8 @@ def tile_of(D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: in
         vector, max(1, 8 * vector // block_h), min(8, block_h // vector), [1, 0]
     )
     first, second = (gl.DotOperandLayout(n, acc, width) for n in (0, 1))
-    is_full = block_h * itemsize >= 256
-    return Tile(1, D, H, block_b, block_h, is_full, tile, acc, first, second, shared)
+    rows, is_full = 2 * block_h // pair, block_h * itemsize >= 256
+    return Tile(1, D, H, block_b, block_h, rows, is_full, tile, acc, first, second, shared)
 
 
 @gluon.jit
@@ -85,7 +88,9 @@ def units(TILE: tl.constexpr):
 def to_acc(tile, TILE: tl.constexpr):
     """A tile as an accumulator."""
     B: tl.constexpr = tile.shape[0]
-    H: tl.constexpr = tile.shape[1]
+    H: tl.constexpr = TILE.rows
+    if TILE.rows > TILE.block_h:
+        tile = gl.join(tile, tile)
     rows = tile.reshape([B, H // 16, 8, 2]).permute([1, 3, 2, 0]).reshape([H, B])
     return gl.convert_layout(rows, TILE.acc, assert_trivial=True)
 
@@ -95,7 +100,10 @@ def to_tile(acc, TILE: tl.constexpr):
     """An accumulator as a tile."""
     H: tl.constexpr = acc.shape[0]
     B: tl.constexpr = acc.shape[1]
-    columns = acc.reshape([H // 16, 2, 8, B]).permute([3, 0, 2, 1]).reshape([B, H])
+    columns = acc.reshape([H // 16, 2, 8, B]).permute([3, 0, 2, 1])
+    if TILE.rows > TILE.block_h:
+        columns, _ = gl.split(columns)
+    columns = columns.reshape([B, TILE.block_h])
     return gl.convert_layout(columns, TILE.tile, assert_trivial=True)
 
 
@@ -120,6 +128,22 @@ def widened(tiles):
 
 
 @gluon.jit
+def zero_where(condition, tiles):
+    """Zero in the sequences where the condition holds, even in place of a NaN.
+
+    The compiler would move a choice behind the rounding, and unpack the numbers for it.
+    """
+    code: tl.constexpr = "and.b32 $0, $1, $2;"
+    mask = tl.where(condition, 0, -1)[:, None]
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        out = out + (
+            gl.inline_asm_elementwise(code, "=f,f,r", [tiles[n], mask], tl.float32, True, 1),
+        )
+    return out
+
+
+@gluon.jit
 def round_operand(x):
     """fp32 rounded to the nearest TF32: the tensor cores would cut off the low bits."""
     if x.dtype == tl.float32:
@@ -135,10 +159,15 @@ def round_operand(x):
 def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
     """``w[gate]`` of a whole W_hh ``[G*H, H]``, or its transpose, as the first operand."""
     H: tl.constexpr = TILE.H
-    row = gl.arange(0, TILE.block_h, gl.SliceLayout(1, TILE.weight))
+    row = gl.arange(0, TILE.rows, gl.SliceLayout(1, TILE.weight))
     k = gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.weight))
-    unit = (row // 16) * 16 + (row % 8) * 2 + (row // 8) % 2
-    inside = (unit < H)[:, None] & (k < H)[None, :]
+    # In every step the compiler would make again what it knows: zeros, and copies of rows.
+    limit = H if TRANSPOSE else H + tl.program_id(2)
+    if TILE.rows > TILE.block_h:
+        unit = (row // 16) * 8 + (row % 8 ^ row // 8 % 2)
+    else:
+        unit = (row // 16) * 16 + (row % 8) * 2 + (row // 8) % 2
+    inside = (unit < limit)[:, None] & (k < limit)[None, :]
     w = ()
     for g in tl.static_range(len(CELL.gates)):
         if TRANSPOSE:
@@ -194,7 +223,7 @@ def multiply(weight, u, acc):
 
 @gluon.jit
 def zero_acc(TILE: tl.constexpr):
-    return gl.full([TILE.block_h, TILE.block_b], 0.0, tl.float32, TILE.acc)
+    return gl.full([TILE.rows, TILE.block_b], 0.0, tl.float32, TILE.acc)
 
 
 @gluon.jit

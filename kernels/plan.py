@@ -164,7 +164,9 @@ def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     few = -(-problem.batch // 8) * problem.directions <= 2 * chip.sms
     block_b = 8 if few or units * spec.gates * itemsize > 512 else 16
     shared = 2 * max(spec.gates, 2) * block_b * units * itemsize
-    tiles = Tiles(block_b, units, min(8, units // 16), 255, "tf32", shared)
+    # Four warps keep an SM busy: with 8 units each they waste half of a product's rows.
+    warps = units // 8 if units <= 32 else min(8, units // 16)
+    tiles = Tiles(block_b, units, warps, 255, "tf32", shared)
     return _made("resident_nvidia", tiles, tiles, problem)
 
 

@@ -6,7 +6,7 @@ the step before has written, so that the barrier between them is the only one. B
 same with dgates. The loop over time makes two steps a turn, one with each buffer.
 
 Limits: tensors of 16 bits, or fp32 with tf32 products; W_hh must fit the registers (``plan.py``);
-H is padded to a power of two of at least 16.
+H is padded to a power of two of at least 16, with units that read the first ones and multiply by 0.
 """
 
 from __future__ import annotations
@@ -35,11 +35,13 @@ from .mma import (
     units,
     widened,
     zero_acc,
+    zero_where,
 )
 from .problem import Plan, Tiles
 from .rows import Rows
 from .steps import (
     Part,
+    arrived,
     load_ends,
     load_gx,
     load_left,
@@ -56,15 +58,14 @@ from .tensors import Grads, Layers
 from .tiles import (
     INITIAL,
     PREVIOUS,
+    SKIPPED,
+    ZERO,
     add_to,
     choose,
-    entering_state,
-    gradient_before,
     is_stored,
     leaving_state,
     visible,
     where,
-    zero_where,
 )
 
 #: Steps in one turn of the loop over time.
@@ -79,6 +80,12 @@ def _program(layers, T, B, R, TILE: tl.constexpr):
     offs_b = first_b + sequences(TILE)
     last = tl.minimum(offs_b, B - 1)
     return Part(d, d, layers.out[0], T, B, R, first_b, last, offs_b < B, units(TILE))
+
+
+@gluon.jit
+def _entering(layers, state, origins):
+    """``tiles.entering_state``, or backward the gradient behind it."""
+    return zero_where(origins == ZERO, state) if layers.origins is not None else state
 
 
 @gluon.jit
@@ -106,12 +113,13 @@ def _forward_step(
     result = leaving_state(layers, state, entering, origins)
     if layers.origins is not None:  # behind the last step no sequence begins
         origins_next = tl.where(step + 1 < program.T, origins_next, PREVIOUS)
-    state = entering_state(layers, result, origins_next)
+    state = _entering(layers, result, origins_next)
     share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
-    gx_later = load_gx(layers, program, step + 2, places[2], CELL, TILE)
-    later = (places[1], places[2], place_of(layers, program, step + 3))
+    after_next = arrived(places[2])
+    gx_later = load_gx(layers, program, step + 2, after_next, CELL, TILE)
+    later = (places[1], after_next, place_of(layers, program, step + 3))
     store_h(layers, program, step, places[0], result, TILE)
     store_saved(layers, program, step, places[0], result, saved, CELL, TILE)
     return state, gx_later, later
@@ -126,12 +134,13 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
     places = (
-        place_of(layers, program, 0), place_of(layers, program, 1), place_of(layers, program, 2)
+        arrived(place_of(layers, program, 0)), arrived(place_of(layers, program, 1)),
+        place_of(layers, program, 2),
     )  # fmt: skip
     gx = load_gx(layers, program, 0, places[0], CELL, TILE)
     gx_odd = load_gx(layers, program, 1, places[1], CELL, TILE)
     state = widened(load_ends(layers.h_0, layers.c_0, program, TILE))
-    state = entering_state(layers, state, origins_at(program, places[0]))
+    state = _entering(layers, state, origins_at(program, places[0]))
     share(even, state[0])
     for pair in range(T // 2):
         step = 2 * pair
@@ -167,12 +176,13 @@ def _backward_step(
         widened(left_before),
         origins_at(program, places[0]),
     )
+    last = arrived(places[3])
     if not TILE.is_full:
-        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
-    later = (places[1], places[2], places[3], place_of(layers, program, step - 4))
+        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
+    later = (places[1], places[2], last, place_of(layers, program, step - 4))
     entered = left_before
     if layers.origins is not None:
-        first = zero_where(origins != INITIAL, initial)
+        first = zero_where(origins != INITIAL, widened(initial))
         entered = where(origins == PREVIOUS, left_before, first)
     if grads.out is not None:
         d_state = add_to(d_state, 0, widened(d_out)[0])
@@ -184,6 +194,9 @@ def _backward_step(
     row = program.d.to(tl.int64) * program.R + row_of(program, step, places[0])
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
         dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry, squash)
+        if p == 0:
+            before = leaving_state(layers, d_state, d_leaving, origins)
+            d_state = _entering(layers, before, origins)
         if layers.starts is None:
             dgates = visible(layers, dgates, origins)
         for i in tl.static_range(len(CELL.phases[p])):
@@ -196,10 +209,11 @@ def _backward_step(
             term = multiply(w[CELL.phases[p][i]], u, zero_acc(TILE))
             terms = terms + (term,)
         du = to_tile(sum_of(terms), TILE)
+    if layers.origins is not None:
+        (du,) = zero_where((origins == SKIPPED) | (origins == ZERO), (du,))
     d_state = add_to(d_state, 0, du)
-    d_state = gradient_before(layers, d_state, d_leaving, origins)
     if TILE.is_full:  # of registers, so that they are taken later
-        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+        now = load_step(layers, grads, program, step - 2, (places[2], last), CELL, TILE)
     return d_state, left_before, now, later
 
 
@@ -212,10 +226,10 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     even, odd = shared_tiles(G, G, dtype, TILE), shared_tiles(G, G, dtype, TILE)
 
     places = (
-        place_of(layers, program, T - 1), place_of(layers, program, T - 2),
-        place_of(layers, program, T - 3), place_of(layers, program, T - 4),
+        arrived(place_of(layers, program, T - 1)), arrived(place_of(layers, program, T - 2)),
+        arrived(place_of(layers, program, T - 3)), place_of(layers, program, T - 4),
     )  # fmt: skip
-    fixed = (w, widened(load_ends(layers.h_0, layers.c_0, program, TILE)))
+    fixed = (w, load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))
     left = widened(load_left(layers, program, T - 1, places[0], TILE))
     now = load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)

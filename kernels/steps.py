@@ -45,27 +45,32 @@ def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
 
 
 @triton.jit
-def _pointers(base, program, W):
+def _pointers(base, program, cols, W):
     """Pointers to the first tile of rows of W values, the row of sequence 0 at base.
 
     Inside of a program offsets have 32 bits, up to its first row 64.
     """
     base += program.first_b.to(tl.int64) * W
-    return base + (((program.offs_b - program.first_b) * W)[:, None] + program.cols[None, :])
+    return base + (((program.offs_b - program.first_b) * W)[:, None] + cols[None, :])
 
 
 @triton.jit
-def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr):
-    """N tiles from rows of W values; zero beyond H and where a mask is not."""
+def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr, ZERO: tl.constexpr = True):
+    """N tiles from rows of W values; zero where a mask is not.
+
+    Beyond H they are zero, or without ZERO those of the first units again, which takes fewer
+    instructions.
+    """
     H: tl.constexpr = TILE.H
-    ptrs = _pointers(base, program, W)
+    ptrs = _pointers(base, program, program.cols if ZERO else program.cols % H, W)
     tiles = ()
     for n in tl.static_range(N):
-        if len(masks) > 0:
-            inside = masks[0][:, None] & (program.cols < H)[None, :]
+        if ZERO and H % TILE.block_h > 0:
+            inside = (program.cols < H)[None, :]
+            inside = masks[0][:, None] & inside if len(masks) > 0 else inside
             tile = tl.load(ptrs + n * H, mask=inside, other=0.0)
-        elif H % TILE.block_h > 0:
-            tile = tl.load(ptrs + n * H, mask=(program.cols < H)[None, :], other=0.0)
+        elif len(masks) > 0:
+            tile = tl.load(ptrs + n * H, mask=masks[0][:, None], other=0.0)
         else:
             tile = tl.load(ptrs + n * H)
         tiles = tiles + (tile,)
@@ -75,7 +80,7 @@ def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr):
 @triton.jit
 def store(base, program, mask, tiles, W: tl.constexpr, TILE: tl.constexpr):
     """Stores tiles into rows of W values."""
-    ptrs = _pointers(base, program, W)
+    ptrs = _pointers(base, program, program.cols, W)
     inside = mask[:, None] & (program.cols < TILE.H)[None, :]
     for n in tl.static_range(len(tiles)):
         tl.store(ptrs + n * TILE.H, tiles[n].to(base.dtype.element_ty), mask=inside)
@@ -94,6 +99,17 @@ def place_of(layers, program, step):
         if layers.starts is not None:
             place = place + (tl.load(layers.starts + t),)
     return place
+
+
+@triton.jit
+def arrived(place):
+    """A place of an earlier step, with origins of 32 bits, which need no unpacking."""
+    if len(place) > 1:
+        return (place[0].to(tl.int32), place[1])
+    elif len(place) > 0:
+        return (place[0].to(tl.int32),)
+    else:
+        return place
 
 
 @triton.jit
@@ -152,7 +168,8 @@ def load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr
     if TILE.L > 1:  # the layers above the first have none, and see zeros
         is_first = program.offs_b < tl.where(program.z == 0, program.B, 0)
         masks = (masks[0] & is_first if len(masks) > 0 else is_first,)
-    return load(layers.gx + row * (G * TILE.H), program, masks, G, G * TILE.H, TILE)
+    rows = layers.gx + row * (G * TILE.H)
+    return load(rows, program, masks, G, G * TILE.H, TILE, TILE.block_h < TILE.H)
 
 
 @triton.jit
@@ -207,9 +224,10 @@ def load_left(layers, program, step, place, TILE: tl.constexpr):
             W = tl.where(step >= 0, D * H, H)
         if layers.cs is not None:
             c_rows = tl.where(step >= 0, c_rows, layers.c_0 + first)
-    state = load(h_rows, program, masks, 1, W, TILE)
+    is_part: tl.constexpr = TILE.block_h < H
+    state = load(h_rows, program, masks, 1, W, TILE, is_part)
     if layers.cs is not None:
-        state = state + load(c_rows, program, masks, 1, H, TILE)
+        state = state + load(c_rows, program, masks, 1, H, TILE, is_part)
     return state
 
 
@@ -227,7 +245,8 @@ def load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl
     d_row = program.z.to(tl.int64) * program.R + row
     saved, d_out, d_cs = (), (), ()
     if S > 0:
-        saved = load(layers.gates + d_row * (S * H), program, masks, S, S * H, TILE)
+        rows = layers.gates + d_row * (S * H)
+        saved = load(rows, program, masks, S, S * H, TILE, TILE.block_h < H)
     if grads.out is not None:
         base = grads.out + row * (D * H) + program.d * H
         shown = masks

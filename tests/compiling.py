@@ -62,7 +62,10 @@ def covering() -> list[Job]:
         job("rnn_tanh", 256, ragged=True),
         job("rnn_relu", 128, FP32, "tf32", "sm_80"),
         job("rnn_relu", 16, FP16),
+        job("lstm", 32, FP32, "tf32", "sm_86"),
         job("lstm", 128, FP16, chip="sm_86"),
+        job("gru", 128, chip="sm_89"),
+        job("lstm", 100, FP16, chip="sm_120", ragged=True),
         # cooperative
         job("lstm", 512),
         job("lstm", 512, FP16, ragged=True),

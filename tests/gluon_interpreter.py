@@ -64,6 +64,8 @@ def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) 
     name = code.partition(".")[0]
     if name == "cvt":
         return round_to_tf32(x)
+    if name == "and":
+        return tl.where(args[1] == 0, 0.0, x)
     return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value, "bar": lambda value: value}[name](x)
 
 
@@ -113,5 +115,6 @@ def install() -> None:
     """Replaces Gluon's language for all kernels imported from now on; layouts stay Gluon's."""
     gluon.jit, ampere.mma_v2 = triton.jit, mma_v2
     gl.arange, gl.full, gl.split, gl.convert_layout = arange, full, split, convert_layout
+    gl.join = lambda a, b: tl.join(a, b)
     gl.allocate_shared_memory, gl.inline_asm_elementwise = Buffer, assembly
     gl.barrier = lambda: None

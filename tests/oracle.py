@@ -9,11 +9,6 @@ from models import torch_module
 from torch import Tensor
 
 
-def cell_of(module) -> str:
-    """Returns the name of the cell of a fusedrnn module."""
-    return module._cell
-
-
 def one_by_one(module, x, hx, lengths=None, reset=None):
     """Runs each piece of each sequence by itself; returns the output and the final states.
 
@@ -52,7 +47,7 @@ def _direction(module, x: Tensor, state: tuple, begins: list[int], layer: int, d
     names = ["weight_ih", "weight_hh", *(("bias_ih", "bias_hh") if module.bias else ())]
     names += ["weight_hr"] if P else []
     options = {"bias": module.bias} | ({"proj_size": P} if P else {})
-    single = torch_module(cell_of(module), x.shape[-1], H, **options).to(x)
+    single = torch_module(module._cell, x.shape[-1], H, **options).to(x)
     weights = {f"{name}_l0": getattr(module, name + suffix) for name in names}
     borders = [0, *(t for t in begins if t), n]
     pieces = list(pairwise(borders))

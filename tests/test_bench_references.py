@@ -29,7 +29,6 @@ def test_every_case_has_the_sizes_of_the_published_one():
     ("published", "name", "same"),
     [
         ("V100", "Tesla V100-SXM2-16GB", True),
-        ("NVIDIA H100 80GB HBM3", "NVIDIA H100 80GB HBM3", True),
         ("NVIDIA H100 PCIe", "NVIDIA H100 80GB HBM3", False),
         ("NVIDIA A10", "NVIDIA A100-SXM4-40GB", False),
         ("NVIDIA L40S", "NVIDIA L4", False),

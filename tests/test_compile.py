@@ -15,7 +15,7 @@ from fusedrnn.kernels.sass import Instruction
 NAMES = ("resident_nvidia", "resident", "cooperative")
 PARTS = [("sm_90", name) for name in (*NAMES, "stepwise")]
 PARTS += [(chip, name) for chip in ("sm_80", "sm_100") for name in ("resident_nvidia", NAMES[-1])]
-PARTS += [("sm_86", "resident_nvidia"), *((f"sm_{n}", "cooperative") for n in (86, 89, 120))]
+PARTS += [(f"sm_{n}", name) for n in (86, 89, 120) for name in ("resident_nvidia", NAMES[-1])]
 
 
 @pytest.mark.parametrize(("chip", "schedule"), PARTS)

@@ -227,11 +227,6 @@ def test_other_chips(gpu):
     assert "not triton: Triton has no tensor-core products below sm_80" in text
 
 
-def in_plain_torch(module, x):
-    with fusedrnn.use_backend("torch"):
-        return module(x)[0]
-
-
 def assert_auto_answers(H, cause):
     """One warning names the cause; results are the loop's, then torch's; a named backend raises."""
     judging.MARGIN = float("inf")  # worth a launch, though the call is short
@@ -243,7 +238,8 @@ def assert_auto_answers(H, cause):
     with pytest.warns(RuntimeWarning, match=f"kernels failed on cpu .*{cause}") as warned:
         output = train(module, x)
     assert len(warned) == 1
-    torch.testing.assert_close(output, in_plain_torch(module, x))
+    with fusedrnn.use_backend("torch"):
+        torch.testing.assert_close(output, module(x)[0])
     torch.testing.assert_close(train(module, x), output)
     found = fusedrnn.explain(module, x)
     assert found.backend == "aten"

@@ -212,7 +212,6 @@ WRONG = {
     "rows": (RESET, [0], TypeError, "rows is list; expected a tensor"),
     "float rows": (RESET, torch.tensor([0.0]), TypeError, "rows is torch.float32"),
     "mask": (RESET, torch.tensor([True]), ValueError, r"rows has shape \[1\]; expected \[3\]"),
-    "scalar": (RESET, torch.tensor(0), ValueError, r"shape \[\]; expected \[3\] or indices"),
     "index": (RESET, torch.tensor([3]), IndexError, "3"),
 }
 
