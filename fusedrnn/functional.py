@@ -7,12 +7,14 @@ import warnings
 from collections.abc import Sequence
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, measured
 from .arguments import Call, Layers, as_hx, prepare
 from .ops import ATEN, is_eager, rnn_stack
+from .vmap import is_transformed
 
 # cuDNN's advice to call flatten_parameters(), which helps no function and no computed weight. Only
 # warnings raised by this package are silenced, so that nn.LSTM's remain.
@@ -182,6 +184,85 @@ def _run_stack(
     return run(prepare(cell, input, hx, params, Layers(**o), lengths, reset))
 
 
+#: Kinds of plain calls on the CPU, and whether torch's operator runs them: see ``run_module``.
+_KINDS: dict[tuple, bool] = {}
+
+
+def run_module(
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
+) -> tuple[Any, Any]:
+    """Runs a module's stack; a kind of call that was checked before may skip the checks.
+
+    They take as long as the smallest layers. A weight of another shape makes another kind, and a
+    call that torch's operator rejects is checked again.
+    """
+    kind = _kind_of(cell, input, hx, params, layers)
+    if kind is not None and _KINDS.get(kind):
+        try:
+            return _run_known(cell, input, hx, params, layers)
+        except RuntimeError:
+            pass  # the checks below name the cause
+    call = prepare(cell, input, hx, params, layers)
+    result = run(call)
+    if kind is not None and kind not in _KINDS:
+        if len(_KINDS) >= 4096:
+            _KINDS.clear()
+        given = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
+        is_whole = all(g.shape == s.shape for g, s in zip(given, call.states, strict=False))
+        _KINDS[kind] = is_whole and dispatch.decide(call.facts)[0] == "aten"
+    return result
+
+
+def _kind_of(
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
+) -> tuple | None:
+    """Returns what checks and choice of a plain call on the CPU depend on; None for others."""
+    if torch.compiler.is_compiling() or type(input) is not Tensor or input.is_nested:
+        return None
+    if input.dim() != 3 or not input.is_cpu or not dispatch.is_auto() or is_transformed():
+        return None
+    states = (hx,) if isinstance(hx, Tensor) else hx or ()
+    if torch._C._is_any_autocast_enabled() or not isinstance(states, (tuple, list)):
+        return None
+    if any(type(t) is not Tensor for t in states) or any(p is None for p in params):
+        return None
+    tensors = input, *states, *params
+    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+    sizes = [(t.shape, t.dtype, t.is_cpu) for t in tensors]
+    return cell, layers, needs_grad, input.requires_grad, type(hx), *sizes
+
+
+def _run_known(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers) -> Any:
+    """Runs torch's operator on a call of a known kind."""
+    rows = input.transpose(0, 1) if layers.batch_first else input
+    if hx is None:
+        columns = params[1].shape[1]
+        h_0 = input.new_zeros(layers.num_layers * layers.directions, rows.shape[1], columns)
+        hx = (h_0, h_0) if cell == "lstm" else h_0
+    output, *states = _run_aten(cell, rows, hx, params, layers, torch.is_grad_enabled())
+    if layers.batch_first:
+        output = output.transpose(0, 1) if cell == "lstm" else output.transpose_(0, 1)
+    return output, as_hx(states)
+
+
+def _run_aten(
+    cell: str,
+    input: Tensor,
+    hx: Any,
+    params: Any,
+    layers: Layers,
+    needs_grad: bool,
+    sizes: Any = None,
+) -> Any:
+    """Runs torch's operator; ``sizes`` are the batch_sizes of packed input."""
+    dropout = layers.dropout if layers.training else 0.0
+    is_training = layers.training or needs_grad  # cuDNN has no backward in eval()
+    flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
+    if sizes is None:
+        return ATEN[cell](input, hx, params, *flags, False)
+    return ATEN[cell](input, sizes, hx, params, *flags)
+
+
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     facts, layers = call.facts, call.facts.layers
@@ -190,14 +271,9 @@ def run(call: Call) -> Any:
     backend, config = dispatch.decide(facts)
     if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
         hx = as_hx([state.contiguous() for state in call.states])  # cuDNN takes no strided states
-        dropout = layers.dropout if layers.training else 0.0
-        is_training = layers.training or facts.needs_grad  # cuDNN has no backward in eval()
-        flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
-        if call.packing is None:
-            output, *states = ATEN[facts.cell](call.input, hx, call.params, *flags, False)
-        else:
-            sizes = call.packing.batch_sizes
-            output, *states = ATEN[facts.cell](call.input, sizes, hx, call.params, *flags)
+        sizes = None if call.packing is None else call.packing.batch_sizes
+        needs_grad, given = facts.needs_grad, (facts.cell, call.input, hx, call.params, layers)
+        output, *states = _run_aten(*given, needs_grad, sizes)
     else:
         if backend == "torch" and "lengths" in facts.ragged and is_eager(call.input):
             call = call.compact()

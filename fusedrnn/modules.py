@@ -135,6 +135,8 @@ class _Stack(torch.nn.RNNBase):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
         if torch.jit.is_tracing() and lengths is reset is None and self._is_torchs():
             return _TORCHS[self.mode].forward(self, input, hx)
+        if lengths is reset is None and not self.proj_size:
+            return functional.run_module(self._cell, input, hx, self._params(), self._layers())
         return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
