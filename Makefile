@@ -14,7 +14,7 @@ TRITONS := 3.6 3.9
 TRITONS_READY := $(TRITONS:%=.triton-%/.installed)
 TRITON_PATHS := FUSEDRNN_TRITON_36=$(CURDIR)/.triton-3.6 FUSEDRNN_TRITON_39=$(CURDIR)/.triton-3.9
 
-# What the tests need of fastai's and speechbrain's dependencies. The others are torchvision and
+# Dependencies of fastai and speechbrain that the tests need. The others are torchvision and
 # torchaudio, whose wheels do not load beside every build of torch, and models of spaCy.
 NEEDED := fastdownload fastprogress fasttransform hyperpyyaml sentencepiece
 

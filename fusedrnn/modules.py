@@ -59,7 +59,7 @@ class _FlatWeights(list):
 class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
-    # Of the class for modules that began as torch's.
+    # Class attributes, for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
     _run = staticmethod(functional.run)

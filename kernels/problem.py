@@ -140,7 +140,7 @@ class Tiles:
     max_registers: int | None  # a thread's; None where the compiler has no such option
     precision: str  # of products, as tl.dot's input_precision
     shared_bytes: int  # an upper bound of the compiler's figure
-    # Of schedule cooperative:
+    # For schedule cooperative:
     at_once: int = 1  # batch tiles in a launch
     halved: bool = False  # half of the weights is in shared memory
 

@@ -113,7 +113,7 @@ def row_of(program, step, place):
     if len(place) > 1:
         return place[1]
     else:
-        # Of unsigned numbers of 32 bits the product of 64 is one instruction.
+        # Unsigned numbers of 32 bits are multiplied to 64 in one instruction.
         t = time_of(step, program).to(tl.uint32)
         return t.to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
 
