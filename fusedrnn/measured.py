@@ -16,8 +16,7 @@ from torch import Tensor
 
 from . import dispatch
 from .arguments import Call
-from .kernels.plan import CACHES
-from .kernels.problem import KernelFailed, LaunchRefused
+from .kernels.problem import KernelFailed, LaunchRefused, forget
 from .testing import error_budget
 
 #: "1", "0" or None; not read again, for that takes as long as some of the checks of a call.
@@ -51,8 +50,7 @@ def consider(call: Call, run: _Run) -> None:
     dispatch.MEASURED[kind] = None
     with suppress(*_EXPECTED):
         dispatch.MEASURED[kind] = _times(_detached(call), run)
-    for forget in CACHES:
-        forget()
+    forget()
 
 
 def _times(call: Call, run: _Run) -> tuple[float, float]:

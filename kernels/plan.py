@@ -18,6 +18,7 @@ from .limits import (
     slice_needs,
 )
 from .problem import (  # noqa: F401, re-exported
+    CACHES,
     CHIPS,
     Chip,
     KernelFailed,
@@ -27,6 +28,7 @@ from .problem import (  # noqa: F401, re-exported
     Problem,
     Tiles,
     chip_of,
+    forget,
     give_up,
     refuse_cooperation,
 )
@@ -38,8 +40,6 @@ L2, REST = 3100, 450
 #: Times a layer's step: the predicted step of layers that share a launch (``predicted.csv``).
 WAVEFRONT = 1.5
 
-#: Forget what was decided by another planner; ``forced`` calls them.
-CACHES: list[Callable[[], object]] = []
 _forced: Callable[[Problem, Chip], tuple[Plan, ...]] | None = None
 
 
@@ -48,16 +48,11 @@ def forced(planner: Callable[[Problem, Chip], tuple[Plan, ...]]) -> Iterator[Non
     """Within the context ``plan_stack`` is ``planner``; for tests and benchmarks."""
     global _forced
     before, _forced = _forced, planner
-    _forget()
+    forget()
     try:
         yield
     finally:
         _forced = before
-        _forget()
-
-
-def _forget() -> None:
-    for forget in CACHES:
         forget()
 
 

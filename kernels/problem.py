@@ -1,5 +1,6 @@
 """The records of the planner: a problem, a chip, the tiles of a program, and a plan."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import NamedTuple
@@ -65,6 +66,14 @@ CHIPS = {
 _SMS_OF_NCCL = 32
 _REFUSING: set[torch.device] = set()
 _FAILED: dict[torch.device, dict[tuple, str]] = {}
+#: The functions that empty the caches of what was decided; ``forget`` calls them.
+CACHES: list[Callable[[], object]] = []
+
+
+def forget() -> None:
+    """Forgets every decision, after a change of what decisions depend on."""
+    for clear in CACHES:
+        clear()
 
 
 def refuse_cooperation(device: torch.device) -> None:
@@ -73,11 +82,13 @@ def refuse_cooperation(device: torch.device) -> None:
     Another process may own a share of the SMs (MPS, green contexts).
     """
     _REFUSING.add(device)
+    forget()
 
 
 def give_up(device: torch.device, cell: str, H: int, dtype: torch.dtype, cause: str) -> None:
     """Excludes the kernels from all later plans for such a layer on this device."""
     _FAILED.setdefault(device, {})[cell, H, dtype] = cause
+    forget()
 
 
 def chip_of(device: torch.device) -> Chip:

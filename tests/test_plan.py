@@ -168,7 +168,7 @@ def test_a_process_group_keeps_sms(backend, sms, monkeypatch):
 
 def test_forced_planners_last_for_a_context(monkeypatch):
     forgotten = []
-    monkeypatch.setattr(planning, "CACHES", [lambda: forgotten.append(1)])
+    monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
     before = plan_stack(problem(), H100)
     with planning.forced(lambda p, chip: (stepwise(p, chip),)):
         assert plan_stack(problem(), H100)[0].schedule == "stepwise"
