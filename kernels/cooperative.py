@@ -26,14 +26,13 @@ from triton.experimental import gluon
 
 from .cells import CELLS, Cell
 from .exchange import (
-    PATIENCE,
     group_of,
     publish,
     put,
     slot_of,
     wait,
 )
-from .launch import Workspace, launch_together, layers_forward
+from .launch import layers_forward, run_together, sizes_of
 from .layouts import Slice, slice_of
 from .mma import load_bias, round_operand, squash, widened
 from .problem import Plan, Tiles
@@ -237,33 +236,18 @@ def _zero_accs(N: tl.constexpr, TILE: tl.constexpr):
     return out
 
 
-def tile_of(cell: Cell, L: int, D: int, H: int, tiles: Tiles, itemsize: int) -> Slice:
+def tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> Slice:
     """The sizes and layouts of a launch."""
-    columns = (H,) * len(cell.phases)
-    sizes = tiles.block_b, tiles.block_h, tiles.num_warps, itemsize
-    return slice_of(L, D, H, *sizes, columns, tiles.halved)
+    columns = (layers.h_0.shape[-1],) * len(cell.phases)
+    itemsize = layers.h_0.element_size()
+    return slice_of(*sizes_of(layers, tiles), tiles.num_warps, itemsize, columns, tiles.halved)
 
 
-def forward(
-    cell: str,
-    plan: Plan,
-    layers: Layers,
-    rows: Rows,
-    *,
-    shared: Workspace | None = None,
-    patience: int = PATIENCE,
-) -> None:
+def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs the layers of one launch: writes out, h_n, c_n and what is to be saved.
-
-    Args:
-        shared: a fresh workspace; by default one is allocated.
-        patience: the polls of one wait before it fails.
 
     Raises:
         LaunchRefused: the device does not hold all programs of a launch at once.
     """
-    of, tiles = CELLS[cell], plan.forward
-    D, H = layers.out[0].shape[-1] // layers.h_0.shape[-1], layers.h_0.shape[-1]
-    tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = (layers_forward(layers, plan.layers),)
-    launch_together(_cooperative_fwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
+    run_together(_cooperative_fwd_kernel, CELLS[cell], tensors, rows, plan.forward, tile_of)

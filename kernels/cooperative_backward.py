@@ -16,7 +16,6 @@ from triton.experimental import gluon
 
 from .cells import CELLS, Cell
 from .exchange import (
-    PATIENCE,
     group_of,
     publish,
     put,
@@ -24,7 +23,7 @@ from .exchange import (
     wait,
     wait_for_both,
 )
-from .launch import Workspace, launch_together, layers_backward
+from .launch import layers_backward, run_together, sizes_of
 from .layouts import Slice, slice_of
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
@@ -240,37 +239,20 @@ def _cooperative_bwd_kernel(
     store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 
-def tile_of(cell: Cell, L: int, D: int, H: int, tiles: Tiles, itemsize: int) -> Slice:
+def tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> Slice:
     """The sizes and layouts of a launch; a slot has the columns of each phase side by side."""
-    parts = cell.parts if L > 1 else cell.phases
-    columns = tuple(len(gates) * H for gates in parts)
-    sizes = tiles.block_b, tiles.block_h, tiles.num_warps, itemsize
-    tile = slice_of(L, D, H, *sizes, columns, tiles.halved)
+    sizes, itemsize = sizes_of(layers, tiles), layers.h_0.element_size()
+    L, _, H, *_ = sizes
+    columns = tuple(len(gates) * H for gates in (cell.parts if L > 1 else cell.phases))
+    tile = slice_of(*sizes, tiles.num_warps, itemsize, columns, tiles.halved)
     return tile._replace(pitch=tile.pitch * len(cell.phases))
 
 
-def backward(
-    cell: str,
-    plan: Plan,
-    layers: Layers,
-    grads: Grads,
-    rows: Rows,
-    *,
-    shared: Workspace | None = None,
-    patience: int = PATIENCE,
-) -> None:
+def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
     """Runs these layers backwards: writes the gradients of their gates, h_0 and c_0.
-
-    Args:
-        shared: a fresh workspace; by default one is allocated.
-        patience: the polls of one wait before it fails.
 
     Raises:
         LaunchRefused: the device does not hold all programs of a launch at once.
     """
-    assert plan.backward is not None, "the plan has no backward"
-    D, H = layers.out[0].shape[-1] // layers.h_0.shape[-1], layers.h_0.shape[-1]
-    of, tiles = CELLS[cell], plan.backward
-    tile = tile_of(of, plan.layers, D, H, tiles, layers.h_0.element_size())
     tensors = layers_backward(layers, plan.layers), grads
-    launch_together(_cooperative_bwd_kernel, tensors, rows, tiles, (of, tile), shared, patience)
+    run_together(_cooperative_bwd_kernel, CELLS[cell], tensors, rows, plan.backward, tile_of)

@@ -30,9 +30,6 @@ from .mma import round_operand, sequences
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name in Triton 3.6
 
-#: Polls of one wait before it fails: about ten seconds.
-PATIENCE = 1 << 24
-
 
 @gluon.jit
 def publish(counter_ptr):

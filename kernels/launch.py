@@ -14,24 +14,8 @@ from .tiles import Tile
 #: All programs run at once, or the launch is refused. The assertion of ``wait`` needs debug, which
 #: by itself would also check every integer sum for overflow.
 TOGETHER = {"debug": True, "sanitize_overflow": False, "launch_cooperative_grid": True}
-_CONSTANTS: dict[tuple, tuple] = {}
-
-
-def constants(cell: Any, tiles: Tiles, L: int, D: int, H: int) -> tuple[Any, Tile, dict[str, Any]]:
-    """The arguments CELL and TILE of a kernel and its compiler options, made once.
-
-    The cache compares cells and tiles by identity: it hashes no plan field by field, and a cell
-    that is registered under the name of another is not taken for that one.
-    """
-    key = id(cell), id(tiles), L, D, H
-    made = _CONSTANTS.get(key)
-    if made is None:
-        if len(_CONSTANTS) >= 4096:
-            _CONSTANTS.clear()
-        tile = Tile(L, D, H, tiles.block_b, tiles.block_h, tiles.precision)
-        # The entry holds the tiles, so that no others can get their id.
-        made = _CONSTANTS[key] = cell, tile, options_of(tiles), tiles
-    return made[:3]
+#: Polls of one wait before it fails: about ten seconds.
+PATIENCE = 1 << 24
 
 
 def options_of(tiles: Tiles) -> dict[str, Any]:
@@ -90,29 +74,52 @@ def workspace(like: torch.Tensor, Z: int, tiles: int, block_b: int, pitch: int) 
     return Workspace(memory[size:].view(torch.int32).view(Z, tiles), slots)
 
 
-def launch_together(
-    kernel: Any,
-    tensors: tuple,
-    rows: Rows,
-    tiles: Tiles,
-    constants: tuple,
-    shared: Workspace | None,
-    patience: int,
+def sizes_of(layers: Layers, tiles: Tiles) -> tuple[int, int, int, int, int]:
+    """L, D and H of a launch, BLOCK_B and BLOCK_H of a program."""
+    Z, _, H = layers.h_0.shape
+    D = layers.out[0].shape[-1] // H
+    return Z // D, D, H, tiles.block_b, tiles.block_h
+
+
+def tile_of(cell: Any, layers: Layers, tiles: Tiles) -> Tile:
+    """The argument TILE of a portable kernel."""
+    return Tile(*sizes_of(layers, tiles), tiles.precision)
+
+
+def run(
+    kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Tiles | None, tile_of: Callable
 ) -> None:
-    """Launches a kernel in rounds of batch tiles; its last compile-time argument is a ``Slice``.
+    """Launches a program for each batch tile and direction of one layer.
+
+    Args:
+        cell: the argument CELL.
+        tensors: the ``Layers``, and backward the ``Grads``.
+        tile_of: makes the argument TILE of cell, layers and tiles.
+    """
+    assert tiles is not None, "the plan has no backward"
+    D, B, _ = tensors[0].h_0.shape
+    tile, options = tile_of(cell, tensors[0], tiles), options_of(tiles)
+    with on_device(tensors[0].h_0):
+        kernel[cdiv(B, tiles.block_b), D](*tensors, rows.T, B, rows.total, cell, tile, **options)
+
+
+def run_together(
+    kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Tiles | None, tile_of: Callable
+) -> None:
+    """Launches programs that wait for each other, as ``run`` does; TILE is a ``Slice``.
 
     Raises:
         LaunchRefused: the device does not hold all programs of a round at once.
     """
-    h_0, tile = tensors[0].h_0, constants[-1]
+    assert tiles is not None, "the plan has no backward"
+    h_0, tile = tensors[0].h_0, tile_of(cell, tensors[0], tiles)
     Z, B, H = h_0.shape
-    if shared is None:
-        shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
+    shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
     options = options_of(tiles) | TOGETHER
 
     def launch(first_tile: int, count: int) -> None:
         kernel[cdiv(H, tile.block_h), count, Z](
-            *tensors, shared, rows.T, B, rows.total, first_tile, patience, *constants, **options
+            *tensors, shared, rows.T, B, rows.total, first_tile, PATIENCE, cell, tile, **options
         )
 
     with on_device(h_0):

@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 
 from .cells import CELLS
-from .launch import cdiv, constants, layers_backward, layers_forward, on_device
+from .launch import layers_backward, layers_forward, run, tile_of
 from .problem import Plan
 from .rows import Rows
 from .tensors import Grads, Layers
@@ -139,20 +139,11 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs one layer in all its directions: writes out, h_n, c_n and what is to be saved."""
-    D, B, H = layers.h_0.shape
-    cell_, tile, options = constants(CELLS[cell], plan.forward, 1, D, H)
-    with on_device(layers.h_0):
-        _resident_fwd_kernel[cdiv(B, tile.block_b), D](
-            layers_forward(layers), rows.T, B, rows.total, cell_, tile, **options
-        )
+    tensors = (layers_forward(layers),)
+    run(_resident_fwd_kernel, CELLS[cell], tensors, rows, plan.forward, tile_of)
 
 
 def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
     """Runs the layer backwards: writes the gradients of its gates, h_0 and c_0."""
-    assert plan.backward is not None, "the plan has no backward"
-    D, B, H = layers.h_0.shape
-    cell_, tile, options = constants(CELLS[cell], plan.backward, 1, D, H)
-    with on_device(layers.h_0):
-        _resident_bwd_kernel[cdiv(B, tile.block_b), D](
-            layers_backward(layers), grads, rows.T, B, rows.total, cell_, tile, **options
-        )
+    tensors = layers_backward(layers), grads
+    run(_resident_bwd_kernel, CELLS[cell], tensors, rows, plan.backward, tile_of)

@@ -9,13 +9,11 @@ Limits: tensors of 16 bits, or fp32 with tf32 products; W_hh must fit the regist
 H is padded to a power of two of at least 16, with units that read the first ones and multiply by 0.
 """
 
-from typing import Any
-
 import triton.language as tl
 from triton.experimental import gluon
 
 from .cells import CELLS, Cell
-from .launch import cdiv, layers_backward, layers_forward, on_device, options_of
+from .launch import layers_backward, layers_forward, run, sizes_of
 from .mma import (
     Tile,
     load_bias,
@@ -239,30 +237,19 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 
-def _arguments(cell: str, tiles: Tiles, layers: Layers) -> tuple[Cell, Tile, dict[str, Any]]:
-    """The arguments CELL and TILE of a kernel, and its compiler options."""
-    D, _, H = layers.h_0.shape
+def _tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> Tile:
+    """The argument TILE of a kernel."""
     itemsize = layers.h_0.element_size()
-    tile = tile_of(D, H, tiles.block_b, tiles.block_h, tiles.num_warps, itemsize)
-    return CELLS[cell], tile, options_of(tiles)
+    return tile_of(*sizes_of(layers, tiles)[1:], tiles.num_warps, itemsize)
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs one layer in all its directions: writes out, h_n, c_n and what is to be saved."""
-    D, B, _ = layers.h_0.shape
-    cell_, tile, options = _arguments(cell, plan.forward, layers)
-    with on_device(layers.h_0):
-        _resident_fwd_kernel[cdiv(B, tile.block_b), D](
-            layers_forward(layers), rows.T, B, rows.total, cell_, tile, **options
-        )
+    tensors = (layers_forward(layers),)
+    run(_resident_fwd_kernel, CELLS[cell], tensors, rows, plan.forward, _tile_of)
 
 
 def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
     """Runs the layer backwards: writes the gradients of its gates, h_0 and c_0."""
-    assert plan.backward is not None, "the plan has no backward"
-    D, B, _ = layers.h_0.shape
-    cell_, tile, options = _arguments(cell, plan.backward, layers)
-    with on_device(layers.h_0):
-        _resident_bwd_kernel[cdiv(B, tile.block_b), D](
-            layers_backward(layers), grads, rows.T, B, rows.total, cell_, tile, **options
-        )
+    tensors = layers_backward(layers), grads
+    run(_resident_bwd_kernel, CELLS[cell], tensors, rows, plan.backward, _tile_of)

@@ -17,6 +17,7 @@ or writes has the dtype of the tensors. W_hh is read in every step, so the sched
 another one fits. The products in fp32 are as exact as torch's switch for them; the caller sets it.
 """
 
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
@@ -24,8 +25,8 @@ import triton
 import triton.language as tl
 
 from .cells import CELLS
-from .launch import cdiv, constants, on_device
-from .problem import Plan
+from .launch import cdiv, layers_backward, on_device, options_of, tile_of
+from .problem import Plan, Tiles
 from .rows import Rows
 from .spec import SPECS, runs_of
 from .tensors import Grads, Layers
@@ -163,14 +164,8 @@ def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     spec, like = SPECS[cell], layers.h_0
     u, gh = like.new_empty(D, B, H), like.new_empty(D, B, spec.gates * H)
     carried = Carried(_carry(layers.h_0, layers.h_n), _carry(layers.c_0, layers.c_n), u, gh)
-    cell_, tile, options = constants(CELLS[cell], plan.forward, 1, D, H)
     read = layers._replace(w_ih=None, b_ih=None, w_hh=None, masks=None)
-
-    def launch(phase: int, step: int) -> None:
-        _stepwise_fwd_kernel[_grid(D, B, tile)](
-            read, carried, step, rows.T, B, rows.total, cell_, phase, tile, **options
-        )
-
+    launch = _launcher(_stepwise_fwd_kernel, cell, (read, carried), rows, plan.forward)
     units = [slice(gates[0] * H, (gates[-1] + 1) * H) for gates in spec.phases]
     products = [
         [(u[d], w_hh[of].mT, gh[d, :, of]) for d, w_hh in enumerate(layers.w_hh)] for of in units
@@ -188,21 +183,12 @@ def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
 
 def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
     """Runs the layer backwards: writes the gradients of its gates, h_0 and c_0."""
-    assert plan.backward is not None, "the plan has no backward"
     D, B, H = layers.h_0.shape
     spec, like = SPECS[cell], layers.h_0
     du = like.new_zeros(len(spec.phases), D, B, H)
     carried = Carried(_carry(grads.h_n, grads.h_0), _carry(grads.c_n, grads.c_0), du, None)
-    cell_, tile, options = constants(CELLS[cell], plan.backward, 1, D, H)
-    read = layers._replace(
-        gx=None, w_ih=None, b_ih=None, w_hh=None, b_hh=None, masks=None, h_n=None, c_n=None
-    )
-
-    def launch(phase: int, step: int) -> None:
-        _stepwise_bwd_kernel[_grid(D, B, tile)](
-            read, grads, carried, step, rows.T, B, rows.total, cell_, phase, tile, **options
-        )
-
+    read = layers_backward(layers)._replace(w_hh=None)
+    launch = _launcher(_stepwise_bwd_kernel, cell, (read, grads, carried), rows, plan.backward)
     runs = [list(runs_of(gates, spec.recurrent)) for gates in spec.phases]
     spans = rows.spans()
     with on_device(like):
@@ -221,8 +207,19 @@ def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) ->
         _end(carried.c, grads.c_0)
 
 
-def _grid(D: int, B: int, tile: Any) -> tuple[int, int, int]:
-    return cdiv(B, tile.block_b), cdiv(tile.H, tile.block_h), D
+def _launcher(
+    kernel: Any, cell: str, tensors: tuple, rows: Rows, tiles: Tiles | None
+) -> Callable[[int, int], None]:
+    """Makes the function that launches a phase of a step."""
+    assert tiles is not None, "the plan has no backward"
+    tile, options = tile_of(CELLS[cell], tensors[0], tiles), options_of(tiles)
+    D, B, H = tensors[0].h_0.shape
+    grid = cdiv(B, tile.block_b), cdiv(H, tile.block_h), D
+
+    def launch(phase: int, step: int) -> None:
+        kernel[grid](*tensors, step, rows.T, B, rows.total, CELLS[cell], phase, tile, **options)
+
+    return launch
 
 
 def _carry(start: torch.Tensor | None, end: torch.Tensor | None) -> torch.Tensor | None:

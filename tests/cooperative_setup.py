@@ -1,5 +1,7 @@
 """Runs the launches of schedule cooperative with each program in a process of its own."""
 
+from functools import partial
+
 import torch
 from concurrency import run_concurrently, shared
 from kernel_cases import Data, Shape, cooperative_plan, differences, rows_of, tensors
@@ -20,10 +22,9 @@ def prepared(cell: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Dat
 
 def workspaces(cell: str, shape: Shape, data: Data) -> list[launch.Workspace]:
     """The memory of both launches, which the programs share."""
-    h_0, plan, sizes = data.layers.h_0, cooperative_plan(shape), (shape.L, shape.D, shape.H)
-    works = []
+    h_0, plan, works = data.layers.h_0, cooperative_plan(shape), []
     for module, tiles in ((cooperative, plan.forward), (cooperative_backward, plan.backward)):
-        tile = module.tile_of(CELLS[cell], *sizes, tiles, h_0.element_size())
+        tile = module.tile_of(CELLS[cell], data.layers, tiles)
         count = -(-shape.B // tile.block_b)
         work = launch.workspace(h_0, shape.L * shape.D, count, tile.block_b, tile.pitch)
         works.append(shared(work))
@@ -31,16 +32,17 @@ def workspaces(cell: str, shape: Shape, data: Data) -> list[launch.Workspace]:
 
 
 def launches(cell, shape, data, works, patience=PATIENCE):
-    """The launches of forward and backward as calls without arguments."""
+    """The launches of forward and backward as calls without arguments, for a process each."""
     plan, rows = cooperative_plan(shape), rows_of(shape)
 
-    def forward():
-        cooperative.forward(cell, plan, data.layers, rows, shared=works[0], patience=patience)
+    def call(run, tensors, work):
+        launch.PATIENCE, launch.workspace = patience, lambda *sizes: work
+        run(cell, plan, *tensors, rows)
 
-    def backward():
-        cooperative_backward.backward(cell, plan, *data, rows, shared=works[1], patience=patience)
-
-    return forward, backward
+    return (
+        partial(call, cooperative.forward, data[:1], works[0]),
+        partial(call, cooperative_backward.backward, data, works[1]),
+    )
 
 
 def run(cell, shape, data, *, works=None, patience=PATIENCE, delay=DELAY, **pauses) -> list[str]:

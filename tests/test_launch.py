@@ -1,35 +1,21 @@
 """The host's side of a launch."""
 
 import pytest
+import torch
 
 from fusedrnn.kernels import launch
 from fusedrnn.kernels.cells import CELLS
 from fusedrnn.kernels.plan import LaunchRefused, Tiles
+from fusedrnn.kernels.tensors import Layers
 
 RESIDENT = Tiles(16, 64, 8, 255, "tf32", 0)
 COOPERATIVE = Tiles(16, 16, 8, 255, "tf32", 0, 3)
 
 
-def test_constants_are_made_once():
-    first = launch.constants(CELLS["lstm"], RESIDENT, 1, 2, 50)
-    again = launch.constants(CELLS["lstm"], RESIDENT, 1, 2, 50)
-    assert all(one is other for one, other in zip(first, again, strict=True))
-    assert first[1] == (1, 2, 50, 16, 64, "tf32")
-    assert launch.constants(CELLS["lstm"], RESIDENT, 1, 1, 50)[1].D == 1
-
-
-def test_a_cell_that_takes_the_name_of_another_is_not_taken_for_it(monkeypatch):
-    before = launch.constants(CELLS["gru"], RESIDENT, 1, 1, 50)[0]
-    monkeypatch.setitem(CELLS, "gru", CELLS["lstm"])
-    assert launch.constants(CELLS["gru"], RESIDENT, 1, 1, 50)[0] is CELLS["lstm"]
-    assert before is not CELLS["lstm"]
-
-
-def test_the_cache_of_constants_is_bounded(monkeypatch):
-    monkeypatch.setattr(launch, "_CONSTANTS", {})
-    for H in range(4100):
-        launch.constants(CELLS["lstm"], RESIDENT, 1, 1, H)
-    assert len(launch._CONSTANTS) < 4096
+@pytest.mark.parametrize(("L", "D"), [(1, 2), (3, 1)])
+def test_sizes_of_a_launch(L, D):
+    layers = Layers(h_0=torch.empty(L * D, 7, 50), out=(torch.empty(9, D * 50),) * (L * D))
+    assert launch.tile_of(CELLS["lstm"], layers, RESIDENT) == (L, D, 50, 16, 64, "tf32")
 
 
 def test_options_of_the_compiler():
