@@ -24,41 +24,13 @@ Limits: tensors of 16 bits, or fp32 with tf32 products; L > 1 needs D = 1 and 16
 import triton.language as tl
 from triton.experimental import gluon
 
+from . import exchange, slices, steps
 from .cells import CELLS, Cell
-from .exchange import (
-    group_of,
-    publish,
-    put,
-    slot_of,
-    wait,
-)
 from .launch import layers_forward, run_together, sizes_of
 from .layouts import Slice, slice_of
 from .mma import load_bias, round_operand, squash, widened
 from .problem import Plan, Tiles
 from .rows import Rows
-from .slices import (
-    add_up,
-    columns_of_slice,
-    fetch,
-    hold,
-    multiply,
-    products,
-    row_of_slice,
-    sum_buffers,
-    zero_acc,
-)
-from .steps import (
-    load_ends,
-    load_gx,
-    origins_at,
-    place_of,
-    program_of,
-    row_of,
-    store_ends,
-    store_h,
-    store_saved,
-)
 from .tensors import Layers
 from .tiles import PREVIOUS, add_to, choose, entering_state, leaving_state
 
@@ -73,7 +45,7 @@ def _load_rows(
     BITS: tl.constexpr = w_ptr.dtype.element_ty.primitive_bitwidth
     EACH: tl.constexpr = 1 if TILE.block_h > 8 else 2  # gates of a product
     LAYOUT: tl.constexpr = TILE.weight
-    row = row_of_slice(TILE.block_h * EACH, LAYOUT)
+    row = slices.row_of_slice(TILE.block_h * EACH, LAYOUT)
     if EACH == 1:
         unit = row // 16 * 16 + row % 8 * 2 + row // 8 % 2
     else:
@@ -87,11 +59,11 @@ def _load_rows(
         here = (unit < H) & (row < TILE.block_h * (len(GATES) - first))
         each = ()
         for n in tl.static_range(len(TILE.chunks[PHASE])):
-            k = columns_of_slice(PHASE, n, BITS, LAYOUT, TILE)
+            k = slices.columns_of_slice(PHASE, n, BITS, LAYOUT, TILE)
             ptrs = w_ptr + (gate * H + unit)[None, :, None] * H + k
             mask = here[None, :, None] & (k < H)
             x = round_operand(tl.load(ptrs, mask=mask, other=0.0))
-            each = each + (hold(x, PHASE, n, TILE),)
+            each = each + (slices.hold(x, PHASE, n, TILE),)
         w = w + (each,)
     return w
 
@@ -99,20 +71,22 @@ def _load_rows(
 @gluon.jit
 def _input_products(layers, program, step, place, w_ih, CELL: tl.constexpr, TILE: tl.constexpr):
     """``W_ih x`` of every gate, x being the output of the layer below after dropout."""
-    first = row_of(program, step, place) + program.first_b
+    first = steps.row_of(program, step, place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     below = choose(layers.out, tl.maximum(program.z - 1, 0))
-    x = fetch(below + first * TILE.H, last, TILE.H, 0, False, TILE.H, TILE)
+    x = slices.fetch(below + first * TILE.H, last, TILE.H, 0, False, TILE.H, TILE)
     mask = ()
     if layers.masks is not None:
         masks = choose(layers.masks, program.z) + first * TILE.H
-        mask = fetch(masks, last, TILE.H, 0, False, TILE.H, TILE)
+        mask = slices.fetch(masks, last, TILE.H, 0, False, TILE.H, TILE)
     dropped = ()
     for n in tl.static_range(len(x)):
         dropped = dropped + (round_operand(x[n] * mask[n] if len(mask) > 0 else x[n]),)
     out = ()
     for g in tl.static_range(len(CELL.gates)):
-        out = out + (multiply(w_ih[g], dropped, zero_acc(TILE.block_h, TILE), 0, False, TILE),)
+        out = out + (
+            slices.multiply(w_ih[g], dropped, slices.zero_acc(TILE.block_h, TILE), 0, False, TILE),
+        )
     return out
 
 
@@ -128,15 +102,15 @@ def _phase(
     GATES: tl.constexpr = CELL.phases[PHASE]
     begin, apart = (), ()
     for n in tl.static_range(len(w)):
-        start = zero_acc(max(TILE.block_h, 16), TILE)
+        start = slices.zero_acc(max(TILE.block_h, 16), TILE)
         if len(starts) > 0:
             if CELL.merged[GATES[n]]:
                 start = starts[GATES[n]]
             else:
                 apart = apart + (starts[GATES[n]],)
         begin = begin + (start,)
-    accs = products(w, slot, begin, PHASE, TILE)
-    sums, apart = add_up(buffers, accs + apart, TILE), ()
+    accs = slices.products(w, slot, begin, PHASE, TILE)
+    sums, apart = slices.add_up(buffers, accs + apart, TILE), ()
     for n in tl.static_range(len(GATES)):
         if CELL.merged[GATES[n]]:
             gh = gh + (sums[n] + gx[GATES[n]],)
@@ -169,9 +143,9 @@ def _cooperative_fwd_kernel(
     P: tl.constexpr = len(CELL.phases)
     G: tl.constexpr = len(CELL.gates)
     z = tl.program_id(2)
-    program = program_of(layers, z, T, B, R, first_tile, TILE)
-    counter, slots = group_of(shared, z, B, first_tile, TILE)
-    counter_below, _ = group_of(shared, z - 1, B, first_tile, TILE)
+    program = exchange.program_of(layers, z, T, B, R, first_tile, TILE)
+    counter, slots = exchange.group_of(shared, z, B, first_tile, TILE)
+    counter_below, _ = exchange.group_of(shared, z - 1, B, first_tile, TILE)
     partners = tl.num_programs(0)
 
     w_hh = ()
@@ -181,58 +155,58 @@ def _cooperative_fwd_kernel(
     if TILE.L > 1:
         w_ih = _load_rows(choose(layers.w_ih, z), P, 0, CELL, TILE)
         b_ih = load_bias(choose(layers.b_ih, z), program.cols, CELL, TILE)
-    buffers = sum_buffers(2 * G if TILE.L > 1 else G, TILE)
+    buffers = slices.sum_buffers(2 * G if TILE.L > 1 else G, TILE)
 
-    places = (place_of(layers, program, 0), place_of(layers, program, 1))
-    gx_next = load_gx(layers, program, 0, places[0], CELL, TILE)
-    state = widened(load_ends(layers.h_0, layers.c_0, program, TILE))
-    state = entering_state(layers, state, origins_at(program, places[0]))
-    put(slot_of(slots, 0, TILE), program.cols, state[0], TILE)
-    publish(counter)
+    places = (steps.place_of(layers, program, 0), steps.place_of(layers, program, 1))
+    gx_next = steps.load_gx(layers, program, 0, places[0], CELL, TILE)
+    state = widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+    state = entering_state(layers, state, steps.origins_at(program, places[0]))
+    exchange.put(exchange.slot_of(slots, 0, TILE), program.cols, state[0], TILE)
+    exchange.publish(counter)
     for step in range(T):
         published = P * step + 1
         gx = _with_bias(widened(gx_next), b_hh, b_ih, z, CELL)
-        gx_next = load_gx(layers, program, step + 1, places[1], CELL, TILE)
-        later = place_of(layers, program, step + 2)
+        gx_next = steps.load_gx(layers, program, step + 1, places[1], CELL, TILE)
+        later = steps.place_of(layers, program, step + 2)
         starts = ()
         if TILE.L > 1:
             starts = _zero_accs(G, TILE)
             if z > 0:
-                wait(counter_below, partners * (published + P), patience)
+                exchange.wait(counter_below, partners * (published + P), patience)
                 starts = _input_products(layers, program, step, places[0], w_ih, CELL, TILE)
         gh = ()
         for p in tl.static_range(P):
-            slot = slot_of(slots, published - 1 + p, TILE)
+            slot = exchange.slot_of(slots, published - 1 + p, TILE)
             if p > 0:
-                put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)
-                publish(counter)
-            wait(counter, partners * (published + p), patience)
+                exchange.put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)
+                exchange.publish(counter)
+            exchange.wait(counter, partners * (published + p), patience)
             gx, gh = _phase(w_hh[p], slot, gx, gh, starts, b_hh, buffers, p, CELL, TILE)
         left, saved = CELL.forward(gx, gh, state, squash, True)
-        left = leaving_state(layers, left, state, origins_at(program, places[0]))
-        origins = origins_at(program, places[1])
+        left = leaving_state(layers, left, state, steps.origins_at(program, places[0]))
+        origins = steps.origins_at(program, places[1])
         if layers.origins is not None:  # behind the last step no sequence begins
             origins = tl.where(step + 1 < T, origins, PREVIOUS)
         state = entering_state(layers, left, origins)
 
-        put(slot_of(slots, published + P - 1, TILE), program.cols, state[0], TILE)
+        exchange.put(exchange.slot_of(slots, published + P - 1, TILE), program.cols, state[0], TILE)
         if TILE.L > 1:  # the layer above reads it
-            store_h(layers, program, step, places[0], left, TILE)
-        publish(counter)
+            steps.store_h(layers, program, step, places[0], left, TILE)
+        exchange.publish(counter)
         # Stored after publishing, because no other program reads it.
         if TILE.L == 1:
-            store_h(layers, program, step, places[0], left, TILE)
-        store_saved(layers, program, step, places[0], left, saved, CELL, TILE)
+            steps.store_h(layers, program, step, places[0], left, TILE)
+        steps.store_saved(layers, program, step, places[0], left, saved, CELL, TILE)
         places = (places[1], later)
 
-    store_ends(layers.h_n, layers.c_n, program, state, TILE)
+    steps.store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
 
 @gluon.jit
 def _zero_accs(N: tl.constexpr, TILE: tl.constexpr):
     out = ()
     for _ in tl.static_range(N):
-        out = out + (zero_acc(TILE.block_h, TILE),)
+        out = out + (slices.zero_acc(TILE.block_h, TILE),)
     return out
 
 

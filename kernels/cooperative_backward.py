@@ -14,58 +14,15 @@ partners is also one for the next step of that layer, so the two products share 
 import triton.language as tl
 from triton.experimental import gluon
 
+from . import exchange, slices, steps
 from .cells import CELLS, Cell
-from .exchange import (
-    group_of,
-    publish,
-    put,
-    slot_of,
-    wait,
-    wait_for_both,
-)
 from .launch import layers_backward, run_together, sizes_of
 from .layouts import Slice, slice_of
 from .mma import round_operand, squash, widened
 from .problem import Plan, Tiles
 from .rows import Rows
-from .slices import (
-    add_up,
-    columns_of_slice,
-    fetch,
-    from_pairs,
-    hold,
-    multiply,
-    products,
-    row_of_slice,
-    sum_buffers,
-    zero_acc,
-)
-from .steps import (
-    load,
-    load_ends,
-    load_left,
-    load_step,
-    origins_at,
-    place_of,
-    program_of,
-    readable,
-    row_of,
-    store,
-    store_ends,
-)
 from .tensors import Grads, Layers
-from .tiles import (
-    INITIAL,
-    PREVIOUS,
-    add_gradients,
-    add_to,
-    choose,
-    gradient_before,
-    is_stored,
-    visible,
-    where,
-    zero_where,
-)
+from .tiles import add_gradients, add_to, choose, gradient_before, visible
 
 
 @gluon.jit
@@ -75,15 +32,15 @@ def _load_chunk(w_ptr, PART: tl.constexpr, N: tl.constexpr, CELL: tl.constexpr, 
     COUNT: tl.constexpr = len(CELL.parts[PART]) * H
     END: tl.constexpr = TILE.chunks[PART][N][0] + TILE.chunks[PART][N][1] * TILE.groups
     LAYOUT: tl.constexpr = TILE.pairs[PART][N]
-    unit = tl.program_id(0) * TILE.block_h + row_of_slice(TILE.block_h, LAYOUT)
-    k = columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, LAYOUT, TILE)
+    unit = tl.program_id(0) * TILE.block_h + slices.row_of_slice(TILE.block_h, LAYOUT)
+    k = slices.columns_of_slice(PART, N, w_ptr.dtype.element_ty.primitive_bitwidth, LAYOUT, TILE)
     ptrs = w_ptr + (CELL.parts[PART][0] * H + k) * H + unit[None, :, None]
     if END <= COUNT and H % TILE.block_h == 0:  # a mask would cost registers
         w = tl.load(ptrs)
     else:
         inside = (k < COUNT) & (unit < H)[None, :, None]
         w = tl.load(ptrs, inside, other=0.0)
-    return round_operand(from_pairs(w, TILE))
+    return round_operand(slices.from_pairs(w, TILE))
 
 
 @gluon.jit
@@ -91,7 +48,7 @@ def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.conste
     """``w[chunk]`` for the product of a part."""
     w = ()
     for n in tl.static_range(len(TILE.chunks[PART])):
-        w = w + (hold(_load_chunk(w_ptr, PART, n, CELL, TILE), PART, n, TILE),)
+        w = w + (slices.hold(_load_chunk(w_ptr, PART, n, CELL, TILE), PART, n, TILE),)
     return w
 
 
@@ -110,11 +67,11 @@ def _fetch_above(grads, program, step, place, CELL: tl.constexpr, TILE: tl.const
     P: tl.constexpr = len(CELL.phases)
     COLUMNS: tl.constexpr = len(CELL.gates) * TILE.H
     WIDTH: tl.constexpr = len(CELL.tiles) * TILE.H
-    first = row_of(program, tl.maximum(step, 0), place) + program.first_b
+    first = steps.row_of(program, tl.maximum(step, 0), place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     z = tl.minimum(program.z + 1, TILE.L - 1).to(tl.int64)
     rows = grads.gates + (z * program.R + first) * WIDTH
-    u, rounded = fetch(rows, last, WIDTH, P, False, COLUMNS, TILE), ()
+    u, rounded = slices.fetch(rows, last, WIDTH, P, False, COLUMNS, TILE), ()
     for n in tl.static_range(len(u)):
         rounded = rounded + (round_operand(u[n]),)
     return rounded
@@ -125,30 +82,22 @@ def _gradient_above(layers, program, place, total, drop, TILE: tl.constexpr):
     """The gradient of this layer's output, given the product; zero for the last layer."""
     for n in tl.static_range(len(drop)):
         total *= widened(drop)[n]
-    total = visible(layers, (total,), origins_at(program, place))[0]
+    total = visible(layers, (total,), steps.origins_at(program, place))[0]
     return tl.where(program.z < TILE.L - 1, total, 0.0)
 
 
 @gluon.jit
 def _load_next(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl.constexpr):
     """All that a step reads and that no product computes, and the places of the steps before it."""
-    now = load_step(layers, grads, program, step, (places[0], places[1]), CELL, TILE)
+    now = steps.load_step(layers, grads, program, step, (places[0], places[1]), CELL, TILE)
     drop = ()
     if layers.masks is not None:
         masks = choose(layers.masks, tl.minimum(program.z + 1, TILE.L - 1))
-        rows = masks + row_of(program, tl.maximum(step, 0), places[0]) * TILE.H
-        drop = load(rows, program, readable(layers, program, places[0]), 1, TILE.H, TILE)
-    return now, drop, (places[0], places[1], place_of(layers, program, step - 2))
-
-
-@gluon.jit
-def _entered(layers, origins, left_before, initial):
-    """The state that entered a step, given the one that left the step before."""
-    if layers.origins is not None:
-        first = zero_where(origins != INITIAL, initial)
-        return where(origins == PREVIOUS, left_before, first)
-    else:
-        return left_before
+        rows = masks + steps.row_of(program, tl.maximum(step, 0), places[0]) * TILE.H
+        drop = steps.load(
+            rows, program, steps.readable(layers, program, places[0]), 1, TILE.H, TILE
+        )
+    return now, drop, (places[0], places[1], steps.place_of(layers, program, step - 2))
 
 
 @gluon.jit
@@ -158,20 +107,15 @@ def _publish(
 ):  # fmt: skip
     """Publishes the dgates of a phase of a step, and stores them."""
     H: tl.constexpr = TILE.H
-    WIDTH: tl.constexpr = len(CELL.tiles) * H
-    origins = origins_at(program, place)
-    here = is_stored(layers, program, origins)
     if layers.starts is None:  # skipped steps have no row if rows are packed
-        dgates = visible(layers, dgates, origins)
-    row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
-    rows = grads.gates + row * WIDTH + CELL.grads[p][0] * H
+        dgates = visible(layers, dgates, steps.origins_at(program, place))
     for i in tl.static_range(len(CELL.phases[p])):
-        put(part + i * H, program.cols, dgates[CELL.factors[p][i]], TILE)
+        exchange.put(part + i * H, program.cols, dgates[CELL.factors[p][i]], TILE)
     if TILE.L > 1:  # the layer below reads it
-        store(rows, program, here, dgates, WIDTH, TILE)
-    publish(counter)
+        steps.store_dgates(layers, grads, program, step, place, dgates, p, CELL, TILE)
+    exchange.publish(counter)
     if TILE.L == 1:
-        store(rows, program, here, dgates, WIDTH, TILE)
+        steps.store_dgates(layers, grads, program, step, place, dgates, p, CELL, TILE)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R", "first_tile", "patience"])
@@ -182,40 +126,43 @@ def _cooperative_bwd_kernel(
     LAST: tl.constexpr = TILE.L * TILE.D - 1
     # Numbered from the last layer down, so that a program is scheduled after those it waits for.
     z = LAST - tl.program_id(2)
-    program = program_of(layers, z, T, B, R, first_tile, TILE)
+    program = exchange.program_of(layers, z, T, B, R, first_tile, TILE)
     partners = tl.num_programs(0)
-    counter, slots = group_of(shared, z, B, first_tile, TILE)
-    buffers, zero = sum_buffers(2 if TILE.L > 1 else 1, TILE), zero_acc(TILE.block_h, TILE)
+    counter, slots = exchange.group_of(shared, z, B, first_tile, TILE)
+    buffers, zero = (
+        slices.sum_buffers(2 if TILE.L > 1 else 1, TILE),
+        slices.zero_acc(TILE.block_h, TILE),
+    )
     w = _load_phases(choose(layers.w_hh, z), CELL, TILE)
 
-    places = (place_of(layers, program, T - 1), place_of(layers, program, T - 2))
-    initial = widened(load_ends(layers.h_0, layers.c_0, program, TILE))
-    d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))
-    left = widened(load_left(layers, program, T - 1, places[0], TILE))
+    places = (steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2))
+    initial = widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+    d_state = widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
+    left = widened(steps.load_left(layers, program, T - 1, places[0], TILE))
     now, drop, places = _load_next(layers, grads, program, T - 1, places, CELL, TILE)
     dy = ()
     if TILE.L > 1:
         w_ih = _load_columns(choose(layers.w_ih, tl.minimum(z + 1, LAST)), P, CELL, TILE)
-        counter_above, _ = group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
+        counter_above, _ = exchange.group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
         per_step = tl.where(z < LAST, partners * P, 0)  # publications to wait for
-        wait(counter_above, per_step, patience)
+        exchange.wait(counter_above, per_step, patience)
         x = _fetch_above(grads, program, T - 1, places[0], CELL, TILE)
-        dy = add_up(buffers, (multiply(w_ih, x, zero, P, False, TILE),), TILE)[0]
+        dy = slices.add_up(buffers, (slices.multiply(w_ih, x, zero, P, False, TILE),), TILE)[0]
         dy = (_gradient_above(layers, program, places[0], dy, drop, TILE),)
 
     for back in range(T):
         step = T - 1 - back
-        slot = slot_of(slots, back, TILE)
+        slot = exchange.slot_of(slots, back, TILE)
         saved, left_before = widened(now[0]), widened(now[1])
-        origins = origins_at(program, places[0])
-        entered = _entered(layers, origins, left_before, initial)
+        origins = steps.origins_at(program, places[0])
+        before = steps.entered(layers, origins, left_before, initial)
         d_state = add_gradients(d_state, widened(now[2]), widened(now[3]))
         d_state = add_gradients(d_state, dy, ())
         d_leaving, carry = d_state, ()
         du = d_state[0]  # not read by the last phase
         for p in tl.static_range(P - 1, -1, -1):
             dgates, d_state, carry = CELL.adjoint(
-                p, d_state, du, saved, entered, left, carry, squash
+                p, d_state, du, saved, before, left, carry, squash
             )
             part = slot + p * (TILE.pitch // P)
             _publish(layers, grads, program, step, places[0], part, counter, dgates, p, CELL, TILE)
@@ -226,17 +173,21 @@ def _cooperative_bwd_kernel(
                 )
             if p == 0 and TILE.L > 1:
                 both = tl.minimum(back + 2, T) * per_step
-                wait_for_both(counter, target, counter_above, both, patience)
+                exchange.wait(counter, target, patience, counter_above, both)
                 x = _fetch_above(grads, program, step - 1, places[0], CELL, TILE)
-                (du,) = products((w[0],), part, (zero,), p, TILE)
-                du, dy = add_up(buffers, (du, multiply(w_ih, x, zero, P, False, TILE)), TILE)
+                (du,) = slices.products((w[0],), part, (zero,), p, TILE)
+                du, dy = slices.add_up(
+                    buffers, (du, slices.multiply(w_ih, x, zero, P, False, TILE)), TILE
+                )
                 dy = (_gradient_above(layers, program, places[0], dy, drop, TILE),)
             else:
-                wait(counter, target, patience)
-                (du,) = add_up(buffers, products((w[p],), part, (zero,), p, TILE), TILE)
+                exchange.wait(counter, target, patience)
+                (du,) = slices.add_up(
+                    buffers, slices.products((w[p],), part, (zero,), p, TILE), TILE
+                )
         d_state = gradient_before(layers, add_to(d_state, 0, du), d_leaving, origins)
         left = left_before
-    store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
+    steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 
 def tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> Slice:

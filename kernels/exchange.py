@@ -26,7 +26,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .mma import round_operand, sequences
+from .mma import round_operand, sequences, units
+from .steps import part_of
 
 barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name in Triton 3.6
 
@@ -52,45 +53,21 @@ def publish(counter_ptr):
 
 
 @gluon.jit
-def wait(counter_ptr, target, patience):
-    """Returns when the counter has reached ``target``; fails after ``patience`` polls."""
-    met = gl.inline_asm_elementwise(
-        """{
-        .reg .pred done; .reg .u32 polls; .reg .s32 seen;
-        mov.u32 polls, %tid.x;
-        mov.u32 $0, 1;
-        setp.ne.u32 done, polls, 0;
-        @done bra DONE;
-        POLL:
-        ld.acquire.gpu.global.u32 seen, [$1];
-        setp.ge.s32 done, seen, $2;
-        @done bra DONE;
-        add.u32 polls, polls, 1;
-        setp.le.u32 done, polls, $3;
-        @done bra POLL;
-        mov.u32 $0, 0;
-        DONE:
-        }""",
-        "=&r,l,r,r,~{memory}",
-        [counter_ptr, target, patience],
-        tl.int32,
-        False,
-        1,
-    )
-    tl.device_assert(met != 0, "fusedrnn: a program waited in vain for its partners")
-    barrier()
+def wait(counter_ptr, target, patience, other_ptr=None, other_target=None):
+    """Returns when the counter has reached ``target``, and another one its own target.
 
-
-@gluon.jit
-def wait_for_both(counter_ptr, target, other_ptr, other_target, patience):
-    """``wait`` for two counters at once, each polled by another thread."""
+    Each counter is polled by a thread, which fails after ``patience`` polls.
+    """
+    COUNTERS: tl.constexpr = 1 if other_ptr is None else 2
+    if other_ptr is None:
+        other_ptr, other_target = counter_ptr, target
     met = gl.inline_asm_elementwise(
         """{
         .reg .pred done; .reg .pred mine; .reg .u32 polls; .reg .s32 seen;
         .reg .b64 counter; .reg .s32 target;
         mov.u32 polls, %tid.x;
         mov.u32 $0, 1;
-        setp.gt.u32 done, polls, 1;
+        setp.ge.u32 done, polls, $6;
         @done bra DONE;
         setp.eq.u32 mine, polls, 0;
         selp.b64 counter, $1, $2, mine;
@@ -104,14 +81,22 @@ def wait_for_both(counter_ptr, target, other_ptr, other_target, patience):
         mov.u32 $0, 0;
         DONE:
         }""",
-        "=&r,l,l,r,r,r,~{memory}",
-        [counter_ptr, other_ptr, target, other_target, patience],
+        "=&r,l,l,r,r,r,r,~{memory}",
+        [counter_ptr, other_ptr, target, other_target, patience, COUNTERS],
         tl.int32,
         False,
         1,
     )
     tl.device_assert(met != 0, "fusedrnn: a program waited in vain for its partners")
     barrier()
+
+
+@gluon.jit
+def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
+    """The batch tile and the hidden units of this program, in layer and direction z."""
+    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
+    cols = tl.program_id(0) * TILE.block_h + units(TILE)
+    return part_of(layers, z, first_b, sequences(TILE), cols, T, B, R, TILE)
 
 
 @gluon.jit

@@ -16,125 +16,93 @@ launch runs one layer.
 import triton
 import triton.language as tl
 
+from . import steps, tiles
 from .cells import CELLS
 from .launch import layers_backward, layers_forward, run, tile_of
 from .problem import Plan
 from .rows import Rows
 from .tensors import Grads, Layers
-from .tiles import (
-    Program,
-    add_gradients,
-    add_to,
-    choose,
-    entering_state,
-    first_row,
-    gradient_before,
-    is_present,
-    is_stored,
-    leaving_state,
-    load,
-    load_bias,
-    load_matrix,
-    load_origins,
-    load_state,
-    load_state_after,
-    load_step,
-    product_sum,
-    products,
-    row_ptrs,
-    store,
-    store_h,
-    store_saved,
-    store_state,
-    time_of,
-    visible,
-)
 
 
 @triton.jit
-def _program(layers, T, B, R, TILE: tl.constexpr):
+def _part(layers, T, B, R, TILE: tl.constexpr):
     """The sequences and the direction of this program, and all hidden units."""
-    d = tl.program_id(1).to(tl.int64)
-    offs_b = tl.program_id(0).to(tl.int64) * TILE.block_b + tl.arange(0, TILE.block_b)
+    first_b, rows = tl.program_id(0) * TILE.block_b, tl.arange(0, TILE.block_b)
     cols = tl.arange(0, TILE.block_h)
-    return Program(d, d, layers.out[0], T, B, R, offs_b, offs_b < B, cols)
-
-
-@triton.jit
-def _load_gx(layers, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
-    """The projected input of a step, a tile for each gate, and the step's origins."""
-    G: tl.constexpr = len(CELL.gates)
-    t = time_of(step, program)
-    origins = load_origins(layers, program, t)
-    here = is_present(layers, program, origins)
-    row = program.d * program.R + first_row(layers, program, t)
-    rows = row_ptrs(layers.gx, row, program, G * TILE.H)
-    return load(rows, here, program.cols, G, TILE.H), origins
+    return steps.part_of(layers, tl.program_id(1), first_b, rows, cols, T, B, R, TILE)
 
 
 @triton.jit(do_not_specialize=["T", "B", "R"])
 def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
-    H: tl.constexpr = TILE.H
-    program = _program(layers, T, B, R, TILE)
+    program = _part(layers, T, B, R, TILE)
     d, cols = program.d, program.cols
 
-    w_hh = load_matrix(choose(layers.w_hh, d), cols, True, CELL, TILE)
-    b_hh = load_bias(choose(layers.b_hh, d), cols, CELL, H)
-    state = load_state(layers.h_0, layers.c_0, program, program.mask_b, H)
-    gx, origins = _load_gx(layers, program, 0, CELL, TILE)
+    w_hh = tiles.load_matrix(tiles.choose(layers.w_hh, d), cols, True, CELL, TILE)
+    b_hh = tiles.load_bias(tiles.choose(layers.b_hh, d), cols, CELL, TILE.H)
+    state = tiles.widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+    places = (steps.place_of(layers, program, 0), steps.place_of(layers, program, 1))
+    gx_next = steps.load_gx(layers, program, 0, places[0], CELL, TILE)
 
     for step in range(T):
-        gx_next, origins_next = _load_gx(layers, program, tl.minimum(step + 1, T - 1), CELL, TILE)
+        gx = tiles.widened(gx_next)
+        gx_next = steps.load_gx(layers, program, step + 1, places[1], CELL, TILE)
+        later = steps.place_of(layers, program, step + 2)
 
-        entering = entering_state(layers, state, origins)
+        origins = steps.origins_at(program, places[0])
+        entering = tiles.entering_state(layers, state, origins)
         gh = ()
         for p in tl.static_range(len(CELL.phases)):
             u = CELL.operand(p, gx, gh, entering)
-            gh = gh + products(u, w_hh, b_hh, CELL, p, TILE)
+            gh = gh + tiles.products(u, w_hh, b_hh, CELL, p, TILE)
         state, saved = CELL.forward(gx, gh, entering)
-        state = leaving_state(layers, state, entering, origins)
+        state = tiles.leaving_state(layers, state, entering, origins)
 
-        first = first_row(layers, program, time_of(step, program))
-        store_h(layers, program, first, origins, state, TILE)
-        store_saved(layers, program, first, origins, state, saved, CELL, TILE)
-        gx, origins = gx_next, origins_next
+        steps.store_h(layers, program, step, places[0], state, TILE)
+        steps.store_saved(layers, program, step, places[0], state, saved, CELL, TILE)
+        places = (places[1], later)
 
-    store_state(layers.h_n, layers.c_n, program, state, H)
+    steps.store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
 
 @triton.jit(do_not_specialize=["T", "B", "R"])
 def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
-    H: tl.constexpr = TILE.H
-    N: tl.constexpr = len(CELL.tiles)
-    program = _program(layers, T, B, R, TILE)
+    program = _part(layers, T, B, R, TILE)
     d, cols = program.d, program.cols
 
-    w_hh = load_matrix(choose(layers.w_hh, d), cols, False, CELL, TILE)
-    d_state = load_state(grads.h_n, grads.c_n, program, program.mask_b, H)
-    after = load_state_after(layers, program, time_of(T - 1, program), TILE)
-    loaded = load_step(layers, grads, program, T - 1, CELL, TILE)
+    w_hh = tiles.load_matrix(tiles.choose(layers.w_hh, d), cols, False, CELL, TILE)
+    initial = tiles.widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+    d_state = tiles.widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
+    places = (
+        steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2),
+        steps.place_of(layers, program, T - 3),
+    )  # fmt: skip
+    after = tiles.widened(steps.load_left(layers, program, T - 1, places[0], TILE))
+    loaded = steps.load_step(layers, grads, program, T - 1, places, CELL, TILE)
 
     for back in range(T):
         step = T - 1 - back
-        loaded_next = load_step(layers, grads, program, tl.maximum(step - 1, 0), CELL, TILE)
-        saved, before, after_previous, d_out, d_cs, origins = loaded
+        saved, left_before = tiles.widened(loaded[0]), tiles.widened(loaded[1])
+        d_out, d_cs = tiles.widened(loaded[2]), tiles.widened(loaded[3])
+        loaded = steps.load_step(layers, grads, program, step - 1, places[1:], CELL, TILE)
 
-        d_state = add_gradients(d_state, d_out, d_cs)
+        origins = steps.origins_at(program, places[0])
+        before = steps.entered(layers, origins, left_before, initial)
+        d_state = tiles.add_gradients(d_state, d_out, d_cs)
         d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])
-        here = is_stored(layers, program, origins)
-        first = d * R + first_row(layers, program, time_of(step, program))
-        rows = row_ptrs(grads.gates, first, program, N * H)
         for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
-            dgates = visible(layers, dgates, origins)
-            store(rows + CELL.grads[p][0] * H, here, cols, dgates, H)
-            du = product_sum(dgates, w_hh, CELL, p, TILE)
-        d_state = add_to(d_state, 0, du)
-        d_state = gradient_before(layers, d_state, d_leaving, origins)
-        after, loaded = after_previous, loaded_next
+            dgates = tiles.visible(layers, dgates, origins)
+            steps.store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
+            du = tiles.product_sum(dgates, w_hh, CELL, p, TILE)
+        d_state = tiles.add_to(d_state, 0, du)
+        d_state = tiles.gradient_before(layers, d_state, d_leaving, origins)
+        after, places = (
+            left_before,
+            (places[1], places[2], steps.place_of(layers, program, step - 3)),
+        )
 
-    store_state(grads.h_0, grads.c_0, program, d_state, H)
+    steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:

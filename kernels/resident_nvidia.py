@@ -36,30 +36,27 @@ from .mma import (
 from .problem import Plan, Tiles
 from .rows import Rows
 from .steps import (
-    Part,
+    entered,
     load_ends,
     load_gx,
     load_left,
     load_step,
     origins_at,
+    part_of,
     place_of,
-    row_of,
-    store,
+    store_dgates,
     store_ends,
     store_h,
     store_saved,
 )
 from .tensors import Grads, Layers
 from .tiles import (
-    INITIAL,
     PREVIOUS,
     ZERO,
     add_to,
     choose,
-    is_stored,
     leaving_state,
     visible,
-    where,
 )
 
 #: Steps in one turn of the loop over time.
@@ -71,9 +68,7 @@ def _program(layers, T, B, R, TILE: tl.constexpr):
     """The sequences and the direction of this program."""
     d = tl.program_id(1) * (TILE.D - 1)  # of a single direction a constant
     first_b = tl.program_id(0) * TILE.block_b
-    offs_b = first_b + sequences(TILE)
-    last = tl.minimum(offs_b, B - 1)
-    return Part(d, d, layers.out[0], T, B, R, first_b, last, offs_b < B, units(TILE))
+    return part_of(layers, d, first_b, sequences(TILE), units(TILE), T, B, R, TILE)
 
 
 @gluon.jit
@@ -159,8 +154,6 @@ def _backward_step(
     ``places`` are those of this step and the three before it, in time. Returns the gradient of the
     state that entered, the state that left the step before, and what the step before that reads.
     """
-    H: tl.constexpr = TILE.H
-    N: tl.constexpr = len(CELL.tiles)
     w, initial = fixed
     saved, left_before, d_out, d_cs = now
     saved, left_before, origins = (
@@ -171,26 +164,20 @@ def _backward_step(
     if not TILE.is_full:
         now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
     later = (places[1], places[2], places[3], place_of(layers, program, step - 4))
-    entered = left_before
-    if layers.origins is not None:
-        first = zero_where(origins != INITIAL, widened(initial))
-        entered = where(origins == PREVIOUS, left_before, first)
+    before = entered(layers, origins, left_before, widened(initial))
     if grads.out is not None:
         d_state = add_to(d_state, 0, widened(d_out)[0])
     if grads.cs is not None:
         d_state = add_to(d_state, 1, widened(d_cs)[0])
     d_leaving, carry = d_state, ()
     du = d_state[0]  # not read by the last phase
-    here = is_stored(layers, program, origins)
-    row = program.d.to(tl.int64) * program.R + row_of(program, step, places[0])
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
-        dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, entered, left, carry, squash)
+        dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, left, carry, squash)
         if layers.starts is None:
             dgates = visible(layers, dgates, origins)
         for i in tl.static_range(len(CELL.phases[p])):
             share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
-        rows = grads.gates + row * (N * H) + CELL.grads[p][0] * H
-        store(rows, program, here, dgates, N * H, TILE)
+        store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
         terms = ()
         for i in tl.static_range(len(CELL.phases[p])):
             u = operand(buffers[CELL.phases[p][i]], TILE)

@@ -1,23 +1,32 @@
-"""The tensors of a step: how a Gluon kernel reads and writes the rows of one program.
+"""The tensors of a step: how a kernel reads and writes the rows of one program.
 
-Addresses of a step are a scalar, which the uniform datapath computes, plus offsets that no step
-changes. Reads of rows beyond B see the last row instead, which is cheaper than a mask.
-
-The functions take a ``Part``, and from TILE the sizes L, D, H and ``block_h``.
+Plain Triton that also serves the Gluon kernels, because indices come with their layouts: a program
+makes them once for its ``Part``, and every pointer follows from them. TILE has L, D, H, ``block_b``
+and ``block_h``. Addresses of a step are a scalar, which the uniform datapath computes, plus offsets
+that no step changes. Reads of rows beyond B see the last row instead, which is cheaper than a mask.
 """
 
 from typing import Any, NamedTuple
 
 import triton
 import triton.language as tl
-from triton.experimental import gluon
 
-from .mma import sequences, units
-from .tiles import choose, is_present, is_stored, load_origins, time_of, visible
+from .tiles import (
+    INITIAL,
+    PREVIOUS,
+    choose,
+    is_present,
+    is_stored,
+    load_origins,
+    time_of,
+    visible,
+    where,
+    zero_where,
+)
 
 
 class Part(NamedTuple):
-    """The share of a launch that one program computes, as a ``tiles.Program``."""
+    """The share of a launch that one program computes."""
 
     z: Any  # the layer and direction, in 0 .. L*D - 1
     d: Any  # the direction
@@ -31,13 +40,11 @@ class Part(NamedTuple):
     cols: Any  # [BLOCK_H], the hidden units
 
 
-@gluon.jit
-def program_of(layers, z, T, B, R, first_tile, TILE: tl.constexpr):
-    """The batch tile and the hidden units of this program, in layer and direction z."""
-    first_b = (first_tile + tl.program_id(1)) * TILE.block_b
-    offs_b = first_b + sequences(TILE)
-    cols = tl.program_id(0) * TILE.block_h + units(TILE)
-    out = choose(layers.out, z)
+@triton.jit
+def part_of(layers, z, first_b, rows, cols, T, B, R, TILE: tl.constexpr):
+    """The part of layer and direction z: sequences ``first_b + rows``, and units ``cols``."""
+    out = choose(layers.out, z) if TILE.L > 1 else layers.out[0]
+    offs_b = first_b + rows
     last = tl.minimum(offs_b, B - 1)
     return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
 
@@ -244,3 +251,26 @@ def load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl
     if grads.cs is not None:
         d_cs = load(grads.cs + d_row * H, program, masks, 1, H, TILE)
     return saved, left, d_out, d_cs
+
+
+@triton.jit
+def entered(layers, origins, left_before, initial):
+    """The state that entered a step, given the one that left the step before and h_0 and c_0."""
+    if layers.origins is not None:
+        first = zero_where(origins != INITIAL, initial)
+        return where(origins == PREVIOUS, left_before, first)
+    else:
+        return left_before
+
+
+@triton.jit
+def store_dgates(
+    layers, grads, program, step, place, dgates,
+    PHASE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Stores the gradients of a phase's gates in a step."""
+    W: tl.constexpr = len(CELL.tiles) * TILE.H
+    here = is_stored(layers, program, origins_at(program, place))
+    row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
+    base = grads.gates + row * W + CELL.grads[PHASE][0] * TILE.H
+    store(base, program, here, dgates, W, TILE)

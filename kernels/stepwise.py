@@ -24,38 +24,14 @@ import torch
 import triton
 import triton.language as tl
 
+from . import steps, tiles
 from .cells import CELLS
 from .launch import cdiv, layers_backward, on_device, options_of, tile_of
 from .problem import Plan, Tiles
 from .rows import Rows
 from .spec import SPECS, runs_of
 from .tensors import Grads, Layers
-from .tiles import (
-    SKIPPED,
-    Program,
-    add_gradients,
-    add_to,
-    choose,
-    entering_state,
-    first_row,
-    gradient_before,
-    is_present,
-    is_stored,
-    leaving_state,
-    load,
-    load_bias,
-    load_origins,
-    load_state,
-    load_state_after,
-    load_step,
-    row_ptrs,
-    store,
-    store_h,
-    store_saved,
-    store_state,
-    time_of,
-    visible,
-)
+from .tiles import SKIPPED
 
 
 class Carried(NamedTuple):
@@ -68,12 +44,11 @@ class Carried(NamedTuple):
 
 
 @triton.jit
-def _program(layers, T, B, R, TILE: tl.constexpr):
+def _part(layers, T, B, R, TILE: tl.constexpr):
     """The sequences, units and direction of this program."""
-    d = tl.program_id(2).to(tl.int64)
-    offs_b = tl.program_id(0).to(tl.int64) * TILE.block_b + tl.arange(0, TILE.block_b)
+    first_b, rows = tl.program_id(0) * TILE.block_b, tl.arange(0, TILE.block_b)
     cols = tl.program_id(1) * TILE.block_h + tl.arange(0, TILE.block_h)
-    return Program(d, d, layers.out[0], T, B, R, offs_b, offs_b < B, cols)
+    return steps.part_of(layers, tl.program_id(2), first_b, rows, cols, T, B, R, TILE)
 
 
 @triton.jit(do_not_specialize=["step", "T", "B", "R"])
@@ -83,38 +58,33 @@ def _stepwise_fwd_kernel(
     """Makes the operand of PHASE; after the last one (PHASE == P) the new state and the next u."""
     H: tl.constexpr = TILE.H
     G: tl.constexpr = len(CELL.gates)
-    P: tl.constexpr = len(CELL.phases)
-    program = _program(layers, T, B, R, TILE)
-    d, mask_b, cols = program.d, program.mask_b, program.cols
-    state = load_state(carried.h, carried.c, program, mask_b, H)
-    t = time_of(step, program)
-    origins = load_origins(layers, program, t)
-    entering = entering_state(layers, state, origins)
+    program = _part(layers, T, B, R, TILE)
+    first = program.d.to(tl.int64) * B  # of the direction's rows in what is carried
+    state = steps.load_ends(carried.h, carried.c, program, TILE)
+    place = steps.place_of(layers, program, step)
+    origins = steps.origins_at(program, place)
+    entering = tiles.entering_state(layers, state, origins)
     u = entering[0]
 
     if PHASE > 0:
         READY: tl.constexpr = CELL.phases[PHASE - 1][-1] + 1  # gates whose products are made
-        first = first_row(layers, program, t)
-        row = d * R + first
-        here = is_present(layers, program, origins)
-        gx = load(row_ptrs(layers.gx, row, program, G * H), here, cols, G, H)
-        made = load(row_ptrs(carried.gh, d * B, program, G * H), mask_b, cols, READY, H)
-        bias = load_bias(choose(layers.b_hh, d), cols, CELL, H)
+        gx = tiles.widened(steps.load_gx(layers, program, step, place, CELL, TILE))
+        made = steps.load(carried.gh + first * (G * H), program, (), READY, G * H, TILE)
+        bias = tiles.load_bias(tiles.choose(layers.b_hh, program.d), program.cols, CELL, H)
         gh = ()
         for g in tl.static_range(READY):
-            gh = gh + (made[g] + bias[g],)
-        if PHASE < P:
+            gh = gh + (tiles.widened(made)[g] + bias[g],)
+        if PHASE < len(CELL.phases):
             u = CELL.operand(PHASE, gx, gh, entering)
         else:
             state, saved = CELL.forward(gx, gh, entering)
-            state = leaving_state(layers, state, entering, origins)
-            store_state(carried.h, carried.c, program, state, H)
-            store_h(layers, program, first, origins, state, TILE)
-            store_saved(layers, program, first, origins, state, saved, CELL, TILE)
-            following = time_of(tl.minimum(step + 1, T - 1), program)
-            origins = load_origins(layers, program, following)
-            u = entering_state(layers, state, origins)[0]
-    store(row_ptrs(carried.u, d * B, program, H), mask_b, cols, (u,), H)
+            state = tiles.leaving_state(layers, state, entering, origins)
+            steps.store_ends(carried.h, carried.c, program, state, TILE)
+            steps.store_h(layers, program, step, place, state, TILE)
+            steps.store_saved(layers, program, step, place, state, saved, CELL, TILE)
+            origins = steps.origins_at(program, steps.place_of(layers, program, step + 1))
+            u = tiles.entering_state(layers, state, origins)[0]
+    steps.store(carried.u + first * H, program, program.mask_b, (u,), H, TILE)
 
 
 @triton.jit(do_not_specialize=["step", "T", "B", "R"])
@@ -123,39 +93,49 @@ def _stepwise_bwd_kernel(
     CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """Makes the dgates of PHASE; with PHASE -1, before the first step, the gradient of h_0."""
-    H: tl.constexpr = TILE.H
-    N: tl.constexpr = len(CELL.tiles)
     P: tl.constexpr = len(CELL.phases)
-    program = _program(layers, T, B, R, TILE)
-    d, mask_b, cols = program.d, program.mask_b, program.cols
+    program = _part(layers, T, B, R, TILE)
 
     # The product of the later step's phase 0. After the last step there is none, and u is zero.
-    d_state = load_state(carried.h, carried.c, program, mask_b, H)
-    du = load(row_ptrs(carried.u, d * B, program, H), mask_b, cols, 1, H)[0]
-    origins = load_origins(layers, program, time_of(tl.minimum(step + 1, T - 1), program))
+    d_state = steps.load_ends(carried.h, carried.c, program, TILE)
+    du = _load_du(carried, program, 0, TILE)
+    origins = steps.origins_at(program, steps.place_of(layers, program, step + 1))
     if layers.origins is not None:
         origins = tl.where(step < T - 1, origins, SKIPPED)
-    d_state = gradient_before(layers, add_to(d_state, 0, du), d_state, origins)
+    d_state = tiles.gradient_before(layers, tiles.add_to(d_state, 0, du), d_state, origins)
 
     if PHASE >= 0:
-        t = time_of(step, program)
-        saved, before, _, d_out, d_cs, origins = load_step(layers, grads, program, step, CELL, TILE)
-        after = load_state_after(layers, program, t, TILE)
-        d_state = add_gradients(d_state, d_out, d_cs)
+        places = (
+            steps.place_of(layers, program, step),
+            steps.place_of(layers, program, step - 1),
+        )
+        loaded = steps.load_step(layers, grads, program, step, places, CELL, TILE)
+        saved, left_before = tiles.widened(loaded[0]), tiles.widened(loaded[1])
+        d_out, d_cs = tiles.widened(loaded[2]), tiles.widened(loaded[3])
+        after = tiles.widened(steps.load_left(layers, program, step, places[0], TILE))
+        initial = tiles.widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+        origins = steps.origins_at(program, places[0])
+        before = steps.entered(layers, origins, left_before, initial)
+        d_state = tiles.add_gradients(d_state, d_out, d_cs)
         d_leaving, carry = d_state, ()
         for p in tl.static_range(P - 1, PHASE - 1, -1):
             if p < P - 1:
-                du_rows = row_ptrs(carried.u, ((p + 1) * TILE.D + d) * B, program, H)
-                du = load(du_rows, mask_b, cols, 1, H)[0]
+                du = _load_du(carried, program, p + 1, TILE)
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
         # A skipped step leaves the gradient as it was.
-        d_state = leaving_state(layers, d_state, d_leaving, origins)
-        dgates_rows = row_ptrs(grads.gates, d * R + first_row(layers, program, t), program, N * H)
-        here, dgates = is_stored(layers, program, origins), visible(layers, dgates, origins)
-        store(dgates_rows + CELL.grads[PHASE][0] * H, here, cols, dgates, H)
+        d_state = tiles.leaving_state(layers, d_state, d_leaving, origins)
+        dgates = tiles.visible(layers, dgates, origins)
+        steps.store_dgates(layers, grads, program, step, places[0], dgates, PHASE, CELL, TILE)
 
     if PHASE <= 0:
-        store_state(carried.h, carried.c, program, d_state, H)
+        steps.store_ends(carried.h, carried.c, program, d_state, TILE)
+
+
+@triton.jit
+def _load_du(carried, program, PHASE: tl.constexpr, TILE: tl.constexpr):
+    """The gradient of a phase's operand."""
+    first = (PHASE * TILE.D + program.d.to(tl.int64)) * program.B
+    return tiles.widened(steps.load(carried.u + first * TILE.H, program, (), 1, TILE.H, TILE))[0]
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:

@@ -3,13 +3,13 @@
 A *tile* is a tensor ``[BLOCK_B, BLOCK_H]``: one value for each sequence and hidden unit that a
 program owns. Gates, states and gradients are tuples of tiles, ``gates[n]``, which the compiler
 unrolls. Tiles are fp32 (fp64 in fp64); operands of products and results in memory have the dtype
-of the tensors. Columns beyond H are never stored.
+of the tensors. ``steps.py`` loads and stores them.
 
-``layers`` and ``grads`` are the named tuples of ``tensors.py``. A field that is None is known at
-compile time, so the code behind it is left out. The comments on rows refer to ``rows.py``.
+``layers`` is the named tuple of ``tensors.py``. A field that is None is known at compile time, so
+the code behind it is left out. The functions of origins say what ``rows.py`` means on tiles.
 """
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -27,20 +27,6 @@ class Tile(NamedTuple):
     block_b: int  # sequences
     block_h: int  # hidden units, a power of two
     precision: str  # of fp32 products: "ieee", "tf32" or "tf32x3"
-
-
-class Program(NamedTuple):
-    """The share of a launch that one program computes."""
-
-    z: Any  # the layer and direction, in 0 .. L*D - 1
-    d: Any  # the direction
-    out: Any  # pointer to the layer's output
-    T: Any
-    B: Any
-    R: Any
-    offs_b: Any  # [BLOCK_B], the sequences
-    mask_b: Any  # [BLOCK_B], those of them that exist
-    cols: Any  # [BLOCK_H], the hidden units
 
 
 @triton.jit
@@ -82,9 +68,12 @@ def zeros_like(x):
 
 
 @triton.jit
-def widen(x):
-    """The dtype of all arithmetic outside the products: fp64 stays fp64, the rest is fp32."""
-    return x if x.dtype == tl.float64 else x.to(tl.float32)
+def widened(tiles):
+    """Tiles in the dtype of all arithmetic outside the products: fp32, but fp64 stays fp64."""
+    out = ()
+    for n in tl.static_range(len(tiles)):
+        out = out + (tiles[n] if tiles[n].dtype == tl.float64 else tiles[n].to(tl.float32),)
+    return out
 
 
 @triton.jit
@@ -136,54 +125,6 @@ def product_sum(dgates, w, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.con
 
 
 @triton.jit
-def row_ptrs(ptr, first, program, WIDTH: tl.constexpr):
-    """Pointers ``[BLOCK_B]`` to rows of WIDTH values, the row of sequence 0 being ``first``.
-
-    Added in this order, what differs between steps is one scalar.
-    """
-    return ptr + first * WIDTH + program.offs_b * WIDTH
-
-
-@triton.jit
-def load(rows, mask, cols, N: tl.constexpr, H: tl.constexpr):
-    """N tiles from rows of N*H values; zero where masked and beyond H."""
-    ptrs = rows[:, None] + cols[None, :]
-    tiles = ()
-    for n in tl.static_range(N):
-        tile = tl.load(ptrs + n * H, mask=mask[:, None] & (cols < H)[None, :], other=0.0)
-        tiles = tiles + (widen(tile),)
-    return tiles
-
-
-@triton.jit
-def store(rows, mask, cols, tiles, H: tl.constexpr):
-    """Stores tiles side by side into rows, rounded to the dtype of the pointers."""
-    ptrs = rows[:, None] + cols[None, :]
-    for n in tl.static_range(len(tiles)):
-        tile = tiles[n].to(rows.dtype.element_ty)
-        tl.store(ptrs + n * H, tile, mask=mask[:, None] & (cols < H)[None, :])
-
-
-@triton.jit
-def load_state(h_ptr, c_ptr, program, mask, H: tl.constexpr):
-    """``(h,)`` or ``(h, c)`` from tensors ``[Z, B, H]``."""
-    first = program.z * program.B
-    state = load(row_ptrs(h_ptr, first, program, H), mask, program.cols, 1, H)
-    if c_ptr is not None:
-        state = state + load(row_ptrs(c_ptr, first, program, H), mask, program.cols, 1, H)
-    return state
-
-
-@triton.jit
-def store_state(h_ptr, c_ptr, program, state, H: tl.constexpr):
-    """Stores what ``load_state`` loads."""
-    first, mask, cols = program.z * program.B, program.mask_b, program.cols
-    store(row_ptrs(h_ptr, first, program, H), mask, cols, (state[0],), H)
-    if c_ptr is not None:
-        store(row_ptrs(c_ptr, first, program, H), mask, cols, (state[1],), H)
-
-
-@triton.jit
 def load_matrix(w_ptr, cols, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
     """``w[gate]`` of a whole W_hh ``[G*H, H]``, or its transpose: tiles ``[BLOCK_H, BLOCK_H]``."""
     H: tl.constexpr = TILE.H
@@ -205,7 +146,7 @@ def load_bias(b_ptr, cols, CELL: tl.constexpr, H: tl.constexpr):
     for g in tl.static_range(len(CELL.gates)):
         row = tl.zeros_like(cols).to(tl.float32)
         if b_ptr is not None:
-            row = widen(tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0))
+            row = widened((tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0),))[0]
         b = b + (row[None, :],)
     return b
 
@@ -226,12 +167,6 @@ def choose(pointers, index):
 def time_of(step, program):
     """The time of a step: direction 1 runs from T - 1 down to 0."""
     return step + program.d * (program.T - 1 - 2 * step)
-
-
-@triton.jit
-def first_row(layers, program, t):
-    """The row of sequence 0 at time t: t * B if the rows are dense, starts[t] if packed."""
-    return tl.load(layers.starts + t) if layers.starts is not None else t * program.B
 
 
 @triton.jit
@@ -281,109 +216,6 @@ def gradient_before(layers, d_entering, d_leaving, origins):
         return zero_where(origins == ZERO, where(origins == SKIPPED, d_leaving, d_entering))
     else:
         return d_entering
-
-
-@triton.jit
-def out_rows(program, first, TILE: tl.constexpr):
-    """Pointers to the rows of out, in which both directions are side by side."""
-    return row_ptrs(program.out + program.d * TILE.H, first, program, TILE.D * TILE.H)
-
-
-@triton.jit
-def store_h(layers, program, first, origins, state, TILE: tl.constexpr):
-    """Stores the output of a step, of which ``first`` is the row of sequence 0."""
-    here, h = is_stored(layers, program, origins), visible(layers, (state[0],), origins)
-    store(out_rows(program, first, TILE), here, program.cols, h, TILE.H)
-
-
-@triton.jit
-def store_saved(
-    layers, program, first, origins, state, saved, CELL: tl.constexpr, TILE: tl.constexpr
-):
-    """Stores what backward needs of a step besides h: the saved tiles and c."""
-    H: tl.constexpr = TILE.H
-    S: tl.constexpr = len(CELL.saved)
-    here, cols = is_stored(layers, program, origins), program.cols
-    row = program.z * program.R + first
-    if layers.gates is not None:
-        rows = row_ptrs(layers.gates, row, program, S * H)
-        store(rows, here, cols, visible(layers, saved, origins), H)
-    if layers.cs is not None:
-        rows = row_ptrs(layers.cs, row, program, H)
-        store(rows, here, cols, visible(layers, (state[1],), origins), H)
-
-
-@triton.jit
-def h_rows_before(layers, program, step, TILE: tl.constexpr):
-    """Pointers to the h that entered a step of dense rows: in out, and before step 0 in h_0."""
-    H: tl.constexpr = TILE.H
-    t_before = time_of(tl.maximum(step - 1, 0), program)
-    # Chosen as scalars, because a choice between vectors loses their alignment.
-    in_out = program.out + program.d * H + t_before * program.B * (TILE.D * H)
-    in_h_0 = layers.h_0 + program.z * program.B * H
-    return tl.where(step > 0, in_out, in_h_0) + program.offs_b * tl.where(step > 0, TILE.D * H, H)
-
-
-@triton.jit
-def load_state_after(layers, program, t, TILE: tl.constexpr):
-    """The state that left the step of time t, from out and cs; zero where it was skipped."""
-    H: tl.constexpr = TILE.H
-    here = is_present(layers, program, load_origins(layers, program, t))
-    first = first_row(layers, program, t)
-    state = load(out_rows(program, first, TILE), here, program.cols, 1, H)
-    if layers.cs is not None:
-        c_rows = row_ptrs(layers.cs, program.z * program.R + first, program, H)
-        state = state + load(c_rows, here, program.cols, 1, H)
-    return state
-
-
-@triton.jit
-def load_state_before(layers, program, step, origins, TILE: tl.constexpr):
-    """The state that entered a step, and the one that left the step before it.
-
-    They are the same where the rows are dense. Elsewhere a sequence may begin between the two.
-    """
-    H: tl.constexpr = TILE.H
-    t_before = time_of(tl.maximum(step - 1, 0), program)
-    if layers.origins is not None:
-        previous = load_state_after(layers, program, t_before, TILE)
-        initial = load_state(layers.h_0, layers.c_0, program, origins == INITIAL, H)
-        return where(origins == PREVIOUS, previous, initial), previous
-    else:
-        h_rows = h_rows_before(layers, program, step, TILE)
-        state = load(h_rows, program.mask_b, program.cols, 1, H)
-        if layers.cs is not None:
-            in_cs = layers.cs + (program.z * program.R + t_before * program.B) * H
-            in_c_0 = layers.c_0 + program.z * program.B * H
-            c_rows = tl.where(step > 0, in_cs, in_c_0) + program.offs_b * H
-            state = state + load(c_rows, program.mask_b, program.cols, 1, H)
-        return state, state
-
-
-@triton.jit
-def load_step(layers, grads, program, step, CELL: tl.constexpr, TILE: tl.constexpr):
-    """All that a step of backward reads and that no product computes.
-
-    Returns the saved tiles, the states that entered the step and that left the one before, the
-    gradients of out and of cs (a tile or none), and the origins.
-    """
-    H: tl.constexpr = TILE.H
-    S: tl.constexpr = len(CELL.saved)
-    t = time_of(step, program)
-    origins = load_origins(layers, program, t)
-    here, cols = is_present(layers, program, origins), program.cols
-    first = first_row(layers, program, t)
-    row = program.z * program.R + first
-    before, after_previous = load_state_before(layers, program, step, origins, TILE)
-    saved, d_out, d_cs = (), (), ()
-    if S > 0:
-        saved = load(row_ptrs(layers.gates, row, program, S * H), here, cols, S, H)
-    if grads.out is not None:
-        d_rows = row_ptrs(grads.out + program.d * H, first, program, TILE.D * H)
-        d_out = load(d_rows, here, cols, 1, H)
-    if grads.cs is not None:
-        d_cs = load(row_ptrs(grads.cs, row, program, H), here, cols, 1, H)
-    return saved, before, after_previous, d_out, d_cs, origins
 
 
 @triton.jit

@@ -69,13 +69,11 @@ def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) 
     return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value, "bar": lambda value: value}[name](x)
 
 
-def poll(*args: Any) -> tl.tensor:
-    """1 when each counter has reached its target, 0 after so many polls; patience comes last."""
-    *pairs, patience = args
-    half = len(pairs) // 2
-    for counter, target in zip(pairs[:half], pairs[half:], strict=True):
+def poll(one: Any, other: Any, target: Any, others: Any, patience: Any, count: Any) -> tl.tensor:
+    """1 when each of ``count`` counters has reached its target, 0 after so many polls."""
+    for counter, wanted in ((one, target), (other, others))[: _number(count)]:
         for _ in range(_number(patience)):
-            if _number(tl.atomic_add(counter, 0, sem="acquire", scope="gpu")) >= _number(target):
+            if _number(tl.atomic_add(counter, 0, sem="acquire", scope="gpu")) >= _number(wanted):
                 break
         else:
             return tl.full([], 0, tl.int32)

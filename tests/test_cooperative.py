@@ -119,19 +119,19 @@ def test_calls_on_two_streams():
         assert not differences(cell, SLICES, data)
 
 
-KERNELS = (cooperative, cooperative_backward)
+publish, wait = exchange.publish, exchange.wait
 
 
 def publish_but_the_second(counter_ptr):
     if int(tl.program_id(0).handle.data.item()) != 1:
-        exchange.publish(counter_ptr)
+        publish(counter_ptr)
 
 
 def test_a_lost_partner_is_an_error_and_no_hang(monkeypatch):
     """The wait ends with one clear sentence, and the next call is right."""
     data = prepared("lstm", SLICES)
     with monkeypatch.context() as lost:
-        lost.setattr(cooperative, "publish", publish_but_the_second)
+        lost.setattr(exchange, "publish", publish_but_the_second)
         failed = run("lstm", SLICES, data, patience=50)
     assert failed
     assert all("a program waited in vain for its partners" in text for text in failed)
@@ -141,10 +141,7 @@ def test_a_lost_partner_is_an_error_and_no_hang(monkeypatch):
 
 # The protocol, broken in every way that a slip would break it.
 
-
-def replace(patch, name, function):
-    for module in KERNELS:
-        patch.setattr(module, name, function, raising=hasattr(module, name))
+PUBLISH = "exchange.publish(counter)\n"
 
 
 def rewrite(patch, module, kernel, old, new):
@@ -156,46 +153,44 @@ def break_nothing(patch):
 
 
 def break_wait_dropped(patch):
-    replace(patch, "wait", lambda counter_ptr, target, patience: None)
+    patch.setattr(exchange, "wait", lambda *args: None)
 
 
 def break_counter_target(patch):
-    replace(patch, "wait", lambda *args: exchange.wait(args[0], args[1] - 1, args[2]))
+    patch.setattr(exchange, "wait", lambda counter, target, *args: wait(counter, target - 1, *args))
 
 
 def break_flag_before_h(patch):
-    put = "put(slot_of(slots, published + P - 1, TILE), program.cols, state[0], TILE)\n"
+    slot = "exchange.slot_of(slots, published + P - 1, TILE)"
+    put = f"exchange.put({slot}, program.cols, state[0], TILE)\n"
     between = (
         "        if TILE.L > 1:  # the layer above reads it\n"
-        "            store_h(layers, program, step, places[0], left, TILE)\n"
+        "            steps.store_h(layers, program, step, places[0], left, TILE)\n"
         "        "
     )
-    publish = "publish(counter)\n"
-    rewrite(
-        patch, cooperative, "_cooperative_fwd_kernel",
-        put + between + publish, publish + between + put,
-    )  # fmt: skip
+    old, new = put + between + PUBLISH, PUBLISH + between + put
+    rewrite(patch, cooperative, "_cooperative_fwd_kernel", old, new)
 
 
 def break_flag_before_operand(patch):
-    put = "put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)\n"
-    old, new = put + " " * 16 + "publish(counter)\n", "publish(counter)\n" + " " * 16 + put
+    put = "exchange.put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)\n"
+    old, new = put + " " * 16 + PUBLISH, PUBLISH + " " * 16 + put
     rewrite(patch, cooperative, "_cooperative_fwd_kernel", old, new)
 
 
 def break_flag_before_dgates(patch):
     loop, late = "for i in tl.static_range(len(CELL.phases[p])):\n", "if TILE.L == 1:\n"
-    publish = "publish(counter)\n    "
+    publish = PUBLISH + " " * 4
     rewrite(patch, cooperative_backward, "_publish", publish + late, late)
     rewrite(patch, cooperative_backward, "_publish", loop, publish + loop)
 
 
 def break_parity(patch):
-    replace(patch, "slot_of", lambda slots, publication, TILE: slots)
+    patch.setattr(exchange, "slot_of", lambda slots, publication, TILE: slots)
 
 
 def break_wait_for_the_layer_below(patch):
-    wait = "wait(counter_below, partners * (published + P), patience)"
+    wait = "exchange.wait(counter_below, partners * (published + P), patience)"
     rewrite(patch, cooperative, "_cooperative_fwd_kernel", wait, "pass")
 
 

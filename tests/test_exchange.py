@@ -30,7 +30,7 @@ def protocol_kernel(counter_ptr, seen_ptr, patience, TARGET: tl.constexpr, OTHER
     exchange.publish(counter_ptr)
     exchange.publish(counter_ptr)
     exchange.wait(counter_ptr, TARGET, patience)
-    exchange.wait_for_both(counter_ptr, TARGET, counter_ptr + 1, OTHER, patience)
+    exchange.wait(counter_ptr, TARGET, patience, counter_ptr + 1, OTHER)
     tl.store(seen_ptr, tl.load(counter_ptr))
 
 

@@ -6,7 +6,8 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedrnn.kernels import rows, tiles
+from fusedrnn.kernels import rows, steps, tiles
+from fusedrnn.kernels.tensors import Layers
 
 
 @triton.jit
@@ -43,14 +44,15 @@ def test_tanh_of_numbers_at_the_end(device):
 
 
 @triton.jit
-def copy_kernel(x_ptr, y_ptr, B, H: tl.constexpr, BLOCK_B: tl.constexpr, BLOCK_H: tl.constexpr):
-    offs_b, cols = tl.arange(0, BLOCK_B), tl.arange(0, BLOCK_H)
-    program = tiles.Program(0, 0, x_ptr, 1, B, B, offs_b, offs_b < B, cols)
-    x = tiles.load(tiles.row_ptrs(x_ptr, 0, program, 2 * H), program.mask_b, cols, 2, H)
+def copy_kernel(layers, y_ptr, B, TILE: tl.constexpr):
+    x_ptr, offs_b = layers.out[0], tl.arange(0, TILE.block_b)
+    cols, W = tl.arange(0, TILE.block_h), 2 * TILE.H
+    program = steps.part_of(layers, 0, tl.program_id(0), offs_b, cols, 1, B, B, TILE)
+    x = steps.load(x_ptr, program, (), 2, W, TILE)
     x = tiles.zero_where(offs_b == 1, x)
     x = tiles.where(offs_b == 2, (x[1], x[0]), x)
     x = tiles.add_to(x, 1, tl.sum(x[0]) * 0.0 + 1.0)
-    tiles.store(tiles.row_ptrs(y_ptr, 0, program, 2 * H), program.mask_b, cols, x, H)
+    steps.store(y_ptr, program, program.mask_b, x, W, TILE)
 
 
 def test_tiles_are_loaded_masked_and_stored(device):
@@ -60,7 +62,7 @@ def test_tiles_are_loaded_masked_and_stored(device):
     whole[:B] = torch.randn(B, 2 * H)
     whole[1, 3] = torch.nan
     out = torch.full_like(whole, 7.0)
-    copy_kernel[1,](whole, out, B, H, 16, 16)
+    copy_kernel[1,](Layers(out=(whole,)), out, B, tiles.Tile(1, 1, H, 16, 16, "ieee"))
     want = whole[:B].clone()
     want[1] = 0.0
     want[2] = want[2].roll(H)
