@@ -83,10 +83,9 @@ def _input_products(layers, program, step, place, w_ih, CELL: tl.constexpr, TILE
     for n in tl.static_range(len(x)):
         dropped = dropped + (round_operand(x[n] * mask[n] if len(mask) > 0 else x[n]),)
     out = ()
+    zero = slices.zero_acc(TILE.block_h, TILE)
     for g in tl.static_range(len(CELL.gates)):
-        out = out + (
-            slices.multiply(w_ih[g], dropped, slices.zero_acc(TILE.block_h, TILE), 0, False, TILE),
-        )
+        out = out + (slices.multiply(w_ih[g], dropped, zero, 0, False, TILE),)
     return out
 
 

@@ -44,20 +44,17 @@ def _load_chunk(w_ptr, PART: tl.constexpr, N: tl.constexpr, CELL: tl.constexpr, 
 
 
 @gluon.jit
-def _load_columns(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``w[chunk]`` for the product of a part."""
+def _load_parts(
+    w_ptr, FIRST: tl.constexpr, STOP: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """``w[part][chunk]`` for the products of some parts."""
     w = ()
-    for n in tl.static_range(len(TILE.chunks[PART])):
-        w = w + (slices.hold(_load_chunk(w_ptr, PART, n, CELL, TILE), PART, n, TILE),)
-    return w
-
-
-@gluon.jit
-def _load_phases(w_ptr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``w[phase][chunk]`` of W_hh."""
-    w = ()
-    for p in tl.static_range(len(CELL.phases)):
-        w = w + (_load_columns(w_ptr, p, CELL, TILE),)
+    for part in tl.static_range(FIRST, STOP):
+        chunks = ()
+        for n in tl.static_range(len(TILE.chunks[part])):
+            chunk = _load_chunk(w_ptr, part, n, CELL, TILE)
+            chunks = chunks + (slices.hold(chunk, part, n, TILE),)
+        w = w + (chunks,)
     return w
 
 
@@ -79,25 +76,25 @@ def _fetch_above(grads, program, step, place, CELL: tl.constexpr, TILE: tl.const
 
 @gluon.jit
 def _gradient_above(layers, program, place, total, drop, TILE: tl.constexpr):
-    """The gradient of this layer's output, given the product; zero for the last layer."""
+    """The gradient of this layer's output, a tile, given the product; zero for the last layer."""
     for n in tl.static_range(len(drop)):
         total *= widened(drop)[n]
-    total = visible(layers, (total,), steps.origins_at(program, place))[0]
-    return tl.where(program.z < TILE.L - 1, total, 0.0)
+    dy = visible(layers, (total,), steps.origins_at(program, place))
+    return (tl.where(program.z < TILE.L - 1, dy[0], 0.0),)
 
 
 @gluon.jit
 def _load_next(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl.constexpr):
     """All that a step reads and that no product computes, and the places of the steps before it."""
-    now = steps.load_step(layers, grads, program, step, (places[0], places[1]), CELL, TILE)
     drop = ()
     if layers.masks is not None:
         masks = choose(layers.masks, tl.minimum(program.z + 1, TILE.L - 1))
         rows = masks + steps.row_of(program, tl.maximum(step, 0), places[0]) * TILE.H
-        drop = steps.load(
-            rows, program, steps.readable(layers, program, places[0]), 1, TILE.H, TILE
-        )
-    return now, drop, (places[0], places[1], steps.place_of(layers, program, step - 2))
+        here = steps.readable(layers, program, places[0])
+        drop = steps.load(rows, program, here, 1, TILE.H, TILE)
+    now = steps.load_step(layers, grads, program, step, (places[0], places[1]), CELL, TILE)
+    later = steps.place_of(layers, program, step - 2)
+    return now + (drop,), (places[0], places[1], later)
 
 
 @gluon.jit
@@ -107,8 +104,6 @@ def _publish(
 ):  # fmt: skip
     """Publishes the dgates of a phase of a step, and stores them."""
     H: tl.constexpr = TILE.H
-    if layers.starts is None:  # skipped steps have no row if rows are packed
-        dgates = visible(layers, dgates, steps.origins_at(program, place))
     for i in tl.static_range(len(CELL.phases[p])):
         exchange.put(part + i * H, program.cols, dgates[CELL.factors[p][i]], TILE)
     if TILE.L > 1:  # the layer below reads it
@@ -129,26 +124,24 @@ def _cooperative_bwd_kernel(
     program = exchange.program_of(layers, z, T, B, R, first_tile, TILE)
     partners = tl.num_programs(0)
     counter, slots = exchange.group_of(shared, z, B, first_tile, TILE)
-    buffers, zero = (
-        slices.sum_buffers(2 if TILE.L > 1 else 1, TILE),
-        slices.zero_acc(TILE.block_h, TILE),
-    )
-    w = _load_phases(choose(layers.w_hh, z), CELL, TILE)
+    buffers = slices.sum_buffers(2 if TILE.L > 1 else 1, TILE)
+    zero = slices.zero_acc(TILE.block_h, TILE)
+    w = _load_parts(choose(layers.w_hh, z), 0, P, CELL, TILE)
 
     places = (steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2))
     initial = widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
     left = widened(steps.load_left(layers, program, T - 1, places[0], TILE))
-    now, drop, places = _load_next(layers, grads, program, T - 1, places, CELL, TILE)
+    now, places = _load_next(layers, grads, program, T - 1, places, CELL, TILE)
     dy = ()
     if TILE.L > 1:
-        w_ih = _load_columns(choose(layers.w_ih, tl.minimum(z + 1, LAST)), P, CELL, TILE)
-        counter_above, _ = exchange.group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
+        (w_ih,) = _load_parts(choose(layers.w_ih, tl.minimum(z + 1, LAST)), P, P + 1, CELL, TILE)
+        above, _ = exchange.group_of(shared, tl.minimum(z + 1, LAST), B, first_tile, TILE)
         per_step = tl.where(z < LAST, partners * P, 0)  # publications to wait for
-        exchange.wait(counter_above, per_step, patience)
+        exchange.wait(above, per_step, patience)
         x = _fetch_above(grads, program, T - 1, places[0], CELL, TILE)
         dy = slices.add_up(buffers, (slices.multiply(w_ih, x, zero, P, False, TILE),), TILE)[0]
-        dy = (_gradient_above(layers, program, places[0], dy, drop, TILE),)
+        dy = _gradient_above(layers, program, places[0], dy, now[4], TILE)
 
     for back in range(T):
         step = T - 1 - back
@@ -168,23 +161,18 @@ def _cooperative_bwd_kernel(
             _publish(layers, grads, program, step, places[0], part, counter, dgates, p, CELL, TILE)
             target = partners * (P * back + P - p)
             if p == 0:
-                now, drop, places = _load_next(
-                    layers, grads, program, step - 1, places[1:], CELL, TILE
-                )
+                now, places = _load_next(layers, grads, program, step - 1, places[1:], CELL, TILE)
             if p == 0 and TILE.L > 1:
-                both = tl.minimum(back + 2, T) * per_step
-                exchange.wait(counter, target, patience, counter_above, both)
+                exchange.wait(counter, target, patience, above, tl.minimum(back + 2, T) * per_step)
                 x = _fetch_above(grads, program, step - 1, places[0], CELL, TILE)
                 (du,) = slices.products((w[0],), part, (zero,), p, TILE)
-                du, dy = slices.add_up(
-                    buffers, (du, slices.multiply(w_ih, x, zero, P, False, TILE)), TILE
-                )
-                dy = (_gradient_above(layers, program, places[0], dy, drop, TILE),)
+                dy = slices.multiply(w_ih, x, zero, P, False, TILE)
+                du, dy = slices.add_up(buffers, (du, dy), TILE)
+                dy = _gradient_above(layers, program, places[0], dy, now[4], TILE)
             else:
                 exchange.wait(counter, target, patience)
-                (du,) = slices.add_up(
-                    buffers, slices.products((w[p],), part, (zero,), p, TILE), TILE
-                )
+                accs = slices.products((w[p],), part, (zero,), p, TILE)
+                (du,) = slices.add_up(buffers, accs, TILE)
         d_state = gradient_before(layers, add_to(d_state, 0, du), d_leaving, origins)
         left = left_before
     steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)

@@ -92,7 +92,6 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
         du = tl.zeros_like(d_state[0])
         for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
-            dgates = tiles.visible(layers, dgates, origins)
             steps.store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
             du = tiles.product_sum(dgates, w_hh, CELL, p, TILE)
         d_state = tiles.add_to(d_state, 0, du)

@@ -56,7 +56,6 @@ from .tiles import (
     add_to,
     choose,
     leaving_state,
-    visible,
 )
 
 #: Steps in one turn of the loop over time.
@@ -173,8 +172,6 @@ def _backward_step(
     du = d_state[0]  # not read by the last phase
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
         dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, left, carry, squash)
-        if layers.starts is None:
-            dgates = visible(layers, dgates, origins)
         for i in tl.static_range(len(CELL.phases[p])):
             share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
         store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)

@@ -111,7 +111,8 @@ def fetch(
     for n in tl.static_range(len(TILE.chunks[PHASE])):
         if (n >= HELD) == REST:
             u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
-    _issued()
+    if len(u) > 0:
+        _issued()
     return u
 
 
@@ -142,18 +143,13 @@ def multiply(w, u, acc, PHASE: tl.constexpr, REST: tl.constexpr, TILE: tl.conste
 @gluon.jit
 def products(w, slot, starts, PHASE: tl.constexpr, TILE: tl.constexpr):
     """``w[n] u + starts[n]`` with the operand u of a phase, which is in a slot."""
-    accs = ()
-    u = fetch(slot, TILE.block_b, TILE.pitch, PHASE, False, TILE.pitch, TILE)
-    for n in tl.static_range(len(w)):
-        accs = accs + (multiply(w[n], u, starts[n], PHASE, False, TILE),)
-    if len(TILE.chunks[PHASE]) > TILE.held[PHASE]:
-        rest = ()
-        u = fetch(slot, TILE.block_b, TILE.pitch, PHASE, True, TILE.pitch, TILE)
+    for rest in tl.static_range(2):
+        u = fetch(slot, TILE.block_b, TILE.pitch, PHASE, rest, TILE.pitch, TILE)
+        accs = ()
         for n in tl.static_range(len(w)):
-            rest = rest + (multiply(w[n], u, accs[n], PHASE, True, TILE),)
-        return rest
-    else:
-        return accs
+            accs = accs + (multiply(w[n], u, starts[n], PHASE, rest, TILE),)
+        starts = accs
+    return starts
 
 
 @gluon.jit

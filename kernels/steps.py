@@ -11,18 +11,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import (
-    INITIAL,
-    PREVIOUS,
-    choose,
-    is_present,
-    is_stored,
-    load_origins,
-    time_of,
-    visible,
-    where,
-    zero_where,
-)
+from .tiles import INITIAL, PREVIOUS, SKIPPED, choose, visible, where, zero_where
 
 
 class Part(NamedTuple):
@@ -92,6 +81,12 @@ def store(base, program, mask, tiles, W: tl.constexpr, TILE: tl.constexpr):
 
 
 @triton.jit
+def time_of(step, program):
+    """The time of a step: direction 1 runs from T - 1 down to 0."""
+    return step + program.d * (program.T - 1 - 2 * step)
+
+
+@triton.jit
 def place_of(layers, program, step):
     """The origins of a step, and the row of sequence 0 if rows are packed; nothing if dense.
 
@@ -100,7 +95,8 @@ def place_of(layers, program, step):
     place = ()
     if layers.origins is not None:
         t = time_of(tl.minimum(tl.maximum(step, 0), program.T - 1), program).to(tl.int64)
-        place = (load_origins(layers, program, t),)
+        ptrs = layers.origins + (program.d * program.T + t) * program.B + program.offs_b
+        place = (tl.load(ptrs, mask=program.mask_b, other=SKIPPED),)
         if layers.starts is not None:
             place = place + (tl.load(layers.starts + t),)
     return place
@@ -129,9 +125,21 @@ def row_of(program, step, place):
 def readable(layers, program, place):
     """A mask of the sequences whose row may be read, or nothing where all may."""
     if len(place) > 0:
-        return (is_present(layers, program, place[0]),)
+        return (place[0] != SKIPPED,)
     else:
         return ()
+
+
+@triton.jit
+def _written(layers, program, place, tiles):
+    """A mask of the sequences whose row is written, and the tiles, zero where a step is skipped.
+
+    If rows are packed, a skipped step has none.
+    """
+    if layers.starts is not None:
+        return place[0] != SKIPPED, tiles
+    else:
+        return program.mask_b, visible(layers, tiles, origins_at(program, place))
 
 
 @triton.jit
@@ -169,15 +177,10 @@ def load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr
 @triton.jit
 def store_h(layers, program, step, place, state, TILE: tl.constexpr):
     """Stores the output of a step, given the state that leaves it."""
-    D: tl.constexpr = TILE.D
-    H: tl.constexpr = TILE.H
-    origins = origins_at(program, place)
-    here = is_stored(layers, program, origins)
-    if layers.starts is None:  # skipped steps have no row if rows are packed
-        state = visible(layers, state, origins)
-    row = row_of(program, step, place)
-    rows = program.out + row * (D * H) + program.d * H
-    store(rows, program, here, (state[0],), D * H, TILE)
+    W: tl.constexpr = TILE.D * TILE.H
+    here, h = _written(layers, program, place, (state[0],))
+    rows = program.out + row_of(program, step, place) * W + program.d * TILE.H
+    store(rows, program, here, h, W, TILE)
 
 
 @triton.jit
@@ -185,15 +188,12 @@ def store_saved(layers, program, step, place, state, saved, CELL: tl.constexpr, 
     """Stores what backward needs of a step besides h: the saved tiles and c."""
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
-    origins = origins_at(program, place)
-    here = is_stored(layers, program, origins)
+    here, c = _written(layers, program, place, state[1:])
     row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
     if layers.gates is not None:
         store(layers.gates + row * (S * H), program, here, saved, S * H, TILE)
     if layers.cs is not None:
-        if layers.starts is None:
-            state = visible(layers, state, origins)
-        store(layers.cs + row * H, program, here, (state[1],), H, TILE)
+        store(layers.cs + row * H, program, here, c, H, TILE)
 
 
 @triton.jit
@@ -270,7 +270,7 @@ def store_dgates(
 ):  # fmt: skip
     """Stores the gradients of a phase's gates in a step."""
     W: tl.constexpr = len(CELL.tiles) * TILE.H
-    here = is_stored(layers, program, origins_at(program, place))
+    here, dgates = _written(layers, program, place, dgates)
     row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
     base = grads.gates + row * W + CELL.grads[PHASE][0] * TILE.H
     store(base, program, here, dgates, W, TILE)

@@ -124,7 +124,6 @@ def _stepwise_bwd_kernel(
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)
         # A skipped step leaves the gradient as it was.
         d_state = tiles.leaving_state(layers, d_state, d_leaving, origins)
-        dgates = tiles.visible(layers, dgates, origins)
         steps.store_dgates(layers, grads, program, step, places[0], dgates, PHASE, CELL, TILE)
 
     if PHASE <= 0:

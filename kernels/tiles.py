@@ -164,34 +164,6 @@ def choose(pointers, index):
 
 
 @triton.jit
-def time_of(step, program):
-    """The time of a step: direction 1 runs from T - 1 down to 0."""
-    return step + program.d * (program.T - 1 - 2 * step)
-
-
-@triton.jit
-def load_origins(layers, program, t):
-    """The origin of each sequence's state at time t; not read if the rows are dense."""
-    if layers.origins is not None:
-        ptrs = layers.origins + (program.d * program.T + t) * program.B + program.offs_b
-        return tl.load(ptrs, mask=program.mask_b, other=SKIPPED)
-    else:
-        return program.mask_b
-
-
-@triton.jit
-def is_present(layers, program, origins):
-    """The sequences that have the step. In memory, other steps may hold anything, even NaN."""
-    return origins != SKIPPED if layers.origins is not None else program.mask_b
-
-
-@triton.jit
-def is_stored(layers, program, origins):
-    """The sequences whose results are stored: a skipped step writes zeros, if it has a row."""
-    return origins != SKIPPED if layers.starts is not None else program.mask_b
-
-
-@triton.jit
 def entering_state(layers, state, origins):
     """The state that enters a step: zero where a new sequence begins."""
     return zero_where(origins == ZERO, state) if layers.origins is not None else state
