@@ -177,10 +177,9 @@ def load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr
 @triton.jit
 def store_h(layers, program, step, place, state, TILE: tl.constexpr):
     """Stores the output of a step, given the state that leaves it."""
-    W: tl.constexpr = TILE.D * TILE.H
     here, h = _written(layers, program, place, (state[0],))
-    rows = program.out + row_of(program, step, place) * W + program.d * TILE.H
-    store(rows, program, here, h, W, TILE)
+    row = row_of(program, step, place) * TILE.D + program.d
+    store(program.out + row * TILE.H, program, here, h, TILE.D * TILE.H, TILE)
 
 
 @triton.jit
@@ -206,7 +205,7 @@ def load_left(layers, program, step, place, TILE: tl.constexpr):
     H: tl.constexpr = TILE.H
     masks = readable(layers, program, place)
     row = row_of(program, tl.maximum(step, 0), place)
-    h_rows = program.out + row * (D * H) + program.d * H
+    h_rows = program.out + (row * D + program.d) * H
     c_rows = layers.cs
     if layers.cs is not None:
         c_rows = layers.cs + (program.z.to(tl.int64) * program.R + row) * H
@@ -242,7 +241,7 @@ def load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl
         rows = layers.gates + d_row * (S * H)
         saved = load(rows, program, masks, S, S * H, TILE, TILE.block_h < H)
     if grads.out is not None:
-        base = grads.out + row * (D * H) + program.d * H
+        base = grads.out + (row * D + program.d) * H
         shown = masks
         if TILE.L > 1:  # it is the output of the last layer
             is_last = program.offs_b < tl.where(program.z == TILE.L - 1, program.B, 0)

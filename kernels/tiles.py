@@ -146,7 +146,7 @@ def load_bias(b_ptr, cols, CELL: tl.constexpr, H: tl.constexpr):
     for g in tl.static_range(len(CELL.gates)):
         row = tl.zeros_like(cols).to(tl.float32)
         if b_ptr is not None:
-            row = widened((tl.load(b_ptr + g * H + cols, mask=cols < H, other=0.0),))[0]
+            row = widened((tl.load(b_ptr + (g * H + cols), mask=cols < H, other=0.0),))[0]
         b = b + (row[None, :],)
     return b
 
