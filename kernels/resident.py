@@ -96,10 +96,8 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
             du = tiles.product_sum(dgates, w_hh, CELL, p, TILE)
         d_state = tiles.add_to(d_state, 0, du)
         d_state = tiles.gradient_before(layers, d_state, d_leaving, origins)
-        after, places = (
-            left_before,
-            (places[1], places[2], steps.place_of(layers, program, step - 3)),
-        )
+        after = left_before
+        places = (places[1], places[2], steps.place_of(layers, program, step - 3))
 
     steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 

@@ -105,10 +105,7 @@ def _stepwise_bwd_kernel(
     d_state = tiles.gradient_before(layers, tiles.add_to(d_state, 0, du), d_state, origins)
 
     if PHASE >= 0:
-        places = (
-            steps.place_of(layers, program, step),
-            steps.place_of(layers, program, step - 1),
-        )
+        places = (steps.place_of(layers, program, step), steps.place_of(layers, program, step - 1))
         loaded = steps.load_step(layers, grads, program, step, places, CELL, TILE)
         saved, left_before = tiles.widened(loaded[0]), tiles.widened(loaded[1])
         d_out, d_cs = tiles.widened(loaded[2]), tiles.widened(loaded[3])
