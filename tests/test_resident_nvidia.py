@@ -78,5 +78,5 @@ def test_operands_rounded_to_tf32(cell):
 )
 def test_planted_faults_are_found(name, fault, monkeypatch):
     for module in (resident_nvidia, steps):
-        monkeypatch.setattr(module, name, fault, raising=module is resident_nvidia)
+        monkeypatch.setattr(module, name, fault, raising=False)
     assert differences("lstm", RAGGED, run("lstm", RAGGED))
