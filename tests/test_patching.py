@@ -91,14 +91,21 @@ def test_dynamos_switch_is_restored_after_the_last_of_several_threads():
             with fusedrnn.patch():
                 assert named() == OURS
 
+    def switches():
+        """Returns those of this thread and of a new one."""
+        with ThreadPoolExecutor(1) as pool:
+            return config.allow_rnn, pool.submit(lambda: config.allow_rnn).result()
+
     config = torch._dynamo.config
     for former in (False, True):
         with config.patch(allow_rnn=former):
+            before = switches()
             with fusedrnn.patch():
                 run_in_threads(work)
                 assert named() == OURS
-                assert config.allow_rnn is True
-            assert config.allow_rnn is former
+                assert switches() == (True, True)
+            assert switches() == before
+            assert before[0] is former
 
 
 def test_replacements_by_other_code_are_restored_and_left_alone(monkeypatch):
@@ -155,6 +162,7 @@ def test_checkpoints_cross_over(name):
         fresh.load_state_dict(theirs.state_dict())
         for module in (loaded, aged, fresh, reloaded(fresh)):
             assert type(module) is OURS[name]
+            assert "_flat_weights" not in vars(module)
             torch.testing.assert_close(output_of(module, x), expected)
     for module in (reloaded(fresh), copy.deepcopy(loaded), fusedrnn.to_torch(loaded)):
         torch.testing.assert_close(output_of(module, x), expected)
