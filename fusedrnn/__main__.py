@@ -6,8 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from . import study
-from .kernels.plan import CHIPS
+from . import dispatch, study
+from .kernels.plan import CHIPS, SCHEDULES
 from .kernels.spec import SPECS
 
 _RUN = """Runs a Python program as python does, but torch.nn.LSTM, GRU, RNN and their cells are
@@ -15,8 +15,6 @@ fusedrnn's. At the end a line on stderr says how many of them ran on which backe
 _STUDY = """Compiles the kernels of a layer or stack for a GPU, which need not be there. Prints the
 plan and its reasons, the resources of each binary, the instructions of its loop over time and the
 modelled time of a step. docs/kernels.md explains how to read it."""
-
-
 _CHECK = """Prints a page about this machine: versions, which kernels compile, whether each schedule
 computes what torch.nn does, and what auto chooses. Ends with code 1 if something is wrong."""
 
@@ -72,9 +70,9 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--bidirectional", dest="directions", action="store_const", const=2)
     add("--layers", type=_positive, default=1, metavar="L", help="(1)")
     add("--dtype", choices=list(study.DTYPES), default="bf16", help="(bf16)")
-    add("--precision", choices=study.PRECISIONS, default="tf32", help="of fp32 products (tf32)")
+    add("--precision", choices=dispatch.PRECISIONS, default="tf32", help="of fp32 products (tf32)")
     add("--arch", choices=list(CHIPS), default="sm_90", help="(sm_90)")
-    add("--schedule", choices=study.SCHEDULES, help="instead of the one the plan chooses")
+    add("--schedule", choices=list(SCHEDULES), help="instead of the one the plan chooses")
     add("--out", type=Path, metavar="DIR", help="(study/, and a folder named after the rest)")
 
 
@@ -89,8 +87,6 @@ def _study(options: argparse.Namespace) -> None:
         for paragraph in study.run(options):
             sys.stdout.write(f"{paragraph}\n\n")
             sys.stdout.flush()
-    except study.UsageError as error:
-        options.fail(str(error))
     except BrokenPipeError:  # of `study ... | head`
         sys.stderr.close()  # where Python would report it once more
 

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import dispatch
 from .arguments import Call
@@ -76,24 +77,15 @@ def run(call: Call, wants_gates: bool) -> States:
         output=call.in_form(out),
         h_n=h_n,
         c_n=c_n[0] if c_n else None,
-        h=_formed(call, h),
-        c=_formed(call, c) if c else None,
-        gates=_formed(call, gates) if wants_gates else None,
+        h=tree_map(call.in_form, tuple(h)),
+        c=tree_map(call.in_form, tuple(c)) if c else None,
+        gates=tree_map(call.in_form, tuple(gates)) if wants_gates else None,
     )
-
-
-def _formed(call: Call, tree: Any) -> Any:
-    """Returns nested tuples for nested lists, with every tensor in the form of the input."""
-    if isinstance(tree, Tensor):
-        return call.in_form(tree)
-    if isinstance(tree, dict):
-        return {name: call.in_form(tensor) for name, tensor in tree.items()}
-    return tuple(_formed(call, each) for each in tree)
 
 
 def _gates(
     cell: str, x: Tensor, h: Sequence[Tensor], h_0: Tensor, weights: list[Weights], rows: Rows
-) -> list[dict[str, Tensor]]:
+) -> tuple[dict[str, Tensor], ...]:
     """Returns the gates of every step of one layer by direction and name, in the shape of h."""
     x, found = without_padding(x, rows), []
     for d, w in enumerate(weights):
@@ -102,4 +94,4 @@ def _gates(
         named = gates_of(cell, gx, entered, w)
         shape = *h[d].shape[:-1], w.w_hh.shape[0] // SPECS[cell].gates
         found.append({n: without_padding(gate.view(shape), rows) for n, gate in named.items()})
-    return found
+    return tuple(found)

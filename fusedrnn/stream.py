@@ -106,12 +106,18 @@ class Stream:
             IndexError: an index is outside the batch (on CUDA a device assertion).
         """
         B, kind = self._shape[0], getattr(rows, "dtype", type(rows).__name__)
-        if rows is not None:
-            if kind not in (torch.bool, torch.int32, torch.int64):
-                raise TypeError(f"rows is {kind}; expected a tensor: a bool mask, or int64 indices")
-            if rows.dim() != 1 or (kind == torch.bool and len(rows) != B):
-                raise ValueError(f"rows has shape {list(rows.shape)}; expected [{B}] or indices")
-        self._states = [[_zeroed(s, rows) for s in layers] for layers in self._states]
+        if rows is None:
+            rows, kind = torch.ones(B, dtype=torch.bool), torch.bool
+        if kind not in (torch.bool, torch.int32, torch.int64):
+            raise TypeError(f"rows is {kind}; expected a tensor: a bool mask, or int64 indices")
+        if rows.dim() != 1 or (kind == torch.bool and len(rows) != B):
+            raise ValueError(f"rows has shape {list(rows.shape)}; expected [{B}] or indices")
+        rows = rows.to(self._states[0][0].device, non_blocking=True)
+        if kind != torch.bool:
+            rows = rows.new_zeros(B, dtype=torch.bool).index_fill(0, rows.long(), True)
+        # In the place of NaN too.
+        mask = rows.unsqueeze(1)
+        self._states = [[s.masked_fill(mask, 0) for s in layers] for layers in self._states]
 
     def _set(self, hx: Any) -> None:
         """Copies a state in, after the module's own checks beside an input that is right."""
@@ -167,13 +173,3 @@ class Stream:
         # Autocast returns its own dtype; the state keeps that of the weights.
         finals = (final,) if isinstance(final, Tensor) else final
         return output[0], [list(s.to(weights[0].dtype).unbind(0)) for s in finals]
-
-
-def _zeroed(state: Tensor, rows: Tensor | None) -> Tensor:
-    """Returns the state ``[B, H]`` with zeros in some rows, also in place of NaN."""
-    if rows is None:
-        return torch.zeros_like(state)
-    rows = rows.to(state.device, non_blocking=True)
-    if rows.dtype == torch.bool:
-        return state.masked_fill(rows.unsqueeze(1), 0)
-    return state.index_fill(0, rows.long(), 0)

@@ -9,9 +9,9 @@ import math
 import os
 import textwrap
 from argparse import Namespace
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -21,32 +21,25 @@ from .kernels.problem import CHIPS, Chip, NoPlan, Plan, Problem
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES["fp64"] = torch.float64  # for schedule stepwise alone
-PRECISIONS = ("tf32", "ieee", "tf32x3")
-SCHEDULES = tuple(planning.SCHEDULES)
 LARGEST = 2**37  # elements of W_hh, or of a step: no GPU has memory for more
-
-
-class UsageError(Exception):
-    """The command cannot do what it is asked; the message is the reason, in one sentence."""
 
 
 def run(options: Namespace) -> Iterator[str]:
     """Yields the report paragraph by paragraph; the options are those of the command.
 
-    Raises:
-        UsageError: there is no plan, no triton, or no folder for the files.
+    It ends with ``options.fail`` where there is no plan, no Triton, or no folder for the files.
     """
-    compiling = _compiler()
+    compiling = _compiler(options.fail)
     o, chip = options, CHIPS[options.arch]
     problem = Problem(
         o.cell, o.hidden, o.batch, o.directions, DTYPES[o.dtype], o.precision, True, o.layers
     )
     if problem.spec.gates * o.hidden * max(o.hidden, o.batch) > LARGEST:
-        raise UsageError("no plan: no GPU has memory for the weights or for one step")
+        o.fail("no plan: no GPU has memory for the weights or for one step")
     try:
         plans = _plans(problem, chip, o.schedule)
     except NoPlan as reason:
-        raise UsageError(f"no plan: {reason}") from None
+        o.fail(f"no plan: {reason}")
     products = o.precision if o.dtype == "fp32" else None
     sizes = f"H{o.hidden}-B{o.batch}-D{o.directions}-L{o.layers}"
     name = "-".join(filter(None, (o.cell, sizes, o.dtype, products, o.arch, o.schedule)))
@@ -54,7 +47,7 @@ def run(options: Namespace) -> Iterator[str]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise UsageError(f"{folder} cannot be made: {error.strerror}") from None
+        o.fail(f"{folder} cannot be made: {error.strerror}")
     yield (
         f"{o.cell}: H {o.hidden}, B {o.batch}, D {o.directions}, L {o.layers}, {o.dtype}, for "
         f"training on {chip.name}: {chip.sms} SMs with {chip.shared_bytes:,} bytes of\nshared "
@@ -81,16 +74,16 @@ def run(options: Namespace) -> Iterator[str]:
     yield "\n".join([f"5. Files in {folder}", *textwrap.wrap(names, 100, break_on_hyphens=False)])
 
 
-def _compiler() -> Any:
-    """Returns the module ``compile``; raises UsageError if triton is missing, or interprets."""
+def _compiler(fail: Callable[[str], NoReturn]) -> Any:
+    """Returns the module ``compile``; fails if Triton is missing, or interprets."""
     if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
-        raise UsageError("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
+        fail("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
     try:
         from .kernels import compile as compiling
     except ModuleNotFoundError as error:
         if (error.name or "").partition(".")[0] != "triton":
             raise
-        raise UsageError("study compiles with Triton, which is not installed") from None
+        fail("study compiles with Triton, which is not installed")
     return compiling
 
 

@@ -5,7 +5,7 @@ allows four times the error that torch itself makes in the same dtype against th
 """
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -66,34 +66,28 @@ def error_budget(
     if got.numel() == 0:
         return Budget(name, True, 0.0, 0.0, 0.0, 0.0, 0.0, "no element")
     eps = torch.finfo(ref.dtype).eps if eps is None else eps
-    truth = truth.detach().double().cpu()
-    error = (got.detach().double().cpu() - truth).abs()
-    ref_error = (ref.detach().double().cpu() - truth).abs()
-    scale = truth.square().mean().sqrt().item()
-    # A truth of zeros allows no error.
-    size = max(scale, torch.finfo(torch.float64).tiny)
-    max_err, ref_err = error.max().item(), ref_error.max().item()
+    got, ref, truth = (tensor.detach().double().cpu() for tensor in (got, ref, truth))
+    error, ref_error = (got - truth).abs(), (ref - truth).abs()
+    scale, rms, ref_rms = (x.square().mean().sqrt().item() for x in (truth, error, ref_error))
+    size = max(scale, torch.finfo(torch.float64).tiny)  # a truth of zeros allows no error
+    max_err, ref_err, rms = error.max().item(), ref_error.max().item(), rms / size
     allowed = FACTOR * ref_err + FLOOR_EPS * eps * scale
-    rms = error.square().mean().sqrt().item() / size
     if eps <= torch.finfo(torch.float64).eps:
         rms_allowed = 1e-12
     elif eps <= torch.finfo(torch.float32).eps:
         rms_allowed = RMS_FP32
     else:
-        rms_allowed = FACTOR * ref_error.square().mean().sqrt().item() / size + eps
-    finite = bool(torch.isfinite(error).all())
-    ok = finite and max_err <= allowed and rms <= rms_allowed
+        rms_allowed = FACTOR * ref_rms / size + eps
+    ok = bool(error.isfinite().all()) and max_err <= allowed and rms <= rms_allowed
     worst = int(error.nan_to_num(nan=float("inf")).argmax())
     index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
     where = f"{index}: {got.flatten()[worst].item():.9g} for {truth.flatten()[worst].item():.9g}"
     return Budget(name, ok, max_err, allowed, rms, rms_allowed, ref_err, where)
 
 
-def assert_budget(
-    name: str, got: Tensor, ref: Tensor, truth: Tensor, *, eps: float | None = None
-) -> None:
-    """Raises ``AssertionError`` if ``error_budget`` is exceeded."""
-    budget = error_budget(name, got, ref, truth, eps=eps)
+def assert_budget(*tensors: Any, **options: Any) -> None:
+    """Raises ``AssertionError`` if ``error_budget`` of these arguments is exceeded."""
+    budget = error_budget(*tensors, **options)
     if not budget.ok:
         raise AssertionError(str(budget))
 
