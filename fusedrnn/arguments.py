@@ -5,75 +5,73 @@ argument, what came and what was expected.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn.utils.rnn import PackedSequence
 
+from . import dispatch
+from .kernels.problem import CACHES
 from .kernels.spec import SPECS
 from .layout import pack, pack_nested, to_grid
-from .records import Sequences, StackInputs
-from .vmap import is_transformed
+from .records import Facts, Layers, Sequences, StackConfig, StackInputs
+from .vmap import is_eager, is_transformed
 
 
-class Layers(NamedTuple):
-    """The arrangement of layers, in the words of ``nn.LSTM``'s constructor."""
+@dataclass(eq=False)
+class Kind:
+    """A kind of call whose checks have passed, and the choice of its backend once it is made."""
 
-    num_layers: int = 1
-    bias: bool = True
-    batch_first: bool = False
-    dropout: float = 0.0
-    training: bool = False
-    bidirectional: bool = False
-    recompute: bool = False
+    facts: Facts
+    is_dense: bool  # with a batch, and states of all its sequences
+    choice: tuple[str, StackConfig] | None = None
+    is_direct: bool = False  # its tensors need no more preparation
 
-    @property
-    def directions(self) -> int:
-        return 2 if self.bidirectional else 1
+    def __post_init__(self) -> None:
+        rows, columns = (
+            self.facts.layers.num_layers * self.facts.layers.directions,
+            self.facts.columns,
+        )
+        self._shapes = [(rows, self.facts.batch, n) for n in dict.fromkeys(columns)]
+        self.needs_operator = self.facts.transformed or self.facts.proj_size > 0
+        self._times = len(columns) // len(self._shapes)
+
+    def zeros(self, like: Tensor) -> list[Tensor]:
+        """Returns the initial states; equal ones are one tensor, for nothing writes to them."""
+        return [like.new_zeros(*shape) for shape in self._shapes] * self._times
 
 
-class Facts(NamedTuple):
-    """The facts about a call that the choice of a backend depends on; hashable."""
+NO_SEQUENCES = Sequences()
+#: The record of each kind of call by ``key_of``.
+KINDS: dict[tuple, Kind] = {}
+CACHES.append(KINDS.clear)
 
-    cell: str  # a key of SPECS
-    device: torch.device
-    dtype: torch.dtype  # of the computation: under autocast, autocast's
-    steps: int  # T
-    batch: int  # B
-    input_size: int  # I
-    hidden_size: int  # H
-    proj_size: int = 0
-    layers: Layers = Layers()
-    ragged: tuple[str, ...] = ()  # of "packed", "lengths" and "reset"
-    needs_grad: bool = False
-    autocast: torch.dtype | None = None
-    compiled: bool = False  # being traced by torch.compile or torch.export
-    transformed: bool = False  # inside vmap, grad, jvp, ... of torch.func
-    single_step: bool = False  # a module like nn.LSTMCell
-    states: bool = False  # the states of every step are wanted
 
-    @property
-    def columns(self) -> tuple[int, ...]:
-        """The columns of each state."""
-        return (self.proj_size or self.hidden_size, self.hidden_size)[: SPECS[self.cell].states]
+def key_of(
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers, form: tuple = ()
+) -> tuple | None:
+    """Returns all that the checks and the choice of a call depend on, but values; hashable.
 
-    @property
-    def recompute(self) -> bool:
-        """True if backward computes the gates again; a transform may hide that there is one."""
-        has_backward = self.needs_grad or self.transformed
-        return self.layers.recompute and has_backward and SPECS[self.cell].saved > 0
-
-    def __str__(self) -> str:
-        parts = [
-            f"{self.cell}{' cell' if self.single_step else ''} on {self.device}",
-            str(self.dtype).removeprefix("torch."),
-            f"T={self.steps} B={self.batch} I={self.input_size} H={self.hidden_size}",
-            f"layers={self.layers.num_layers}, directions={self.layers.directions}",
-        ]
-        parts += [f"proj_size={self.proj_size}"] if self.proj_size else []
-        parts += [*self.ragged, *(name for name in ("states", "recompute") if getattr(self, name))]
-        return ", ".join([*parts, "with gradients" if self.needs_grad else "no gradients"])
+    It is None where values are hidden, for a compiler or a transform, and where not all are
+    tensors. ``form`` is () for dense input.
+    """
+    if not is_eager(input):
+        return None
+    try:
+        if hx is None:
+            tensors = input, *params
+        else:
+            tensors = (input, hx, *params) if isinstance(hx, Tensor) else (input, *hx, *params)
+        needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+        sizes = [(t.shape, t.dtype, t.device) for t in tensors]
+    except (AttributeError, RuntimeError, TypeError):
+        return None
+    autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
+    modes = needs_grad, autocast, forward_ad._current_level, dispatch.settings(sizes[0][2])
+    return cell, layers, form, type(hx), modes, *sizes
 
 
 class Call(NamedTuple):
@@ -81,7 +79,7 @@ class Call(NamedTuple):
 
     facts: Facts
     input: Tensor  # [T, B, I], packed rows [R, I]
-    states: tuple[Tensor, ...]  # [L*D, B, H] each
+    states: Sequence[Tensor]  # [L*D, B, H] each
     params: Sequence[Tensor]
     batched: bool = True  # False: the results lose the batch dimension again
     sequences: Sequences = Sequences()
@@ -89,6 +87,7 @@ class Call(NamedTuple):
     nested: tuple[Tensor, Tensor] | None = None  # its offsets [B + 1]; the packed row of each row
     unsort: Tensor | None = None  # [B], the place of each sequence among sorted ones
     places: Tensor | None = None  # [R], the place of each packed row in the padded input
+    kind: Kind | None = None  # the record of a call that nothing but autograd has to see
 
     def compact(self) -> "Call":
         """Packs padded input on the CPU, so that missing steps cost nothing; reads lengths."""
@@ -96,8 +95,10 @@ class Call(NamedTuple):
         T, B, by_sequence = self.facts.steps, self.facts.batch, self.facts.layers.batch_first
         assert lengths is not None
         starts = torch.arange(B, device="cpu") * (T if by_sequence else 1)
-        packing = pack(lengths.cpu().clamp(0, T), T, starts, 1 if by_sequence else B)
-        reset = None if reset is None else reset.cpu().index_select(1, packing.order)
+        lengths = lengths.cpu().clamp(0, T)
+        steps = max(1, int(lengths.max())) if B else T
+        packing = pack(lengths, steps, starts, 1 if by_sequence else B)
+        reset = None if reset is None else reset[:steps].cpu().index_select(1, packing.order)
         call = self._replace(places=packing.rows)
         return call._replace(
             input=call.gather(self.input),
@@ -114,15 +115,10 @@ class Call(NamedTuple):
         return grid.flatten(0, 1).index_select(0, self.places)
 
     def stack_inputs(self) -> StackInputs:
-        """Returns the tensors in the dtype of the computation, with dropout's masks."""
-        facts, params = self.facts, self.params
-        input, h_0, *c_0 = tensors = self.input, *self.states
-        if facts.autocast:
-            # As cuDNN's path does: input, states and weights alike.
-            input, h_0, *c_0 = (t.to(facts.dtype) for t in tensors)
-            params = [p.to(facts.dtype) for p in params]
-        masks = dropout_masks(self) if facts.layers.dropout and facts.layers.training else []
-        return StackInputs(input, h_0, c_0[0] if c_0 else None, params, masks)
+        """Returns the tensors with dropout's masks, before a cast."""
+        h_0, *c_0 = self.states
+        masks = dropout_masks(self) if self.facts.drops_out else []
+        return StackInputs(self.input, h_0, c_0[0] if c_0 else None, self.params, masks)
 
     def in_form(self, rows: Tensor, in_place: bool = False) -> Any:
         """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the input."""
@@ -140,11 +136,13 @@ class Call(NamedTuple):
             return rows
         return rows.transpose_(0, 1) if in_place else rows.transpose(0, 1)
 
-    def states_in_form(self, states: Sequence[Tensor]) -> list[Tensor]:
-        """Returns states ``[L*D, B, H]`` in the order of the call's sequences."""
+    def states_in_form(self, states: Sequence[Tensor]) -> Any:
+        """Returns states ``[L*D, B, H]`` in the order of the call's sequences, and as hx."""
         if self.unsort is not None:
-            return [s.index_select(1, self.unsort) for s in states]
-        return list(states) if self.batched else [s.squeeze(1) for s in states]
+            states = [s.index_select(1, self.unsort) for s in states]
+        elif not self.batched:
+            states = [s.squeeze(1) for s in states]
+        return as_hx(states)
 
 
 def dropout_masks(call: Call) -> list[Tensor]:
@@ -157,10 +155,6 @@ def dropout_masks(call: Call) -> list[Tensor]:
     if p < 1:  # else at::dropout draws nothing, and 1/(1-p) is infinite
         masks = [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
     return [call.gather(mask) for mask in masks]
-
-
-#: The facts about each kind of call whose checks have passed.
-_KNOWN: dict[tuple, Facts] = {}
 
 
 def prepare(
@@ -179,44 +173,55 @@ def prepare(
     """
     packing: PackedSequence | None = None
     nested: tuple[Tensor, Tensor] | None = None
+    ragged: tuple[str, ...] = ()
     if isinstance(input, Tensor) and input.is_nested:
         input, nested = pack_nested(input)
     if isinstance(input, PackedSequence):
-        packing, data, batched = input, input.data, True
+        packing, data, batched, ragged = input, input.data, True, ("packed",)
         if lengths is not None or reset is not None:
             name = "reset" if lengths is None else "lengths"
             raise ValueError(f"{name} was given with an input that has lengths of its own")
         steps, batch = _check_packed(packing)
-        sequences = Sequences(batch_sizes=packing.batch_sizes)
-        ragged: tuple[str, ...] = ("packed",)
     else:
         batched = _ndim(input, (2, 3), " or a PackedSequence") == 3
         data = input if batched else input.unsqueeze(1)
         data = data.transpose(0, 1) if batched and layers.batch_first else data
-        steps, batch = data.shape[:2]
-        sequences = Sequences()
-        ragged = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
-    states = () if hx is None else _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
-    facts = _facts(cell, data, states, params, layers, (steps, batch, batched), ragged)
-    if ragged and packing is None:
-        where, size = data.device, batch if batched else None
-        lengths = None if lengths is None else _checked_lengths(lengths, steps, size)
-        reset = None if reset is None else _checked_reset(reset, steps, size, layers.batch_first)
-        of: Any = lengths, reset
-        if where.type != "cpu":  # once, for backward too, and without a wait
-            of = [None if t is None else t.to(where, non_blocking=True) for t in of]
-        sequences = Sequences(*of)
+        steps, batch, _ = data.shape
+        if lengths is not None or reset is not None:
+            ragged = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
+    states: Sequence[Tensor] = ()
+    if hx is not None:
+        states = _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
+    form = (*ragged, steps, batch) if packing is not None else ragged
+    key = key_of(cell, data if packing else input, hx, params, layers, form)
+    kind = None if key is None else KINDS.get(key)  # TorchDynamo would guard on what KINDS holds
+    if kind is None:
+        dims = steps, batch, batched
+        facts = _facts(cell, data, states, params, layers, dims, ragged)
+        kind = Kind(facts, batched and not ragged and all(s.shape[1] == batch for s in states))
+        if key is not None:
+            if len(KINDS) >= 4096:
+                KINDS.clear()
+            KINDS[key] = kind
+    facts, sequences, unsort = kind.facts, NO_SEQUENCES, None
+    if packing is not None:
+        sequences, unsort = Sequences(batch_sizes=packing.batch_sizes), packing.unsorted_indices
+    elif ragged:
+        sequences = _checked_sequences(facts, lengths, reset, batched)
     if hx is None:
-        rows = layers.num_layers * layers.directions, batch
-        zeros = {n: data.new_zeros(*rows, n) for n in set(facts.columns)}
-        states = tuple([zeros[n] for n in facts.columns])  # equal ones are one: nothing writes
+        states = kind.zeros(data)
     else:
         states = states if batched else tuple([s.unsqueeze(1) for s in states])
-        states = tuple([s if s.shape[1] == batch else s.expand(-1, batch, -1) for s in states])
+        # Neither cuDNN nor a kernel takes states of other strides.
+        states = tuple([
+            (s if s.shape[1] == batch else s.expand(-1, batch, -1)).contiguous() for s in states
+        ])  # fmt: skip
         if packing is not None and packing.sorted_indices is not None:
-            states = tuple(s.index_select(1, packing.sorted_indices) for s in states)
-    unsort = None if packing is None else packing.unsorted_indices
-    return Call(facts, data, states, params, batched, sequences, packing, nested, unsort)
+            states = tuple([s.index_select(1, packing.sorted_indices) for s in states])
+    kept = kind if key is not None else None
+    return Call(
+        facts, data, states, params, batched, sequences, packing, nested, unsort, None, kept
+    )
 
 
 def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
@@ -226,29 +231,19 @@ def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) ->
         states = _as_tensors(hx, SPECS[cell].states, indexed=False)
         hx = as_hx([state.unsqueeze(0) for state in states])
     call = prepare(cell, input.unsqueeze(0), hx, params, Layers(bias=len(params) == 4))
-    return call._replace(facts=call.facts._replace(single_step=True))
+    return call._replace(facts=call.facts._replace(single_step=True), kind=None)
 
 
 def _facts(
     cell: str, data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], layers: Layers,
     dims: tuple[int, int, bool], ragged: tuple[str, ...],
 ) -> Facts:  # fmt: skip
-    """Returns the facts about a call of T, B and batched or not; checks a kind of call once."""
-    tensors, kind = (data, *states, *params), None
-    modes: Any = _autocast_dtype(data), torch.compiler.is_compiling(), is_transformed()
-    if not modes[1] and torch._C._get_tracing_state() is None:
-        try:
-            grads = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-            sizes = [(t.shape, t.dtype, t.device) for t in tensors]
-            kind = cell, layers, dims, ragged, modes, grads, len(states), *sizes
-            if facts := _KNOWN.get(kind):
-                return facts
-        except (AttributeError, TypeError):
-            kind = None  # not all are tensors, or have sizes that are numbers
+    """Checks a call of T, B and batched or not, and returns the facts about it."""
+    tensors, autocast = (data, *states, *params), _autocast_dtype(data)
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
     I, H, P = _sizes(cell, params, layers)
-    if modes[0] is None and data.dtype != params[0].dtype:
+    if autocast is None and data.dtype != params[0].dtype:
         raise ValueError(
             f"input is {data.dtype}, the weights are {params[0].dtype}; convert one with .to()"
         )
@@ -261,13 +256,12 @@ def _facts(
             "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
         )
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
-    dtype = _cast_dtype(data.dtype, modes[0])
-    facts = Facts(cell, data.device, dtype, *dims[:2], I, H, P, layers, ragged, needs_grad, *modes)
+    dtype, compiled = _cast_dtype(data.dtype, autocast), torch.compiler.is_compiling()
+    facts = Facts(
+        cell, data.device, dtype, *dims[:2], I, H, P, layers, ragged, needs_grad, autocast,
+        compiled, is_transformed(), is_eager(data),
+    )  # fmt: skip
     _check_states_and_dtypes(facts, states, params, dims[2])
-    if kind is not None:
-        if len(_KNOWN) >= 4096:
-            _KNOWN.clear()
-        _KNOWN[kind] = facts
     return facts
 
 
@@ -342,6 +336,19 @@ def _check_packed(packing: PackedSequence) -> tuple[int, int]:
     return len(batch_sizes), int(batch_sizes[0])
 
 
+def _checked_sequences(facts: Facts, lengths: Any, reset: Any, batched: bool) -> Sequences:
+    """Returns lengths and resets on the device, once, for backward too, and without a wait."""
+    steps, batch, where = facts.steps, facts.batch if batched else None, facts.device
+    if lengths is not None:
+        lengths = _checked_lengths(lengths, steps, batch)
+    if reset is not None:
+        reset = _checked_reset(reset, steps, batch, facts.layers.batch_first)
+    of: Any = lengths, reset
+    if where.type != "cpu":
+        of = [None if t is None else t.to(where, non_blocking=True) for t in of]
+    return Sequences(*of)
+
+
 def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor:
     """Returns lengths as a tensor ``[B]``; checks values only where no device waits for it."""
     if not isinstance(lengths, Tensor):
@@ -385,10 +392,10 @@ def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
     """Returns the number of dimensions of the input, one of those allowed."""
     if not isinstance(input, Tensor):
         raise AttributeError(f"input is a {type(input).__name__}; expected a tensor{otherwise}")
-    if input.dim() not in allowed:
+    if (ndim := input.dim()) not in allowed:
         low, high = allowed
-        raise ValueError(f"input is {input.dim()}-D; expected {low}-D or {high}-D{otherwise}")
-    return input.dim()
+        raise ValueError(f"input is {ndim}-D; expected {low}-D or {high}-D{otherwise}")
+    return ndim
 
 
 def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:

@@ -17,12 +17,12 @@ from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
+from torch import distributed
 
-from .arguments import Facts
 from .kernels import plan as planning
 from .kernels.expected import judge
-from .kernels.problem import Chip, NoPlan, Problem, chip_of
-from .records import StackConfig
+from .kernels.problem import CACHES, NoPlan, Problem, chip_of
+from .records import Facts, StackConfig
 
 BACKENDS = ("auto", "triton", "torch", "aten")
 PRECISIONS = ("ieee", "tf32", "tf32x3")
@@ -30,12 +30,24 @@ ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 #: The B and T of a compiler's choice: those of its example must not become guards.
 _COMPILED_BATCH, _COMPILED_STEPS = 16, 256
 _PREFERENCE = ("triton", "aten", "torch")
+_HAS_GROUPS = distributed.is_available()
 # TorchDynamo cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
-# A threading.local and not a ContextVar, at which TorchDynamo breaks the graph.
-_local = threading.local()
+
+
+class _Chosen(threading.local):
+    """The choices of a thread; TorchDynamo breaks the graph at a ContextVar."""
+
+    backend: str | None = None
+    precision: str | None = None
+
+
+_local = _Chosen()
+_CPU = torch.device("cpu")
+# A look-up in os.environ raises and catches two exceptions when a variable is not set.
 _environ: Any = getattr(os.environ, "_data", {})
 _KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+_INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET")
 
 
 def use_backend(name: str) -> AbstractContextManager[None]:
@@ -77,10 +89,9 @@ def use_precision(name: str) -> AbstractContextManager[None]:
 
 def requested_backend() -> tuple[str, str]:
     """Returns the requested backend and its source; raises ValueError for an unknown name."""
-    name = getattr(_local, "backend", None)
+    name = _local.backend
     if name is not None:
         return name, "use_backend"
-    # A look-up in os.environ raises and catches two exceptions when a variable is not set.
     is_set = torch.compiler.is_compiling() or _KEY in _environ
     name = os.environ.get(ENVIRONMENT_VARIABLE) if is_set else None
     if not name:
@@ -96,7 +107,7 @@ def is_auto() -> bool:
 
 def precision() -> str:
     """Returns how triton multiplies fp32, by ``use_precision`` or the switch of torch's RNNs."""
-    name = getattr(_local, "precision", None)
+    name = _local.precision
     if name is not None:
         return name
     if torch.compiler.is_compiling():
@@ -108,7 +119,7 @@ def precision() -> str:
 
 @contextmanager
 def _set(name: str, value: str) -> Iterator[None]:
-    before = getattr(_local, name, None)
+    before = getattr(_local, name)
     setattr(_local, name, value)
     try:
         yield
@@ -134,12 +145,32 @@ def kind_of(facts: Facts) -> tuple[Facts, str]:
     return facts._replace(steps=steps, batch=batch, layers=layers), precision()
 
 
-class _Kernels(NamedTuple):
-    """The settings that decide whether the kernels take a call."""
+class Settings(NamedTuple):
+    """The settings that choices depend on beside the facts of a call; those of kernels are None
+    where none can run."""
 
-    chip: Chip | None  # part of the cache's key: it changes when a launch is refused
-    precision: str
-    interpreted: bool
+    requested: str = "auto"
+    precision: str | None = None  # of products in fp32
+    interpreted: bool = False  # Triton runs in its interpreter
+    shares: bool = False  # the collectives of a process group keep SMs
+    benchmark: bool = False  # cuDNN was asked to measure
+
+
+def settings(device: torch.device, compiled: bool = False) -> Settings:
+    """Returns the present settings for calls on a device."""
+    requested = _local.backend
+    if requested is None:
+        requested = requested_backend()[0] if compiled or _KEY in _environ else "auto"
+    if not _HAS_TRITON or not (_is_gpu(device) or requested == "triton"):
+        return _PLAIN[requested]
+    if compiled:  # it keeps the answer of the planner
+        return Settings(requested, precision(), _interpreting())
+    interpreted = _INTERPRET in _environ and _interpreting()
+    shares = _HAS_GROUPS and distributed.is_initialized()
+    return Settings(requested, precision(), interpreted, shares, torch._C._get_cudnn_benchmark())
+
+
+_PLAIN = {name: Settings(name) for name in BACKENDS}
 
 
 class Choice(NamedTuple):
@@ -162,10 +193,9 @@ def choose(facts: Facts) -> str:
 
 def decide(facts: Facts) -> tuple[str, StackConfig]:
     """Returns the backend that runs a call, and how the operator does; raises as ``choose``."""
-    requested, _ = requested_backend()
     # A compiler has symbols for sizes, which have no hash.
     make = _decide if facts.compiled else _decided
-    backend, refused, config = make(facts, requested, _kernels(facts, requested))
+    backend, refused, config = make(facts, settings(facts.device, facts.compiled))
     if backend is None or config is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
     return backend, config
@@ -223,14 +253,13 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(f"explain takes one of fusedrnn's modules or cells; got {kind}")
     facts = prepare(*inputs, **options).facts
-    requested, source = requested_backend()
-    kernels = _kernels(facts, requested)
-    backend, refused, _ = _decide(facts, requested, kernels)
-    compiled, *_ = _decide(facts._replace(compiled=True), requested, kernels)
+    (requested, source), given = requested_backend(), settings(facts.device)
+    backend, refused, _ = _decide(facts, given)
+    compiled, *_ = _decide(facts._replace(compiled=True, eager=False), given)
     lines, first, used = [], 0, None
-    if backend == "triton" and kernels:
-        used = kernels.precision if facts.dtype == torch.float32 else None
-        problem, chip = _problem(facts, kernels.precision), chip_of(facts.device)
+    if backend == "triton":
+        used = given.precision if facts.dtype == torch.float32 else None
+        problem, chip = _problem(facts, given), chip_of(facts.device)
         plans = planning.plan_stack(problem, chip)
         for plan in plans:
             last = first + plan.layers - 1
@@ -244,32 +273,27 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
 
 def runs_as_one_node(facts: Facts) -> bool:
     """Returns whether torch's operator can run inside ours, where it has no autograd."""
-    layers = facts.layers
-    drops_out = layers.training and layers.dropout > 0 and layers.num_layers > 1
-    return not (facts.needs_grad or drops_out or "packed" in facts.ragged)
+    return not (facts.needs_grad or facts.drops_out or "packed" in facts.ragged)
+
+
+def _can_be_packed(facts: Facts) -> bool:
+    """Returns whether torch's operator gets padded input with lengths packed, for inference."""
+    hidden = facts.transformed or not facts.eager
+    is_other = facts.needs_grad or facts.drops_out or facts.autocast or facts.states
+    return facts.device == _CPU and facts.ragged == ("lengths",) and not (hidden or is_other)
 
 
 def _is_gpu(device: torch.device) -> bool:
-    return device.type == "cuda"
+    return device != _CPU and device.type == "cuda"  # a string is made of the type
 
 
-def _kernels(facts: Facts, requested: str) -> _Kernels | None:
-    """Returns the settings of the kernels, None where no kernel can run."""
-    if not _HAS_TRITON or not (_is_gpu(facts.device) or requested == "triton"):
-        return None
-    # A compiler keeps the answer of the planner and cannot trace the look-up of the chip.
-    chip = None if facts.compiled else chip_of(facts.device)
-    products = precision() if facts.dtype == torch.float32 else "ieee"
-    needs_interpreter = facts.device.type == "cpu" or facts.dtype == torch.bfloat16
-    return _Kernels(chip, products, needs_interpreter and _interpreting())
-
-
-def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
+def _decide(facts: Facts, given: Settings) -> Choice:
     """Returns the first backend that does not refuse."""
+    requested = given.requested
     refused: list[tuple[str, str]] = []
     for backend in _PREFERENCE if requested == "auto" else (requested,):
         if backend == "triton":
-            reason = _triton_refusal(facts, requested, kernels)
+            reason = _triton_refusal(facts, given)
         elif backend == "aten":
             reason = _aten_refusal(facts, requested)
         elif facts.device.type in ("cpu", "cuda", "meta"):
@@ -277,8 +301,8 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
         else:
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
-            layers, by = facts.layers, kernels if backend == "triton" else None
-            how = (requested, by.precision) if by else (backend, "ieee")
+            layers, by_kernels = facts.layers, backend == "triton"
+            how = (requested, _products(facts, given)) if by_kernels else (backend, "ieee")
             sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
             config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
             return Choice(backend, tuple(refused), config)
@@ -287,20 +311,24 @@ def _decide(facts: Facts, requested: str, kernels: _Kernels | None) -> Choice:
 
 
 _decided = lru_cache(maxsize=4096)(_decide)
-planning.CACHES.append(_decided.cache_clear)
+CACHES.append(_decided.cache_clear)
 
 
-def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> str | None:
+def _products(facts: Facts, given: Settings) -> str:
+    """Returns the precision of the kernels' products."""
+    return given.precision or "ieee" if facts.dtype == torch.float32 else "ieee"
+
+
+def _triton_refusal(facts: Facts, given: Settings) -> str | None:
     """Returns why triton cannot run the call, or under ``auto`` should not, or None."""
-    device = facts.device
+    device, requested = facts.device, given.requested
     if not _HAS_TRITON:
         return "the package triton is not installed"
-    runs = _is_gpu(device) or (device.type == "cpu" and kernels and kernels.interpreted)
-    if kernels is None or not runs:
+    if not (_is_gpu(device) or (device.type == "cpu" and given.interpreted)):
         hint = " (TRITON_INTERPRET=1 and a named backend run CPU tensors)"
         hint = hint if device.type == "cpu" else ""
         return f"the kernels need CUDA tensors, these are on {device}{hint}"
-    if facts.dtype == torch.bfloat16 and kernels.interpreted:
+    if facts.dtype == torch.bfloat16 and given.interpreted:
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if facts.proj_size:
         return "the kernels have no projection"
@@ -312,7 +340,7 @@ def _triton_refusal(facts: Facts, requested: str, kernels: _Kernels | None) -> s
     times = MEASURED and judged and not facts.compiled and MEASURED.get(kind_of(facts))
     steps = _COMPILED_STEPS if facts.compiled else facts.steps
     sizes = (steps, facts.input_size) if judged and not times else None
-    refusal = _planned_refusal(tuple(_problem(facts, kernels.precision)), device, sizes)
+    refusal = _planned_refusal(tuple(_problem(facts, given)), device, sizes)
     if times and times[0] > times[1]:
         return refusal or "it was slower when both were measured"
     return refusal
@@ -340,10 +368,11 @@ _planned_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _aten_refusal(facts: Facts, requested: str) -> str | None:
     """Returns why torch's operator cannot run the call, or under ``auto`` should not, or None."""
     is_auto, is_cut = requested == "auto", bool({"lengths", "reset"} & {*facts.ragged})
+    is_cut = is_cut and not _can_be_packed(facts)
     unrolls = is_auto and facts.compiled and not runs_as_one_node(facts)
     for refuses, reason in (
         (facts.cell == "gru_reset_before", "torch has no operator for GRU(reset_after=False)"),
-        (is_cut, "torch's operator takes no lengths and no reset"),
+        (is_cut, "torch's operator takes no reset, and lengths only on the CPU for inference"),
         (facts.states, "torch's operator keeps no state but the last"),
         (facts.recompute, "torch's operator saves all that its backward needs"),
         (is_auto and facts.transformed, "torch.func has no rules for torch's operator"),
@@ -377,12 +406,12 @@ def _loop_is_faster(facts: Facts) -> str | None:
     return "torch's operator trains so many steps more slowly" if least <= T else None
 
 
-def _problem(facts: Facts, precision: str) -> Problem:
+def _problem(facts: Facts, given: Settings) -> Problem:
     batch = _COMPILED_BATCH if facts.compiled else facts.batch
     layers = 1 if facts.states else facts.layers.num_layers
-    sizes = facts.hidden_size, batch, facts.layers.directions, facts.dtype, precision
-    settings = facts.needs_grad, layers, bool(facts.ragged), facts.recompute
-    return Problem(facts.cell, *sizes, *settings)
+    sizes = facts.hidden_size, batch, facts.layers.directions, facts.dtype
+    needs = facts.needs_grad, layers, bool(facts.ragged), facts.recompute
+    return Problem(facts.cell, *sizes, _products(facts, given), *needs)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, measured
-from .arguments import Call, Layers, as_hx, prepare
-from .ops import ATEN, is_eager, rnn_stack
-from .vmap import is_transformed
+from .arguments import KINDS, NO_SEQUENCES, Call, Kind, as_hx, dropout_masks, key_of, prepare
+from .ops import ATEN, rnn_stack, run_eager
+from .records import Facts, Layers, Sequences, StackConfig, StackInputs
 
 # cuDNN's advice to call flatten_parameters(), which helps no function and no computed weight. Only
 # warnings raised by this package are silenced, so that nn.LSTM's remain.
@@ -102,7 +102,7 @@ def lstm(
         >>> torch.testing.assert_close(output, module(input)[0])
     """
     layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional, recompute)
-    return run(prepare("lstm", input, hx, params, layers, lengths, reset))
+    return run_stack("lstm", input, hx, params, layers, lengths, reset)
 
 
 def gru(
@@ -181,107 +181,92 @@ def check_nonlinearity(name: str) -> None:
 def _run_stack(
     cell: str, input: Any, hx: Any, params: Any, *, lengths: Any = None, reset: Any = None, **o: Any
 ) -> Any:
-    return run(prepare(cell, input, hx, params, Layers(**o), lengths, reset))
+    return run_stack(cell, input, hx, params, Layers(**o), lengths, reset)
 
 
-#: Kinds of plain calls on the CPU, and whether torch's operator runs them: see ``run_module``.
-_KINDS: dict[tuple, bool] = {}
+def run_stack(
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers,
+    lengths: Any = None, reset: Any = None,
+) -> Any:  # fmt: skip
+    """Prepares and runs a stack; dense input of a known kind goes to its backend at once.
 
-
-def run_module(
-    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
-) -> tuple[Any, Any]:
-    """Runs a module's stack; a kind of call that was checked before may skip the checks.
-
-    They take as long as the smallest layers. A weight of another shape makes another kind, and a
-    call that torch's operator rejects is checked again.
+    Preparations take as long as the smallest layers.
     """
-    kind = _kind_of(cell, input, hx, params, layers)
-    if kind is not None and _KINDS.get(kind):
-        try:
-            return _run_known(cell, input, hx, params, layers)
-        except RuntimeError:
-            pass  # the checks below name the cause
-    call = prepare(cell, input, hx, params, layers)
-    result = run(call)
-    if kind is not None and kind not in _KINDS:
-        if len(_KINDS) >= 4096:
-            _KINDS.clear()
-        given = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
-        is_whole = all(g.shape == s.shape for g, s in zip(given, call.states, strict=False))
-        _KINDS[kind] = is_whole and dispatch.decide(call.facts)[0] == "aten"
-    return result
-
-
-def _kind_of(
-    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers
-) -> tuple | None:
-    """Returns what checks and choice of a plain call on the CPU depend on; None for others."""
-    if torch.compiler.is_compiling() or type(input) is not Tensor or input.is_nested:
-        return None
-    if input.dim() != 3 or not input.is_cpu or not dispatch.is_auto() or is_transformed():
-        return None
-    states = (hx,) if isinstance(hx, Tensor) else hx or ()
-    if torch._C._is_any_autocast_enabled() or not isinstance(states, (tuple, list)):
-        return None
-    if any(type(t) is not Tensor for t in states) or any(p is None for p in params):
-        return None
-    tensors = input, *states, *params
-    needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
-    sizes = [(t.shape, t.dtype, t.is_cpu) for t in tensors]
-    return cell, layers, needs_grad, input.requires_grad, type(hx), *sizes
-
-
-def _run_known(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers) -> Any:
-    """Runs torch's operator on a call of a known kind."""
-    rows = input.transpose(0, 1) if layers.batch_first else input
+    key = None
+    if lengths is reset is None and type(input) is Tensor:
+        key = key_of(cell, input, hx, params, layers)
+    kind = None if key is None else KINDS.get(key)
+    if kind is None or kind.choice is None or not kind.is_direct:
+        return run(prepare(cell, input, hx, params, layers, lengths, reset))
+    input = input.transpose(0, 1) if layers.batch_first else input
     if hx is None:
-        columns = params[1].shape[1]
-        h_0 = input.new_zeros(layers.num_layers * layers.directions, rows.shape[1], columns)
-        hx = (h_0, h_0) if cell == "lstm" else h_0
-    output, *states = _run_aten(cell, rows, hx, params, layers, torch.is_grad_enabled())
+        states: Sequence[Tensor] = kind.zeros(input)
+    else:
+        states = [s.contiguous() for s in ((hx,) if isinstance(hx, Tensor) else hx)]
+    output, states = _run(kind.choice, kind, kind.facts, input, states, params)
     if layers.batch_first:
-        output = output.transpose(0, 1) if cell == "lstm" else output.transpose_(0, 1)
+        is_own = _owns_output(kind.choice[0], kind.facts)
+        output = output.transpose_(0, 1) if is_own else output.transpose(0, 1)
     return output, as_hx(states)
-
-
-def _run_aten(
-    cell: str,
-    input: Tensor,
-    hx: Any,
-    params: Any,
-    layers: Layers,
-    needs_grad: bool,
-    sizes: Any = None,
-) -> Any:
-    """Runs torch's operator; ``sizes`` are the batch_sizes of packed input."""
-    dropout = layers.dropout if layers.training else 0.0
-    is_training = layers.training or needs_grad  # cuDNN has no backward in eval()
-    flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
-    if sizes is None:
-        return ATEN[cell](input, hx, params, *flags, False)
-    return ATEN[cell](input, sizes, hx, params, *flags)
 
 
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
-    facts, layers = call.facts, call.facts.layers
-    if not facts.compiled:
-        measured.consider(call, run)
-    backend, config = dispatch.decide(facts)
+    facts, kind = call.facts, call.kind
+    backend, config = choice = kind.choice if kind is not None and kind.choice else _choose(call)
+    if backend != "triton" and facts.eager and "lengths" in facts.ragged:
+        call = call.compact()
+        sizes = call.sequences.batch_sizes
+        if backend == "aten" and sizes is not None and int(sizes[0]) < max(facts.batch, 1):
+            choice = "torch", config._replace(backend="torch")  # it takes empty sequences
+    tensors = call.input, call.states, call.params
+    masks = dropout_masks(call) if facts.drops_out and choice[0] != "aten" else ()
+    output, states = _run(choice, kind, facts, *tensors, call.sequences, masks)
+    return call.in_form(output, _owns_output(choice[0], facts)), call.states_in_form(states)
+
+
+def _choose(call: Call) -> tuple[str, StackConfig]:
+    """Decides how to run a call, and keeps the choice for others of its kind."""
+    facts, kind = call.facts, call.kind
+    is_settled = facts.compiled or measured.consider(call, run)
+    choice = dispatch.decide(facts)
+    if kind is not None and is_settled:
+        kind.choice = choice
+        kind.is_direct = kind.is_dense and (choice[0] == "aten" or not facts.drops_out)
+    return choice
+
+
+def _run(
+    choice: tuple[str, StackConfig], kind: Kind | None, facts: Facts, input: Tensor,
+    states: Sequence[Tensor], params: Sequence[Tensor], sequences: Sequences = NO_SEQUENCES,
+    masks: Sequence[Tensor] = (),
+) -> tuple[Tensor, Sequence[Tensor]]:  # fmt: skip
+    """Runs torch's operator, ours, or what is below ours if nothing else has to see it."""
+    backend, config = choice
     if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
-        hx = as_hx([state.contiguous() for state in call.states])  # cuDNN takes no strided states
-        sizes = None if call.packing is None else call.packing.batch_sizes
-        needs_grad, given = facts.needs_grad, (facts.cell, call.input, hx, call.params, layers)
-        output, *states = _run_aten(*given, needs_grad, sizes)
-    else:
-        if backend == "torch" and "lengths" in facts.ragged and is_eager(call.input):
-            call = call.compact()
-        output, states, _ = rnn_stack(call.stack_inputs(), call.sequences, config)
-    # As torch's, the output is then no view, and detach_() takes it; others save it for backward.
-    in_place = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
-    in_place = in_place and not (facts.compiled or facts.transformed)
-    return call.in_form(output, in_place), as_hx(call.states_in_form(states))
+        layers, sizes, run = facts.layers, sequences.batch_sizes, ATEN[facts.cell]
+        dropout = layers.dropout if layers.training else 0.0
+        is_training = layers.training or facts.needs_grad  # cuDNN has no backward in eval()
+        flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
+        hx = states if facts.cell == "lstm" else states[0]
+        if sizes is None:
+            output, *states = run(input, hx, params, *flags, False)
+        else:
+            output, *states = run(input, sizes, hx, params, *flags)
+        return output, states
+    inputs = StackInputs(input, states[0], states[1] if len(states) > 1 else None, params, masks)
+    if kind is None or kind.needs_operator or torch._C._autograd._profiler_enabled():
+        return rnn_stack(inputs, sequences, config, facts.cast)[:2]
+    return run_eager(inputs, sequences, config, facts.needs_grad, facts.cast)[:2]
+
+
+def _owns_output(backend: str, facts: Facts) -> bool:
+    """Returns whether the output may be transposed in place; others save it for backward.
+
+    As torch's it is then no view, and ``detach_()`` takes it.
+    """
+    is_own = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
+    return is_own and not (facts.compiled or facts.transformed)
 
 
 def run_cell(call: Call) -> Any:

@@ -15,7 +15,6 @@ import torch
 from torch import Tensor
 
 from . import dispatch
-from .arguments import Call
 from .kernels.problem import KernelFailed, LaunchRefused, forget
 from .testing import error_budget
 
@@ -26,34 +25,33 @@ _ROUNDS = 5
 #: What the call itself will meet again and report; of memory it may have enough.
 _EXPECTED = (KernelFailed, LaunchRefused, NotImplementedError, torch.OutOfMemoryError)
 
-_Run = Callable[[Call], tuple[Any, Any]]
+_Run = Callable[[Any], tuple[Any, Any]]
 
 
-def consider(call: Call, run: _Run) -> None:
-    """Measures a call by ``run`` if that is wanted, possible and not done."""
+def consider(call: Any, run: _Run) -> bool:
+    """Measures a call by ``run`` if that is wanted, possible and not done.
+
+    Returns False if it will be possible later, so that the present choice is not the last one.
+    """
     facts = call.facts
     if not dispatch._is_gpu(facts.device):
-        return
+        return True
     if not (torch._C._get_cudnn_benchmark() if _FORCED is None else _FORCED == "1"):
-        return
+        return True
     kind = dispatch.kind_of(facts)
-    if (
-        not dispatch.is_auto()
-        or facts.transformed
-        or facts.steps == 1
-        or kind in dispatch.MEASURED
-        or type(call.input) is not Tensor
-        or torch._C._len_torch_dispatch_stack() > 0
-        or torch.cuda.is_current_stream_capturing()
-    ):
-        return
+    is_plain = facts.eager and not facts.transformed
+    if not dispatch.is_auto() or not is_plain or facts.steps == 1 or kind in dispatch.MEASURED:
+        return True
+    if torch.cuda.is_current_stream_capturing():
+        return False
     dispatch.MEASURED[kind] = None
     with suppress(*_EXPECTED):
         dispatch.MEASURED[kind] = _times(_detached(call), run)
     forget()
+    return True
 
 
-def _times(call: Call, run: _Run) -> tuple[float, float]:
+def _times(call: Any, run: _Run) -> tuple[float, float]:
     """Compares the results of both backends, then times them in turns."""
     ref, got = (_results(call, run, backend) for backend in reversed(_BACKENDS))
     with torch.autocast(call.facts.device.type, enabled=False):
@@ -70,7 +68,7 @@ def _times(call: Call, run: _Run) -> tuple[float, float]:
     return ours, theirs
 
 
-def _detached(call: Call, dtype: torch.dtype | None = None) -> Call:
+def _detached(call: Any, dtype: torch.dtype | None = None) -> Any:
     """Returns a call without history and dropout; in another dtype without autocast."""
     facts = call.facts._replace(layers=call.facts.layers._replace(dropout=0.0))
     facts = facts._replace(dtype=dtype, autocast=None) if dtype else facts
@@ -80,10 +78,11 @@ def _detached(call: Call, dtype: torch.dtype | None = None) -> Call:
         return tensor.detach().to(dtype or tensor.dtype).requires_grad_(needs_grad)
 
     states, params = tuple(map(own, call.states)), list(map(own, call.params))
-    return call._replace(facts=facts, input=own(call.input), states=states, params=params)
+    call = call._replace(facts=facts, kind=None, input=own(call.input))
+    return call._replace(states=states, params=params)
 
 
-def _results(call: Call, run: _Run, backend: str) -> Sequence[Tensor]:
+def _results(call: Any, run: _Run, backend: str) -> Sequence[Tensor]:
     """Returns output, final states and gradients, the output's own being the output."""
     with torch.set_grad_enabled(call.facts.needs_grad), dispatch.use_backend(backend):
         output, hx = run(call._replace(nested=None))
@@ -95,7 +94,7 @@ def _results(call: Call, run: _Run, backend: str) -> Sequence[Tensor]:
     return [result.detach() for result in results]
 
 
-def _milliseconds(call: Call, run: _Run, backend: str) -> float:
+def _milliseconds(call: Any, run: _Run, backend: str) -> float:
     stream = torch.cuda.current_stream(call.input.device)
     start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     start.record(stream)

@@ -16,6 +16,7 @@ from torch import _VF, Tensor
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
 from .patching import replaces
+from .records import Layers
 from .stream import Stream
 from .vmap import is_transformed
 
@@ -113,13 +114,13 @@ class _Stack(torch.nn.RNNBase):
         """Returns whether torch's forward is as good; tracers know it at all sizes."""
         return self._cell in ATEN and dispatch.is_auto()
 
-    def _layers(self) -> arguments.Layers:
-        sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
-        return arguments.Layers(*sizes, bool(self.bidirectional), self.recompute)
-
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
-        cell, params, layers = self._cell, self._params(), self._layers()
-        return arguments.prepare(cell, input, hx, params, layers, lengths, reset)
+        layers, params = self._layers(), self._params()
+        return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
+
+    def _layers(self) -> Layers:
+        sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
+        return Layers(*sizes, bool(self.bidirectional), self.recompute)
 
     def _params(self) -> list[Tensor]:
         """Returns the weights as they are now, computed ones too, in torch's order."""
@@ -133,11 +134,10 @@ class _Stack(torch.nn.RNNBase):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
-        if torch.jit.is_tracing() and lengths is reset is None and self._is_torchs():
+        if torch._C._get_tracing_state() and lengths is reset is None and self._is_torchs():
             return _TORCHS[self.mode].forward(self, input, hx)
-        if lengths is reset is None and not self.proj_size:
-            return functional.run_module(self._cell, input, hx, self._params(), self._layers())
-        return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
+        layers, params = self._layers(), self._params()
+        return functional.run_stack(self._cell, input, hx, params, layers, lengths, reset)
 
     def states(
         self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None,

@@ -13,7 +13,6 @@ from typing import Any
 
 import torch
 from torch import _VF, Tensor
-from torch._C._functorch import is_functorch_wrapped_tensor
 from torch._functorch.utils import enable_single_level_autograd_function
 from torch.autograd import forward_ad
 from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
@@ -50,15 +49,17 @@ torch.library.define(
 
 
 def rnn_stack(
-    inputs: StackInputs, sequences: Sequences, config: StackConfig, *, keep_states: bool = False
-) -> tuple[Tensor, list[Tensor], Tensor | None]:
-    """Runs a stack of layers, differentiably.
+    inputs: StackInputs, sequences: Sequences, config: StackConfig,
+    dtype: torch.dtype | None = None, *, keep_states: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
+    """Runs a stack of layers, differentiably; with ``dtype``, autocast's, in that dtype.
 
     Returns:
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
         ``[L*D, B, H]`` each; and with ``keep_states`` c of every step, ``[L*D, T, B, H]``.
     """
-    if sequences.batch_sizes is not None or is_eager(inputs.input):
+    inputs = inputs.cast(dtype)
+    if sequences.batch_sizes is not None or vmap.is_eager(inputs.input):
         sequences = with_table(sequences, inputs.input, inputs.h_0.shape[1], config.directions)
     if vmap.has_tangents() or _has_projection(inputs, config):
         output, h_n, c_n, cs = _by_reference(inputs, sequences, config)
@@ -77,26 +78,22 @@ def rnn_stack(
     return output, [h_n] if inputs.c_0 is None else [h_n, c_n], cs
 
 
+def run_eager(
+    inputs: StackInputs, sequences: Sequences, config: StackConfig, needs_grad: bool,
+    dtype: torch.dtype | None = None, keep_states: bool = False,
+) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
+    """Runs ``rnn_stack`` where nothing but autograd is active, and h has the columns of c."""
+    return rnn_stack(inputs, sequences, config, dtype, keep_states=keep_states)
+
+
 def _needs_grad(*tensors: Any) -> bool:
     """Returns whether autograd records a call of these; no module's training flag matters."""
     return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
-def is_eager(tensor: Tensor) -> bool:
-    """Returns whether values are there to be read: no compiler, transform, mode or subclass."""
-    return (
-        type(tensor) is Tensor
-        and not torch.compiler.is_compiling()
-        and not torch._C._are_functorch_transforms_active()
-        and not is_functorch_wrapped_tensor(tensor)
-        and torch._C._len_torch_dispatch_stack() == 0
-        and torch._C._get_tracing_state() is None
-    )
-
-
 def _needs_dispatcher(tensor: Tensor) -> bool:
     """Returns whether something that must see operators is active, such as a profiler."""
-    return not is_eager(tensor) or torch._C._autograd._profiler_enabled()
+    return not vmap.is_eager(tensor) or torch._C._autograd._profiler_enabled()
 
 
 def _register_flops() -> None:

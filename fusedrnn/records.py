@@ -1,12 +1,84 @@
-"""The records of a stack: its tensors, its sequences, and its configuration."""
+"""The records of a call and of its stack: facts, tensors, sequences and configuration."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from .kernels.spec import SPECS, CellSpec
 from .kernels.tensors import Weights
+
+
+class Layers(NamedTuple):
+    """The arrangement of layers, in the words of ``nn.LSTM``'s constructor."""
+
+    num_layers: int = 1
+    bias: bool = True
+    batch_first: bool = False
+    dropout: float = 0.0
+    training: bool = False
+    bidirectional: bool = False
+    recompute: bool = False
+
+    @property
+    def directions(self) -> int:
+        return 2 if self.bidirectional else 1
+
+
+class Facts(NamedTuple):
+    """The facts about a call that the choice of a backend depends on; hashable."""
+
+    cell: str  # a key of SPECS
+    device: torch.device
+    dtype: torch.dtype  # of the computation: under autocast, autocast's
+    steps: int  # T
+    batch: int  # B
+    input_size: int  # I
+    hidden_size: int  # H
+    proj_size: int = 0
+    layers: Layers = Layers()
+    ragged: tuple[str, ...] = ()  # of "packed", "lengths" and "reset"
+    needs_grad: bool = False
+    autocast: torch.dtype | None = None
+    compiled: bool = False  # being traced by torch.compile or torch.export
+    transformed: bool = False  # inside vmap, grad, jvp, ... of torch.func
+    eager: bool = True  # values can be read: no compiler, transform, mode or subclass
+    single_step: bool = False  # a module like nn.LSTMCell
+    states: bool = False  # the states of every step are wanted
+
+    @property
+    def columns(self) -> tuple[int, ...]:
+        """The columns of each state."""
+        return (self.proj_size or self.hidden_size, self.hidden_size)[: SPECS[self.cell].states]
+
+    @property
+    def cast(self) -> torch.dtype | None:
+        """The dtype that autocast casts tensors to, or None."""
+        return self.dtype if self.autocast else None
+
+    @property
+    def drops_out(self) -> bool:
+        """True if there is dropout between layers."""
+        layers = self.layers
+        return layers.training and layers.dropout > 0 and layers.num_layers > 1
+
+    @property
+    def recompute(self) -> bool:
+        """True if backward computes the gates again; a transform may hide that there is one."""
+        has_backward = self.needs_grad or self.transformed
+        return self.layers.recompute and has_backward and SPECS[self.cell].saved > 0
+
+    def __str__(self) -> str:
+        parts = [
+            f"{self.cell}{' cell' if self.single_step else ''} on {self.device}",
+            str(self.dtype).removeprefix("torch."),
+            f"T={self.steps} B={self.batch} I={self.input_size} H={self.hidden_size}",
+            f"layers={self.layers.num_layers}, directions={self.layers.directions}",
+        ]
+        parts += [f"proj_size={self.proj_size}"] if self.proj_size else []
+        parts += [*self.ragged, *(name for name in ("states", "recompute") if getattr(self, name))]
+        return ", ".join([*parts, "with gradients" if self.needs_grad else "no gradients"])
 
 
 class Sequences(NamedTuple):
@@ -26,6 +98,15 @@ class StackInputs(NamedTuple):
     c_0: Tensor | None  # [L*D, B, H], None for a cell without c
     params: Sequence[Tensor]  # in torch's order
     dropout_masks: Sequence[Tensor]  # empty, or of each layer but the last [T, B, D*H], scaled
+
+    def cast(self, dtype: torch.dtype | None) -> "StackInputs":
+        """Returns input, states and weights in a dtype, all alike, as cuDNN casts for autocast."""
+        if dtype is None:
+            return self
+        input, h_0, c_0, params, masks = self
+        c_0 = None if c_0 is None else c_0.to(dtype)
+        params = [p.to(dtype) for p in params]
+        return StackInputs(input.to(dtype), h_0.to(dtype), c_0, params, masks)
 
 
 class StackOutputs(NamedTuple):

@@ -52,7 +52,7 @@ def run(call: Call, wants_gates: bool) -> States:
     """
     facts = call.facts._replace(states=True)
     config = dispatch.decide(facts)[1]._replace(num_layers=1)
-    x, h_0, c_0, params, masks = call.stack_inputs()
+    x, h_0, c_0, params, masks = call.stack_inputs().cast(facts.cast)
     D, L = config.directions, facts.layers.num_layers
     sequences = call.sequences
     if sequences.batch_sizes is not None:
@@ -72,11 +72,12 @@ def run(call: Call, wants_gates: bool) -> States:
             (weights,) = config.group(own)
             gates.append(_gates(config.cell, x, h[-1], inputs.h_0, weights, rows))
         x = out * masks[layer] if masks and layer < L - 1 else out
-    h_n, *c_n = call.states_in_form([torch.cat(parts) for parts in zip(*finals, strict=True)])
+    hx = call.states_in_form([torch.cat(parts) for parts in zip(*finals, strict=True)])
+    h_n, c_n = hx if isinstance(hx, tuple) else (hx, None)
     return States(
         output=call.in_form(out),
         h_n=h_n,
-        c_n=c_n[0] if c_n else None,
+        c_n=c_n,
         h=tree_map(call.in_form, tuple(h)),
         c=tree_map(call.in_form, tuple(c)) if c else None,
         gates=tree_map(call.in_form, tuple(gates)) if wants_gates else None,

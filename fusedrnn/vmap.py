@@ -8,6 +8,8 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
+from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
 
 
@@ -19,6 +21,18 @@ def has_tangents() -> bool:
 def is_transformed() -> bool:
     """Returns whether a transform of ``torch.func`` or forward-mode derivatives are active."""
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
+def is_eager(tensor: Tensor) -> bool:
+    """Returns whether values are there to be read: no compiler, transform, mode or subclass."""
+    return (
+        type(tensor) is Tensor
+        and not torch.compiler.is_compiling()
+        and not torch._C._are_functorch_transforms_active()
+        and not is_functorch_wrapped_tensor(tensor)
+        and torch._C._len_torch_dispatch_stack() == 0
+        and torch._C._get_tracing_state() is None
+    )
 
 
 # TorchDynamo calls these while it traces and keeps the answer; it guards on transforms itself.

@@ -9,11 +9,11 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import dispatch
-from fusedrnn.arguments import Facts, Layers
 from fusedrnn.dispatch import choose, explain, requested_backend, use_backend
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.expected import judge
 from fusedrnn.kernels.plan import CHIPS, NoPlan
+from fusedrnn.records import Facts, Layers
 
 
 @pytest.fixture(autouse=True)
@@ -135,8 +135,7 @@ def test_auto_on_cuda(changes, backend, without_triton, cuda, monkeypatch):
 
 
 def test_no_plan_is_a_reason(cuda, monkeypatch):
-    kernels = dispatch._kernels(facts(cuda), "auto")
-    reason = dict(dispatch._decide(facts(cuda), "auto", kernels)[1])["triton"]
+    reason = dict(dispatch._decide(facts(cuda), dispatch.settings(cuda))[1])["triton"]
     assert "the kernels 0.0" in reason
     assert "cycles at 1755 MHz" in reason
     assert "torch's operator 0.00" in reason

@@ -38,17 +38,14 @@ class Clock:
 def clock(monkeypatch):
     clock = Clock()
     monkeypatch.setattr(dispatch, "_is_gpu", lambda device: True)
-    monkeypatch.setattr(functional, "_kind_of", lambda *_: None)  # as it answers on CUDA
     monkeypatch.setattr(dispatch, "MEASURED", {})
     monkeypatch.setattr(measured, "_results", clock.results)
     monkeypatch.setattr(measured, "_ROUNDS", 1)
     monkeypatch.setattr(torch.cuda, "Event", clock.event)
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: None)
     monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: False)
-    dispatch._decided.cache_clear()
     with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
         yield clock
-    dispatch._decided.cache_clear()
 
 
 @pytest.mark.parametrize("form", ["dense", "packed", "no gradients"])
