@@ -193,7 +193,7 @@ def prepare(
     if hx is not None:
         states = _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
     form = (*ragged, steps, batch) if packing is not None else ragged
-    key = key_of(cell, data if packing else input, hx, params, layers, form)
+    key = key_of(cell, data if packing is not None else input, hx, params, layers, form)
     kind = None if key is None else KINDS.get(key)  # TorchDynamo would guard on what KINDS holds
     if kind is None:
         dims = steps, batch, batched

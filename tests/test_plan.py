@@ -134,11 +134,15 @@ def test_a_device_that_refused_is_not_asked_again(monkeypatch):
 
 def test_a_layer_whose_kernels_failed_is_planned_no_more(monkeypatch):
     monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
-    device, asked = torch.device("cpu"), problem()
+    device, asked, forgotten = torch.device("cpu"), problem(), []
+    monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
+    monkeypatch.setattr("fusedrnn.kernels.problem._REFUSING", set())
     give_up(device, asked.cell, asked.hidden_size, asked.dtype, "no compiler")
     with pytest.raises(NoPlan, match=r"^no compiler$"):
         plan_stack(asked, chip_of(device))
     assert plan_stack(asked._replace(hidden_size=32), chip_of(device))
+    refuse_cooperation(torch.device("meta"))
+    assert len(forgotten) == 2  # what was decided before
     assert plan_stack(asked, chip_of(torch.device("meta")))
 
 
