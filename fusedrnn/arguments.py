@@ -5,7 +5,6 @@ argument, what came and what was expected.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -21,22 +20,15 @@ from .records import Facts, Layers, Sequences, StackConfig, StackInputs
 from .vmap import is_eager, is_transformed
 
 
-@dataclass(eq=False)
 class Kind:
     """A kind of call whose checks have passed, and the choice of its backend once it is made."""
 
-    facts: Facts
-    is_dense: bool  # with a batch, and states of all its sequences
-    choice: tuple[str, StackConfig] | None = None
-    is_direct: bool = False  # its tensors need no more preparation
-
-    def __post_init__(self) -> None:
-        rows, columns = (
-            self.facts.layers.num_layers * self.facts.layers.directions,
-            self.facts.columns,
-        )
-        self._shapes = [(rows, self.facts.batch, n) for n in dict.fromkeys(columns)]
-        self.needs_operator = self.facts.transformed or self.facts.proj_size > 0
+    def __init__(self, facts: Facts, is_direct: bool) -> None:
+        rows, columns = facts.layers.num_layers * facts.layers.directions, facts.columns
+        self.facts, self.is_direct = facts, is_direct and not facts.drops_out
+        self.choice: tuple[str, StackConfig] | None = None
+        self.needs_operator = facts.transformed or facts.proj_size > 0
+        self._shapes = [(rows, facts.batch, n) for n in dict.fromkeys(columns)]
         self._times = len(columns) // len(self._shapes)
 
     def zeros(self, like: Tensor) -> list[Tensor]:
@@ -117,8 +109,8 @@ class Call(NamedTuple):
     def stack_inputs(self) -> StackInputs:
         """Returns the tensors with dropout's masks, before a cast."""
         h_0, *c_0 = self.states
-        masks = dropout_masks(self) if self.facts.drops_out else []
-        return StackInputs(self.input, h_0, c_0[0] if c_0 else None, self.params, masks)
+        c = c_0[0] if c_0 else None
+        return StackInputs(self.input, h_0, c, self.params, dropout_masks(self))
 
     def in_form(self, rows: Tensor, in_place: bool = False) -> Any:
         """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the input."""
@@ -148,6 +140,8 @@ class Call(NamedTuple):
 def dropout_masks(call: Call) -> list[Tensor]:
     """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``."""
     facts, layers = call.facts, call.facts.layers
+    if not facts.drops_out:
+        return []
     p, columns = layers.dropout, (facts.proj_size or facts.hidden_size) * layers.directions
     rows = call.input.shape[:-1] if call.places is None else (facts.steps, facts.batch)
     shape, count = (*rows, columns), layers.num_layers - 1
@@ -198,6 +192,7 @@ def prepare(
     if kind is None:
         dims = steps, batch, batched
         facts = _facts(cell, data, states, params, layers, dims, ragged)
+        # The tensors of direct ones need no more preparation than ``functional.run_stack`` does.
         kind = Kind(facts, batched and not ragged and all(s.shape[1] == batch for s in states))
         if key is not None:
             if len(KINDS) >= 4096:

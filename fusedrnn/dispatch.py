@@ -173,12 +173,8 @@ def settings(device: torch.device, compiled: bool = False) -> Settings:
 _PLAIN = {name: Settings(name) for name in BACKENDS}
 
 
-class Choice(NamedTuple):
-    """The choice for one call."""
-
-    backend: str | None  # None if the named one refuses
-    refused: tuple[tuple[str, str], ...]  # the backends before it, each with its reason
-    config: StackConfig | None  # how the operator runs the call
+#: The backend or None, those that refuse before it, each with its reason, and the configuration.
+_Choice = tuple[str | None, tuple[tuple[str, str], ...], StackConfig | None]
 
 
 def choose(facts: Facts) -> str:
@@ -287,7 +283,7 @@ def _is_gpu(device: torch.device) -> bool:
     return device != _CPU and device.type == "cuda"  # a string is made of the type
 
 
-def _decide(facts: Facts, given: Settings) -> Choice:
+def _decide(facts: Facts, given: Settings) -> _Choice:
     """Returns the first backend that does not refuse."""
     requested = given.requested
     refused: list[tuple[str, str]] = []
@@ -305,9 +301,9 @@ def _decide(facts: Facts, given: Settings) -> Choice:
             how = (requested, _products(facts, given)) if by_kernels else (backend, "ieee")
             sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
             config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
-            return Choice(backend, tuple(refused), config)
+            return backend, tuple(refused), config
         refused.append((backend, reason))
-    return Choice(None, tuple(refused), None)
+    return None, tuple(refused), None
 
 
 _decided = lru_cache(maxsize=4096)(_decide)

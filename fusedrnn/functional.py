@@ -140,7 +140,8 @@ def gru(
         ValueError, RuntimeError, AttributeError, NotImplementedError: as ``lstm``.
     """
     cell = "gru" if reset_after else "gru_reset_before"
-    return _run_stack(cell, input, hx, params, **options)
+    lengths, reset = options.pop("lengths", None), options.pop("reset", None)
+    return run_stack(cell, input, hx, params, Layers(**options), lengths, reset)
 
 
 def rnn(
@@ -169,19 +170,14 @@ def rnn(
             for another nonlinearity.
     """
     check_nonlinearity(nonlinearity)
-    return _run_stack(f"rnn_{nonlinearity}", input, hx, params, **options)
+    lengths, reset = options.pop("lengths", None), options.pop("reset", None)
+    return run_stack(f"rnn_{nonlinearity}", input, hx, params, Layers(**options), lengths, reset)
 
 
 def check_nonlinearity(name: str) -> None:
     """Raises torch's ValueError for another function than tanh or relu."""
     if name not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
-
-
-def _run_stack(
-    cell: str, input: Any, hx: Any, params: Any, *, lengths: Any = None, reset: Any = None, **o: Any
-) -> Any:
-    return run_stack(cell, input, hx, params, Layers(**o), lengths, reset)
 
 
 def run_stack(
@@ -220,7 +216,7 @@ def run(call: Call) -> Any:
         if backend == "aten" and sizes is not None and int(sizes[0]) < max(facts.batch, 1):
             choice = "torch", config._replace(backend="torch")  # it takes empty sequences
     tensors = call.input, call.states, call.params
-    masks = dropout_masks(call) if facts.drops_out and choice[0] != "aten" else ()
+    masks = () if choice[0] == "aten" else dropout_masks(call)
     output, states = _run(choice, kind, facts, *tensors, call.sequences, masks)
     return call.in_form(output, _owns_output(choice[0], facts)), call.states_in_form(states)
 
@@ -232,7 +228,6 @@ def _choose(call: Call) -> tuple[str, StackConfig]:
     choice = dispatch.decide(facts)
     if kind is not None and is_settled:
         kind.choice = choice
-        kind.is_direct = kind.is_dense and (choice[0] == "aten" or not facts.drops_out)
     return choice
 
 

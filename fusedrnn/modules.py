@@ -189,6 +189,24 @@ class _Stack(torch.nn.RNNBase):
         return state
 
 
+class _ResetsGate:
+    """The common part of ``GRU`` and ``GRUCell``."""
+
+    reset_after: bool = True
+
+    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+        super().__init__(*args, **kwargs)
+        self.reset_after = reset_after
+
+    @property
+    def _cell(self) -> str:
+        return "gru" if self.reset_after else "gru_reset_before"
+
+    def extra_repr(self) -> str:
+        shown = super().extra_repr()  # type: ignore[misc]
+        return shown if self.reset_after else f"{shown}, reset_after=False"
+
+
 @replaces(torch.nn.LSTM)
 class LSTM(_Stack):
     """Drop-in for ``torch.nn.LSTM``; equations, shapes and errors are ``fusedrnn.lstm``'s.
@@ -230,7 +248,7 @@ class LSTM(_Stack):
 
 
 @replaces(torch.nn.GRU)
-class GRU(_Stack):
+class GRU(_ResetsGate, _Stack):
     """Drop-in for ``torch.nn.GRU``; equations, shapes and errors are ``fusedrnn.gru``'s.
 
     The arguments are ``LSTM``'s without ``proj_size``, and:
@@ -245,18 +263,8 @@ class GRU(_Stack):
         TypeError: as ``LSTM``.
     """
 
-    reset_after: bool = True
-
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
-        self.reset_after = reset_after
-
-    @property
-    def _cell(self) -> str:
-        return "gru" if self.reset_after else "gru_reset_before"
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
 @replaces(torch.nn.RNN)
@@ -343,7 +351,7 @@ class LSTMCell(_SingleStep, torch.nn.LSTMCell):
 
 
 @replaces(torch.nn.GRUCell)
-class GRUCell(_SingleStep, torch.nn.GRUCell):
+class GRUCell(_ResetsGate, _SingleStep, torch.nn.GRUCell):  # type: ignore[override]
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
     The arguments are ``LSTMCell``'s, and keyword-only ``reset_after``, see ``GRU``. Inputs are
@@ -352,19 +360,6 @@ class GRUCell(_SingleStep, torch.nn.GRUCell):
     Raises:
         ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
     """
-
-    reset_after: bool = True  # as of GRU
-
-    def __init__(self, *args: Any, reset_after: bool = True, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.reset_after = reset_after
-
-    @property
-    def _cell(self) -> str:  # type: ignore[override]
-        return "gru" if self.reset_after else "gru_reset_before"
-
-    def extra_repr(self) -> str:
-        return super().extra_repr() + ("" if self.reset_after else ", reset_after=False")
 
 
 @replaces(torch.nn.RNNCell)
