@@ -13,7 +13,7 @@ from torch import Tensor
 from .kernels.rows import Rows
 from .kernels.spec import SPECS, runs_of
 from .kernels.tensors import Layers
-from .layout import entering, previous_rows, rows_by_sequence
+from .layout import entering, rows_by_sequence
 
 #: On the CPU a sum over rows is made of so many parts, each of at least so many rows, as long as
 #: their results together have at most so many numbers.
@@ -32,15 +32,19 @@ def weight_grads(
     ``x`` is its input, ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates [R, N*H]``.
     """
     columns, H = layers.w_hh[z].shape
-    dgx, by_sequence = dgates[:, :columns], rows_by_sequence(x, columns)
+    runs = [(slice(first * H, end * H), operand) for first, end, operand in _runs(cell)]
+    is_whole, by_sequence = dgates.shape[1] == columns, rows_by_sequence(x, columns)
+    dgx = dgates if is_whole else dgates[:, :columns]
     if by_sequence is None:
-        grads = [outer(dgx, x.reshape(-1, x.shape[-1]))]
+        grads = [outer(dgx, x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))]
     else:  # dgx, the smaller factor, is reordered
         grads = [outer(dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1), by_sequence)]
-    grads.append(_recurrent_weight_grad(cell, z, layers, dgates, rows))
-    if layers.b_ih is not None:
-        sums, runs = dgates.sum(0), _runs(cell)
-        grads += [sums[:columns].clone(), torch.cat([sums[a * H : b * H] for a, b, _ in runs])]
+    grads.append(_recurrent_weight_grad(runs, z, layers, dgates, rows))
+    if layers.b_hh is not None:
+        sums = dgates.sum(0)
+        # Two tensors, since an optimizer may change one in place.
+        grads.append(sums.clone() if is_whole else sums[:columns].clone())
+        grads.append(sums if is_whole else torch.cat([sums[tiles] for tiles, _ in runs]))
     return grads
 
 
@@ -61,24 +65,26 @@ def _runs(cell: str) -> list[tuple[int, int, str]]:
     return [(tile, tile + count, operand) for (_, tile, count), operand in runs]
 
 
-def _recurrent_weight_grad(cell: str, z: int, layers: Layers, dgates: Tensor, rows: Rows) -> Tensor:
+def _recurrent_weight_grad(
+    runs: list[tuple[slice, str]], z: int, layers: Layers, dgates: Tensor, rows: Rows
+) -> Tensor:
     """Returns dW_hh; of little on the CPU by one product of all tiles."""
     H, pieces = layers.w_hh[z].shape[1], _entering(z, layers, rows)
 
-    def product(tiles: slice, operand: str) -> Tensor:
+    def product(left: Tensor, operand: str) -> Tensor:
         found = []
         for own, h in pieces:
             right = layers.gates[z][own, :H] * h if operand == "r*h" else h
-            found.append(outer(dgates[own, tiles], right))
+            found.append(outer(left if len(pieces) == 1 else left[own], right))
         return found[0] if len(found) == 1 else found[0].add_(found[1])
 
-    runs = [(slice(first * H, end * H), operand) for first, end, operand in _runs(cell)]
     if len(runs) == 1:
-        return product(*runs[0])
-    if len(SPECS[cell].phases) == 1 and not dgates.is_cuda and dgates.numel() * H <= _LITTLE:
-        total = product(slice(None), "h")
+        return product(dgates, "h")
+    is_one_phase = all(operand == "h" for _, operand in runs)
+    if is_one_phase and not dgates.is_cuda and dgates.numel() * H <= _LITTLE:
+        total = product(dgates, "h")
         return torch.cat([total[tiles] for tiles, _ in runs])
-    return torch.cat([product(*run) for run in runs])
+    return torch.cat([product(dgates[:, tiles], operand) for tiles, operand in runs])
 
 
 def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
@@ -87,16 +93,17 @@ def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
     A sum that goes on from the terms of h_0, which are often large, would round all others to
     their size; so dense rows make two pairs, unless copying costs less than another product.
     """
-    H, B, d = layers.h_0.shape[2], rows.B, z % (layers.out[z].shape[1] // layers.h_0.shape[2])
-    h_0, left = layers.h_0[z], layers.out[z][:, d * H : (d + 1) * H]
-    if rows.origins is not None:
-        return [(slice(None), entering(previous_rows(rows, d, left.device), h_0, left))]
-    rest = max(left.shape[0] - B, 0)
-    first = (slice(0, B), h_0) if d == 0 else (slice(rest, None), h_0)
-    others = (slice(B, None), left[:rest]) if d == 0 else (slice(0, rest), left[B:])
-    if left.numel() <= _COPIED and rest:
-        return [(slice(None), torch.cat([h_0, left[:rest]] if d == 0 else [left[B:], h_0]))]
-    return [first, others] if rest else [first]
+    h_0, left = layers.h_0[z], layers.out[z]
+    (B, H), every = h_0.shape, slice(None)
+    D = left.shape[1] // H
+    d = z % D
+    left = left if D == 1 else left[:, d * H : (d + 1) * H]
+    rest = left.shape[0] - B
+    if rows.origins is not None or left.numel() <= _COPIED or rest <= 0:
+        return [(every, entering(rows, d, h_0, left))]
+    if d == 0:
+        return [(slice(0, B), h_0), (slice(B, None), left[:rest])]
+    return [(slice(rest, None), h_0), (slice(0, rest), left[B:])]
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:
@@ -104,11 +111,11 @@ def outer(left: Tensor, right: Tensor) -> Tensor:
 
     On the CPU in parts: in fp32 one sum through thousands of rows leaves the error budget.
     """
-    rows, size = left.shape[0], left.shape[1] * right.shape[1]
-    parts = min(_PARTS, rows // _ROWS_OF_A_PART, _PARTS_SIZE // max(size, 1))
-    is_narrow = right.shape[1] in _NARROW and left.shape[1] > right.shape[1]
-    if left.is_cuda or (parts < 2 and not is_narrow):
+    if left.is_cuda:
         return torch.mm(left.t(), right)
+    (rows, height), width = left.shape, right.shape[1]
+    parts = min(_PARTS, rows // _ROWS_OF_A_PART, _PARTS_SIZE // max(height * width, 1))
+    is_narrow = width in _NARROW and height > width
     first, second = (right, left) if is_narrow else (left, right)
     product = torch.mm(first.t(), second) if parts < 2 else _in_parts(first, second, parts)
     return product.t().contiguous() if is_narrow else product

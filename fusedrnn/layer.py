@@ -16,16 +16,17 @@ from itertools import accumulate
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, distributed
 from torch.nn import functional as F
+from torch.utils._pytree import tree_leaves, tree_map
 
 from . import loop
 from .grads import input_grad, weight_grads
 from .kernels import plan as planning
-from .kernels.problem import Chip, KernelFailed, LaunchRefused, Plan
+from .kernels.problem import KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers
-from .layout import entering, previous_rows, rows_by_sequence
+from .layout import entering, rows_by_sequence
 from .records import StackConfig
 
 #: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
@@ -49,23 +50,24 @@ class Launch(NamedTuple):
 
 def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> Sequence[Launch]:
     """Returns the launches of a stack, from the first layer up."""
-    chip = None if config.is_loop else planning.chip_of(h_0.device)
-    sizes = h_0.shape[1], h_0.shape[2], h_0.dtype
-    return _launches(config, sizes, needs_grad, rows.origins is not None, chip)
+    # A process group takes SMs; every other change of a chip empties the cache.
+    grouped = distributed.is_available() and distributed.is_initialized()
+    sizes = h_0.shape, h_0.dtype, h_0.device
+    return _launches(config, sizes, needs_grad, rows.origins is not None, grouped)
 
 
 @lru_cache(maxsize=4096)
 def _launches(
-    config: StackConfig, sizes: tuple, needs_grad: bool, ragged: bool, chip: Chip | None
+    config: StackConfig, sizes: tuple, needs_grad: bool, ragged: bool, grouped: bool
 ) -> Sequence[Launch]:
-    if chip is None:
+    if config.is_loop:
         return tuple(Launch(range(n, n + 1), None) for n in range(config.num_layers))
-    B, H, dtype = sizes
+    (_, B, H), dtype, device = sizes
     problem = planning.Problem(
         config.cell, H, B, config.directions, dtype, config.precision, needs_grad,
         config.num_layers, ragged, config.recompute,
     )  # fmt: skip
-    plans = planning.plan_stack(problem, chip)
+    plans = planning.plan_stack(problem, planning.chip_of(device))
     ends = accumulate(plan.layers for plan in plans)
     pairs = zip(plans, ends, strict=True)
     return tuple(Launch(range(end - plan.layers, end), plan) for plan, end in pairs)
@@ -82,11 +84,9 @@ def _schedule(name: str) -> Any:
 
 def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows: Rows) -> None:
     """Runs a schedule on Layers and, backward, Grads; its own failures become KernelFailed."""
-    *read, written = tensors
-    aligned, pairs = _aligned(written)
+    given = tensors if _are_aligned(tensors) else _aligned(tensors)
     try:
-        run = getattr(_schedule(plan.module(direction)), direction)
-        run(cell, plan, *(_aligned(part)[0] for part in read), aligned, rows)
+        getattr(_schedule(plan.module(direction)), direction)(cell, plan, *given, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
@@ -94,36 +94,40 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise KernelFailed(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
-    for name, tensor, copy in pairs:
-        if name in _WRITTEN[direction]:
-            tensor.copy_(copy)
+    if given is not tensors:
+        pairs = ([getattr(each[-1], n) for n in _WRITTEN[direction]] for each in (tensors, given))
+        for tensor, copy in zip(*map(tree_leaves, pairs), strict=True):
+            if copy is not tensor:
+                tensor.copy_(copy)
 
 
-def _aligned(tensors: Any) -> tuple[Any, list[tuple[str, Tensor, Tensor]]]:
-    """Copies tensors that begin at other than multiples of 16 bytes; returns the pairs by field.
+def _are_aligned(tensors: Sequence[Any]) -> bool:
+    """Returns whether all tensors begin at multiples of 16 bytes."""
+    addresses = 0
+    for fields in tensors:
+        for value in fields:
+            for tensor in value if type(value) is tuple else (value,):
+                if tensor is not None:
+                    addresses |= tensor.data_ptr()
+    return addresses % 16 == 0
+
+
+def _aligned(tensors: Any) -> Any:
+    """Copies tensors that begin elsewhere, each once.
 
     A kernel is compiled again for every mixture of aligned and other pointers, as which the parts
     of a buffer, one for each layer, would come.
     """
-    addresses = 0
-    for value in tensors:
-        for tensor in value if type(value) is tuple else (value,):
-            if tensor is not None:
-                addresses |= tensor.data_ptr()
-    if addresses % 16 == 0:
-        return tensors, []
-    copies: dict[int, tuple[str, Tensor, Tensor]] = {}
+    copies: dict[int, Tensor] = {}
 
-    def own(name: str, tensor: Any) -> Any:
+    def own(tensor: Tensor | None) -> Tensor | None:
         if tensor is None or tensor.data_ptr() % 16 == 0:
             return tensor
         if id(tensor) not in copies:
-            copies[id(tensor)] = name, tensor, tensor.clone()
-        return copies[id(tensor)][2]
+            copies[id(tensor)] = tensor.clone()
+        return copies[id(tensor)]
 
-    fields = zip(tensors._fields, tensors, strict=True)
-    of = [tuple(own(n, t) for t in v) if type(v) is tuple else own(n, v) for n, v in fields]
-    return tensors._make(of), list(copies.values())
+    return tree_map(own, tensors)
 
 
 def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, rows: Rows) -> None:
@@ -135,11 +139,10 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     D, (columns, H) = config.directions, layers.w_hh[0].shape
     biases: Sequence[Any] = layers.b_ih or (None,) * D
     if plan is not None:
-        gx = x.new_empty(D, rows.total, columns)
-        layers = layers._replace(gx=gx, origins=rows.origins, starts=rows.starts)
         with gemm_precision(config.precision, x):
-            _input_products(x, layers.w_ih[:D], biases[:D], gx)
-            _launch(plan, "forward", config.cell, (layers,), rows)
+            gx = _input_products(x, layers.w_ih[:D], biases[:D], None)
+            read = _read_by(plan, layers, rows, gx=gx)
+            _launch(plan, "forward", config.cell, (read,), rows)
         return
     room = layers.gates
     if room is None or not room.shape[-1]:
@@ -151,33 +154,35 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     loop.forward(config.cell, layers._replace(gx=room), rows)
 
 
+def _read_by(plan: Plan, layers: Layers, rows: Rows, **others: Any) -> Layers:
+    """Returns the tensors that a kernel reads, with others in the place of some."""
+    if plan.layers == 1:
+        others |= {"w_ih": None, "b_ih": None, "masks": None}
+    return layers._replace(origins=rows.origins, starts=rows.starts, **others)
+
+
 def _input_products(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gx: Tensor
-) -> None:
-    """Fills gx ``[D, R, G*H]`` with ``x W_ih^T + b_ih``."""
-    by_sequence = rows_by_sequence(x, gx.shape[-1])
-    for d, (weight, bias) in enumerate(zip(weights, biases, strict=True)):
-        if by_sequence is not None:
-            product = F.linear(by_sequence, weight, bias).unflatten(0, x.shape[:2][::-1])
-            gx[d].unflatten(0, x.shape[:2]).copy_(product.transpose(0, 1))
-            continue
-        rows = x.reshape(-1, x.shape[-1])
-        if bias is None:
-            torch.mm(rows, weight.t(), out=gx[d])
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gx: Tensor | None
+) -> Tensor:
+    """Returns ``x W_ih^T + b_ih`` ``[D, R, G*H]``, in ``gx`` if that is given."""
+    columns, by_sequence = weights[0].shape[0], rows_by_sequence(x, weights[0].shape[0])
+    rows = x.reshape(-1, x.shape[-1]) if by_sequence is None else by_sequence
+    if gx is None and len(weights) == 1 and by_sequence is None:
+        return F.linear(rows, weights[0], biases[0])  # a kernel needs no axis of length 1
+    gx = x.new_empty(len(weights), rows.shape[0], columns) if gx is None else gx
+    for out, weight, bias in zip(gx.unbind(), weights, biases, strict=True):
+        if by_sequence is None:
+            F.linear(rows, weight, bias, out=out)  # type: ignore[call-arg]
         else:
-            torch.addmm(bias, rows, weight.t(), out=gx[d])
+            product = F.linear(rows, weight, bias).unflatten(0, x.shape[:2][::-1])
+            out.unflatten(0, x.shape[:2]).copy_(product.transpose(0, 1))
+    return gx
 
 
 def backward(
-    config: StackConfig,
-    plan: Plan | None,
-    xs: Sequence[Tensor],
-    layers: Layers,
-    grads: Grads,
-    rows: Rows,
-    needs_input: bool,
-    needs_params: bool,
-) -> tuple[Tensor | None, list[Tensor]]:
+    config: StackConfig, plan: Plan | None, xs: Sequence[Tensor], layers: Layers, grads: Grads,
+    rows: Rows, needs_input: bool, needs_params: bool,
+) -> tuple[Tensor | None, list[Tensor]]:  # fmt: skip
     """Runs the layers of one launch backwards.
 
     ``xs`` has the input of each layer, as of ``forward``; ``layers.gates`` is None if they are
@@ -187,45 +192,34 @@ def backward(
         dx ``[R, I]`` of the first layer or None, and the gradients of the weights in torch's order.
     """
     D, (Z, _, H) = config.directions, layers.h_0.shape
-    parts: Iterable[_Segment] = [_Segment(slice(None), layers, grads, rows)]
+    parts: Iterable[tuple] = [(None, layers, grads, rows)]
     if layers.gates is None:
         xs = [xs[0].reshape(-1, xs[0].shape[-1])]
         parts = _segments(config, xs[0], layers, grads, rows)
     dx = layers.h_0.new_empty(rows.total, xs[0].shape[-1]) if needs_input else None
     total: list[Tensor] = []
     for own, part, part_grads, part_rows in parts:
-        shape = Z, part_rows.total, config.spec.grad_tiles * H
-        part_grads = part_grads._replace(gates=layers.h_0.new_empty(shape))
-        with gemm_precision(config.precision, layers.h_0):
+        dgates = layers.h_0.new_empty(Z, part_rows.total, config.spec.grad_tiles * H)
+        part_grads, found = part_grads._replace(gates=dgates), []
+        with gemm_precision(config.precision, dgates):
             if plan is None:
                 loop.backward(config.cell, part, part_grads, part_rows)
             else:
-                part = part._replace(origins=rows.origins, starts=rows.starts)
-                _launch(plan, "backward", config.cell, (part, part_grads), part_rows)
-            dgates = part_grads.gates
+                read = _read_by(plan, part, rows, b_ih=None, b_hh=None, h_n=None, c_n=None)
+                _launch(plan, "backward", config.cell, (read, part_grads), part_rows)
             if dx is not None:
-                input_grad(dgates[:D], layers.w_ih[:D], dx[own])
-            found: list[Tensor] = []
-            for z in range(Z) if needs_params else ():
-                x = xs[z // D][own]
-                found += weight_grads(config.cell, z, x, part, dgates[z], part_rows)
+                input_grad(dgates[:D], layers.w_ih[:D], dx if own is None else dx[own])
+            for z, of_z in enumerate(dgates.unbind() if needs_params else ()):
+                x = xs[z // D] if own is None else xs[0][own]
+                found += weight_grads(config.cell, z, x, part, of_z, part_rows)
         total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else found
     return dx, total
 
 
-class _Segment(NamedTuple):
-    """Some rows of a layer as a layer by themselves."""
-
-    own: slice
-    layers: Layers
-    grads: Grads
-    rows: Rows
-
-
 def _segments(
     config: StackConfig, x: Tensor, layers: Layers, grads: Grads, rows: Rows
-) -> Iterator[_Segment]:
-    """Yields the segments of a layer with their gates, the last steps first.
+) -> Iterator[tuple[slice, Layers, Grads, Rows]]:
+    """Yields some rows of a layer as a layer with gates, the last steps first.
 
     A slice of rows does not hold the same steps of both directions or of all sequences, so only
     dense rows of one direction are cut.
@@ -233,14 +227,13 @@ def _segments(
     D, B, H = layers.h_0.shape
     left = layers.out[0].unflatten(1, (D, H)).transpose(0, 1)
     pairs = [(layers.h_0, left)] + ([] if layers.cs is None else [(layers.c_0, layers.cs)])
-    tables = [previous_rows(rows, d, x.device) for d in range(D)]
     states = [
-        torch.stack([entering(table, *of) for table, *of in zip(tables, *pair, strict=True)])
-        for pair in pairs
+        torch.stack([entering(rows, d, first[d], last[d]) for d in range(D)])
+        for first, last in pairs
     ]
     size = _SEGMENT_ON_GPU if x.is_cuda else _SEGMENT
-    most = max(size // max(config.spec.gates * H * B, 1), 1) * max(B, 1)
-    if is_whole := D == 2 or rows.origins is not None:
+    most = max(size // max(config.spec.gates * H * B, 1), 1) * B
+    if is_whole := D == 2 or rows.origins is not None or not B:
         most = max(rows.total, 1)
     for stop in range(max(rows.total, 1), 0, -most):
         own = slice(max(stop - most, 0), stop)
@@ -258,7 +251,7 @@ def _segments(
             cs=None if grads.cs is None else grads.cs[:, own],
         )
         part_rows = rows if is_whole else Rows((stop - own.start) // B, B)
-        yield _Segment(own, part, part_grads, part_rows)
+        yield own, part, part_grads, part_rows
         # What leaves this segment reaches the one before it.
         c_n = None if grads.c_0 is None else grads.c_0.clone()
         grads = grads._replace(h_n=grads.h_0.clone(), c_n=c_n)

@@ -84,49 +84,52 @@ def rows_of(input: Tensor, B: int, D: int, sequences: Sequences) -> Rows:
     return Rows(input.shape[0], B, table)
 
 
-def previous_rows(rows: Rows, d: int, device: torch.device) -> Tensor:
-    """Returns for each row the state that enters it in direction d, ``[R]``.
-
-    The index is one into ``[initial, zero, left]``, as in ``entering``. Reads no value.
-    """
-    T, B = rows.T, rows.B
-    origins, starts = _table(rows, d, device)
-    every = torch.arange(rows.total, device=device)
-    time = torch.searchsorted(starts, every, right=True) - 1
-    sequence = every - starts[time]
-    before = (time - 1 if d == 0 else time + 1).clamp(0, max(T - 1, 0))
-    origins = origins[time, sequence]
-    begins = torch.where(origins == INITIAL, sequence, B)
-    return torch.where(origins == PREVIOUS, starts[before] + sequence + B + 1, begins)
-
-
-def entering(previous: Tensor, initial: Tensor, left: Tensor) -> Tensor:
-    """Returns the state ``[R, H]`` that enters each row, by the index of ``previous_rows``.
+def entering(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
+    """Returns the state ``[R, H]`` that enters each row in direction d. Reads no value.
 
     ``initial`` is the initial state ``[B, H]``, and ``left [R, H]`` the one that leaves each row.
     """
+    T, B = rows.T, rows.B
+    if rows.sizes is not None:
+        return _entering_packed(rows, d, initial, left)
+    if not T:
+        return left
+    shifted = torch.cat([initial, left[: (T - 1) * B]] if d == 0 else [left[B:], initial])
+    if rows.origins is None:
+        return shifted
+    origins, grid = rows.origins[d].unsqueeze(2), shifted.unflatten(0, (T, B))
+    if d == 1:  # forward all sequences begin at step 0, where h_0 is already
+        grid = torch.where(origins == INITIAL, initial, grid)
+    return torch.where((origins & 1).bool(), grid, 0).flatten(0, 1)  # neither SKIPPED nor ZERO
+
+
+def _entering_packed(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
+    """Returns the same of packed rows, by the place of each one's state in all states."""
+    T, B, starts = rows.T, rows.B, rows.starts
+    assert starts is not None
+    assert rows.origins is not None
+    every = torch.arange(left.shape[0], device=left.device)
+    time = torch.searchsorted(starts, every, right=True) - 1
+    sequence = every - starts[time]
+    origins = rows.origins[d][time, sequence]
+    before = (time - 1 if d == 0 else time + 1).clamp(0, max(T - 1, 0))
+    begins = torch.where(origins == INITIAL, sequence, B)
+    index = torch.where(origins == PREVIOUS, starts[before] + sequence + B + 1, begins)
     zero = initial.new_zeros(1, initial.shape[1])
-    return torch.cat([initial, zero, left]).index_select(0, previous)
+    return torch.cat([initial, zero, left]).index_select(0, index)
 
 
 def final_states(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
-    """Returns the state ``[B, H]`` that leaves the last step of each sequence in direction d."""
+    """Returns the state ``[B, H]`` that leaves the last step of each sequence, if not dense."""
     if not left.shape[0]:
         return initial
-    origins, starts = _table(rows, d, left.device)
-    length = (origins != SKIPPED).sum(0)
+    assert rows.origins is not None
+    every = torch.arange(rows.B, device=left.device)
+    length = (rows.origins[d] != SKIPPED).sum(0)
     last = (length - 1).clamp(min=0) if d == 0 else torch.zeros_like(length)
-    row = starts[last] + torch.arange(rows.B, device=left.device)
+    row = every + (last * rows.B if rows.starts is None else rows.starts[last])
     found = left.index_select(0, row.clamp(max=left.shape[0] - 1))
     return torch.where((length > 0).unsqueeze(1), found, initial)
-
-
-def _table(rows: Rows, d: int, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Returns the origins ``[T, B]`` of direction d and the first row ``[T]`` of each step."""
-    T, B = rows.T, rows.B
-    origins = origins_of(T, B, d + 1, device)[d] if rows.origins is None else rows.origins[d]
-    starts = torch.arange(T, device=device) * B if rows.starts is None else rows.starts
-    return origins, starts
 
 
 def without_padding(x: Tensor, rows: Rows) -> Tensor:

@@ -16,7 +16,7 @@ from torch import Tensor
 from .kernels.rows import INITIAL, SKIPPED, ZERO, Rows
 from .kernels.spec import SPECS
 from .kernels.tensors import Grads, Layers
-from .layout import entering, final_states, previous_rows
+from .layout import entering, final_states
 from .loop_cells import CELLS, Direction, Saved
 
 
@@ -78,13 +78,6 @@ class _Steps:
         if t in self.initial:
             state = torch.where(self.initial[t], initial[:n], state)
         return state.masked_fill(self.zero[t], 0) if t in self.zero else state
-
-    def all_entering(self, initial: Tensor, left: Tensor) -> Tensor:
-        """Returns the state ``[R, H]`` that enters each row, from those that leave the rows."""
-        if not self.is_dense:
-            return entering(previous_rows(self.rows, self.d, left.device), initial, left)
-        B = len(initial)
-        return torch.cat([initial, left[:-B]] if self.d == 0 else [left[B:], initial])
 
     def final(self, initial: Tensor, left: Tensor) -> Tensor:
         """Returns the state ``[B, H]`` that leaves the last step of each sequence."""
@@ -153,7 +146,7 @@ def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
                 pair = layers.c_0[d], layers.cs[d]
             scratch, carried = steps.prefix(torch.empty_like(states[0])), map(steps.prefix, states)
             of_direction = Direction(layers.gates[d], w_hh, None, scratch, steps.split)
-            saved = Saved(grads.gates[d], pair[1], partial(steps.all_entering, *pair))
+            saved = Saved(grads.gates[d], pair[1], partial(entering, rows, d, *pair))
             step = CELLS[cell][1](of_direction, saved)
             of_step = list(zip(*carried, strict=True))
             added = [

@@ -5,6 +5,7 @@ The plan cuts the stack into launches of one layer each, or of several that run 
 autograd.
 """
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
@@ -15,10 +16,11 @@ from torch import Tensor
 
 from . import layer
 from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
+from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers
 from .layer import Launch, launches_of
-from .layout import rows_of, without_padding
-from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
+from .layout import without_padding
+from .records import StackConfig, StackGrads, StackInputs, StackOutputs
 
 _Run = TypeVar("_Run", bound=Callable)
 
@@ -61,88 +63,80 @@ def _fail_safe(run: _Run) -> _Run:
 def empty_outputs(inputs: StackInputs, config: StackConfig, save: bool) -> StackOutputs:
     """Allocates the results of a stack and, with ``save``, what backward needs."""
     input, h_0, c_0, *_ = inputs
-    *rows, _ = input.shape
-    D, tiles, empty = config.directions, config.spec.saved, input.new_empty
-    (Z, _, P), H = h_0.shape, (h_0 if c_0 is None else c_0).shape[-1]
-    below = config.hidden_layers if save else 0
+    rows, empty, tiles = input.shape[:-1], input.new_empty, config.spec.saved
+    (Z, _, P), R, D = h_0.shape, math.prod(rows), config.directions
+    H, below = P if c_0 is None else c_0.shape[-1], config.hidden_layers if save else 0
     return StackOutputs(
         output=empty(*rows, D * P),
-        h_n=empty(h_0.shape),
-        c_n=None if c_0 is None else empty(c_0.shape),
-        gates=empty(Z, *rows, tiles * H) if save and not (config.recompute and tiles) else None,
-        cs=empty(Z, *rows, H) if save and c_0 is not None else None,
-        hidden=empty(below, *rows, D * H) if below else None,
+        h_n=empty(*h_0.shape),
+        c_n=None if c_0 is None else empty(*c_0.shape),
+        gates=empty(Z, R, tiles * H) if save and not (config.recompute and tiles) else None,
+        cs=empty(Z, R, H) if save and c_0 is not None else None,
+        hidden=empty(below, R, D * H) if below else None,
     )
 
 
 @_fail_safe
-def forward(
-    inputs: StackInputs, sequences: Sequences, config: StackConfig, save: bool
-) -> StackOutputs:
+def forward(inputs: StackInputs, rows: Rows, config: StackConfig, save: bool) -> StackOutputs:
     """Runs all layers; with ``save`` keeps what backward needs."""
     input, h_0, _, _, masks = inputs
-    L, D, H = config.num_layers, config.directions, h_0.shape[-1]
-    rows, below = rows_of(input, h_0.shape[1], D, sequences), config.hidden_layers if save else 0
-    results = empty_outputs(inputs, config, save)
-    hidden, last = _rows(results.hidden), results.output.view(-1, D * H)
+    L, columns = config.num_layers, config.directions * h_0.shape[-1]
     launches = launches_of(config, h_0, save, rows)
-    outs = [last] * L if hidden is None else [*hidden, last][:L]
-    if hidden is None and L > 1:  # two are enough if layers do not run together
-        rooms = [torch.empty_like(last) for _ in range(2 if len(launches) == L else L)]
-        outs = [rooms[n % len(rooms)] for n in range(L - 1)] + [last]
-    masks = [mask.reshape(-1, D * H) for mask in masks]
-    whole, x = _layers(inputs, results, outs, masks, config), input
+    results = empty_outputs(inputs, config, save)
+    outs = [results.output.view(-1, columns)]
+    if results.hidden is not None:
+        outs = [*results.hidden, *outs]
+    elif L > 1:  # two are enough if layers do not run together
+        rooms = [torch.empty_like(outs[0]) for _ in range(2 if len(launches) == L else L)]
+        outs = [rooms[n % len(rooms)] for n in range(L - 1)] + outs
+    masks = [mask.reshape(-1, columns) for mask in masks or ()]
+    whole, x = _layers(inputs, results, outs[:L], masks, config), input
     for launch in launches:
         layer.forward(config, launch.plan, x, _part(whole, launch, config), rows)
         end = launch.layers[-1]
         x = outs[end] * masks[end] if masks and end < L - 1 else outs[end]
-    if below == L:
-        last.copy_(outs[-1])
+    if len(outs) > L:
+        outs[-1].copy_(x)
     return results
 
 
 @_fail_safe
 def backward(
-    inputs: StackInputs,
-    outputs: StackOutputs,
-    grads: StackGrads,
-    sequences: Sequences,
-    config: StackConfig,
-    needs_input: bool,
-    needs_params: bool,
-) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:
+    inputs: StackInputs, outputs: StackOutputs, grads: StackGrads, rows: Rows, config: StackConfig,
+    needs_input: bool, needs_params: bool,
+) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Runs all layers backwards.
 
     Returns:
         d_input or None, d_h_0, d_c_0 or None, and the gradients of the parameters or [].
     """
     input, h_0, c_0, _, masks = inputs
-    L, D, H = config.num_layers, config.directions, h_0.shape[-1]
-    rows = rows_of(input, h_0.shape[1], D, sequences)
-    masks = [mask.reshape(-1, D * H) for mask in masks]
-    hidden = [] if outputs.hidden is None else list(_rows(outputs.hidden))
-    if len(hidden) < L:
-        hidden.append(outputs.output.reshape(-1, D * H))
-    whole = _layers(inputs, outputs, hidden, masks, config)
-    zeros = h_0.new_zeros(h_0.shape) if grads.h_n is None or grads.c_n is None else None
-    whole_grads = Grads(
-        cs=_rows(grads.cs),
-        h_n=zeros if grads.h_n is None else grads.h_n.contiguous(),
-        c_n=None if c_0 is None else zeros if grads.c_n is None else grads.c_n.contiguous(),
-        h_0=h_0.new_empty(h_0.shape),
-        c_0=None if c_0 is None else h_0.new_empty(h_0.shape),
-    )
+    L, columns = config.num_layers, config.directions * h_0.shape[-1]
+    masks = [mask.reshape(-1, columns) for mask in masks or ()]
+    outs = [] if outputs.hidden is None else list(outputs.hidden.contiguous())
+    if len(outs) < L:
+        outs.append(outputs.output.reshape(-1, columns))
+    whole = _layers(inputs, outputs, outs, masks, config)
+    zeros = torch.zeros_like(whole.h_0) if grads.h_n is None or grads.c_n is None else None
     d_out: Any = None
     if grads.output is not None:
-        d_out = grads.output.reshape(-1, D * H).contiguous()
+        d_out = grads.output.reshape(-1, columns).contiguous()
+    whole_grads = Grads(
+        out=d_out,
+        cs=_contiguous(grads.cs),
+        h_n=zeros if grads.h_n is None else grads.h_n.contiguous(),
+        c_n=None if c_0 is None else zeros if grads.c_n is None else grads.c_n.contiguous(),
+        h_0=torch.empty_like(whole.h_0),
+        c_0=None if c_0 is None else torch.empty_like(whole.h_0),
+    )
     d_params: list[Tensor] = []
     for launch in reversed(launches_of(config, h_0, True, rows)):
-        first = launch.layers[0]
-        xs = [hidden[n - 1] * masks[n - 1] if masks else hidden[n - 1] for n in launch.layers if n]
+        first, own = launch.layers[0], _part(whole_grads, launch, config)
+        own = own if own.out is d_out else own._replace(out=d_out)
+        xs = [outs[n - 1] * masks[n - 1] if masks else outs[n - 1] for n in launch.layers if n]
         xs = xs if first else [without_padding(input, rows), *xs]
         d_out, found = layer.backward(
-            config, launch.plan, xs, _part(whole, launch, config),
-            _part(whole_grads, launch, config)._replace(out=d_out), rows,
+            config, launch.plan, xs, _part(whole, launch, config), own, rows,
             bool(first) or needs_input, needs_params,
         )  # fmt: skip
         d_params = found + d_params
@@ -153,12 +147,9 @@ def backward(
 
 
 def _layers(
-    inputs: StackInputs,
-    outputs: StackOutputs,
-    outs: Sequence[Tensor],
-    masks: Sequence[Tensor],
+    inputs: StackInputs, outputs: StackOutputs, outs: Sequence[Tensor], masks: Sequence[Tensor],
     config: StackConfig,
-) -> Layers:
+) -> Layers:  # fmt: skip
     """Returns the tensors of all layers as those of one launch."""
     _, h_0, c_0, params, _ = inputs
     # The weights that a parametrisation computes may have any strides.
@@ -171,20 +162,17 @@ def _layers(
         b_hh=weights[3::4] if config.has_bias else None,
         masks=tuple(m for m in (masks[0], *masks) for _ in range(D)) if masks else None,
         h_0=h_0.contiguous(),
-        c_0=None if c_0 is None else c_0.contiguous(),
+        c_0=_contiguous(c_0),
         h_n=outputs.h_n,
         c_n=outputs.c_n,
-        out=tuple(out for out in outs for _ in range(D)),
-        gates=_rows(outputs.gates),
-        cs=_rows(outputs.cs),
+        out=tuple(outs) if D == 1 else tuple([out for out in outs for _ in range(D)]),
+        gates=_contiguous(outputs.gates),
+        cs=_contiguous(outputs.cs),
     )
 
 
-def _rows(tensor: Tensor | None) -> Any:
-    """Returns a tensor ``[Z, T, B, C]``, or packed, as rows ``[Z, R, C]``."""
-    if tensor is None:
-        return None
-    return tensor.contiguous().flatten(1, -2)
+def _contiguous(tensor: Tensor | None) -> Tensor | None:
+    return None if tensor is None else tensor.contiguous()
 
 
 def _part(tensors: Any, launch: Launch, config: StackConfig) -> Any:

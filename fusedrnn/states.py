@@ -13,7 +13,7 @@ from .arguments import Call
 from .kernels.rows import Rows
 from .kernels.spec import SPECS
 from .kernels.tensors import Weights
-from .layout import entering, previous_rows, rows_of, with_table, without_padding
+from .layout import entering, rows_of, with_table, without_padding
 from .ops import rnn_stack
 from .records import StackInputs
 from .reference import gates_of
@@ -91,7 +91,7 @@ def _gates(
     x, found = without_padding(x, rows), []
     for d, w in enumerate(weights):
         gx = F.linear(x, w.w_ih, w.b_ih).flatten(0, -2)
-        entered = entering(previous_rows(rows, d, x.device), h_0[d], h[d].flatten(0, -2))
+        entered = entering(rows, d, h_0[d], h[d].flatten(0, -2))
         named = gates_of(cell, gx, entered, w)
         shape = *h[d].shape[:-1], w.w_hh.shape[0] // SPECS[cell].gates
         found.append({n: without_padding(gate.view(shape), rows) for n, gate in named.items()})

@@ -40,9 +40,10 @@ for _function in (has_tangents, is_transformed):
     _function._dynamo_marked_constant = True  # type: ignore[attr-defined]
 
 
-#: The axis of the sequences in each tensor of an operator, None where there is none.
+#: The axis of the sequences in each tensor of an operator, None where there is none; 2 stands for
+#: rows ``[Z, T*B, C]``, whose axis of the sequences it becomes.
 _FORWARD = (1, 1, 1, None, 1, 0, 1, None, None)
-_BACKWARD = (1, 1, 1, 2, 1, 1, 1, None, 1, 1, 2, 2, 2, 0, 1, None, None)
+_BACKWARD = (1, 1, 1, 2, 1, 1, 1, None, 1, 1, 1, 1, 2, 2, 2, 0, 1, None, None)
 _RESULTS = {len(_FORWARD): (1, 1, 1, 2, 2, 2), len(_BACKWARD): (1, 1, 1, None)}
 
 
@@ -63,6 +64,8 @@ def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any)
     """Runs the N calls as one, or one by one where weights are mapped or rows are packed."""
     if arguments[len(axes) - 2] is not None or any(d is not None for d in dims[axes.index(None)]):
         return _one_by_one(op, N, dims, arguments)
+    place = axes.index(None) - 3
+    T = arguments[place].shape[dims[place] == 0]
 
     def join(tensor: Any, dim: Any, axis: int | None) -> Any:
         if tensor is None or axis is None:
@@ -72,14 +75,18 @@ def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any)
         mapped = tensor.expand(N, *tensor.shape) if dim is None else tensor.movedim(dim, 0)
         if mapped.dim() == 2 and axis:
             return mapped[0]  # a placeholder
-        return mapped.movedim(0, axis).flatten(axis, axis + 1)
+        mapped = mapped.unflatten(2, (T, mapped.shape[2] // T)) if axis == 2 else mapped
+        return mapped.movedim(0, axis).flatten(min(axis, 1), axis + 1)
 
     def split(tensor: Any, axis: int | None) -> Any:
         if axis is None:
             return tensor  # no gradient of a weight
         if tensor.dim() == 1:
             return tensor.expand(N, *tensor.shape)
-        return tensor.unflatten(axis, (N, tensor.shape[axis] // N)).movedim(axis, 0)
+        if axis == 2:
+            tensor = tensor.unflatten(1, (T, tensor.shape[1] // T))
+        tensor = tensor.unflatten(axis, (N, tensor.shape[axis] // N)).movedim(axis, 0)
+        return tensor.flatten(2, 3) if axis == 2 else tensor
 
     joined = [join(*each) for each in zip(arguments, dims, axes, strict=False)]
     results = op(*joined, *arguments[len(axes) :])

@@ -277,10 +277,8 @@ def test_padding_in_the_products_is_found(monkeypatch):
 
 
 def test_states_across_a_reset_in_the_products_are_found(monkeypatch):
-    def blind(previous, initial, left):
-        B = initial.shape[0]
-        previous = torch.where(previous == B, torch.arange(len(previous)) + B + 1, previous)
-        return torch.cat([initial, initial[:1] * 0, left]).index_select(0, previous)
+    def blind(rows, d, initial, left):
+        return torch.cat([initial, left[: -rows.B]])
 
     monkeypatch.setattr("fusedrnn.grads.entering", blind)
     with pytest.raises(AssertionError):

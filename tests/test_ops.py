@@ -48,7 +48,7 @@ def backward_arguments(cell, form, recompute=False):
     is_lstm = cell == "lstm"
     grads = torch.ones_like(output), torch.ones_like(h_n), torch.ones_like(c_n) * is_lstm
     d_c_n, d_cs = (grads[2], torch.ones_like(cs)) if is_lstm else (None, None)
-    saved = output, gates, cs, hidden
+    saved = output, None, None, gates, cs, hidden
     return *grads[:2], d_c_n, d_cs, *given[:5], *saved, *given[5:], True, True
 
 
@@ -150,6 +150,18 @@ def test_arguments_that_depend_on_each_other(backend, compose, order):
             sources = [x, *(p for p in module.parameters() if p.requires_grad)]
             found.append(penalised(loss, sources, order))
     assert_close(found[1], found[0], 1e-10)
+
+
+def test_second_derivatives_where_the_input_has_no_gradient():
+    """What an operator returns in its place is empty, and has no derivative."""
+    given = backward_arguments("lstm", "dense")
+    input, params = given[4].requires_grad_(), [p.requires_grad_() for p in given[7]]
+    d_input, d_h_0, _, d_params = torch.ops.fusedrnn.rnn_backward(*given[:-2], False, True)
+    assert d_input.numel() == 0
+    loss, found = d_h_0.sum() + d_params[1].sum(), []
+    for total in (loss, loss + d_input.sum()):
+        found.append(torch.autograd.grad(total, [input, *params], retain_graph=True))
+    assert_close(found[1], found[0], 0)
 
 
 def test_a_wrong_second_derivative_is_found(monkeypatch):

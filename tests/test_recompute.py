@@ -87,3 +87,10 @@ def test_bytes_kept_for_backward(kind, default, again, dtype):
         assert most * units <= kept <= most * units + states
         with torch.no_grad(), fusedrnn.use_backend("torch"):
             assert bytes_kept(module, x) == 0
+
+
+def test_an_empty_batch():
+    for module in (fusedrnn.LSTM(3, 4, recompute=True), fusedrnn.GRU(3, 4, recompute=True)):
+        with fusedrnn.use_backend("torch"):
+            module(torch.zeros(5, 0, 3))[0].sum().backward()
+        assert not any(p.grad.any() for p in module.parameters())

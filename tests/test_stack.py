@@ -8,6 +8,8 @@ import torch
 
 from fusedrnn import layer, stack
 from fusedrnn.kernels.plan import KernelFailed
+from fusedrnn.kernels.rows import Rows
+from fusedrnn.layout import rows_of
 from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
@@ -34,10 +36,10 @@ def inputs_of(config, dtype=torch.float64):
     return StackInputs(randn(T, B, I), h_0, c_0, params, [torch.rand(T, B, D * H, dtype=dtype)])
 
 
-def backward(inputs, outputs, config, needs=(True, True), sequences=Sequences()):  # noqa: B008
+def backward(inputs, outputs, config, needs=(True, True), rows=Rows(T, B)):  # noqa: B008
     c_n = None if outputs.c_n is None else torch.ones_like(outputs.c_n)
     grads = StackGrads(torch.ones(T, B, H, dtype=torch.float64), None, c_n, None)
-    return stack.backward(inputs, outputs, grads, sequences, config, *needs)
+    return stack.backward(inputs, outputs, grads, rows, config, *needs)
 
 
 @pytest.mark.parametrize("sequences", [Sequences(), Sequences(torch.tensor([2, 5, 1]))])
@@ -46,12 +48,13 @@ def test_results_are_no_views_and_may_be_changed(cell, sequences):
     """As of torch's operator on the CPU: backward does not read the output."""
     config = config_of(cell)
     inputs = inputs_of(config)
-    outputs = stack.forward(inputs, sequences, config, True)
+    rows = rows_of(inputs.input, B, 1, sequences)
+    outputs = stack.forward(inputs, rows, config, True)
     assert not any(t._is_view() for t in outputs[:3] if t is not None)
-    want = backward(inputs, outputs, config, sequences=sequences)
+    want = backward(inputs, outputs, config, rows=rows)
     outputs.output.fill_(float("nan"))
     outputs.h_n.fill_(float("nan"))
-    got = backward(inputs, outputs, config, sequences=sequences)
+    got = backward(inputs, outputs, config, rows=rows)
     assert all(map(torch.equal, (*got[:2], *got[3]), (*want[:2], *want[3])))
 
 
@@ -59,7 +62,7 @@ def test_results_are_no_views_and_may_be_changed(cell, sequences):
 def test_only_what_is_needed_is_computed(recompute):
     config = config_of("gru", recompute=recompute)
     inputs = inputs_of(config)
-    outputs = stack.forward(inputs, Sequences(), config, True)
+    outputs = stack.forward(inputs, Rows(T, B), config, True)
     d_input, d_h_0, d_c_0, d_params = backward(inputs, outputs, config)
     assert d_c_0 is None
     none, alone, _, nothing = backward(inputs, outputs, config, (False, False))
@@ -72,11 +75,11 @@ def test_only_what_is_needed_is_computed(recompute):
 def test_absent_gradients_are_zeros():
     config = config_of("lstm")
     inputs = inputs_of(config)
-    outputs = stack.forward(inputs, Sequences(), config, True)
+    outputs = stack.forward(inputs, Rows(T, B), config, True)
     zeros = StackGrads(*map(torch.zeros_like, (*outputs[:3], outputs.cs)))
     ones, found = torch.ones_like(outputs.h_n), []
     for of_h_n in (StackGrads(None, ones, None, None), zeros._replace(h_n=ones)):
-        found.append(stack.backward(inputs, outputs, of_h_n, Sequences(), config, True, True))
+        found.append(stack.backward(inputs, outputs, of_h_n, Rows(T, B), config, True, True))
     torch.testing.assert_close(*found, rtol=0, atol=0)
 
 
@@ -95,10 +98,10 @@ def test_tensors_of_any_strides():
         [strided(mask) for mask in inputs.dropout_masks],
     )
     for given in (inputs, other):
-        outputs = stack.forward(given, Sequences(), config, True)
+        outputs = stack.forward(given, Rows(T, B), config, True)
         d_output = torch.ones(2 * H, B, T, dtype=torch.float64).permute(2, 1, 0)
         grads = StackGrads(d_output, None, None, None)
-        found = stack.backward(given, outputs, grads, Sequences(), config, True, True)
+        found = stack.backward(given, outputs, grads, Rows(T, B), config, True, True)
         results = [outputs.output, *found[:2], *found[3]]
         if given is inputs:
             want = results
@@ -117,14 +120,14 @@ def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
     config = config_of("lstm", backend="auto", recompute=recompute)
     inputs = inputs_of(config, torch.float32)
     grads = StackGrads(torch.ones(T, B, H), None, None, None)
-    run = (grads, Sequences(), config, True, True)
-    want_outputs = stack.forward(inputs, Sequences(), config, True)
+    run = (grads, Rows(T, B), config, True, True)
+    want_outputs = stack.forward(inputs, Rows(T, B), config, True)
     want = stack.backward(inputs, want_outputs, *run)
     monkeypatch.setattr(resident, broken, fail)
     cause = r"kernels failed on cpu .OSError: no compiler"
 
     def both():
-        outputs = stack.forward(inputs, Sequences(), config, True)
+        outputs = stack.forward(inputs, Rows(T, B), config, True)
         return outputs, stack.backward(inputs, outputs, *run)
 
     with pytest.warns(RuntimeWarning, match=cause) as warned:
@@ -135,11 +138,11 @@ def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
             assert (a is None) == (b is None)
             if a is not None:
                 torch.testing.assert_close(a, b)
-    stack.forward(inputs, Sequences(), config, True)  # without a warning
+    stack.forward(inputs, Rows(T, B), config, True)  # without a warning
     named = config._replace(backend="triton", cell="gru")
     if broken == "forward":
         with pytest.raises(KernelFailed, match=r"no compiler$"):
-            stack.forward(inputs_of(named, torch.float32), Sequences(), named, True)
+            stack.forward(inputs_of(named, torch.float32), Rows(T, B), named, True)
 
 
 def test_python_calls_before_a_launch(monkeypatch):
@@ -162,8 +165,8 @@ def test_python_calls_before_a_launch(monkeypatch):
     inputs = inputs_of(config, torch.float32)._replace(dropout_masks=[])
     inputs = inputs._replace(h_0=inputs.h_0[:1], c_0=inputs.c_0[:1], params=inputs.params[:4])
     for _ in range(2):  # the first call plans
-        outputs = counted(stack.forward, inputs, Sequences(), config, True)
+        outputs = counted(stack.forward, inputs, Rows(T, B), config, True)
         grads = StackGrads(outputs.output, None, None, None)
-        counted(stack.backward, inputs, outputs, grads, Sequences(), config, True, True)
+        counted(stack.backward, inputs, outputs, grads, Rows(T, B), config, True, True)
     assert counts[2] <= MOST[0]
     assert counts[3] <= MOST[1]
