@@ -198,25 +198,26 @@ def prepare(
             if len(KINDS) >= 4096:
                 KINDS.clear()
             KINDS[key] = kind
-    facts, sequences, unsort = kind.facts, NO_SEQUENCES, None
+    facts, sequences, order, unsort = kind.facts, NO_SEQUENCES, None, None
     if packing is not None:
-        sequences, unsort = Sequences(batch_sizes=packing.batch_sizes), packing.unsorted_indices
+        _, sizes, order, unsort = packing
+        sequences = Sequences(batch_sizes=sizes)
     elif ragged:
         sequences = _checked_sequences(facts, lengths, reset, batched)
     if hx is None:
         states = kind.zeros(data)
     else:
-        states = states if batched else tuple([s.unsqueeze(1) for s in states])
-        # Neither cuDNN nor a kernel takes states of other strides.
-        states = tuple([
-            (s if s.shape[1] == batch else s.expand(-1, batch, -1)).contiguous() for s in states
-        ])  # fmt: skip
-        if packing is not None and packing.sorted_indices is not None:
-            states = tuple([s.index_select(1, packing.sorted_indices) for s in states])
+        states = [_in_full(s if batched else s.unsqueeze(1), batch, order) for s in states]
     kept = kind if key is not None else None
     return Call(
         facts, data, states, params, batched, sequences, packing, nested, unsort, None, kept
     )
+
+
+def _in_full(state: Tensor, batch: int, order: Tensor | None) -> Tensor:
+    """Returns a state of all sequences, contiguous: neither cuDNN nor a kernel takes another."""
+    state = state if state.shape[1] == batch else state.expand(-1, batch, -1)
+    return state.contiguous() if order is None else state.index_select(1, order)
 
 
 def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
