@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import fusedrnn
 from fusedrnn import stack
 from fusedrnn.arguments import as_hx
+from fusedrnn.layout import rows_of
 from fusedrnn.records import Sequences
 from fusedrnn.stack import StackConfig, StackGrads, StackInputs
 
@@ -63,9 +64,10 @@ def test_calls_of_a_step(cell, most, packed):
         h_0, c_0 = (*states_for(module, 3), None)[:2]
         inputs = StackInputs(x, h_0, c_0, list(module.parameters()), [])
         with Counter() as counter:
-            outputs = stack.forward(inputs, sequences, config, True)
+            rows = rows_of(x, 3, 1, sequences)
+            outputs = stack.forward(inputs, rows, config, True)
             grads = StackGrads(outputs.output, None, None, None)
-            stack.backward(inputs, outputs, grads, sequences, config, True, True)
+            stack.backward(inputs, outputs, grads, rows, config, True, True)
         counts.append(counter.calls)
     assert (counts[1] - counts[0]) / 10 <= most
 
