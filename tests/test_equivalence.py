@@ -14,7 +14,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
-from fusedrnn import arguments, functional, loop_cells, stack
+from fusedrnn import arguments, loop_cells, stack
 from fusedrnn.arguments import as_hx
 from fusedrnn.kernels.rows import origins_of
 from fusedrnn.testing import assert_budget
@@ -173,7 +173,7 @@ def test_loop_in_other_dtypes(cell, dtype):
 
 
 def keep_padding(monkeypatch):
-    monkeypatch.setattr(functional, "is_eager", lambda input: False)
+    monkeypatch.setattr(arguments, "is_eager", lambda input: False)
 
 
 @pytest.mark.parametrize(
