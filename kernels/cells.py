@@ -4,13 +4,13 @@ A cell is three functions on tuples of tiles (``tiles.py``). They contain no poi
 over time, so one text serves every schedule. The gates are in torch's order, and a state is
 ``(h,)`` or ``(h, c)``.
 
-``operand(PHASE, gx, gh, state) -> u``
+``operand(PHASE, gh, state) -> u``
     The operand of a phase's recurrent product, which in phase 0 is h. ``gh`` holds the products
     of the phases before it.
 ``forward(gx, gh, state) -> state, saved``
-    The step. ``gx[gate] = W_ih x + b_ih`` and ``gh[gate] = W_hh u + b_hh``; ``saved`` are the tiles
-    that the adjoint needs. With MERGED, ``gh`` holds the sums of both, except where they are not
-    just added: in the n of ``gru``.
+    The step. ``gx[gate] = W_ih x + b_ih`` and ``gh[gate] = W_hh u + b_hh + gx[gate]``, but without
+    gx where the two are not just added: in the n of ``gru``. ``saved`` are the tiles that the
+    adjoint needs.
 ``adjoint(PHASE, d_state, du, saved, before, after, carry) -> dgates, d_state, carry``
     The step backwards, called for the phases in reverse order. ``before`` and ``after`` are the
     states that enter and leave the step. In the first call, ``d_state`` is the gradient of
@@ -37,24 +37,13 @@ SIGMOID, TANH = tl.constexpr(False), tl.constexpr(True)
 
 
 @triton.jit
-def total(gx, gh, FIRST: tl.constexpr, STOP: tl.constexpr, MERGED: tl.constexpr):
-    """The pre-activations of the gates FIRST to STOP - 1."""
-    out = ()
-    for g in tl.static_range(FIRST, STOP):
-        out = out + (gh[g] if MERGED else gx[g] + gh[g],)
-    return out
-
-
-@triton.jit
-def operand_h(
-    PHASE: tl.constexpr, gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False
-):
+def operand_h(PHASE: tl.constexpr, gh, state, SQUASH: tl.constexpr = squash):
     return state[0]
 
 
 @triton.jit
-def lstm_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
-    i, f, g, o = SQUASH(total(gx, gh, 0, 4, MERGED), (SIGMOID, SIGMOID, TANH, SIGMOID))
+def lstm_forward(gx, gh, state, SQUASH: tl.constexpr = squash):
+    i, f, g, o = SQUASH(gh, (SIGMOID, SIGMOID, TANH, SIGMOID))
     c = f * state[1] + i * g
     (tanh_c,) = SQUASH((c,), (TANH,))
     return (o * tanh_c, c), (i, f, g, o)
@@ -76,8 +65,8 @@ def lstm_adjoint(
 
 
 @triton.jit
-def gru_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
-    r, z = SQUASH(total(gx, gh, 0, 2, MERGED), (SIGMOID, SIGMOID))
+def gru_forward(gx, gh, state, SQUASH: tl.constexpr = squash):
+    r, z = SQUASH(gh[:2], (SIGMOID, SIGMOID))
     (n,) = SQUASH((gx[2] + r * gh[2],), (TANH,))
     return (n + z * (state[0] - n),), (r, z, n, gh[2])
 
@@ -95,22 +84,18 @@ def gru_adjoint(
 
 
 @triton.jit
-def gru_reset_before_operand(
-    PHASE: tl.constexpr, gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False
-):
+def gru_reset_before_operand(PHASE: tl.constexpr, gh, state, SQUASH: tl.constexpr = squash):
     if PHASE == 0:
         return state[0]
     else:
-        both = SQUASH(total(gx, gh, 0, 2, MERGED), (SIGMOID, SIGMOID))
+        both = SQUASH(gh[:2], (SIGMOID, SIGMOID))
         return both[0] * state[0]
 
 
 @triton.jit
-def gru_reset_before_forward(
-    gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False
-):
-    r, z = SQUASH(total(gx, gh, 0, 2, MERGED), (SIGMOID, SIGMOID))
-    (n,) = SQUASH(total(gx, gh, 2, 3, MERGED), (TANH,))
+def gru_reset_before_forward(gx, gh, state, SQUASH: tl.constexpr = squash):
+    r, z = SQUASH(gh[:2], (SIGMOID, SIGMOID))
+    (n,) = SQUASH(gh[2:], (TANH,))
     return (n + z * (state[0] - n),), (r, z, n)
 
 
@@ -130,8 +115,8 @@ def gru_reset_before_adjoint(
 
 
 @triton.jit
-def rnn_tanh_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
-    return SQUASH(total(gx, gh, 0, 1, MERGED), (TANH,)), ()
+def rnn_tanh_forward(gx, gh, state, SQUASH: tl.constexpr = squash):
+    return SQUASH(gh, (TANH,)), ()
 
 
 @triton.jit
@@ -143,8 +128,8 @@ def rnn_tanh_adjoint(
 
 
 @triton.jit
-def rnn_relu_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
-    (a,) = total(gx, gh, 0, 1, MERGED)
+def rnn_relu_forward(gx, gh, state, SQUASH: tl.constexpr = squash):
+    (a,) = gh
     return (tl.where(a <= 0.0, 0.0, a),), ()  # unlike a maximum it keeps NaN
 
 

@@ -177,11 +177,11 @@ def _cooperative_fwd_kernel(
         for p in tl.static_range(P):
             slot = exchange.slot_of(slots, published - 1 + p, TILE)
             if p > 0:
-                exchange.put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)
+                exchange.put(slot, program.cols, CELL.operand(p, gh, state, squash), TILE)
                 exchange.publish(counter)
             exchange.wait(counter, partners * (published + p), patience)
             gx, gh = _phase(w_hh[p], slot, gx, gh, starts, b_hh, buffers, p, CELL, TILE)
-        left, saved = CELL.forward(gx, gh, state, squash, True)
+        left, saved = CELL.forward(gx, gh, state, squash)
         left = leaving_state(layers, left, state, steps.origins_at(program, places[0]))
         origins = steps.origins_at(program, places[1])
         if layers.origins is not None:  # behind the last step no sequence begins

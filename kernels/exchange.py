@@ -72,7 +72,8 @@ def wait(counter_ptr, target, patience, other_ptr=None, other_target=None):
         setp.eq.u32 mine, polls, 0;
         selp.b64 counter, $1, $2, mine;
         selp.b32 target, $3, $4, mine;
-        POLL: ld.acquire.gpu.global.u32 seen, [counter];
+        POLL:
+        ld.acquire.gpu.global.u32 seen, [counter];
         setp.ge.s32 done, seen, target;
         @done bra DONE;
         add.u32 polls, polls, 1;

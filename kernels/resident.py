@@ -52,8 +52,8 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
         entering = tiles.entering_state(layers, state, origins)
         gh = ()
         for p in tl.static_range(len(CELL.phases)):
-            u = CELL.operand(p, gx, gh, entering)
-            gh = gh + tiles.products(u, w_hh, b_hh, CELL, p, TILE)
+            u = CELL.operand(p, gh, entering)
+            gh = gh + tiles.products(u, gx, w_hh, b_hh, CELL, p, TILE)
         state, saved = CELL.forward(gx, gh, entering)
         state = tiles.leaving_state(layers, state, entering, origins)
 

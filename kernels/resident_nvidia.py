@@ -92,12 +92,12 @@ def _forward_step(
     entering, gh = state, ()
     for p in tl.static_range(len(CELL.phases)):
         if p > 0:
-            share(inner, CELL.operand(p, gx, gh, entering, squash, True))
+            share(inner, CELL.operand(p, gh, entering, squash))
         u = operand(read if p == 0 else inner, TILE)
         for i in tl.static_range(len(CELL.phases[p])):
             start = start_of(CELL.phases[p][i], gx, b, CELL, TILE)
             gh = gh + (to_tile(multiply(w[CELL.phases[p][i]], u, start), TILE),)
-    state, saved = CELL.forward(gx, gh, entering, squash, True)
+    state, saved = CELL.forward(gx, gh, entering, squash)
     result = leaving_state(layers, state, entering, origins)
     if layers.origins is not None:  # behind the last step no sequence begins
         origins_next = tl.where(step + 1 < program.T, origins_next, PREVIOUS)

@@ -271,5 +271,5 @@ def store_dgates(
     W: tl.constexpr = len(CELL.tiles) * TILE.H
     here, dgates = _written(layers, program, place, dgates)
     row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
-    base = grads.gates + row * W + CELL.grads[PHASE][0] * TILE.H
+    base = grads.gates + (row * W + CELL.grads[PHASE][0] * TILE.H)
     store(base, program, here, dgates, W, TILE)

@@ -73,9 +73,10 @@ def _stepwise_fwd_kernel(
         bias = tiles.load_bias(tiles.choose(layers.b_hh, program.d), program.cols, CELL, H)
         gh = ()
         for g in tl.static_range(READY):
-            gh = gh + (tiles.widened(made)[g] + bias[g],)
+            total = tiles.widened(made)[g] + bias[g]
+            gh = gh + (total + gx[g] if CELL.merged[g] else total,)
         if PHASE < len(CELL.phases):
-            u = CELL.operand(PHASE, gx, gh, entering)
+            u = CELL.operand(PHASE, gh, entering)
         else:
             state, saved = CELL.forward(gx, gh, entering)
             state = tiles.leaving_state(layers, state, entering, origins)

@@ -104,12 +104,14 @@ def add_to(tiles, N: tl.constexpr, term):
 
 
 @triton.jit
-def products(u, w, b, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
-    """``u W[gate]^T + b[gate]`` in fp32 for the gates of a phase."""
+def products(u, gx, w, b, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
+    """``u W[gate]^T + b[gate]`` in fp32 for the gates of a phase, and gx where it is just added."""
     out = ()
     for i in tl.static_range(len(CELL.phases[PHASE])):
-        weight, bias = w[CELL.phases[PHASE][i]], b[CELL.phases[PHASE][i]]
-        acc = tl.broadcast_to(bias, [TILE.block_b, TILE.block_h])
+        weight, start = w[CELL.phases[PHASE][i]], b[CELL.phases[PHASE][i]]
+        if CELL.merged[CELL.phases[PHASE][i]]:
+            start = start + gx[CELL.phases[PHASE][i]]
+        acc = tl.broadcast_to(start, [TILE.block_b, TILE.block_h])
         out = out + (tl.dot(u.to(weight.dtype), weight, acc, input_precision=TILE.precision),)
     return out
 

@@ -173,7 +173,7 @@ def break_flag_before_h(patch):
 
 
 def break_flag_before_operand(patch):
-    put = "exchange.put(slot, program.cols, CELL.operand(p, gx, gh, state, squash, True), TILE)\n"
+    put = "exchange.put(slot, program.cols, CELL.operand(p, gh, state, squash), TILE)\n"
     old, new = put + " " * 16 + PUBLISH, PUBLISH + " " * 16 + put
     rewrite(patch, cooperative, "_cooperative_fwd_kernel", old, new)
 

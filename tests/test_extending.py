@@ -23,7 +23,7 @@ from kernel_cases import (
 
 from fusedrnn import reference
 from fusedrnn.kernels import cooperative, cooperative_backward, resident, stepwise
-from fusedrnn.kernels.cells import CELLS, SIGMOID, TANH, cell_of, total
+from fusedrnn.kernels.cells import CELLS, SIGMOID, TANH, cell_of
 from fusedrnn.kernels.spec import SPECS, CellSpec
 from fusedrnn.kernels.tiles import squash
 
@@ -54,8 +54,8 @@ def ugrnn_step(gx, h, c, w):
 
 
 @triton.jit
-def ugrnn_forward(gx, gh, state, SQUASH: tl.constexpr = squash, MERGED: tl.constexpr = False):
-    g, c = SQUASH(total(gx, gh, 0, 2, MERGED), (SIGMOID, TANH))
+def ugrnn_forward(gx, gh, state, SQUASH: tl.constexpr = squash):
+    g, c = SQUASH(gh, (SIGMOID, TANH))
     return (c + g * (state[0] - c),), (g, c)
 
 
