@@ -115,9 +115,9 @@ class StackOutputs(NamedTuple):
     output: Tensor  # [T, B, D*H], packed [R, D*H]
     h_n: Tensor  # [L*D, B, H]
     c_n: Tensor | None
-    gates: Tensor | None = None  # [L*D, T, B, S*H], packed [L*D, R, S*H]
-    cs: Tensor | None = None  # [L*D, T, B, H], c of every step
-    hidden: Tensor | None = None  # [``config.hidden_layers``, T, B, D*H], before dropout
+    gates: Tensor | None = None  # [L*D, R, S*H]
+    cs: Tensor | None = None  # [L*D, R, H], c of every step
+    hidden: Tensor | None = None  # [``config.hidden_layers``, R, D*H], before dropout
 
 
 class StackGrads(NamedTuple):

@@ -28,7 +28,7 @@ class Layers(NamedTuple):
     (without gradients nothing is saved). A kernel is compiled without what is None.
     """
 
-    gx: MaybeTensor = None  # [D, R, G*H] = x W_ih^T + b_ih of the first layer
+    gx: MaybeTensor = None  # [D, R, G*H], or [R, G*H]: x W_ih^T + b_ih of the first layer
     w_ih: Any = None  # Z of [G*H, I], a tuple; kernels read those above the first layer
     b_ih: tuple[Tensor, ...] | None = None  # Z of [G*H]
     w_hh: tuple[Tensor, ...] = ()  # Z of [G*H, H]

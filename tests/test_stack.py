@@ -14,7 +14,7 @@ from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
 
 T, B, I, H, L = 5, 3, 4, 6, 2
 #: Calls of functions, Python's and C's, before a forward and a backward launch.
-MOST = 175, 205
+MOST = 115, 110
 
 
 def config_of(cell, **options):
