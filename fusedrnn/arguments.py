@@ -336,7 +336,8 @@ def _checked_sequences(facts: Facts, lengths: Any, reset: Any, batched: bool) ->
     """Returns lengths and resets on the device, once, for backward too, and without a wait."""
     steps, batch, where = facts.steps, facts.batch if batched else None, facts.device
     if lengths is not None:
-        lengths = _checked_lengths(lengths, steps, batch)
+        is_hidden = facts.compiled or facts.transformed
+        lengths = _checked_lengths(lengths, steps, batch, is_hidden)
     if reset is not None:
         reset = _checked_reset(reset, steps, batch, facts.layers.batch_first)
     of: Any = lengths, reset
@@ -345,7 +346,7 @@ def _checked_sequences(facts: Facts, lengths: Any, reset: Any, batched: bool) ->
     return Sequences(*of)
 
 
-def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor:
+def _checked_lengths(lengths: Any, steps: int, batch: int | None, is_hidden: bool) -> Tensor:
     """Returns lengths as a tensor ``[B]``; checks values only where no device waits for it."""
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
@@ -363,8 +364,7 @@ def _checked_lengths(lengths: Any, steps: int, batch: int | None) -> Tensor:
     if lengths.shape != (batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
     lengths = lengths.long()  # a narrow dtype may not hold T
-    hidden = torch.compiler.is_compiling() or is_transformed()
-    if lengths.device.type == "cpu" and batch and not hidden:
+    if lengths.device.type == "cpu" and batch and not is_hidden:
         low, high = (int(bound) for bound in lengths.aminmax())
         if low < 0:
             raise ValueError(f"lengths has {low}; expected no negative number")

@@ -146,8 +146,7 @@ def kind_of(facts: Facts) -> tuple[Facts, str]:
 
 
 class Settings(NamedTuple):
-    """The settings that choices depend on beside the facts of a call; those of kernels are None
-    where none can run."""
+    """The settings that choices depend on beside a call; where no kernel can run the first."""
 
     requested: str = "auto"
     precision: str | None = None  # of products in fp32

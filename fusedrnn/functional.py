@@ -262,9 +262,3 @@ def _owns_output(backend: str, facts: Facts) -> bool:
     """
     is_own = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
     return is_own and not (facts.compiled or facts.transformed)
-
-
-def run_cell(call: Call) -> Any:
-    """Runs a prepared single step; returns the new states in the form of its input."""
-    _, hx = run(call)
-    return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(state.squeeze(0) for state in hx)

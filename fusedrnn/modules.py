@@ -110,10 +110,6 @@ class _Stack(torch.nn.RNNBase):
     def _update_flat_weights(self) -> None:
         """Does nothing: there is no list to update."""
 
-    def _is_torchs(self) -> bool:
-        """Returns whether torch's forward is as good; tracers know it at all sizes."""
-        return self._cell in ATEN and dispatch.is_auto()
-
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
         layers, params = self._layers(), self._params()
         return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
@@ -134,7 +130,8 @@ class _Stack(torch.nn.RNNBase):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
-        if torch._C._get_tracing_state() and lengths is reset is None and self._is_torchs():
+        is_traced = torch._C._get_tracing_state() and lengths is reset is None
+        if is_traced and self._cell in ATEN and dispatch.is_auto():  # tracers know it at all sizes
             return _TORCHS[self.mode].forward(self, input, hx)
         layers, params = self._layers(), self._params()
         return functional.run_stack(self._cell, input, hx, params, layers, lengths, reset)
@@ -316,7 +313,8 @@ class _SingleStep(torch.nn.RNNCellBase):
         op, p = ATEN_CELL.get(self._cell), self._parameters
         by_aten = dispatch.requested_backend()[0] in ("auto", "aten")
         if op is None or not by_aten or is_transformed():
-            return functional.run_cell(self._prepare(input, hx))
+            _, hx = functional.run(self._prepare(input, hx))
+            return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(s.squeeze(0) for s in hx)
         try:
             if input.dim() == 2:
                 if hx is None:
