@@ -30,6 +30,7 @@ class Tile(NamedTuple):
     block_b: int  # sequences of a program
     block_h: int  # its units, a power of two of at least 16
     rows: int  # of a product: block_h, or twice that if a warp has 8 units
+    chunks: tuple  # (first, number) of the columns of W_hh, H padded to a multiple of 16
     is_full: bool  # W_hh takes half of the registers
     tile: Any  # [BLOCK_B, BLOCK_H], a tile in registers
     acc: Any  # [rows, BLOCK_B], the accumulator of a product
@@ -67,7 +68,9 @@ def tile_of(D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: in
     )
     first, second = (gl.DotOperandLayout(n, acc, width) for n in (0, 1))
     rows, is_full = 2 * block_h // pair, block_h * itemsize >= 256
-    return Tile(1, D, H, block_b, block_h, rows, is_full, tile, acc, first, second, shared)
+    columns = -(-H // 16) * 16
+    chunks = tuple((columns & -2 * n, n) for n in (256, 128, 64, 32, 16) if columns & n)
+    return Tile(1, D, H, block_b, block_h, rows, chunks, is_full, tile, acc, first, second, shared)
 
 
 @gluon.jit
@@ -155,24 +158,27 @@ def round_operand(x):
 
 @gluon.jit
 def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
-    """``w[gate]`` of a whole W_hh ``[G*H, H]``, or its transpose, as the first operand."""
+    """``w[gate][chunk]`` of a whole W_hh ``[G*H, H]``, or its transpose, as the first operand.
+
+    Units beyond H are the first ones again, and compute the same; their columns are zero.
+    """
     H: tl.constexpr = TILE.H
     row = gl.arange(0, TILE.rows, gl.SliceLayout(1, TILE.weight))
-    k = gl.arange(0, TILE.block_h, gl.SliceLayout(0, TILE.weight))
-    # In every step the compiler would make again what it knows: zeros, and copies of rows.
-    limit = H if TRANSPOSE or TILE.rows == H else H + tl.program_id(2)
     if TILE.rows > TILE.block_h:
         unit = (row // 16) * 8 + (row % 8 ^ row // 8 % 2)
     else:
         unit = (row // 16) * 16 + (row % 8) * 2 + (row // 8) % 2
-    inside = (unit < limit)[:, None] & (k < limit)[None, :]
+    unit = (unit % H)[:, None]
     w = ()
     for g in tl.static_range(len(CELL.gates)):
-        if TRANSPOSE:
-            ptrs = w_ptr + ((g * H + k)[None, :] * H + unit[:, None])
-        else:
-            ptrs = w_ptr + ((g * H + unit)[:, None] * H + k[None, :])
-        w = w + (round_operand(tl.load(ptrs, mask=inside, other=0.0)),)
+        chunks = ()
+        for n in tl.static_range(len(TILE.chunks)):
+            k = gl.arange(0, TILE.chunks[n][1], gl.SliceLayout(0, TILE.weight))
+            k = (TILE.chunks[n][0] + k)[None, :]
+            ptrs = w_ptr + ((g * H + k) * H + unit if TRANSPOSE else (g * H + unit) * H + k)
+            x = tl.load(ptrs, mask=(unit < H) & (k < H), other=0.0)
+            chunks = chunks + (round_operand(x),)
+        w = w + (chunks,)
     return w
 
 
@@ -210,13 +216,19 @@ def share(buffer, tile):
 @gluon.jit
 def operand(buffer, TILE: tl.constexpr):
     """Reads a shared tile as the second operand; the compiler puts a barrier before it."""
-    return buffer.permute((1, 0)).load(TILE.operand)
+    u = ()
+    for n in tl.static_range(len(TILE.chunks)):
+        chunk = buffer.slice(TILE.chunks[n][0], TILE.chunks[n][1], 1)
+        u = u + (chunk.permute((1, 0)).load(TILE.operand),)
+    return u
 
 
 @gluon.jit
 def multiply(weight, u, acc):
     """``weight u + acc``."""
-    return mma_v2(weight, u, acc, input_precision="tf32")
+    for n in tl.static_range(len(u)):
+        acc = mma_v2(weight[n], u[n], acc, input_precision="tf32")
+    return acc
 
 
 @gluon.jit

@@ -153,9 +153,10 @@ def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     spec, itemsize = problem.spec, problem.dtype.itemsize
     units = _all_units("resident_nvidia", problem, chip)
     # Two programs of 8 rows on an SM are faster than one of 16, for which a full program has no
-    # registers anyway.
+    # registers anyway, and half a one of ragged rows.
     few = -(-problem.batch // 8) * problem.directions <= 2 * chip.sms
-    block_b = 8 if few or units * spec.gates * itemsize > 512 else 16
+    most = 256 if problem.ragged else 512
+    block_b = 8 if few or units * spec.gates * itemsize > most else 16
     shared = 2 * max(spec.gates, 2) * block_b * units * itemsize
     # Four warps keep an SM busy: with 8 units each they waste half of a product's rows.
     warps = units // 8 if units <= 32 else min(8, units // 16)

@@ -6,57 +6,19 @@ the step before has written, so that the barrier between them is the only one. B
 same with dgates. The loop over time makes two steps a turn, one with each buffer.
 
 Limits: tensors of 16 bits, or fp32 with tf32 products; W_hh must fit the registers (``plan.py``);
-H is padded to a power of two of at least 16, with units that read the first ones and multiply by 0.
+H is padded to a power of two of at least 16, whose units beyond H are the first ones again: they
+compute the same, and store it to the same places. Products have the next multiple of 16 columns.
 """
 
 import triton.language as tl
 from triton.experimental import gluon
 
+from . import mma, steps, tiles
 from .cells import CELLS, Cell
 from .launch import layers_backward, layers_forward, run, sizes_of
-from .mma import (
-    Tile,
-    load_bias,
-    load_weights,
-    multiply,
-    operand,
-    sequences,
-    share,
-    shared_tiles,
-    squash,
-    start_of,
-    sum_of,
-    tile_of,
-    to_tile,
-    units,
-    widened,
-    zero_acc,
-    zero_where,
-)
 from .problem import Plan, Tiles
 from .rows import Rows
-from .steps import (
-    entered,
-    load_ends,
-    load_gx,
-    load_left,
-    load_step,
-    origins_at,
-    part_of,
-    place_of,
-    store_dgates,
-    store_ends,
-    store_h,
-    store_saved,
-)
 from .tensors import Grads, Layers
-from .tiles import (
-    PREVIOUS,
-    ZERO,
-    add_to,
-    choose,
-    leaving_state,
-)
 
 #: Steps in one turn of the loop over time.
 STEPS = 2
@@ -67,13 +29,14 @@ def _program(layers, T, B, R, TILE: tl.constexpr):
     """The sequences and the direction of this program."""
     d = tl.program_id(1) * (TILE.D - 1)  # of a single direction a constant
     first_b = tl.program_id(0) * TILE.block_b
-    return part_of(layers, d, first_b, sequences(TILE), units(TILE), T, B, R, TILE)
+    rows, cols = mma.sequences(TILE), mma.units(TILE)
+    return steps.part_of(layers, d, first_b, rows, cols, T, B, R, TILE, True)
 
 
 @gluon.jit
 def _entering(layers, state, origins):
     """``tiles.entering_state``, or backward the gradient behind it."""
-    return zero_where(origins == ZERO, state) if layers.origins is not None else state
+    return mma.zero_where(origins == tiles.ZERO, state) if layers.origins is not None else state
 
 
 @gluon.jit
@@ -87,28 +50,29 @@ def _forward_step(
     and gx and places for the step after that.
     """
     w, b = weights
-    origins, origins_next = origins_at(program, places[0]), origins_at(program, places[1])
-    gx = widened(gx)
+    origins = steps.origins_at(program, places[0])
+    gx = mma.widened(gx)
     entering, gh = state, ()
     for p in tl.static_range(len(CELL.phases)):
         if p > 0:
-            share(inner, CELL.operand(p, gh, entering, squash))
-        u = operand(read if p == 0 else inner, TILE)
+            mma.share(inner, CELL.operand(p, gh, entering, mma.squash))
+        u = mma.operand(read if p == 0 else inner, TILE)
         for i in tl.static_range(len(CELL.phases[p])):
-            start = start_of(CELL.phases[p][i], gx, b, CELL, TILE)
-            gh = gh + (to_tile(multiply(w[CELL.phases[p][i]], u, start), TILE),)
-    state, saved = CELL.forward(gx, gh, entering, squash)
-    result = leaving_state(layers, state, entering, origins)
+            start = mma.start_of(CELL.phases[p][i], gx, b, CELL, TILE)
+            gh = gh + (mma.to_tile(mma.multiply(w[CELL.phases[p][i]], u, start), TILE),)
+    state, saved = CELL.forward(gx, gh, entering, mma.squash)
+    result = tiles.leaving_state(layers, state, entering, origins)
     if layers.origins is not None:  # behind the last step no sequence begins
-        origins_next = tl.where(step + 1 < program.T, origins_next, PREVIOUS)
-    state = _entering(layers, result, origins_next)
-    share(write, state[0])
+        next_origins = steps.origins_at(program, places[1])
+        origins = tl.where(step + 1 < program.T, next_origins, tiles.PREVIOUS)
+    state = _entering(layers, result, origins)
+    mma.share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
-    gx_later = load_gx(layers, program, step + 2, places[2], CELL, TILE)
-    later = (places[1], places[2], place_of(layers, program, step + 3))
-    store_h(layers, program, step, places[0], result, TILE)
-    store_saved(layers, program, step, places[0], result, saved, CELL, TILE)
+    gx_later = steps.load_gx(layers, program, step + 2, places[2], CELL, TILE)
+    later = (places[1], places[2], steps.place_of(layers, program, step + 3))
+    steps.store_h(layers, program, step, places[0], result, TILE)
+    steps.store_saved(layers, program, step, places[0], result, saved, CELL, TILE)
     return state, gx_later, later
 
 
@@ -116,18 +80,17 @@ def _forward_step(
 def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
-    w = load_weights(choose(layers.w_hh, program.d), False, CELL, TILE)
-    weights = (w, load_bias(choose(layers.b_hh, program.d), program.cols, CELL, TILE))
-    even, odd, inner = shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
+    w = mma.load_weights(tiles.choose(layers.w_hh, program.d), False, CELL, TILE)
+    weights = (w, mma.load_bias(tiles.choose(layers.b_hh, program.d), program.cols, CELL, TILE))
+    even, odd, inner = mma.shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
 
-    places = (
-        place_of(layers, program, 0), place_of(layers, program, 1), place_of(layers, program, 2)
-    )  # fmt: skip
-    gx = load_gx(layers, program, 0, places[0], CELL, TILE)
-    gx_odd = load_gx(layers, program, 1, places[1], CELL, TILE)
-    state = widened(load_ends(layers.h_0, layers.c_0, program, TILE))
-    state = _entering(layers, state, origins_at(program, places[0]))
-    share(even, state[0])
+    places = steps.place_of(layers, program, 0), steps.place_of(layers, program, 1)
+    places = places + (steps.place_of(layers, program, 2),)
+    gx = steps.load_gx(layers, program, 0, places[0], CELL, TILE)
+    gx_odd = steps.load_gx(layers, program, 1, places[1], CELL, TILE)
+    state = mma.widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+    state = _entering(layers, state, steps.origins_at(program, places[0]))
+    mma.share(even, state[0])
     for pair in range(T // 2):
         step = 2 * pair
         state, gx, places = _forward_step(
@@ -140,7 +103,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
         state, gx, places = _forward_step(
             layers, program, T - 1, weights, state, gx, places, even, odd, inner, CELL, TILE
         )
-    store_ends(layers.h_n, layers.c_n, program, state, TILE)
+    steps.store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
 
 @gluon.jit
@@ -154,37 +117,36 @@ def _backward_step(
     state that entered, the state that left the step before, and what the step before that reads.
     """
     w, initial = fixed
-    saved, left_before, d_out, d_cs = now
-    saved, left_before, origins = (
-        widened(saved),
-        widened(left_before),
-        origins_at(program, places[0]),
-    )
+    saved, left_before = mma.widened(now[0]), mma.widened(now[1])
+    d_out, d_cs = now[2], now[3]
+    origins = steps.origins_at(program, places[0])
     if not TILE.is_full:
-        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
-    later = (places[1], places[2], places[3], place_of(layers, program, step - 4))
-    before = entered(layers, origins, left_before, widened(initial))
+        now = steps.load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+    later = (places[1], places[2], places[3], steps.place_of(layers, program, step - 4))
+    before = steps.entered(layers, origins, left_before, mma.widened(initial))
     if grads.out is not None:
-        d_state = add_to(d_state, 0, widened(d_out)[0])
+        d_state = tiles.add_to(d_state, 0, mma.widened(d_out)[0])
     if grads.cs is not None:
-        d_state = add_to(d_state, 1, widened(d_cs)[0])
+        d_state = tiles.add_to(d_state, 1, mma.widened(d_cs)[0])
     d_leaving, carry = d_state, ()
     du = d_state[0]  # not read by the last phase
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
-        dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, left, carry, squash)
+        dgates, d_state, carry = CELL.adjoint(
+            p, d_state, du, saved, before, left, carry, mma.squash
+        )
         for i in tl.static_range(len(CELL.phases[p])):
-            share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
-        store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
+            mma.share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
         terms = ()
         for i in tl.static_range(len(CELL.phases[p])):
-            u = operand(buffers[CELL.phases[p][i]], TILE)
-            term = multiply(w[CELL.phases[p][i]], u, zero_acc(TILE))
+            u = mma.operand(buffers[CELL.phases[p][i]], TILE)
+            term = mma.multiply(w[CELL.phases[p][i]], u, mma.zero_acc(TILE))
             terms = terms + (term,)
-        du = to_tile(sum_of(terms), TILE)
-    d_state = add_to(d_state, 0, du)
-    d_state = _entering(layers, leaving_state(layers, d_state, d_leaving, origins), origins)
+        du = mma.to_tile(mma.sum_of(terms), TILE)
+        steps.store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
+    d_state = tiles.add_to(d_state, 0, du)
+    d_state = _entering(layers, tiles.leaving_state(layers, d_state, d_leaving, origins), origins)
     if TILE.is_full:  # of registers, so that they are taken later
-        now = load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
+        now = steps.load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
     return d_state, left_before, now, later
 
 
@@ -193,18 +155,18 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     G: tl.constexpr = len(CELL.gates)
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
-    w = load_weights(choose(layers.w_hh, program.d), True, CELL, TILE)
-    even, odd = shared_tiles(G, G, dtype, TILE), shared_tiles(G, G, dtype, TILE)
+    w = mma.load_weights(tiles.choose(layers.w_hh, program.d), True, CELL, TILE)
+    even, odd = mma.shared_tiles(G, G, dtype, TILE), mma.shared_tiles(G, G, dtype, TILE)
 
     places = (
-        place_of(layers, program, T - 1), place_of(layers, program, T - 2),
-        place_of(layers, program, T - 3), place_of(layers, program, T - 4),
+        steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2),
+        steps.place_of(layers, program, T - 3), steps.place_of(layers, program, T - 4),
     )  # fmt: skip
-    fixed = (w, load_ends(layers.h_0, layers.c_0, program, TILE))
-    d_state = widened(load_ends(grads.h_n, grads.c_n, program, TILE))
-    left = widened(load_left(layers, program, T - 1, places[0], TILE))
-    now = load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
-    ahead = load_step(layers, grads, program, T - 2, (places[1], places[2]), CELL, TILE)
+    fixed = (w, steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+    d_state = mma.widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
+    left = mma.widened(steps.load_left(layers, program, T - 1, places[0], TILE))
+    now = steps.load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
+    ahead = steps.load_step(layers, grads, program, T - 2, (places[1], places[2]), CELL, TILE)
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
         d_state, left, now, places = _backward_step(
@@ -218,13 +180,13 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
         d_state, left, now, places = _backward_step(
             layers, grads, program, 0, fixed, d_state, left, now, places, even, CELL, TILE
         )
-    store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
+    steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
 
-def _tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> Tile:
+def _tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> mma.Tile:
     """The argument TILE of a kernel."""
     itemsize = layers.h_0.element_size()
-    return tile_of(*sizes_of(layers, tiles)[1:], tiles.num_warps, itemsize)
+    return mma.tile_of(*sizes_of(layers, tiles)[1:], tiles.num_warps, itemsize)
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:

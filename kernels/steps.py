@@ -25,17 +25,28 @@ class Part(NamedTuple):
     R: Any
     first_b: Any  # the first sequence
     offs_b: Any  # [BLOCK_B], the sequences, the last one again in place of those beyond B
-    mask_b: Any  # [BLOCK_B], those of them that exist
+    mask_b: Any  # ([BLOCK_B],), those of them that exist; () if the others are stored again
     cols: Any  # [BLOCK_H], the hidden units
+    mask_h: Any  # ([BLOCK_H],), those of them that exist; () if cols has the first ones again
 
 
 @triton.jit
-def part_of(layers, z, first_b, rows, cols, T, B, R, TILE: tl.constexpr):
-    """The part of layer and direction z: sequences ``first_b + rows``, and units ``cols``."""
+def part_of(
+    layers, z, first_b, rows, cols, T, B, R, TILE: tl.constexpr, AGAIN: tl.constexpr = False
+):
+    """The part of layer and direction z: sequences ``first_b + rows``, and units ``cols``.
+
+    With AGAIN, the kernel computes for sequences beyond B the last one again and for units beyond H
+    the first ones, and stores the same values again in the same places: no store needs a mask.
+    """
     out = choose(layers.out, z) if TILE.L > 1 else layers.out[0]
     offs_b = first_b + rows
     last = tl.minimum(offs_b, B - 1)
-    return Part(z, z % TILE.D, out, T, B, R, first_b, last, offs_b < B, cols)
+    if AGAIN:
+        return Part(z, z % TILE.D, out, T, B, R, first_b, last, (), cols % TILE.H, ())
+    else:
+        inside = cols < TILE.H
+        return Part(z, z % TILE.D, out, T, B, R, first_b, last, (offs_b < B,), cols, (inside,))
 
 
 @triton.jit
@@ -49,35 +60,49 @@ def _pointers(base, program, cols, W):
 
 
 @triton.jit
-def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr, ZERO: tl.constexpr = True):
-    """N tiles from rows of W values; zero where a mask is not.
+def _inside(masks, mask_h):
+    """The mask of a tile, given none or one of its sequences and none or one of its units."""
+    if len(masks) == 0:
+        return mask_h[0][None, :]
+    elif len(mask_h) == 0:
+        return masks[0][:, None]
+    else:
+        return masks[0][:, None] & mask_h[0][None, :]
 
-    Beyond H they are zero, or without ZERO those of the first units again, which takes fewer
-    instructions.
+
+@triton.jit
+def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr, ZERO: tl.constexpr = True):
+    """N tiles from rows of W values; zero where a mask is not, and beyond H.
+
+    Without ZERO they are anything where a mask is not, and beyond H those of the first units again,
+    which takes fewer instructions.
     """
     H: tl.constexpr = TILE.H
-    ptrs = _pointers(base, program, program.cols if ZERO else program.cols % H, W)
+    mask_h = program.mask_h if ZERO and H % TILE.block_h > 0 else ()
+    again: tl.constexpr = len(program.mask_h) > 0 and not ZERO
+    ptrs = _pointers(base, program, program.cols % H if again else program.cols, W)
     tiles = ()
     for n in tl.static_range(N):
-        if ZERO and H % TILE.block_h > 0:
-            inside = (program.cols < H)[None, :]
-            inside = masks[0][:, None] & inside if len(masks) > 0 else inside
-            tile = tl.load(ptrs + n * H, mask=inside, other=0.0)
-        elif len(masks) > 0:
-            tile = tl.load(ptrs + n * H, mask=masks[0][:, None], other=0.0)
-        else:
+        if len(masks) + len(mask_h) == 0:
             tile = tl.load(ptrs + n * H)
+        elif ZERO:
+            tile = tl.load(ptrs + n * H, mask=_inside(masks, mask_h), other=0.0)
+        else:
+            tile = tl.load(ptrs + n * H, mask=_inside(masks, mask_h))
         tiles = tiles + (tile,)
     return tiles
 
 
 @triton.jit
-def store(base, program, mask, tiles, W: tl.constexpr, TILE: tl.constexpr):
+def store(base, program, masks, tiles, W: tl.constexpr, TILE: tl.constexpr):
     """Stores tiles into rows of W values."""
     ptrs = _pointers(base, program, program.cols, W)
-    inside = mask[:, None] & (program.cols < TILE.H)[None, :]
     for n in tl.static_range(len(tiles)):
-        tl.store(ptrs + n * TILE.H, tiles[n].to(base.dtype.element_ty), mask=inside)
+        tile = tiles[n].to(base.dtype.element_ty)
+        if len(masks) + len(program.mask_h) == 0:
+            tl.store(ptrs + n * TILE.H, tile)
+        else:
+            tl.store(ptrs + n * TILE.H, tile, mask=_inside(masks, program.mask_h))
 
 
 @triton.jit
@@ -94,9 +119,11 @@ def place_of(layers, program, step):
     """
     place = ()
     if layers.origins is not None:
-        t = time_of(tl.minimum(tl.maximum(step, 0), program.T - 1), program).to(tl.int64)
-        ptrs = layers.origins + (program.d * program.T + t) * program.B + program.offs_b
-        place = (tl.load(ptrs, mask=program.mask_b, other=SKIPPED),)
+        step = tl.where(step < program.T, step, program.T - 1)
+        t = time_of(tl.where(step < 0, 0, step), program).to(tl.uint32)
+        row = (program.d * program.T).to(tl.int64) + t.to(tl.int64)
+        row *= program.B.to(tl.uint32).to(tl.int64)
+        place = (tl.load(layers.origins + row + program.offs_b).to(tl.int32),)
         if layers.starts is not None:
             place = place + (tl.load(layers.starts + t),)
     return place
@@ -104,10 +131,7 @@ def place_of(layers, program, step):
 
 @triton.jit
 def origins_at(program, place):
-    if len(place) > 0:
-        return place[0]
-    else:
-        return program.mask_b
+    return place[0] if len(place) > 0 else ()
 
 
 @triton.jit
@@ -132,12 +156,12 @@ def readable(layers, program, place):
 
 @triton.jit
 def _written(layers, program, place, tiles):
-    """A mask of the sequences whose row is written, and the tiles, zero where a step is skipped.
+    """The mask of the sequences to store, if any, and the tiles, zero where a step is skipped.
 
     If rows are packed, a skipped step has none.
     """
     if layers.starts is not None:
-        return place[0] != SKIPPED, tiles
+        return (place[0] != SKIPPED,), tiles
     else:
         return program.mask_b, visible(layers, tiles, origins_at(program, place))
 
@@ -199,7 +223,7 @@ def store_saved(layers, program, step, place, state, saved, CELL: tl.constexpr, 
 def load_left(layers, program, step, place, TILE: tl.constexpr):
     """The state that left a step, the one before the first if the rows are dense.
 
-    It is zero where the step was skipped.
+    It is anything where the step was skipped.
     """
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H

@@ -37,10 +37,10 @@ class Buffer:
         view.tile = tl.permute(self.tile, order)
         return view
 
-    def slice(self, start: int, length: int) -> Buffer:
-        start, length = int(start), int(length)
-        view = Buffer(self.dtype, [length, *self.shape[1:]])
-        data = self.tile.handle.data[start : start + length]
+    def slice(self, start: int, length: int, dim: int = 0) -> Buffer:
+        shape = [int(length) if n == int(dim) else size for n, size in enumerate(self.shape)]
+        view = Buffer(self.dtype, shape)
+        data = self.tile.handle.data.take(range(int(start), int(start + length)), int(dim))
         view.tile = tl.tensor(TensorHandle(data, self.dtype), tl.block_type(self.dtype, view.shape))
         return view
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from kernel_cases import Shape, differences, expected, resident_plan, results, rows_of, tensors
 
-from fusedrnn.kernels import resident_nvidia, steps
+from fusedrnn.kernels import mma, resident_nvidia, steps, tiles
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.testing import assert_budget
 
@@ -77,6 +77,6 @@ def test_operands_rounded_to_tf32(cell):
     ],
 )
 def test_planted_faults_are_found(name, fault, monkeypatch):
-    for module in (resident_nvidia, steps):
+    for module in (mma, steps, tiles):
         monkeypatch.setattr(module, name, fault, raising=False)
     assert differences("lstm", RAGGED, run("lstm", RAGGED))
