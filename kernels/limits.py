@@ -75,4 +75,4 @@ def slice_needs(
 def holds_slice(needs: SliceNeeds, layers: int, ragged: bool, forward: bool, halved: bool) -> bool:
     """Returns whether registers are left for the rest; ``tests/compile_all.py`` checks it."""
     scarce = ragged and (forward or halved or layers > 1)
-    return needs.registers <= 208 - 16 * scarce - 32 * (layers > 1)
+    return needs.registers <= 208 - 16 * scarce - 32 * (layers > 1) - 8 * (halved and forward)

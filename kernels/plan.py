@@ -225,14 +225,16 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
     sizes = product((8, 16, 32, 64), (8, 16, 32), (4, 8), (False, True))
     most = 64 // spec.gates if forward else 32  # units of a halved slice; more would spill
     for units, rows, warps, halved in sizes:
-        needs = slice_needs(spec, kind, L, forward, H, units, rows, warps, halved)
         programs = -(-H // units) * problem.directions * L  # of a batch tile
         if (
             programs > chip.sms
-            or needs.shared_bytes > chip.shared_bytes
-            or not holds_slice(needs, L, problem.ragged, forward, halved)
             or (units == 8 and (L > 1 or not forward))  # whose instructions have 16 rows
             or (halved and (L > 1 or rows > 16 or units > most))
+        ):
+            continue
+        needs = slice_needs(spec, kind, L, forward, H, units, rows, warps, halved)
+        if needs.shared_bytes > chip.shared_bytes or not holds_slice(
+            needs, L, problem.ragged, forward, halved
         ):
             continue
         tiles = -(-problem.batch // rows)

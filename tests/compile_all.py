@@ -11,7 +11,8 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
-from compiling import COMPILED_CHIPS, Job, covering, every_job, faults
+import triton
+from compiling import COMPILED_CHIPS, Job, covering, every_pair, every_plan, faults
 from processes import python
 
 
@@ -72,22 +73,30 @@ def run_script(name: str, *arguments: str, triton_dir: str | None = None) -> str
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--covering", action="store_true", help="the subset of `make test`")
-    parser.add_argument("--chips", nargs="+", default=COMPILED_CHIPS, choices=COMPILED_CHIPS)
-    parser.add_argument("--schedules", nargs="+", help="those alone")
+    parser.add_argument("--every", choices=("pair", "plan"), help="not the subset of `make test`")
+    parser.add_argument("--chip", choices=COMPILED_CHIPS, help="that alone")
+    parser.add_argument("--schedule", help="that alone")
+    parser.add_argument("--part", default="0/1", help="each n-th job from the i-th on, as 0/4")
     parser.add_argument("--workers", type=int, default=2)
     parser.add_argument("--summary", action="store_true", help="end with a table in Markdown")
     options = parser.parse_args()
-    every = covering() if options.covering else (j for c in options.chips for j in every_job(c))
-    jobs = [job for job in every if job.chip in options.chips]
-    if options.schedules:
-        jobs = [job for job in jobs if job.plan.schedule in options.schedules]
+    jobs = covering()
+    if options.every:
+        choose = every_pair if options.every == "pair" else every_plan
+        jobs = choose(options.chip or "sm_90")
+    number, of = map(int, options.part.split("/"))
+    jobs = [
+        job
+        for job in jobs[number::of]
+        if options.chip in (None, job.chip) and options.schedule in (None, job.plan.schedule)
+    ]
     with ProcessPoolExecutor(options.workers) as pool:
         rows = [row for found in pool.map(compile_job, jobs) for row in found]
     wrong = [row for row in rows if row.faults]
     for row in wrong:
         print(f"{row.chip} {row.schedule} {row.direction} {row.name}: {', '.join(row.faults)}")  # noqa: T201
-    print(f"{len(rows)} kernels compiled, {len(wrong)} with faults")  # noqa: T201
+    by = f"by Triton {triton.__version__}"
+    print(f"{len(rows)} kernels compiled {by}, {len(wrong)} with faults")  # noqa: T201
     if options.summary:
         print(summary(rows))  # noqa: T201
     return 1 if wrong else 0

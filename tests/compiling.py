@@ -1,132 +1,134 @@
 """The kernels to compile, and what must hold of each binary."""
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from itertools import product
+from functools import cache
+from itertools import combinations, cycle, product
 from typing import Any, NamedTuple
 
 import torch
 
 from fusedrnn.kernels.compile import count_kinds
-from fusedrnn.kernels.plan import CHIPS, Chip, NoPlan, Plan, Problem, cooperative, plan
+from fusedrnn.kernels.plan import CHIPS, Plan, Problem, plan_stack
 from fusedrnn.kernels.sass import trace
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread
 MOST_SPILLED_BEFORE = 256  # of a cooperative kernel, all while W_hh is loaded, before its loop
-COMPILED_CHIPS = ("sm_80", "sm_86", "sm_89", "sm_90", "sm_100", "sm_120")
+COMPILED_CHIPS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
-KINDS = ((BF16, "ieee"), (FP16, "ieee"), (FP32, "tf32"), (FP32, "tf32x3"), (FP32, "ieee"))
-MANY = 2000  # sequences, for which a program of schedule resident has 16 rows
+PRODUCTS = ((BF16, "ieee"), (FP16, "ieee"), (FP64, "ieee"))
+PRODUCTS += ((FP32, "tf32"), (FP32, "tf32x3"), (FP32, "ieee"))
+#: The largest first: of jobs with the same traits it is taken, and it needs most registers.
+SIZES = (4096, 2048, 1536, 1024, 768, 512, 256, 128, 64, 32, 16)
+PADDED = (3000, 1000, 500, 200, 100, 50, 25, 12, 1)
+#: The last one fills an SM twice: programs of schedule resident_nvidia have 16 rows.
+BATCHES = (16, 128, 3000)
 
 
 class Job(NamedTuple):
-    """A plan whose kernels are compiled."""
+    """A plan whose kernels are compiled, of one launch of all the problem's layers."""
 
     problem: Problem
     chip: str
+    plan: Plan
 
     @property
-    def plan(self) -> Plan:
-        """One launch of all the problem's layers."""
-        choose = cooperative if self.problem.layers > 1 else plan
-        return choose(self.problem, CHIPS[self.chip])
+    def traits(self) -> tuple[str, ...]:
+        """The schedule, and everything else that makes another binary; the first four are SHAPE."""
+        p, tiles, schedule = self.problem, self.plan.forward, self.plan.schedule
+        products, rows = f"{p.dtype} {p.precision}", f"{tiles.block_b} rows"
+        if schedule == "stepwise":  # whose products are torch's; rows follow from H
+            products, rows = str(p.dtype), ""
+        return (
+            schedule,
+            p.cell,
+            products,
+            "ragged" if p.ragged else "dense",
+            "padded" if p.hidden_size % 16 else "whole",
+            f"D = {p.directions}",
+            f"L = {p.layers}",
+            "training" if p.needs_grad else "inference",
+            rows,
+            "halved" if tiles.halved else "in registers",
+        )
 
 
-def job(
-    cell: str, H: int, dtype: torch.dtype = BF16, precision: str = "ieee", chip: str = "sm_90",
-    *, B: int = 16, D: int = 1, **options: Any,
-) -> Job:  # fmt: skip
-    problem = Problem(cell, H, B, D, dtype, precision, options.pop("needs_grad", True), **options)
-    return Job(problem, chip)
+SHAPE = 4  # the first traits: schedule, cell, products, form of rows
+
+
+def job_of(problem: Problem, chip: str = "sm_90") -> Job | None:
+    """Returns the job of a problem; None where its layers share no launch."""
+    chosen, *_ = plan_stack(problem, CHIPS[chip])
+    return Job(problem, chip, chosen) if chosen.layers == problem.layers else None
+
+
+@cache
+def candidates(chip: str) -> list[Job]:
+    """Problems of every cell, kind of product and form of rows, at sizes where plans change."""
+    sizes = product(SIZES + PADDED, SPECS, PRODUCTS, (False, True), BATCHES)
+    variants = list(product((True, False), (1, 2), (2, 1)))
+    found = (
+        job_of(Problem(cell, H, B, D, dtype, precision, needs_grad, L, ragged), chip)
+        for H, cell, (dtype, precision), ragged, B in sizes
+        for needs_grad, L, D in variants
+        if D == 1 or L == 1
+    )
+    return [each for each in found if each]
+
+
+def combined(traits: Iterable[str], count: int) -> set[tuple[str, ...]]:
+    """The combinations of so many traits, each beside the schedule."""
+    schedule, *others = traits
+    return {(schedule, *some) for some in combinations(others, count)}
+
+
+def cover(chip: str, count: int, of: int | None = None) -> list[Job]:
+    """Chooses jobs until every trait occurs, and ``count`` of the first ``of`` traits together."""
+    jobs: dict[tuple, Job] = {}
+    for each in candidates(chip):
+        jobs.setdefault(each.traits, each)
+    goals = {t: combined(t, 1) | combined(t[:of], count) for t in jobs}
+    left, chosen = set().union(*goals.values()), []
+    while left:
+        best = max(goals, key=lambda traits: len(goals[traits] & left))
+        left -= goals.pop(best)
+        chosen.append(jobs[best])
+    return chosen
 
 
 def covering() -> list[Job]:
-    """About 60 kernels: every schedule, cell, kind of product, form of rows, direction and chip."""
-    return [
-        # resident_nvidia, and resident for other products
-        job("lstm", 128),
-        job("lstm", 128, B=MANY, needs_grad=False),
-        job("lstm", 128, FP16, chip="sm_100", ragged=True),
-        job("lstm", 64, FP32, "tf32", "sm_80", D=2, ragged=True),
-        job("lstm", 64, FP32, "tf32x3"),
-        job("lstm", 64, FP32, "ieee", ragged=True),
-        job("gru", 128, FP16, D=2, ragged=True, B=MANY),
-        job("gru", 64, FP32, "tf32", "sm_100"),
-        job("lstm", 128, FP16, chip="sm_80"),
-        job("gru_reset_before", 96),
-        job("gru_reset_before", 64, FP32, "tf32", ragged=True),
-        job("rnn_tanh", 256, ragged=True),
-        job("rnn_relu", 128, FP32, "tf32", "sm_80"),
-        job("rnn_relu", 16, FP16),
-        job("lstm", 32, FP32, "tf32", "sm_86"),
-        job("lstm", 128, FP16, chip="sm_86"),
-        job("gru", 128, chip="sm_89"),
-        job("lstm", 100, FP16, chip="sm_120", ragged=True),
-        # cooperative
-        job("lstm", 512),
-        job("lstm", 512, FP16, ragged=True),
-        job("lstm", 512, FP32, "tf32"),
-        job("lstm", 1024, chip="sm_100"),
-        job("lstm", 256, layers=2),
-        job("lstm", 200, FP32, "tf32", "sm_80", ragged=True),
-        job("gru", 512, B=128),
-        job("gru", 1024, D=2),
-        job("gru", 256, FP32, "tf32", layers=3),
-        job("gru", 256, chip="sm_80", ragged=True, D=2),
-        job("gru_reset_before", 256),
-        job("rnn_tanh", 1024, needs_grad=False),
-        job("rnn_relu", 512, FP32, "tf32", "sm_100"),
-        job("lstm", 512, chip="sm_89"),
-        # half of the weights in shared memory
-        job("lstm", 2048),
-        job("lstm", 1024, FP32, "tf32", ragged=True),
-        job("gru", 1280, chip="sm_86"),
-        job("gru", 256, FP32, "tf32", "sm_120"),
-        # stepwise
-        job("lstm", 48, FP64, D=2),
-        job("gru_reset_before", 4096, ragged=True),
-    ]
+    """The jobs of `make test`: pairs of cell, products and form of rows, half on other chips."""
+    chips, found = cycle(COMPILED_CHIPS[1:]), []
+    for number, each in enumerate(cover("sm_90", 2, SHAPE)):
+        moved = job_of(each.problem, next(chips)) if number % 2 else None
+        found.append(moved if moved and moved.traits == each.traits else each)
+    return found
 
 
-def every_job(chip: str) -> Iterator[Job]:
-    """One problem for each different plan that the planner has for a chip."""
+def every_pair(chip: str) -> list[Job]:
+    """The jobs of `make test-all` for a chip or a Triton: all traits in pairs."""
+    return cover(chip, 2)
+
+
+def every_plan(chip: str = "sm_90") -> list[Job]:
+    """The jobs of `make test-all` for one chip: the planner's tiles, and the triples of SHAPE.
+
+    fp16, padded and inference are in the triples and pairs alone.
+    """
+    found = dict.fromkeys([*cover(chip, 3, SHAPE), *every_pair(chip)])
     seen = set()
-    for problem in _problems(CHIPS[chip]):
-        found = Job(problem, chip)
-        try:
-            chosen = found.plan
-        except NoPlan:
-            continue
+    for each in candidates(chip):
+        p, chosen = each.problem, each.plan
         sides = chosen.forward, chosen.backward
         tiles = tuple(side and replace(side, at_once=1, shared_bytes=0) for side in sides)
-        if chosen.schedule == "stepwise" and problem.precision != "ieee":
-            continue  # a larger H of tf32 or tf32x3
-        # A binary depends on H only by masks and strides, where it is not a tile's width.
-        key = *problem._replace(hidden_size=0, batch=0), tiles
-        if chosen.layers == problem.layers and key not in seen:
+        key = *p._replace(hidden_size=0, batch=0, directions=0), tiles
+        plain = p.dtype != FP16 and p.hidden_size in SIZES and p.needs_grad
+        if plain and key not in seen:
             seen.add(key)
-            yield found
-
-
-def _problems(chip: Chip) -> Iterator[Problem]:
-    """Every cell and kind, with the sizes at which plans change."""
-    many = 8 * chip.sms + 1
-    for cell, (dtype, precision), ragged in product(SPECS, KINDS, (False, True)):
-        if dtype == FP16 and cell != "lstm":  # as bf16
-            continue
-        for H, B in product((256, 128, 64, 32, 16), (8, many)):
-            yield Problem(cell, H, B, 2, dtype, precision, True, ragged=ragged)
-        for H in (256, 1024):
-            yield Problem(cell, H, 16, 1, dtype, precision, False, ragged=ragged)
-        similar = cell in ("gru_reset_before", "rnn_relu")  # differ from the others in a few lines
-        for H in (256, 512) if similar else (2048, 1536, 1024, 768, 512, 256, 200):
-            for B, (D, L) in product((16, 128), ((1, 1), (2, 1), (1, 2))):
-                if (D, L) == (1, 1) or H <= 512:
-                    yield Problem(cell, H, B, D, dtype, precision, True, L, ragged)
-    for cell, ragged, dtype in product(SPECS, (False, True), (FP64, FP32, BF16)):
-        yield Problem(cell, 48 if dtype == FP64 else 4096, 8, 2, dtype, "ieee", True, ragged=ragged)
+            found[each] = None
+    return list(found)
 
 
 def faults(found: Job, kernel: Any) -> list[str]:
@@ -142,8 +144,8 @@ def faults(found: Job, kernel: Any) -> list[str]:
         return wrong + list(_gluon_faults(found.problem, kernel))
     if chosen.schedule == "cooperative":
         return wrong + list(exchange_faults(found.problem, kernel))
-    if narrow := _narrow_rows(asm["ttir"], kernel.tiles.block_b):
-        wrong.append(f"{narrow} row offsets of 32 bits")
+    if narrow := _narrow_pointers(asm["ttir"]):
+        wrong.append(f"{narrow} pointers moved by 32 bits")
     if chosen.schedule == "stepwise":  # its products are torch.mm
         return wrong
     if "scf.for" not in asm["ttgir"]:
@@ -186,7 +188,10 @@ def exchange_faults(problem: Problem, kernel: Any) -> Iterator[str]:
         yield "values move between threads"
     exchanged = [n for n, name in enumerate(names) if re.match(r"LDG\.E\.\d+\.STRONG\.GPU", name)]
     polls = [n for n, name in enumerate(names) if name == "LDG.E.STRONG.GPU"]
-    if not exchanged or not all(names[n] == "LDG.E.128.STRONG.GPU" for n in exchanged):
+    wide = [n for n in exchanged if names[n] == "LDG.E.128.STRONG.GPU"]
+    # Slots are padded to 16 bytes; the rows of the layer below (backward: above) are not.
+    is_even = problem.hidden_size * problem.dtype.itemsize % 16 == 0 or not waits_below
+    if not wide or (is_even and wide != exchanged):
         yield "exchanged data is not loaded 16 bytes at a time"
     if not polls or (exchanged and exchanged[0] < polls[0]):
         yield "exchanged data is loaded before the wait"
@@ -216,10 +221,9 @@ def _order_faults(ptx: str) -> Iterator[str]:
             yield f"no {kind}"
 
 
-def _narrow_rows(ttir: str, block_b: int) -> int:
-    """Row pointers that are moved by 32-bit offsets, which overflow at 2**31 elements.
+def _narrow_pointers(ttir: str) -> int:
+    """Pointers that are moved by a number of 32 bits, which overflows at 2**31 elements.
 
-    Counted for 8 rows: no block of columns, whose offsets are small, is 8 wide.
+    Inside a tile such offsets are small.
     """
-    narrow = r"tt\.addptr [^,]+, (?!%cst)\S+ : tensor<8x!tt\.ptr<\w+>>, tensor<8xi32>"
-    return len(re.findall(narrow, ttir)) if block_b == 8 else 0
+    return len(re.findall(r"tt\.addptr [^,]+, \S+ : !tt\.ptr<(?!i8)\w+>, i32", ttir))
