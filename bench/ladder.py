@@ -9,7 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 
@@ -96,7 +96,7 @@ def table() -> Iterator[tuple[str, ...]]:
 
 def compiled(rung: Rung) -> Iterator[str]:
     """Compiles a rung; yields us, instructions of a warp, barriers, KiB through shared memory."""
-    from fusedrnn.kernels import compile, steptime
+    from fusedrnn.kernels import compile, sass, steptime
     from fusedrnn.kernels.latencies import timings
 
     chip = CHIPS[ARCH]
@@ -107,17 +107,16 @@ def compiled(rung: Rung) -> Iterator[str]:
     else:
         from . import scan
 
-        made: list[Any] = []
-        with compile.recording(scan, chip, lambda *launch: made.extend(launch)):
+        with compile.recording(scan, chip) as made:
             scan.scan(*(torch.empty(64, 512, rung.H, device="meta"),) * 2)
         tiles = Tiles(scan.BLOCK_T, scan.BLOCK_H, 4, None, "ieee", 0)
-        kernel = compile.Kernel("forward", tiles, made[1], made[0], scan.BLOCK_T)
+        kernel = compile.Kernel("forward", tiles, made[0][1], made[0][0], scan.BLOCK_T)
     if path := kernel.turn:
         yield f"{kernel.predict(ARCH).us:.2f} p"
     else:
         path = kernel.instructions
         yield f"{floor_us(rung.name, problem, chip, plan.forward, True):.2f} m"
-    sm, kinds = timings(ARCH), compile.count_kinds(path)
+    sm, kinds = timings(ARCH), sass.count_kinds(path)
     costs = [steptime.cost(one, sm) for one in path]
     beats = sum(cost.unit for cost in costs if cost.kind == "shared memory")
     moved = beats * sm.shared_bytes * kernel.tiles.num_warps / 1024

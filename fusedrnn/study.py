@@ -18,6 +18,7 @@ import torch
 from .kernels import plan as planning
 from .kernels.model import floor_us
 from .kernels.problem import CHIPS, Chip, NoPlan, Plan, Problem
+from .kernels.sass import count_kinds
 
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 DTYPES["fp64"] = torch.float64  # for schedule stepwise alone
@@ -62,7 +63,7 @@ def run(options: Namespace) -> Iterator[str]:
         )
     }
     yield "\n".join(["2. Resources, by the compiler", *_resource_lines(kernels, chip)])
-    yield "\n".join(["3. Instructions of one warp, each once", *_mix_lines(compiling, kernels)])
+    yield "\n".join(["3. Instructions of one warp, each once", *_mix_lines(kernels)])
     times = _time_lines(kernels, problem, chip, folder)
     yield "\n".join(["4. Microseconds of a step (kernels/model.py, kernels/steptime.py)", *times])
     for name, (kernel, _) in kernels.items():
@@ -128,11 +129,11 @@ def _resource_lines(kernels: dict[str, Any], chip: Chip) -> Iterator[str]:
     yield f"   registers, spilled bytes: of a thread; shared: bytes of a program; {chip.sms} SMs"
 
 
-def _mix_lines(compiling: Any, kernels: dict[str, Any]) -> Iterator[str]:
+def _mix_lines(kernels: dict[str, Any]) -> Iterator[str]:
     """A column for the loop over T of each kernel, or for all of it where the host has the loop."""
-    columns = [("", *compiling.count_kinds(()))]
+    columns = [("", *count_kinds(()))]
     for name, (kernel, _) in kernels.items():
-        counts = compiling.count_kinds(kernel.turn or kernel.instructions)
+        counts = count_kinds(kernel.turn or kernel.instructions)
         columns.append((f"{name}: loop" if kernel.turn else name, *map(str, counts.values())))
     yield from _table(list(zip(*columns, strict=True)))
 

@@ -6,9 +6,9 @@ does not compile under ``TRITON_INTERPRET``.
 """
 
 import re
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from typing import Any
@@ -24,43 +24,26 @@ from .rows import Rows
 from .sass import Instruction, loops, read, run_tool, trace
 from .tensors import Grads, Layers
 
-#: Kinds of instructions and what their names begin with; the first that fits counts.
-KINDS = {
-    "tensor core": r"[HIDBQO]G?MMA\b|UTC\w*MMA",
-    "MUFU": r"MUFU\b",
-    "shared load": r"LDSM?\b",
-    "shared store": r"STSM?\b|ATOMS\b",
-    "global load": r"LDG(?:STS)?\b|LD\b|UBLKCP\b|UTMALDG",
-    "global store": r"STG\b|ST\b|UTMASTG",
-    "global atomic": r"ATOMG?\b|REDG?\b",
-    "barrier": r"BAR\b|B2R\b|SYNCS\b|UCGABAR|WARPGROUP\b",
-    "fence": r"MEMBAR\b|CCTL\b|C?G?A?ERRBAR\b|FENCE\b",
-    "shuffle": r"SHFL\b|MOVM\b|REDUX\b",
-    "spill": r"LDL\b|STL\b",
-    "FMA unit": r"[FD](?:FMA|ADD|MUL)\w*\b|HFMA2|HADD2|HMUL2",
-}
 
-
+@dataclass(eq=False)
 class Kernel:
     """One compiled kernel of a plan."""
 
-    def __init__(
-        self, direction: str, tiles: Tiles, grid: tuple[int, ...], binary: Any, steps: int = 1
-    ):
-        self.direction = direction  # "forward" or "backward"
-        self.tiles = tiles
-        self.grid = grid  # of its first launch
-        self.steps = steps  # in one turn of the loop over time
-        self.launches = 1  # of a call with T = 1: more for batch tiles that do not fit at once
-        self.binary = binary  # triton's CompiledKernel
-        self.shared_bytes: int = binary.metadata.shared
+    direction: str  # "forward" or "backward"
+    tiles: Tiles
+    grid: tuple[int, ...]  # of its first launch
+    binary: Any  # triton's CompiledKernel
+    steps: int = 1  # in one turn of the loop over time
+    launches: int = 1  # of a call with T = 1: more for batch tiles that do not fit at once
+
+    @property
+    def shared_bytes(self) -> int:
+        """The shared memory of a program."""
+        return self.binary.metadata.shared
 
     @cached_property
     def _usage(self) -> dict[str, int]:
-        with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-            file.write(self.binary.asm["cubin"])
-            file.flush()
-            listing = run_tool("cuobjdump", "-res-usage", file.name)
+        listing = run_tool("cuobjdump", "-res-usage", cubin=self.binary.asm["cubin"])
         return {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
 
     @property
@@ -99,25 +82,18 @@ def compile_plan(
     found: dict[int, Kernel] = {}
     for direction in directions:
         tiles = plan.forward if direction == "forward" else plan.backward
-        assert tiles is not None, "the plan has no backward"
+        if tiles is None:
+            continue
         module = import_module(f".{plan.module(direction)}", __package__)
-        steps = getattr(module, "STEPS", 1)
-
-        def record(
-            binary: Any,
-            grid: tuple,
-            direction: str = direction,
-            tiles: Tiles = tiles,
-            steps: int = steps,
-        ) -> None:
+        given = (layers,) if direction == "forward" else (layers, grads)
+        with recording(module, chip) as launches:
+            getattr(module, direction)(problem.cell, plan, *given, rows)
+        for binary, grid in launches:
             if id(binary) in found:
                 found[id(binary)].launches += 1
             else:
+                steps = getattr(module, "STEPS", 1)
                 found[id(binary)] = Kernel(direction, tiles, grid, binary, steps)
-
-        given = (layers,) if direction == "forward" else (layers, grads)
-        with recording(module, chip, record):
-            getattr(module, direction)(problem.cell, plan, *given, rows)
     return list(found.values())
 
 
@@ -138,13 +114,14 @@ class _Driver:
 
 
 @contextmanager
-def recording(module: Any, chip: Chip, record: Callable[[Any, tuple], None]) -> Iterator[None]:
-    """Within the context the module's kernels are compiled, and recorded instead of launched."""
+def recording(module: Any, chip: Chip) -> Iterator[list[tuple[Any, tuple]]]:
+    """Within the context the module's kernels are compiled, and listed instead of launched."""
     kernels = [k for name, k in vars(module).items() if name.endswith("_kernel")]
+    launches: list[tuple[Any, tuple]] = []  # binary and grid
 
     def compiler(run: Callable) -> Callable:
-        return lambda *args, grid, **kwargs: record(
-            run(*args, grid=grid, **kwargs | {"warmup": True}), grid
+        return lambda *args, grid, **kwargs: launches.append(
+            (run(*args, grid=grid, **kwargs | {"warmup": True}), grid)
         )
 
     for kernel in kernels:
@@ -153,7 +130,7 @@ def recording(module: Any, chip: Chip, record: Callable[[Any, tuple], None]) -> 
     before = driver._active  # None until the first launch
     driver.set_active(_Driver(chip.arch))
     try:
-        yield
+        yield launches
     finally:
         driver._active = before
         for kernel in kernels:
@@ -188,12 +165,3 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
         empty(Z, B, H), c(Z, B, H),
     )  # fmt: skip
     return layers, grads, rows
-
-
-def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
-    """Counts the instructions of each kind, of no kind ("other"), and all ("total")."""
-    counts = dict.fromkeys((*KINDS, "other"), 0)
-    for instruction in instructions:
-        of = (kind for kind, names in KINDS.items() if re.match(names, instruction.name))
-        counts[next(of, "other")] += 1
-    return counts | {"total": len(instructions)}

@@ -30,6 +30,8 @@ class Timings:
 
     chip: str
     mhz: float  # the default clock in MHz
+    sms: int
+    most_shared: int  # bytes of one program
     fma_pipes: int = 2  # of 16 lanes, but one on sm_80 (G)
     fma: float = 2.0  # busy; FADD, FMUL, FFMA and their 16-bit forms in one of the pipes (G)
     imad: float = 2.0  # busy; integer multiply-add, in the first of the pipes (D, G)
@@ -71,14 +73,14 @@ MMA_RATIOS = {
 #: Only sm_90 was compared with measurements. Peaks of GeForce chips with 32-bit accumulators: 64
 #: products a cycle and sub-core, a quarter of an A100's.
 TIMINGS = {
-    "sm_80": Timings("A100", 1410.0, fma_pipes=1, l2=262.0),
-    "sm_86": Timings("RTX 3090", 1695.0, hmma=32.0),
-    "sm_89": Timings("RTX 4090", 2520.0, hmma=32.0, l2=280.0),
+    "sm_80": Timings("A100", 1410.0, 108, 166_912, fma_pipes=1, l2=262.0),
+    "sm_86": Timings("RTX 3090", 1695.0, 84, 101_376, hmma=32.0),  # SMs of an A40
+    "sm_89": Timings("RTX 4090", 2520.0, 142, 101_376, hmma=32.0, l2=280.0),  # SMs of an L40
     # mma.sync reaches 63 % of the peak, 6.5 cycles for 4 (A); ptxas keeps 6 or 7 apart (H).
-    "sm_90": Timings("H100 SXM", 1755.0, hmma=6.5, hmma_latency=24.1),
+    "sm_90": Timings("H100 SXM", 1755.0, 132, 232_448, hmma=6.5, hmma_latency=24.1),
     # No figures were found: those of sm_90 at the clock of a B200 (X).
-    "sm_100": Timings("B200", 1965.0, hmma=6.5, hmma_latency=24.1),
-    "sm_120": Timings("RTX 5090", 2407.0, hmma=32.0, l2=300.0),
+    "sm_100": Timings("B200", 1965.0, 148, 232_448, hmma=6.5, hmma_latency=24.1),
+    "sm_120": Timings("RTX 5090", 2407.0, 170, 101_376, hmma=32.0, l2=300.0),
 }
 
 

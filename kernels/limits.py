@@ -9,13 +9,10 @@ from typing import NamedTuple
 
 from .spec import CellSpec
 
-#: The largest H of schedule resident, by number of gates. H is padded to a power of two.
-LARGEST_H = {
-    "16-bit": {4: 128, 3: 128, 1: 256},
-    "tf32": {4: 64, 3: 64, 1: 128},
-    "tf32x3": {4: 64, 3: 64, 1: 128},
-    "ieee": {4: 64, 3: 64, 1: 128},
-}
+
+def largest_h(kind: str, gates: int) -> int:
+    """Returns the largest H of schedule resident, which pads H to a power of two."""
+    return (128 if gates > 1 else 256) // (1 if kind == "16-bit" else 2)
 
 
 def resident_bytes(kind: str, gates: int, units: int, rows: int) -> int:

@@ -1,8 +1,8 @@
 """A lower bound for the time of one step, from the figures of the chip: modelled, not measured.
 
 A step of a recurrence cannot be faster than the slowest of four throughputs: matrix units, shared
-memory, special-function units and loads from L2. To that comes what cannot overlap: operands
-through shared memory, activations, and the hop from one program's store to another's load.
+memory, special-function units and loads from L2. To that comes what cannot overlap: launches, or
+operands through shared memory, activations, and the hop from one program's store to another's load.
 """
 
 from .latencies import TIMINGS, Timings
@@ -14,49 +14,39 @@ L2_BYTES = 24  # a cycle and SM: 5.5 TB/s of an H100
 LAUNCH_US = 1.3  # from kernel to kernel in a CUDA graph, on an H100
 
 
-def floor_us(schedule: str, problem: Problem, chip: Chip, tiles: Tiles, forward: bool) -> float:
+def floor_us(schedule: str, p: Problem, chip: Chip, tiles: Tiles, forward: bool) -> float:
     """Returns the floor of one step of the whole batch, all its rounds together."""
-    sm = TIMINGS.get(chip.arch, TIMINGS["sm_90"])
-    if schedule == "stepwise":
-        return _gemms(problem, chip, sm, forward) / sm.mhz + LAUNCH_US * (
-            len(problem.spec.phases) * (problem.directions + 1)
+    sm, spec, itemsize = TIMINGS.get(chip.arch, TIMINGS["sm_90"]), p.spec, p.dtype.itemsize
+    phases, rows, units, H = len(spec.phases), tiles.block_b, tiles.block_h, p.hidden_size
+
+    def slowest(products: int, elements: int, shared: int, from_l2: float) -> float:
+        return max(
+            2 * products / flops_a_cycle(p.kind(chip), sm),
+            shared / sm.shared_bytes,
+            elements * spec.specials[not forward] * sm.mufu / 128,
+            from_l2 / L2_BYTES,
         )
-    return _on_chip(schedule, problem, chip, sm, tiles, forward)
 
-
-def _on_chip(
-    schedule: str, p: Problem, chip: Chip, sm: Timings, tiles: Tiles, forward: bool
-) -> float:
-    """Programs that keep their weights; they exchange h or dgates if units are cut."""
-    gluon, cut = schedule != "resident", schedule == "cooperative"
-    rows, units, itemsize, phases = tiles.block_b, tiles.block_h, p.dtype.itemsize, p.spec.phases
-    columns = p.hidden_size if cut else units
-    weights = p.spec.gates * units * columns * (2 if p.layers > 1 else 1)
+    if schedule == "stepwise":  # all SMs read the weights from L2
+        weights, elements = spec.gates * H * H * p.directions, p.batch * H * p.directions
+        cycles = slowest(p.batch * weights, elements, 0, weights * itemsize) / chip.sms
+        return cycles / sm.mhz + LAUNCH_US * phases * (p.directions + 1)
+    # Programs keep their weights; they exchange h or dgates if units are cut.
+    cut, portable = schedule == "cooperative", schedule == "resident"
+    columns = H if cut else units
+    weights = spec.gates * units * columns * (2 if p.layers > 1 else 1)
     groups = min(-(-p.batch // rows), tiles.at_once) * p.directions * p.layers
-    busy = groups * -(-p.hidden_size // units) / chip.sms  # the share of SMs
-    read = busy * rows * columns * itemsize * (1 if forward else p.spec.gates)
-    throughputs = (
-        2 * (rows if gluon else max(rows, 16)) * weights / flops_a_cycle(p.kind(chip), sm),
-        0 if gluon else weights * itemsize / sm.shared_bytes,  # W_hh, or it is in registers
-        rows * units * p.spec.specials[not forward] * sm.mufu / 128,
-        read / L2_BYTES if cut else 0,
+    busy = groups * -(-H // units) / chip.sms  # the share of SMs
+    read = busy * rows * columns * itemsize * (1 if forward else spec.gates)
+    products = (max(rows, 16) if portable else rows) * weights
+    cycles = slowest(
+        products, rows * units, weights * itemsize if portable else 0, read if cut else 0
     )
-    cycles = max(throughputs) + ROUND_TRIP * len(phases) + ACTIVATIONS
-    hops = len(phases) * (sm.hop_us + sm.l2 / sm.mhz) if cut else 0.0
-    rounds = -(-p.batch // rows // tiles.at_once) if cut else 1
-    return rounds * (cycles / sm.mhz + hops)
-
-
-def _gemms(p: Problem, chip: Chip, sm: Timings, forward: bool) -> float:
-    """Cycles of a step whose weights are read from L2 by all SMs."""
-    weights = p.spec.gates * p.hidden_size**2 * p.directions
-    specials = p.batch * p.hidden_size * p.directions * p.spec.specials[not forward]
-    throughputs = (
-        2 * p.batch * weights / flops_a_cycle(p.kind(chip), sm),
-        specials * sm.mufu / 128,
-        weights * p.dtype.itemsize / L2_BYTES,
-    )
-    return max(throughputs) / chip.sms
+    cycles += ROUND_TRIP * phases + ACTIVATIONS
+    if not cut:
+        return cycles / sm.mhz
+    hops = phases * (sm.hop_us + sm.l2 / sm.mhz)
+    return -(-p.batch // rows // tiles.at_once) * (cycles / sm.mhz + hops)
 
 
 def flops_a_cycle(kind: str, sm: Timings) -> float:

@@ -11,27 +11,8 @@ from itertools import product
 import torch
 
 from .latencies import TIMINGS
-from .limits import (
-    LARGEST_H,
-    holds_slice,
-    resident_bytes,
-    slice_needs,
-)
-from .problem import (  # noqa: F401, re-exported
-    CACHES,
-    CHIPS,
-    Chip,
-    KernelFailed,
-    LaunchRefused,
-    NoPlan,
-    Plan,
-    Problem,
-    Tiles,
-    chip_of,
-    forget,
-    give_up,
-    refuse_cooperation,
-)
+from .limits import holds_slice, largest_h, resident_bytes, slice_needs
+from .problem import CACHES, CHIPS, Chip, NoPlan, Plan, Problem, Tiles, chip_of, forget  # noqa: F401
 from .spec import SPECS
 
 #: Of a step of schedule cooperative: bytes a cycle from L2 to all SMs, and cycles of the rest, as
@@ -75,15 +56,16 @@ def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     one, L = plan(problem._replace(layers=1), chip), problem.layers
     alone = L == 1 or problem.directions > 1 or problem.layer_by_layer
     if not alone and one.schedule == "cooperative":  # in the others a layer takes less than a hop
-        waves = _wavefront(problem, chip) or ()
-        steps = sum(_rounds(p, problem.batch) * (WAVEFRONT if p.layers > 1 else 1) for p in waves)
-        if waves and steps < L * _rounds(one, problem.batch):
+        waves = _wavefront(problem, chip)
+        rounds = [
+            -(-problem.batch // (p.forward.block_b * p.forward.at_once)) for p in (one, *waves)
+        ]
+        steps = (
+            n * (WAVEFRONT if p.layers > 1 else 1) for n, p in zip(rounds[1:], waves, strict=True)
+        )
+        if sum(steps) < L * rounds[0]:
             return waves
     return (one,) * L
-
-
-def _rounds(chosen: Plan, batch: int) -> int:
-    return -(-batch // (chosen.forward.block_b * chosen.forward.at_once))
 
 
 @lru_cache(maxsize=4096)
@@ -104,21 +86,17 @@ def plan(problem: Problem, chip: Chip) -> Plan:
     raise NoPlan("; ".join(dict.fromkeys(map(str, refused))))
 
 
-def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...] | None:
-    """All layers in groups as large as the chip holds, or None."""
-    waves: list[Plan] = []
-    rest = problem.layers
-    while rest:
+def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
+    """All layers in groups as large as the chip holds; a single layer fits."""
+    waves: tuple[Plan, ...] = ()
+    while rest := problem.layers - sum(wave.layers for wave in waves):
         for layers in range(rest, 0, -1):
             try:
-                waves.append(cooperative(problem._replace(layers=layers), chip))
+                waves += (cooperative(problem._replace(layers=layers), chip),)
             except NoPlan:
                 continue
             break
-        else:
-            return None
-        rest -= waves[-1].layers
-    return tuple(waves)
+    return waves
 
 
 def _needs_nvidia(schedule: str, problem: Problem, chip: Chip) -> None:
@@ -131,9 +109,9 @@ def _needs_nvidia(schedule: str, problem: Problem, chip: Chip) -> None:
 def _all_units(schedule: str, problem: Problem, chip: Chip) -> int:
     """The units of a program that holds all of W_hh: H, padded to a power of two."""
     kind, cell, H = problem.kind(chip), problem.cell, problem.hidden_size
-    if kind not in LARGEST_H:
+    if kind == "fp64":
         raise NoPlan(f"schedule {schedule} has no products of {problem.dtype}")
-    largest = LARGEST_H[kind][problem.spec.gates] // (2 if chip.warp_size == 64 else 1)
+    largest = largest_h(kind, problem.spec.gates) // (2 if chip.warp_size == 64 else 1)
     if largest < H:
         raise NoPlan(
             f"schedule {schedule} holds W_hh in one program, which for {cell} in {kind} ends at "
@@ -144,11 +122,7 @@ def _all_units(schedule: str, problem: Problem, chip: Chip) -> int:
 
 @lru_cache(maxsize=4096)
 def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
-    """Plans schedule *resident* with W_hh in the registers of one program.
-
-    Raises:
-        NoPlan: W_hh is too large, or the chip does not have these products.
-    """
+    """Plans schedule *resident* with W_hh in the registers of one program."""
     _needs_nvidia("resident_nvidia", problem, chip)
     spec, itemsize = problem.spec, problem.dtype.itemsize
     units = _all_units("resident_nvidia", problem, chip)
@@ -160,17 +134,12 @@ def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     shared = 2 * max(spec.gates, 2) * block_b * units * itemsize
     # Four warps keep an SM busy: with 8 units each they waste half of a product's rows.
     warps = units // 8 if units <= 32 else min(8, units // 16)
-    tiles = Tiles(block_b, units, warps, 255, "tf32", shared)
-    return _made("resident_nvidia", tiles, tiles, problem)
+    return _made("resident_nvidia", problem, Tiles(block_b, units, warps, 255, "tf32", shared))
 
 
 @lru_cache(maxsize=4096)
 def resident(problem: Problem, chip: Chip) -> Plan:
-    """Plans schedule *resident*: one program holds W_hh.
-
-    Raises:
-        NoPlan: W_hh is too large, or the dtype has no products.
-    """
+    """Plans schedule *resident*: one program holds W_hh."""
     units, amd = _all_units("resident", problem, chip), chip.warp_size == 64
     spec, kind = problem.spec, problem.kind(chip)
     # Two warps cut a 16-wide tile into the 8 columns of an mma; wider ones keep more warps busy.
@@ -190,16 +159,12 @@ def resident(problem: Problem, chip: Chip) -> Plan:
         )
     precision = kind if wide else "ieee"  # 16-bit operands are multiplied exactly
     tiles = Tiles(block_b, units, num_warps, None if amd else 255, precision, shared)
-    return _made("resident", tiles, tiles, problem)
+    return _made("resident", problem, tiles)
 
 
 @lru_cache(maxsize=4096)
 def cooperative(problem: Problem, chip: Chip) -> Plan:
-    """Plans schedule *cooperative*: of the slices that fit, the fastest by the model.
-
-    Raises:
-        NoPlan: no slice of W_hh fits, or the programs cannot exchange h.
-    """
+    """Plans schedule *cooperative*: of the slices that fit, the fastest by the model."""
     if not chip.cooperates:
         raise NoPlan(f"{chip.name} has refused a cooperative launch")
     _needs_nvidia("cooperative", problem, chip)
@@ -215,7 +180,7 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
                 f"H={problem.hidden_size}"
             )
         best.append(min(fitting, key=lambda found: found[0])[1])
-    return _made("cooperative", best[0], best[-1], problem)
+    return _made("cooperative", problem, *best)
 
 
 def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float, Tiles]]:
@@ -252,21 +217,16 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
 
 
 def stepwise(problem: Problem, chip: Chip) -> Plan:
-    """Plans schedule *stepwise*: a library GEMM and one fused elementwise launch a step.
-
-    Raises:
-        NoPlan: the dtype is none of float64, float32, float16 and bfloat16.
-    """
+    """Plans schedule *stepwise*: a library GEMM and one fused elementwise launch a step."""
     if problem.dtype not in (torch.float64, torch.float32, torch.float16, torch.bfloat16):
         raise NoPlan(f"no schedule computes in {problem.dtype}")
     # 512 elements, of rows as long as a cache line where H is. With 4 warps fp64 would spill. A
     # tile may change hands between threads through shared memory, at 8 bytes an element.
     units = min(64, 1 << (problem.hidden_size - 1).bit_length())
-    tiles = Tiles(512 // units, units, 8, None, "ieee", 4096)
-    return _made("stepwise", tiles, tiles, problem)
+    return _made("stepwise", problem, Tiles(512 // units, units, 8, None, "ieee", 4096))
 
 
-#: In the order in which they are asked.
+#: In the order in which they are asked. Each raises NoPlan, with the reason as its message.
 SCHEDULES: dict[str, Callable[[Problem, Chip], Plan]] = {
     "resident_nvidia": resident_nvidia,
     "resident": resident,
@@ -275,6 +235,7 @@ SCHEDULES: dict[str, Callable[[Problem, Chip], Plan]] = {
 }
 
 
-def _made(schedule: str, forward: Tiles, backward: Tiles | None, problem: Problem) -> Plan:
-    """A plan without backward where none is needed."""
-    return Plan(schedule, forward, backward if problem.needs_grad else None, problem.layers)
+def _made(schedule: str, problem: Problem, *tiles: Tiles) -> Plan:
+    """A plan of tiles for both directions, or for each; without backward where none is needed."""
+    backward = tiles[-1] if problem.needs_grad else None
+    return Plan(schedule, tiles[0], backward, problem.layers)

@@ -8,6 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import distributed
 
+from .latencies import TIMINGS
 from .spec import SPECS, CellSpec
 
 
@@ -48,17 +49,7 @@ class Chip(NamedTuple):
         return None
 
 
-CHIPS = {
-    name: Chip(name, name, sms, shared)
-    for name, sms, shared in (
-        ("sm_80", 108, 166_912),  # A100
-        ("sm_86", 84, 101_376),  # A40, RTX 3090
-        ("sm_89", 142, 101_376),  # L40, RTX 4090
-        ("sm_90", 132, 232_448),  # H100
-        ("sm_100", 148, 232_448),  # B200
-        ("sm_120", 170, 101_376),  # RTX 5090
-    )
-}
+CHIPS = {name: Chip(name, name, sm.sms, sm.most_shared) for name, sm in TIMINGS.items()}
 
 #: The SMs that a running collective of NCCL may take: one for each CTA, of which ``maxCTAs`` in
 #: docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html allows 32 by default (since NCCL

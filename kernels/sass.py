@@ -1,14 +1,38 @@
-"""Reads the SASS of a compiled kernel, with the control word of every instruction."""
+"""Reads the SASS of a compiled kernel: each instruction with its kind and control word."""
 
 import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 NO_BOARD = 7  # the scoreboard field of an instruction that sets none
+
+#: Kinds of instructions and what their names begin with; the first that fits counts.
+KINDS = {
+    "tensor core": r"[HIDBQO]G?MMA\b|UTC\w*MMA",
+    "MUFU": r"MUFU\b",
+    "conversion": r"(I2F|F2I|F2F|FRND|I2I|POPC|FLO|BREV)\b",
+    "shared load": r"LDSM?\b",
+    "shared store": r"STSM?\b|ATOMS\b",
+    "global load": r"LDG(STS)?\b|LD\b|UBLKCP\b|UTMALDG",
+    "global store": r"STG\b|ST\b|UTMASTG",
+    "global atomic": r"ATOMG?\b|REDG?\b",
+    "spill": r"LDL\b|STL\b",
+    "barrier": r"BAR\b|SYNCS\b|UCGABAR|WARPGROUP\b",
+    "fence": r"MEMBAR\b|CCTL\b|(CGA)?ERRBAR\b|FENCE\b",
+    "shuffle": r"SHFL\b|MOVM\b|REDUX\b|MATCH\b",
+    "constant": r"LDCU?\b",
+    "special register": r"S2U?R\b|B2R\b",
+    "FMA unit": r"[FD](ADD|MUL|FMA)\w*|FSWZADD\b|H(FMA|ADD|MUL)2",
+    "integer multiply": r"IMAD|IMUL\b",
+    "control": r"(BRA|BRX|BSSY|BSYNC|BREAK|WARPSYNC|NOP|EXIT|CALL|RET|YIELD|DEPBAR|NANOSLEEP|BMOV"
+    r"|PREEXIT|ACQBULK|ELECT|SETCTAID|KILL|RPCMOV|USETMAXREG)\b",
+    "uniform": r"R2UR\b|U",
+}
 
 
 @dataclass(frozen=True)
@@ -31,28 +55,41 @@ class Instruction:
         return f"{self.predicate} {self.name} {self.operands}".strip()
 
 
+@cache
+def kind_of(name: str) -> str:
+    """Returns the kind of an instruction, "other" if it is of none."""
+    return next((kind for kind, names in KINDS.items() if re.match(names, name)), "other")
+
+
+def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
+    """Counts the instructions of each kind, of no kind ("other"), and all ("total")."""
+    counts = dict.fromkeys((*KINDS, "other"), 0)
+    for one in instructions:
+        counts[kind_of(one.name)] += 1
+    return counts | {"total": len(instructions)}
+
+
 def decode(high: int) -> dict[str, Any]:
     """Returns the control fields in the upper 64 of an instruction's 128 bits.
 
     Bits 105 to 108 hold the stall count, 109 the yield flag, 110 to 112 the write scoreboard,
     113 to 115 the read scoreboard, 116 to 121 the wait mask.
     """
-    control = high >> 41
-    return {
-        "stall": control & 15,
-        "stay": bool(control >> 4 & 1),
-        "write": control >> 5 & 7,
-        "read": control >> 8 & 7,
-        "wait": control >> 11 & 63,
-    }
+    stall, stay, write, read, wait = (
+        high >> first & (1 << bits) - 1
+        for first, bits in ((41, 4), (45, 1), (46, 3), (49, 3), (52, 6))
+    )
+    return {"stall": stall, "stay": bool(stay), "write": write, "read": read, "wait": wait}
 
 
-_INSTRUCTION = re.compile(
-    r"/\*([0-9a-f]{4,})\*/\s+(?:(@!?U?P\w+)\s+)?([A-Z][\w.]*)\s*(.*?)\s*;\s*/\*\s*0x[0-9a-f]{16}\s*\*/"
+#: A line of the source, a label, or an instruction with both halves of its encoding.
+_ITEM = re.compile(
+    r'^\s*//## File "(?P<file>[^"]*)", line (?P<number>\d+)|^\s*(?P<label>\.L_\w+):'
+    r"|/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<name>[A-Z][\w.]*)"
+    r"[ \t]*(?P<operands>.*?)\s*;\s*/\*\s*0x[0-9a-f]{16}\s*\*/"
+    r"(?:\s*/\*\s*0x(?P<high>[0-9a-f]{16})\s*\*/)?",
+    re.MULTILINE,
 )
-_HIGH = re.compile(r"^\s*/\*\s*0x([0-9a-f]{16})\s*\*/")
-_LABEL = re.compile(r"^\s*(\.L_\w+):")
-_LINE = re.compile(r'^\s*//## File "([^"]*)", line (\d+)')
 _TARGET = re.compile(r"(\.L_\w+)|\b0x([0-9a-f]+)\b")
 
 
@@ -63,62 +100,57 @@ def read_listing(text: str) -> list[Instruction]:
         ValueError: the listing holds no instruction, or one without its encoding.
     """
     found: list[Instruction] = []
-    labels: dict[str, int] = {}
-    waiting: list[str] = []  # labels of the next instruction
-    names: list[str | None] = []  # the label that each branch names
+    at: dict[str, int] = {}  # the index that a label names
     source = ""
-    lines = text.splitlines()
-    for number, line in enumerate(lines):
-        if mark := _LINE.match(line):
-            source = f"{Path(mark[1]).name}:{mark[2]}"
-        elif mark := _LABEL.match(line):
-            waiting.append(mark[1])
-        elif match := _INSTRUCTION.search(line):
-            high = _HIGH.match(lines[number + 1]) if number + 1 < len(lines) else None
-            if not high:
-                raise ValueError(f"line {number + 1} has no second half of its encoding")
-            address, predicate, name, operands = int(match[1], 16), match[2], match[3], match[4]
-            labels.update(dict.fromkeys(waiting, address))
-            waiting = []
-            goal = _TARGET.search(operands) if name.startswith(("BRA", "CALL")) else None
-            target = int(goal[2], 16) if goal and goal[2] else None
-            names.append(goal[1] if goal else None)
-            fields = decode(int(high[1], 16))
-            found.append(
-                Instruction(address, name, operands, predicate or "", source, target, **fields)
-            )
+    for item in _ITEM.finditer(text):
+        if item["file"]:
+            source = f"{Path(item['file']).name}:{item['number']}"
+        elif item["label"]:
+            at[item["label"]] = len(found)
+        elif not item["high"]:
+            raise ValueError(f"instruction {item['address']} has no second half of its encoding")
+        else:
+            rest = item["name"], item["operands"], item["predicate"] or "", source
+            fields = decode(int(item["high"], 16))
+            found.append(Instruction(int(item["address"], 16), *rest, **fields))
     if not found:
         raise ValueError("the listing holds no instruction with an encoding")
-    return [
-        replace(one, target=labels[label]) if label in labels else one
-        for one, label in zip(found, names, strict=True)
-    ]
+    for index, one in enumerate(found):
+        goal = _TARGET.search(one.operands) if one.name.startswith(("BRA", "CALL")) else None
+        if goal and at.get(goal[1], len(found)) < len(found):
+            found[index] = replace(one, target=found[at[goal[1]]].address)
+        elif goal and goal[2]:
+            found[index] = replace(one, target=int(goal[2], 16))
+    return found
 
 
-def run_tool(name: str, *arguments: str) -> str:
-    """Runs a program that Triton ships (ptxas, cuobjdump, nvdisasm) and returns its output."""
+def run_tool(name: str, *arguments: str, cubin: bytes = b"") -> str:
+    """Runs a program that Triton ships (ptxas, cuobjdump, nvdisasm), at the end on a binary."""
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
-    return subprocess.run([program, *arguments], check=True, capture_output=True, text=True).stdout
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        command: list[Any] = [program, *arguments, *([file.name] if cubin else [])]
+        return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def read(cubin: bytes) -> list[Instruction]:
     """Returns the instructions of a binary of one kernel."""
-    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
-        file.write(cubin)
-        file.flush()
-        return read_listing(run_tool("nvdisasm", "-c", "-hex", "-g", file.name))
+    return read_listing(run_tool("nvdisasm", "-c", "-hex", "-g", cubin=cubin))
+
+
+def _branches(instructions: Sequence[Instruction]) -> dict[int, int]:
+    """Returns the index that each branch leads to."""
+    at: dict[int | None, int] = {one.address: index for index, one in enumerate(instructions)}
+    named = ((index, one) for index, one in enumerate(instructions) if one.name.startswith("BRA"))
+    return {index: at[one.target] for index, one in named if one.target in at}
 
 
 def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
     """Returns the first and last index of every loop, the longest first."""
-    at: dict[int | None, int] = {one.address: index for index, one in enumerate(instructions)}
-    spans = [
-        (at[one.target], index)
-        for index, one in enumerate(instructions)
-        if one.name.startswith("BRA") and one.target in at and at[one.target] < index
-    ]
+    spans = [(to, index) for index, to in _branches(instructions).items() if to < index]
     return sorted(spans, key=lambda span: span[0] - span[1])
 
 
@@ -132,37 +164,27 @@ def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
     Raises:
         ValueError: there is no loop.
     """
-    spans = loops(instructions)
-    if not spans:
+    if not (spans := loops(instructions)):
         raise ValueError("the kernel has no loop")
     first, last = spans[0]
-    at: dict[int | None, int] = {one.address: index for index, one in enumerate(instructions)}
-
-    def goal(index: int) -> int | None:
-        one = instructions[index]
-        target = at.get(one.target) if one.name.startswith("BRA") else None
-        return target if target is not None and first <= target <= last else None
-
+    goals = {i: to for i, to in _branches(instructions).items() if first <= to <= last}
     exits = set()  # branches out of polling loops that end in an unconditional branch backward
     for begin, end in spans[1:]:
         if first < begin and end < last and not instructions[end].predicate:
-            leaving = (i for i in range(begin, end) if (goal(i) or 0) > end)
-            exits.update(list(leaving)[:1])
+            exits.update([i for i in range(begin, end) if goals.get(i, 0) > end][:1])
     path, index = [], first
     while index != last:
-        one, target = instructions[index], goal(index)
+        one, target = instructions[index], goals.get(index)
         path.append(one)
-        follows = index + 1
+        index += 1
         if target is not None:
             always = not one.predicate and "UP" not in one.operands
-            skipped = instructions[index + 1 : target]
-            names = [each.name for each in skipped]
+            names = [each.name for each in instructions[index:target]]
             slow = any(name.startswith("CALL") for name in names) and not any(
                 name.startswith(("BAR", "LD", "HMMA")) for name in names
             )
-            if always or (target > index and (slow or index in exits)):
-                follows = target
+            if always or (target >= index and (slow or index - 1 in exits)):
+                index = target
         if len(path) > 4 * (last - first + 1):
             raise ValueError("the loop has no end that the trace reaches")
-        index = follows
     return [*path, instructions[last]]

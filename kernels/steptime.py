@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from .latencies import MMA_RATIOS, Timings
-from .sass import NO_BOARD, Instruction
+from .sass import NO_BOARD, Instruction, kind_of
 
 SCHEDULERS = 4  # of an SM
 #: The load of a counter that other programs add to; what they exchange is loaded in wider pieces.
@@ -38,74 +38,68 @@ class Cost(NamedTuple):
 
 _SIZE = re.compile(r"\.(U8|S8|U16|S16|64|128)\b")
 _BYTES = {"U8": 1, "S8": 1, "U16": 2, "S16": 2, "64": 8, "128": 16}
-_GLOBAL = ("LDG", "LD", "STG", "ST", "LDL", "STL", "ATOMG", "ATOM", "RED", "REDG")
-_FMA = re.compile(r"F(ADD|MUL|FMA|SWZADD|ADD2|MUL2|FMA2|ADD32I|MUL32I|FMA32I)\b|H(FMA|ADD|MUL)2")
-_CONVERSION = re.compile(r"(I2F|F2I|F2F|FRND|I2I|POPC|FLO|BREV)\b")
-_CONTROL = re.compile(
-    r"(BRA|BRX|BSSY|BSYNC|BREAK|WARPSYNC|NOP|EXIT|CALL|RET|YIELD|DEPBAR|NANOSLEEP|BMOV|PREEXIT|"
-    r"ACQBULK|ELECT|SETCTAID|KILL|RPCMOV|USETMAXREG)\b"
-)
 
 
 def cost(one: Instruction, sm: Timings) -> Cost:
     """Returns the cost of an instruction; a global load hits L2."""
-    name, base = one.name, one.name.partition(".")[0]
-    if memory := _memory_cost(name, base, sm):
-        return memory
-    if base == "MUFU" or _CONVERSION.match(name):
-        return Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
-    if base == "BAR":
-        return Cost("barrier")
-    if re.match(r"[HIBQD]MMA\b", name):
+    name, kind = one.name, kind_of(one.name)
+    if kind in ("shared load", "shared store"):
+        return _shared_cost(name, sm)
+    if kind in ("global load", "global store", "global atomic", "spill"):
+        return _global_cost(name, sm)
+    if kind == "tensor core":
         ratio = next((r for shape, r in MMA_RATIOS.items() if f".{shape}" in name), 1.0)
         return Cost("tensor", sm.hmma * ratio, sm.hmma_latency, "tensor")
-    if _FMA.match(name):
-        return Cost("fma", sm.fma)
-    if base.startswith("IMAD") or base == "IMUL":
+    if kind == "integer multiply":
         return Cost("imad", sm.imad * (2 if ".WIDE" in name or ".HI" in name else 1))
-    if _CONTROL.match(name):
-        return Cost("control")
-    if base == "R2UR":
+    if kind == "uniform" and name.startswith("R2UR"):
         return Cost("uniform", sm.uniform, sm.r2ur_latency, "R2UR")
-    if base.startswith("U"):
-        return Cost("uniform", sm.uniform, 12.0 if base in ("ULDC", "UR2UP") else 0.0, "uniform")
-    return Cost("alu", sm.alu)
+    if kind == "uniform":
+        waits = name.startswith(("ULDC", "UR2UP"))
+        return Cost("uniform", sm.uniform, 12.0 if waits else 0.0, "uniform")
+    mufu = Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
+    return {
+        "MUFU": mufu,
+        "conversion": mufu,
+        "barrier": Cost("barrier"),
+        "fence": Cost("control", 1.0, 2.0, "fence"),  # its time is part of the hop
+        "shuffle": Cost("memory", sm.address, sm.shuffle_latency, "shuffle", 1.0, 9.0),
+        "constant": Cost("constant", 2.0, sm.constant_latency, "constant"),
+        "special register": Cost("control", 2.0, sm.special_latency, "special register"),
+        "FMA unit": Cost("fma", sm.fma),
+        "control": Cost("control"),
+    }.get(kind, Cost("alu", sm.alu))
 
 
-def _memory_cost(name: str, base: str, sm: Timings) -> Cost | None:
-    """Returns the cost of an instruction that loads, stores, exchanges or fences, else None."""
+def _width(name: str) -> int:
+    """The bytes that a warp loads or stores."""
     size = _SIZE.search(name)
-    width = 32 * (_BYTES[size[1]] if size else 4)  # bytes of a warp
-    if base in ("LDSM", "STSM", "LDS", "STS", "ATOMS"):
-        beats = max(1.0, width / sm.shared_bytes)
-        if base in ("LDSM", "STSM"):
-            count = name.rpartition(".")[2]
-            beats = float(count) if count in ("2", "4") else 1.0
-        late = {"LDSM": sm.ldsm_latency, "ATOMS": sm.shared_atomic_latency}
-        read = sm.sts_read + 2 * (beats - 1) if base.startswith("ST") else 9.0
-        latency = late.get(base, sm.lds_latency) + beats - 1
-        return Cost("memory", sm.address, latency, "shared memory", beats, read)
-    if base in _GLOBAL:
-        beats = max(2.0, width / sm.global_bytes)
-        kind, late_of = "global memory", sm.l2
-        if name == POLL:
-            kind = "hop between programs"
-        if base in ("LDL", "STL"):
-            kind, late_of = "local memory", sm.l1
-        elif base.startswith("A"):
-            kind, late_of = "atomic", sm.atomic_latency
-        elif base.startswith("R"):
-            late_of = 0.0
-        return Cost("memory", sm.address, late_of + beats - 2, kind, beats, 11.0 + beats)
-    if base in ("SHFL", "REDUX", "MOVM", "MATCH"):
-        return Cost("memory", sm.address, sm.shuffle_latency, "shuffle", 1.0, 9.0)
-    if base in ("MEMBAR", "ERRBAR", "CCTL", "FENCE", "CGAERRBAR"):
-        return Cost("control", 1.0, 2.0, "fence")  # its time is part of the hop between programs
-    if base in ("LDC", "LDCU"):
-        return Cost("constant", 2.0, sm.constant_latency, "constant")
-    if base in ("S2R", "S2UR", "B2R"):
-        return Cost("control", 2.0, sm.special_latency, "special register")
-    return None
+    return 32 * (_BYTES[size[1]] if size else 4)
+
+
+def _shared_cost(name: str, sm: Timings) -> Cost:
+    base, _, count = name.partition(".")[0], *name.rpartition(".")[1:]
+    beats = max(1.0, _width(name) / sm.shared_bytes)
+    if base in ("LDSM", "STSM"):
+        beats = float(count) if count in ("2", "4") else 1.0
+    late = {"LDSM": sm.ldsm_latency, "ATOMS": sm.shared_atomic_latency}
+    read = sm.sts_read + 2 * (beats - 1) if base.startswith("ST") else 9.0
+    latency = late.get(base, sm.lds_latency) + beats - 1
+    return Cost("memory", sm.address, latency, "shared memory", beats, read)
+
+
+def _global_cost(name: str, sm: Timings) -> Cost:
+    beats = max(2.0, _width(name) / sm.global_bytes)
+    kind, latency = "global memory", sm.l2
+    if name == POLL:
+        kind = "hop between programs"
+    elif name.startswith(("LDL", "STL")):
+        kind, latency = "local memory", sm.l1
+    elif name.startswith("A"):
+        kind, latency = "atomic", sm.atomic_latency
+    elif name.startswith("R"):
+        latency = 0.0
+    return Cost("memory", sm.address, latency + beats - 2, kind, beats, 11.0 + beats)
 
 
 @dataclass
@@ -157,36 +151,36 @@ class _Warp:
 class _Core:
     """One scheduler with its pipes and its warps."""
 
-    def __init__(self, warps: list[_Warp]) -> None:
-        self.warps = warps
+    def __init__(self, warps: list[_Warp], sm: Timings) -> None:
+        self.warps, self.sm = warps, sm
         self.latest: _Warp | None = None
         self.free = 0.0  # when the scheduler may issue again
         self.pipes = _sums()  # when each is free
-        self.queue: list[float] = []  # when the latest memory instructions start
+        self.queue = [0.0] * sm.queue  # when the latest memory instructions start
 
-    def pipe_free(self, cost: Cost, sm: Timings) -> float:
+    def pipe_of(self, cost: Cost) -> str:
+        """Returns the pipe of an instruction: for FMA, of two the one that is free first."""
+        if cost.pipe != "fma":
+            return cost.pipe
+        second = self.sm.fma_pipes == 2 and self.pipes["fma"] <= self.pipes["imad"]
+        return "fma" if second else "imad"
+
+    def pipe_free(self, cost: Cost) -> float:
         """Returns when an instruction may issue as far as its pipe is concerned."""
-        if cost.pipe in ("barrier", "control"):
+        pipe = self.pipe_of(cost)
+        if pipe in ("barrier", "control"):
             return 0.0
-        if cost.pipe == "memory":
-            return self.queue[-sm.queue] if len(self.queue) >= sm.queue else 0.0
-        if cost.pipe == "mufu":
-            return self.pipes["mufu"] - sm.mufu  # one may wait in front of the pipe
-        if cost.pipe == "fma" and sm.fma_pipes == 2:
-            return min(self.pipes["imad"], self.pipes["fma"])
-        return self.pipes["imad" if cost.pipe == "fma" else cost.pipe]
+        if pipe == "memory":
+            return self.queue[0]
+        return self.pipes[pipe] - self.sm.mufu * (pipe == "mufu")  # one may wait in front of it
 
-    def occupy(self, cost: Cost, now: float, sm: Timings) -> float:
+    def occupy(self, cost: Cost, now: float) -> float:
         """Takes the pipe for an instruction that issues now; returns when it starts there."""
-        pipe, start = cost.pipe, now
-        if pipe == "fma":
-            second = sm.fma_pipes == 2 and self.pipes["fma"] <= self.pipes["imad"]
-            pipe = "fma" if second else "imad"
-        elif pipe == "memory":
-            start = max(now + 2, self.pipes[pipe])
-            self.queue = [*self.queue[-sm.queue :], start]
-        elif pipe in ("mufu", "tensor"):
-            start = max(now, self.pipes[pipe])
+        pipe, start = self.pipe_of(cost), now
+        if pipe in ("memory", "mufu", "tensor"):
+            start = max(now + 2 * (pipe == "memory"), self.pipes[pipe])
+        if pipe == "memory":
+            self.queue = [*self.queue[1:], start]
         self.pipes[pipe] = start + cost.busy
         return start
 
@@ -200,7 +194,7 @@ class _Sm:
         self.waits = [[b for b in range(6) if one.wait >> b & 1] for one in path]
         self.team = [_Warp() for _ in range(warps)]
         groups = [self.team[s::SCHEDULERS] for s in range(SCHEDULERS)]
-        self.cores = [_Core(group) for group in groups if group]
+        self.cores = [_Core(group, sm) for group in groups if group]
         self.unit = self.gate = 0.0  # when the load/store and the barrier unit are free
         self.published = 0.0  # when the program last added to its counter
         self.arrived: dict[str, list[_Warp]] = defaultdict(list)
@@ -243,7 +237,7 @@ class _Sm:
         """Returns when a warp can issue its next instruction."""
         if warp.turns >= TURNS:
             return float("inf")
-        pipe = core.pipe_free(self.costs[warp.at], self.sm)
+        pipe = core.pipe_free(self.costs[warp.at])
         return max(warp.ready, warp.barrier, self.boards(warp)[0], pipe, core.free)
 
     def account(self, core: _Core, warp: _Warp, now: float) -> None:
@@ -257,7 +251,7 @@ class _Sm:
         for when, cause in (
             (warp.barrier, "barrier"),
             (until, f"wait: {kind}"),
-            (core.pipe_free(what, self.sm), f"pipe: {what.pipe}"),
+            (core.pipe_free(what), f"pipe: {what.pipe}"),
             (now, "another warp issued"),
         ):
             if when > clock:
@@ -272,7 +266,7 @@ class _Sm:
         """Issues the next instruction of a warp; returns True if that opened a barrier."""
         one, what = self.path[warp.at], self.costs[warp.at]
         self.account(core, warp, now)
-        start = core.occupy(what, now, self.sm)
+        start = core.occupy(what, now)
         done, read = start + what.latency, now + what.read
         if what.unit:
             at_unit = max(start + 2, self.unit)

@@ -9,9 +9,8 @@ from typing import Any, NamedTuple
 
 import torch
 
-from fusedrnn.kernels.compile import count_kinds
 from fusedrnn.kernels.plan import CHIPS, Plan, Problem, plan_stack
-from fusedrnn.kernels.sass import trace
+from fusedrnn.kernels.sass import count_kinds, trace
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread

@@ -5,7 +5,7 @@ import torch
 
 from fusedrnn.kernels import launch
 from fusedrnn.kernels.cells import CELLS
-from fusedrnn.kernels.plan import LaunchRefused, Tiles
+from fusedrnn.kernels.problem import LaunchRefused, Tiles
 from fusedrnn.kernels.tensors import Layers
 
 RESIDENT = Tiles(16, 64, 8, 255, "tf32", 0)

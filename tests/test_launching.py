@@ -22,7 +22,7 @@ import fusedrnn
 from fusedrnn import layer
 from fusedrnn.kernels import expected as judging
 from fusedrnn.kernels import plan as planning
-from fusedrnn.kernels.plan import KernelFailed, Problem
+from fusedrnn.kernels.problem import KernelFailed, Problem
 from fusedrnn.kernels.spec import SPECS
 
 T, B, I = 3, 17, 3

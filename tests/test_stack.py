@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from fusedrnn import layer, stack
-from fusedrnn.kernels.plan import KernelFailed
+from fusedrnn.kernels.problem import KernelFailed
 from fusedrnn.kernels.rows import Rows
 from fusedrnn.layout import rows_of
 from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
