@@ -225,4 +225,4 @@ def _narrow_pointers(ttir: str) -> int:
 
     Inside a tile such offsets are small.
     """
-    return len(re.findall(r"tt\.addptr [^,]+, \S+ : !tt\.ptr<(?!i8)\w+>, i32", ttir))
+    return len(re.findall(r"tt\.addptr [^,]+, (?!%c\d)\S+ : !tt\.ptr<(?!i8)\w+>, i32", ttir))
