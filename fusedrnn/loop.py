@@ -47,8 +47,10 @@ class _Steps:
         self.initial = self._masks(INITIAL) if is_padded else {}
         self.skipped = self._masks(SKIPPED) if is_padded else {}
         self.zero = {} if self.origins is None else self._masks(ZERO)
-        before = [rows.B, *(self.sizes[t] for t in self.order)]
-        resized = {t for t, n in zip(self.order, before, strict=False) if self.sizes[t] != n}
+        resized: set[int] = set()
+        if rows.sizes is not None:
+            before = [rows.B, *(self.sizes[t] for t in self.order)]
+            resized = {t for t, n in zip(self.order, before, strict=False) if self.sizes[t] != n}
         #: The steps whose state is not simply the one that left the step before.
         self.cut = resized | self.initial.keys() | self.zero.keys()
         self.is_dense = not (self.cut or self.skipped)
@@ -109,26 +111,27 @@ def forward(cell: str, layers: Layers, rows: Rows) -> None:
     H = layers.w_hh[0].shape[1]
     with torch._C._AutoDispatchBelowAutograd():
         for d, w_hh in enumerate(layers.w_hh):
-            steps, initial = _Steps(rows, d), [layers.h_0[d]]
-            left, final = [layers.out[d][:, d * H : (d + 1) * H]], [layers.h_n[d]]
+            steps, h_0, hs = _Steps(rows, d), layers.h_0[d], layers.out[d][:, d * H : (d + 1) * H]
+            c_0: Any = None
+            cs: Any = None
             if layers.c_0 is not None:
-                initial.append(layers.c_0[d])
-                left.append(w_hh.new_empty(rows.total, H) if layers.cs is None else layers.cs[d])
-                final.append(layers.c_n[d])
+                c_0 = layers.c_0[d]
+                cs = c_0.new_empty(rows.total, H) if layers.cs is None else layers.cs[d]
             gates, b_hh = layers.gx[d], None if layers.b_hh is None else layers.b_hh[d]
-            scratch = steps.prefix(torch.empty_like(layers.h_0[d]))
-            step = CELLS[cell][0](Direction(gates, w_hh, b_hh, scratch, steps.split))
-            leaving = list(zip(*map(steps.split, left), strict=True))
-            states: Sequence[Tensor] = initial
+            new_h, new_c = steps.split(hs), None if cs is None else steps.split(cs)
+            scratch = steps.prefix(torch.empty_like(h_0))
+            step = CELLS[cell][0](Direction(gates, w_hh, b_hh, new_h, new_c, scratch, steps.split))
+            h, c, cut = h_0, c_0, steps.cut
             for t in steps.order:
-                if t in steps.cut:
-                    pairs = zip(initial, states, strict=True)
-                    states = [steps.entering(t, *pair) for pair in pairs]
-                step(t, states, leaving[t])
-                states = leaving[t]
-            steps.clear_skipped(gates, *left)
-            for state, *pair in zip(final, initial, left, strict=True):
-                state.copy_(steps.final(*pair))
+                if t in cut:
+                    h = steps.entering(t, h_0, h)
+                    c = None if c is None else steps.entering(t, c_0, c)
+                step(t, h, c)
+                h, c = new_h[t], None if new_c is None else new_c[t]
+            steps.clear_skipped(gates, hs, *([] if cs is None else [cs]))
+            layers.h_n[d] = steps.final(h_0, hs)
+            if cs is not None:
+                layers.c_n[d] = steps.final(c_0, cs)
 
 
 def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
@@ -144,26 +147,25 @@ def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
                 states.append(grads.c_0[d].copy_(grads.c_n[d]))
                 arriving.append(None if grads.cs is None else grads.cs[d])
                 pair = layers.c_0[d], layers.cs[d]
-            scratch, carried = steps.prefix(torch.empty_like(states[0])), map(steps.prefix, states)
-            of_direction = Direction(layers.gates[d], w_hh, None, scratch, steps.split)
+            dh, *dc = of_steps = [steps.prefix(state) for state in states]
+            scratch = steps.prefix(torch.empty_like(states[0]))
+            of_direction = Direction(
+                layers.gates[d], w_hh, None, dh, dc[0] if dc else None, scratch, steps.split
+            )
             saved = Saved(grads.gates[d], pair[1], partial(entering, rows, d, *pair))
             step = CELLS[cell][1](of_direction, saved)
-            of_step = list(zip(*carried, strict=True))
-            added = [
-                (number, steps.split(grad))
-                for number, grad in enumerate(arriving)
-                if grad is not None
-            ]
+            pairs = zip(of_steps, arriving, strict=True)
+            added = [(carried, steps.split(grad)) for carried, grad in pairs if grad is not None]
+            skipped, zero = steps.skipped, steps.zero
             for t in reversed(steps.order):
-                skipped = steps.skipped.get(t)
-                kept = [] if skipped is None else [state.clone() for state in states]
-                for number, grad in added:
-                    of_step[t][number].add_(grad[t])
-                step(t, of_step[t])
-                if skipped is not None:
+                kept = [state.clone() for state in states] if t in skipped else ()
+                for carried, grad in added:
+                    carried[t].add_(grad[t])
+                step(t)
+                if t in skipped:
                     for old, state in zip(kept, states, strict=True):
-                        torch.where(skipped, old, state, out=state)
-                if t in steps.zero:  # 0 times inf would be NaN
-                    for state in of_step[t]:
-                        state.masked_fill_(steps.zero[t], 0)
+                        torch.where(skipped[t], old, state, out=state)
+                if t in zero:  # 0 times inf would be NaN
+                    for state in states:
+                        state[: len(zero[t])].masked_fill_(zero[t], 0)
             steps.clear_skipped(grads.gates[d])

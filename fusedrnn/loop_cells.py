@@ -7,7 +7,7 @@ loop, backward fills dgates with all factors that do not depend on the gradients
 
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -15,7 +15,6 @@ from torch import Tensor
 _MANY_STEPS = 16  # from so many steps on a transposed copy of W_hh pays
 #: Up to this H one product of all four tiles of a GRU, one of them with zeros, is faster than two.
 _ONE_PRODUCT = 64
-States = Sequence[Tensor]  # h and, in an LSTM, c of a step [n, H]; backward their gradients
 Split = Callable[[Tensor], Sequence[Tensor]]  # cuts rows [R, .] into those of each step
 #: ``slope(dy, y, grad_input=out)`` fills out with dy y (1 - y), dy (1 - y^2), or dy where y > 0.
 _sigmoid_slope = torch.ops.aten.sigmoid_backward.grad_input
@@ -29,6 +28,8 @@ class Direction(NamedTuple):
     gates: Tensor  # [R, max(G, S)*H] with gx, which forward turns into the gates [R, S*H]
     w_hh: Tensor  # [G*H, H]
     b_hh: Tensor | None  # [G*H], of which gx has all but a GRU's b_hn
+    h: Sequence[Tensor]  # of each step [n, H], written; backward: its gradient, carried in place
+    c: Any  # the same of c; None in a cell without c
     scratch: Sequence[Tensor]  # of each step [n, H], room that all steps share
     split: Split
 
@@ -50,14 +51,13 @@ def _lstm_forward(a: Direction) -> Callable:
     w_hh = a.transposed(a.w_hh)
     gates, (i, f, g, o) = a.split(a.gates), map(a.split, a.gates.chunk(4, 1))
 
-    def step(t: int, state: States, new: States) -> None:
-        (h, c), (new_h, new_c) = state, new
+    def step(t: int, h: Tensor, c: Tensor) -> None:
         gates[t].addmm_(h, w_hh)
         candidate = torch.tanh(g[t], out=a.scratch[t])
         gates[t].sigmoid_()  # g too, for nothing: cheaper than two calls for i, f and o
         g[t].copy_(candidate)
-        torch.mul(f[t], c, out=new_c).addcmul_(i[t], candidate)
-        torch.mul(o[t], torch.tanh(new_c, out=candidate), out=new_h)
+        new = torch.mul(f[t], c, out=a.c[t]).addcmul_(i[t], candidate)
+        torch.mul(o[t], torch.tanh(new, out=candidate), out=a.h[t])
 
     return step
 
@@ -75,8 +75,8 @@ def _lstm_backward(a: Direction, saved: Saved) -> Callable:
     dgates, d_ifg = a.split(saved.dgates), a.split(saved.dgates.unflatten(1, (4, -1))[:, :3])
     d_os, fs = a.split(d_o), a.split(f)
 
-    def step(t: int, d_state: States) -> None:
-        dh, dc = d_state
+    def step(t: int) -> None:
+        dh, dc = a.h[t], a.c[t]
         dc.addcmul_(dh, slopes[t])
         d_ifg[t].mul_(dc.unsqueeze(1))
         d_os[t].mul_(dh)
@@ -102,14 +102,13 @@ def _gru_forward(a: Direction) -> Callable:
     rz, (r, z, n, hn) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(4, 1))
     a.gates[:, 3 * H :] = 0 if a.b_hh is None else a.b_hh[2 * H :]
 
-    def step(t: int, state: States, new: States) -> None:
-        (h,), (new_h,) = state, new
+    def step(t: int, h: Tensor, _: Any) -> None:
         for tiles, w in products:
             tiles[t].addmm_(h, w)
         rz[t].sigmoid_()
         candidate = torch.addcmul(n[t], r[t], hn[t], out=a.scratch[t]).tanh_()
         n[t].copy_(candidate)
-        torch.lerp(candidate, h, z[t], out=new_h)
+        torch.lerp(candidate, h, z[t], out=a.h[t])
 
     return step
 
@@ -126,8 +125,8 @@ def _gru_backward(a: Direction, saved: Saved) -> Callable:
     products = [(a.split(saved.dgates[:, tiles]), w) for tiles, w in _gru_products(a.w_hh)]
     (first, w_first), *more = products
 
-    def step(t: int, d_state: States) -> None:
-        (dh,) = d_state
+    def step(t: int) -> None:
+        dh = a.h[t]
         d_all[t].mul_(dh.unsqueeze(1))
         # Added to dh z term by term, the product would round each to the size of dh.
         product = torch.mm(first[t], w_first, out=a.scratch[t])
@@ -144,11 +143,10 @@ def _gru_reset_before_forward(a: Direction) -> Callable:
     w_rz, w_n = map(a.transposed, a.w_hh.split((2 * H, H)))
     rz, (r, z, n) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(3, 1))
 
-    def step(t: int, state: States, new: States) -> None:
-        (h,), (new_h,) = state, new
+    def step(t: int, h: Tensor, _: Any) -> None:
         rz[t].addmm_(h, w_rz).sigmoid_()
         n[t].addmm_(torch.mul(r[t], h, out=a.scratch[t]), w_n).tanh_()
-        torch.lerp(n[t], h, z[t], out=new_h)
+        torch.lerp(n[t], h, z[t], out=a.h[t])
 
     return step
 
@@ -166,8 +164,8 @@ def _gru_reset_before_backward(a: Direction, saved: Saved) -> Callable:
     d_zn = a.split(saved.dgates.unflatten(1, (3, H))[:, 1:])
     d_rs, d_ns, rs, zs = map(a.split, (d_r, d_n, r, z))
 
-    def step(t: int, d_state: States) -> None:
-        (dh,) = d_state
+    def step(t: int) -> None:
+        dh = a.h[t]
         d_zn[t].mul_(dh.unsqueeze(1))
         du = torch.mm(d_ns[t], w_n, out=a.scratch[t])
         d_rs[t].mul_(du)
@@ -181,9 +179,8 @@ def _rnn_forward(a: Direction, function: Callable) -> Callable:
     """h' = tanh(.) or max(., 0)."""
     w_hh, gx = a.transposed(a.w_hh), a.split(a.gates)
 
-    def step(t: int, state: States, new: States) -> None:
-        (h,), (new_h,) = state, new
-        function(gx[t].addmm_(h, w_hh), out=new_h)
+    def step(t: int, h: Tensor, _: Any) -> None:
+        function(gx[t].addmm_(h, w_hh), out=a.h[t])
 
     return step
 
@@ -193,9 +190,8 @@ def _rnn_backward(a: Direction, saved: Saved, slope: Callable) -> Callable:
     slope(saved.left.new_ones(1).expand_as(saved.left), saved.left, grad_input=saved.dgates)
     dgates = a.split(saved.dgates)
 
-    def step(t: int, d_state: States) -> None:
-        (dh,) = d_state
-        torch.mm(dgates[t].mul_(dh), a.w_hh, out=dh)
+    def step(t: int) -> None:
+        torch.mm(dgates[t].mul_(a.h[t]), a.w_hh, out=a.h[t])
 
     return step
 
