@@ -70,6 +70,24 @@ def test_an_lstm_runs_on_a_cpu_that_onednn_refuses(monkeypatch):
     assert fusedrnn.explain(ours, x).backend == "aten"
 
 
+def test_an_overflow_reaches_the_scaler():
+    """As infinite gradients; in later steps, whose scale is smaller, there are none."""
+    _, ours = build("GRU", FULL)
+    scaler = torch.amp.GradScaler("cpu", init_scale=2.0**30, growth_interval=1)
+    optimizer, before = torch.optim.SGD(ours.parameters(), lr=0.05), ours.weight_hh_l0.clone()
+    for step in range(20):
+        with fusedrnn.use_backend("torch"), torch.autocast("cpu", HALF):
+            loss = ours(torch.ones(T, B, I))[0].float().square().mean()
+        optimizer.zero_grad()
+        scaler.scale(loss).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        assert step or torch.equal(ours.weight_hh_l0, before)  # the first step is skipped
+    assert scaler.get_scale() < 2.0**30
+    assert all(p.grad.isfinite().all() for p in ours.parameters())
+    assert not torch.equal(ours.weight_hh_l0, before)
+
+
 @pytest.mark.parametrize("backend", ["auto", "torch"])
 def test_autocast_switched_off_inside_and_float64(backend):
     _, ours = build("GRU", FULL)

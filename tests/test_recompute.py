@@ -3,6 +3,7 @@
 import pytest
 import torch
 from test_equivalence import MODULES, build, everything, runner, states_for
+from torch.utils.checkpoint import checkpoint
 
 import fusedrnn
 from fusedrnn import layer
@@ -47,6 +48,24 @@ def test_dense_steps_are_cut_and_what_is_left_comes_last(monkeypatch):
     module, x = build("lstm", recompute=True), torch.randn(T, B, I)
     everything(runner("torch", "dense"), module, x, states_for(module, B), torch.float64)
     assert seen == [4 * B, 2 * B]
+
+
+@pytest.mark.parametrize("backend", ["auto", "torch"])
+def test_torchs_checkpoints_repeat_the_dropout_masks(backend):
+    """Without the generator's state the call that is repeated would draw others."""
+    ours, x = build("gru", 2, 1, dropout=0.5), torch.randn(T, B, I, dtype=torch.float64)
+
+    def gradient(**options):
+        torch.manual_seed(7)
+        leaf = x.clone().requires_grad_()
+        with fusedrnn.use_backend(backend):
+            y = checkpoint(lambda x: ours(x)[0], leaf, **options) if options else ours(leaf)[0]
+            y.square().sum().backward()
+        return leaf.grad
+
+    want, other = gradient(), gradient(use_reentrant=False, preserve_rng_state=False)
+    assert all(torch.equal(gradient(use_reentrant=mode), want) for mode in (True, False))
+    assert not torch.allclose(other, want)
 
 
 def bytes_kept(module, x):

@@ -1,13 +1,17 @@
-"""Long use: thousands of calls in four threads."""
+"""Long use: thousands of calls in four threads, interrupted ones, and workers."""
 
 import gc
 import os
 import random
+import signal
+import time
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from torch.utils.data import DataLoader
 
 import fusedrnn
 
@@ -53,3 +57,45 @@ def test_thousands_of_calls_in_four_threads():
         gc.collect()
         used.append(int(STATM.read_text().split()[1]) * 4096)
     assert used[1] - used[0] < 8 << 20, used
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"recompute": True}, {"num_layers": 2, "dropout": 0.5}])
+def test_a_call_that_is_interrupted_leaves_nothing_behind(kwargs, monkeypatch):
+    """Ctrl-C at any time of forward or backward: all gradients or none, and no setting."""
+    every, module, x = cases(), fusedrnn.GRU(8, 40, **kwargs), torch.randn(150, 2, 8)
+    expected, stopped = [result(case) for case in every], 0
+    threads, weights = torch.get_num_threads(), list(module.parameters())
+    before = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    begin = time.perf_counter()
+    module(x)[0].sum().backward()
+    took = time.perf_counter() - begin
+    for n in range(CALLS // 30):
+        module.zero_grad()
+        signal.setitimer(signal.ITIMER_REAL, 1e-4 + random.Random(n).random() * took)
+        try:
+            with fusedrnn.use_backend("torch"), fusedrnn.use_precision("tf32"):
+                module(x)[0].sum().backward()
+        except KeyboardInterrupt:
+            stopped += 1
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        assert len({weight.grad is None for weight in weights}) == 1
+        assert fusedrnn.explain(module, x).source != "use_backend"
+        assert torch.get_num_threads() == threads
+        assert all(map(torch.equal, result(every[n % len(every)]), expected[n % len(every)]))
+    signal.signal(signal.SIGALRM, before)
+    assert stopped > CALLS // 90
+
+
+def encoded(module, sequences):
+    return module(torch.stack(sequences, 1))[0].detach()
+
+
+@pytest.mark.parametrize("method", ["fork", "spawn"])
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_in_worker_processes(method):
+    module, x = fusedrnn.GRU(3, 4), torch.randn(6, 12, 3)
+    module(x)[0].sum().backward()  # the parent has trained before it forks
+    options = {"collate_fn": partial(encoded, module), "multiprocessing_context": method}
+    got = torch.cat(list(DataLoader(list(x), 2, num_workers=2, **options)), 1)
+    torch.testing.assert_close(got, encoded(module, list(x)))

@@ -88,6 +88,13 @@ def penalty(f):
     return lambda p, x: grad(loss(f), argnums=1)(p, x).square().sum()
 
 
+def trained(f, p, xs):
+    """Returns the weights after two steps, as the inner loop of MAML (Finn et al., 2017) takes."""
+    for x in xs[1:]:
+        p = {name: p[name] - 0.1 * dp for name, dp in grad(loss(f))(p, x).items()}
+    return p
+
+
 def of_x(f, p):
     return lambda x: f(p, x)[0]
 
@@ -113,6 +120,7 @@ TRANSFORMS = {
     "jacfwd": lambda f, p, xs, hxs: jacfwd(of_x(f, p))(xs[0]),
     "hessian": lambda f, p, xs, hxs: hessian_of(f, p)(xs[0, :2]),
     "penalties": lambda f, p, xs, hxs: map_over(grad(penalty(f)), EACH)(p, xs),
+    "inner loop": lambda f, p, xs, hxs: grad(lambda p: loss(f)(trained(f, p, xs), xs[0]))(p),
 }
 
 
