@@ -3,12 +3,13 @@
 import argparse
 import math
 import os
+import re
 import sys
 import traceback
 from collections.abc import Sequence
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -54,12 +55,12 @@ COMMANDS = {
     "cpu": ("commands.cpu", f"--only {CPU}", "all workloads on the CPU, in new processes"),
     "host": ("host.run", "", "the host's time from call to launch, and of cells; needs no GPU"),
     "ragged": ("commands.ragged", RUN, "different lengths: padded, packed, with lengths"),
-    "cases": ("commands.cases", CASES, "all implementations on named cases, or the list of cases"),
+    "cases": ("commands.on_cases", CASES, "all implementations on named cases, or their list"),
     "gpu": ("gpu.run", "--minutes --only --out --dry-run", "on a CUDA machine: gate, times, tests"),
     "ladder": ("ladder.run", f"rung --write {RUN}", "the kernels side by side, or one alone"),
     "lesson": ("lessons.command.run", f"lesson --figure {DATA}", "an experiment of a course"),
     "compare": ("compare.run", "files --tolerance", "what became slower, wrong or larger"),
-    "report": ("pictures.run", "folder --plot", "the table of a results folder"),
+    "report": ("report.run", "folder --plot", "the table of a results folder"),
     "references": ("references.run", "names --gpu", "times of the cases that others published"),
     "distributed": ("distributed.run", "--processes --cell", "DDP and fully_shard"),
 }  # fmt: skip
@@ -70,14 +71,19 @@ def main(argv: Sequence[str] | None = None) -> int:
     argv = sys.argv[1:] if argv is None else argv
     if not argv or (argv[0].startswith("-") and argv[0] not in ("-h", "--help")):
         argv = ["demo", *argv]
-    options = _parser(argv[0]).parse_args(argv)
     try:
-        _check(options)
+        options = _parser(argv[0]).parse_args(argv)
+        if not getattr(options, "minutes", 1) > 0:
+            raise UserError(f"--minutes must be a number above 0, not {options.minutes:g}")
+        if getattr(options, "device", "") == "cuda" and not torch.cuda.is_available():
+            raise UserError("--device cuda needs a GPU, and torch finds none")
+        if getattr(options, "device", "") == "auto":
+            options.device = "cuda" if torch.cuda.is_available() else "cpu"
         code = options.run(options)
         sys.stdout.flush()
         return code
     except UserError as error:
-        print(f"python -m bench {options.command}: {error}", file=sys.stderr)
+        print(f"python -m bench {argv[0]}: {error}", file=sys.stderr)
         return 2
     except BrokenPipeError:  # as in `cases | head`; Python would report it once more at its end
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -89,34 +95,28 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 3
 
 
+class Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(message.replace("argument : invalid choice", "there is no command"))
+
+
 def _parser(command: str) -> argparse.ArgumentParser:
     """Returns the parser, with the options of one command."""
-    parser = argparse.ArgumentParser(
-        prog="python -m bench", usage="python -m bench [COMMAND] [OPTIONS]",
+    parser = Parser(
+        prog="python -m bench", usage="%(prog)s [COMMAND] [OPTIONS]", add_help=False,
         description=__doc__.partition(": ")[2], epilog="COMMAND --help lists the options of each.",
     )  # fmt: skip
-    commands = parser.add_subparsers(
-        title="commands", metavar="", dest="command", prog="python -m bench"
-    )
+    parser.add_argument("-h", "--help", action="help", help=argparse.SUPPRESS)
+    commands = parser.add_subparsers(title="commands", metavar="", dest="command", prog=parser.prog)
     for name, (place, arguments, words) in COMMANDS.items():
-        sub = commands.add_parser(name, help=words, description=words)
+        usage = " ".join(["%(prog)s", *re.findall(r"^\w+", arguments.upper()), "[OPTIONS]"])
+        sub = commands.add_parser(name, help=words, description=words, usage=usage)
         if name == command:
             for argument in arguments.split():
                 sub.add_argument(argument, **ARGUMENTS[argument])
             module, _, function = place.rpartition(".")
             sub.set_defaults(run=getattr(import_module(f".{module}", __package__), function))
     return parser
-
-
-def _check(options: argparse.Namespace) -> None:
-    """Settles the device."""
-    if not getattr(options, "minutes", 1) > 0:
-        raise UserError(f"--minutes must be a number above 0, not {options.minutes:g}")
-    if "device" in options:
-        if options.device == "cuda" and not torch.cuda.is_available():
-            raise UserError("--device cuda needs a GPU, and torch finds none")
-        if options.device == "auto":
-            options.device = "cuda" if torch.cuda.is_available() else "cpu"
 
 
 if __name__ == "__main__":

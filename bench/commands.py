@@ -6,56 +6,44 @@ from typing import Any
 
 import torch
 
-from . import UserError, references
-from .cases import (
-    CELLS,
-    CHARACTER,
-    EVERY_CELL,
-    LESSONS,
-    LONG,
-    ONE_HOT,
-    RAGGED,
-    TRAINED,
-    Workload,
-    every_case,
-    named,
-)  # fmt: skip
+from . import UserError, cases, references
 from .host import cell_lines
-from .measure import in_fresh_process
+from .measure import in_fresh_processes
 from .providers import PROVIDERS, TORCH, absent
 from .report import COLUMNS
 from .run import run
 
-PROCESSES = 3
 #: Who is measured on the CPU beside torch.nn, where it is not fusedrnn alone.
 SPECIAL = {
-    ONE_HOT: ("fusedrnn", "fusedrnn torch", "fusedrnn recompute"),
-    CHARACTER: ("fusedrnn", "fusedrnn stream"),
-    RAGGED: ("fusedrnn lengths",),
+    cases.ONE_HOT: ("fusedrnn", "fusedrnn torch", "fusedrnn recompute"),
+    cases.CHARACTER: ("fusedrnn", "fusedrnn stream"),
+    cases.RAGGED: ("fusedrnn lengths",),
 }
 
 
 def demo(options: argparse.Namespace) -> int:
     """Compares results, speed and training of fusedrnn with torch.nn on IMDB and the series."""
-    plan = [(w, (TORCH, "fusedrnn")) for w in TRAINED if options.command in ("demo", w.group)]
-    return run(options, plan, CELLS, trains=True)[1]
+    plan = [(w, (TORCH, "fusedrnn")) for w in cases.TRAINED if options.command in ("demo", w.group)]
+    return run(options, plan, cases.CELLS, trains=True)[1]
 
 
 def ragged(options: argparse.Namespace) -> int:
     """Compares sequences of different lengths: padded, packed, and with ``lengths``."""
-    return run(options, [(RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))])[1]
+    return run(
+        options, [(cases.RAGGED, (TORCH, "torch.nn padded", "fusedrnn", "fusedrnn lengths"))]
+    )[1]
 
 
-def cases(options: argparse.Namespace) -> int:
+def on_cases(options: argparse.Namespace) -> int:
     """Gates and times the providers on the cases, and prints the published times of these."""
     if options.names is None:
-        for w in every_case():
+        for w in cases.every_case():
             print(f"{w.name:<28} {w.group:<12} {w.shape} {w.dtype} {', '.join(w.cells)}")
         return 0
-    workloads, device = named(options.names), torch.device(options.device)
-    cells = options.cells.split(",") if options.cells else EVERY_CELL
+    workloads, device = cases.named(options.names), torch.device(options.device)
+    cells = options.cells.split(",") if options.cells else cases.EVERY_CELL
     wanted = [TORCH, *(options.providers.split(",") if options.providers else PROVIDERS)]
-    for kind, names, known in (("provider", wanted, PROVIDERS), ("cell", cells, EVERY_CELL)):
+    for kind, names, known in (("provider", wanted, PROVIDERS), ("cell", cells, cases.EVERY_CELL)):
         if unknown := [name for name in names if name not in known]:
             raise UserError(f"there is no {kind} {unknown[0]!r}; there are {', '.join(known)}")
     reasons = {name: absent(name, device) for name in wanted}
@@ -69,7 +57,7 @@ def cases(options: argparse.Namespace) -> int:
     return code
 
 
-def applies(provider: str, workload: Workload) -> bool:
+def applies(provider: str, workload: cases.Workload) -> bool:
     """Returns False where a provider would only repeat another one."""
     entry = PROVIDERS[provider]
     return (not entry.layout or workload.ragged) and (not entry.step or workload.T == 1)
@@ -78,16 +66,18 @@ def applies(provider: str, workload: Workload) -> bool:
 def cpu(options: argparse.Namespace) -> int:
     """Measures all cases, and prints the geometric means.
 
-    Each case and cell is timed in new processes, because times depend on the state of the heap and
-    on which CPUs a process gets. The row is that of the process in the middle.
+    Each case is timed in new processes, because times depend on the heap and on which CPUs a
+    process gets. The row is that of the process in the middle.
     """
     options.device = "cpu"
-    workloads = named(options.only) if options.only else (*LESSONS, LONG, RAGGED)
+    workloads = (
+        cases.named(options.only) if options.only else (*cases.LESSONS, cases.LONG, cases.RAGGED)
+    )
     plan = [(w, (TORCH, *SPECIAL.get(w, ("fusedrnn",)))) for w in workloads]
-    rows, code = run(options, plan, processes=1 if options.quick else PROCESSES)
+    rows, code = run(options, plan, processes=1 if options.quick else 3)
     summary(rows)
     if not options.only:
-        print("", *in_fresh_process(cell_lines), sep="\n")
+        print("", *in_fresh_processes(1, cell_lines)[0], sep="\n")
     return code
 
 

@@ -12,8 +12,6 @@ from . import UserError
 
 KEYS = ["case", "cell", "pass", "provider"]
 NEEDED = [*KEYS, "gate", "x", "x_low", "x_high"]
-#: Bytes are counted and not timed, so little more is already a change.
-LARGER = 1.01
 
 
 def run(options: argparse.Namespace) -> int:
@@ -22,8 +20,7 @@ def run(options: argparse.Namespace) -> int:
     if not old:
         raise UserError("compare takes at least two files, the new one last")
     found = list(changes(old, new, options.tolerance))
-    for kind, line in found:
-        print(f"{kind:<8} {line}")
+    print("".join(f"{kind:<8} {line}\n" for kind, line in found), end="")
     bad = sum(kind in ("slower", "wrong", "larger") for kind, _ in found)
     print(f"{bad} of the cases became slower, wrong or larger")
     return 1 if bad else 0
@@ -47,25 +44,22 @@ def changes(old: list, new, tolerance: float) -> Iterator[tuple[str, str]]:
     import pandas
 
     before = pandas.concat(old)
-    first = before.groupby(level=KEYS, sort=False)
-    lowest, highest = first["x_low"].min(), first["x_high"].max()
-    passed = before["gate"].isin(["ok", "reference"]).groupby(level=KEYS).any()
     sizes = [c for c in ("kept_mb", "peak_mb") if c in new and c in before]
-    limits = {column: LARGER * first[column].max() for column in sizes}
-    for key in before.index.unique().union(new.index, sort=False):
+    before["passed"] = before["gate"].isin(["ok", "reference"])
+    ends = {"x_low": "min", "x_high": "max", "passed": "any"} | dict.fromkeys(sizes, "max")
+    limits = before.groupby(level=KEYS).agg(ends)
+    both = limits.merge(new, "outer", KEYS, suffixes=("_old", ""), indicator="found")
+    for key, row in both.iterrows():
         name = " ".join(map(str, key))
-        if key not in new.index or key not in lowest.index:
-            yield ("gone" if key not in new.index else "added"), name
-            continue
-        row = new.loc[key]
-        if passed[key] and row["gate"] in ("red", "failed"):
+        span = f"{name}: {row['x']:.2f} after {row['x_low_old']:.2f} - {row['x_high_old']:.2f}"
+        if row["found"] != "both":
+            yield ("gone" if row["found"] == "left_only" else "added"), name
+        elif row["passed"] and row["gate"] in ("red", "failed"):
             yield "wrong", f"{name}: the gate says {row['gate']}"
-            continue
-        span = f"{name}: {row['x']:.2f} after {lowest[key]:.2f} - {highest[key]:.2f}"
-        if row["x_high"] * tolerance < lowest[key]:
+        elif row["x_high"] * tolerance < row["x_low_old"]:
             yield "slower", span
-        elif row["x_low"] > highest[key] * tolerance:
+        elif row["x_low"] > row["x_high_old"] * tolerance:
             yield "faster", span
-        for column, limit in limits.items():
-            if row[column] > limit[key]:
-                yield "larger", f"{name}: {column} {row[column]:g}, at most {limit[key]:g} before"
+        for column in sizes:
+            if row[column] > 1.01 * (limit := row[f"{column}_old"]):  # bytes are counted
+                yield "larger", f"{name}: {column} {row[column]:g}, at most {limit:g} before"

@@ -90,8 +90,14 @@ def _download(cache: Path) -> None:
 
 def parse(blob: bytes, name: str) -> Corpus:
     """Reads the content of an ``imdb.npz``; an error is one sentence that begins with the name."""
+    members = ["x_test.npy", "x_train.npy", "y_test.npy", "y_train.npy"]
     try:
-        return _read_npz(io.BytesIO(blob))
+        with zipfile.ZipFile(io.BytesIO(blob)) as archive:
+            if sorted(archive.namelist()) != members:
+                raise UserError("does not hold x_train, y_train, x_test and y_test")
+            if sum(info.file_size for info in archive.infolist()) > MAX_UNPACKED_BYTES:
+                raise UserError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
+            return Corpus(_part(archive, "train"), _part(archive, "test"))
     except UserError as error:
         raise UserError(f"{name} {error}") from error
     except zipfile.BadZipFile as error:
@@ -101,25 +107,16 @@ def parse(blob: bytes, name: str) -> Corpus:
         raise UserError(f"{name} is damaged ({reason})") from error
 
 
-def _read_npz(file: io.BytesIO) -> Corpus:
+def _part(archive: zipfile.ZipFile, part: str) -> Reviews:
     from numpy import load
     from numpy.lib import format as npy
 
-    with zipfile.ZipFile(file) as archive:
-        if sorted(archive.namelist()) != ["x_test.npy", "x_train.npy", "y_test.npy", "y_train.npy"]:
-            raise UserError("does not hold x_train, y_train, x_test and y_test")
-        if sum(info.file_size for info in archive.infolist()) > MAX_UNPACKED_BYTES:
-            raise UserError(f"unpacks to more than {MAX_UNPACKED_BYTES:,} bytes")
-
-        def split(part: str) -> Reviews:
-            labels = load(io.BytesIO(archive.read(f"y_{part}.npy")), allow_pickle=False).tolist()
-            lists = io.BytesIO(archive.read(f"x_{part}.npy"))
-            npy.read_magic(lists)
-            npy.read_array_header_1_0(lists)
-            # The state of a pickled array is its version, shape, dtype, order and elements.
-            return _reviews(_Unpickler(lists).load().state[4], labels)
-
-        return Corpus(split("train"), split("test"))
+    labels = load(io.BytesIO(archive.read(f"y_{part}.npy")), allow_pickle=False).tolist()
+    lists = io.BytesIO(archive.read(f"x_{part}.npy"))
+    npy.read_magic(lists)
+    npy.read_array_header_1_0(lists)
+    # The state of a pickled array is its version, shape, dtype, order and elements.
+    return _reviews(_Unpickler(lists).load().state[4], labels)
 
 
 class _Unpickler(pickle.Unpickler):

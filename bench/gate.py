@@ -4,7 +4,7 @@ All providers get the same weights, input, initial states and cotangents. Every 
 and gradient must be within the error budget of ``fusedrnn.testing``, against torch.nn in fp64.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -14,18 +14,6 @@ from fusedrnn.testing import error_budget, run_module
 
 from .measure import BenchmarkCase
 from .providers import PROVIDERS, TORCH
-
-#: The unit roundoff of fp32 where it is multiplied with 10 bits of fraction.
-TF32_EPS = 2**-11
-
-
-class Verdict(NamedTuple):
-    """The comparison of all tensors of a provider."""
-
-    ok: bool
-    share: float  # the largest error divided by what is allowed
-    error: float  # the largest absolute error of output and final states
-    failures: list[str]
 
 
 class _Padded(nn.Module):
@@ -59,23 +47,25 @@ class Gate:
         self.hx, self.cotangents = tensors[: len(states)], tensors[len(states) :]
         self.truth = self._run(TORCH, torch.float64)
         self.reference = self._run(TORCH, self.case.x.dtype)
-        self.eps = TF32_EPS if self.case.precision() == "tf32" else None
+        self.eps = 2**-11 if self.case.precision() == "tf32" else None  # 10 bits of fraction
 
-    def judge(self, provider: str, backward: bool = True) -> Verdict:
-        """Compares all that a provider returns.
+    def judge(self, provider: str, backward: bool = True) -> dict[str, Any]:
+        """Compares all that a provider returns; the note names the tensors that are wrong.
 
         Without ``backward`` outputs and final states are compared, in evaluation mode.
         """
         got = self._run(provider, self.case.x.dtype, backward and not PROVIDERS[provider].step)
         reference, truth, eps = self.reference, self.truth, self.eps
         budgets = [error_budget(n, got[n], reference[n], truth[n], eps=eps) for n in got]
-        shares = [(b.max_err, b.allowed) for b in budgets] + [
-            (b.rms, b.rms_allowed) for b in budgets
-        ]
-        share = max(error / (allowed or 1e-300) for error, allowed in shares)
-        error = max(b.max_err for b in budgets if b.name in ("output", "h_n", "c_n"))
-        failures = [str(b) for b in budgets if not b.ok]
-        return Verdict(not failures, share, error, failures)
+        shares = [(b.max_err, b.allowed) for b in budgets]
+        shares += [(b.rms, b.rms_allowed) for b in budgets]
+        wrong = [str(b) for b in budgets if not b.ok]
+        return {
+            "gate": "red" if wrong else "ok",
+            "share": max(error / (allowed or 1e-300) for error, allowed in shares),
+            "error": max(b.max_err for b in budgets if b.name in ("output", "h_n", "c_n")),
+            "note": "; ".join(wrong),
+        }
 
     def _run(self, provider: str, dtype: torch.dtype, backward: bool = True) -> dict[str, Tensor]:
         # Dropout draws other numbers in fp64 and on a GPU, so the gate has none.

@@ -24,19 +24,13 @@ from typing import NamedTuple
 import torch
 
 from . import UserError, report
+from .progress import progress, say
 
 ROOT = Path(__file__).resolve().parents[1]
-#: A command with {minutes} gets this much less than its limit, so that it can end by itself.
-MARGIN_SECONDS = 10
-#: A process that crashed is started again this often; it goes on behind the case it was at.
-MOST_STARTS = 4
-BENCH = (sys.executable, "-m", "bench")
-PYTEST = (
-    *(sys.executable, "-m", "pytest", "-v", "-m", "gpu", "-p", "no:cacheprovider"),
-    "--continue-on-collection-errors",  # a package that a test imports may be missing
-)
 OURS = "fusedrnn,fusedrnn triton,fusedrnn resident,fusedrnn cooperative,fusedrnn stepwise"
-KERNEL_TESTS = ("tests/test_resident.py", "tests/test_cooperative.py", "tests/test_stepwise.py")
+#: Without the compiled loop, which takes minutes to compile.
+PEERS = f"{OURS},eager loop,flashrnn,haste,torchrl"
+KERNEL_TESTS = "tests/test_resident.py tests/test_cooperative.py tests/test_stepwise.py"
 
 
 class Step(NamedTuple):
@@ -44,45 +38,37 @@ class Step(NamedTuple):
 
     name: str
     minutes: float
-    command: tuple[str, ...]  # {out} and {minutes} are replaced
+    command: Sequence[str]  # {out} and {minutes} are replaced
     restarts: bool = False  # after a crash
 
 
 def steps() -> list[Step]:
     """Returns the steps of a run, the most important first."""
-
-    def bench(*command: str, out: str = "{out}") -> tuple[str, ...]:
-        limits = ("--minutes", "{minutes}", "--resume")
-        return (*BENCH, *command, "--device", "cuda", "--out", out, *limits)
-
-    def cases(names: str, providers: str, *options: str, **folder: str) -> tuple[str, ...]:
-        return bench("cases", names, "--providers", providers, *options, **folder)
-
-    # Without the compiled loop, which takes minutes to compile.
-    peers = f"{OURS},eager loop,flashrnn,haste,torchrl"
-    # Compiling takes most of the time of a test.
-    workers = ("-n", str(min(8, os.cpu_count() or 1))) if find_spec("xdist") else ()
-    first = cases("first", "fusedrnn triton", "--gate-only", out="{out}/first")
-    gate = cases("lessons,sweep", OURS, "--gate-only", out="{out}/gate")
-    sweep = cases("sweep", "fusedrnn,fusedrnn triton")
-    others = (*PYTEST, *workers, "tests", *(f"--ignore={path}" for path in KERNEL_TESTS))
-    found = [
-        Step("machine", 0.1, ("nvidia-smi",)),
-        Step("first", 0.4, first),
-        Step("gate", 1.0, gate, restarts=True),
-        Step("kernelbench", 0.8, cases("kernelbench,deepbench", peers), restarts=True),
-        Step("lessons", 1.5, bench("demo"), restarts=True),
-        Step("sweep", 2.1, sweep, restarts=True),
-        Step("kernel-tests", 1.0, (*PYTEST, *workers, *KERNEL_TESTS)),
-        Step("tests", 1.5, others),
-        Step("ragged", 0.3, bench("ragged"), restarts=True),
-    ]
+    python, limits = shlex.quote(sys.executable), "--device cuda --minutes {minutes} --resume"
+    bench, out = f"{python} -m bench", f"{limits} --out {{out}}"
+    cases, gate = f"{bench} cases", f"--gate-only {out}"
+    first = f"{cases} first --providers 'fusedrnn triton' {gate}"
+    # Compiling takes most of the time of a test. A package that a test imports may be missing.
+    workers = f"-n {min(8, os.cpu_count() or 1)}" if find_spec("xdist") else ""
+    options = f"-v -m gpu -p no:cacheprovider --continue-on-collection-errors {workers}"
+    pytest = f"{python} -m pytest {options}"
+    others = KERNEL_TESTS.replace("tests/", "--ignore=tests/")
     # The allocator's large blocks would hide an access beyond a tensor's end.
-    for tool in ("memcheck", "racecheck"):
-        watched = ("env", "PYTORCH_NO_CUDA_MEMORY_CACHING=1", "compute-sanitizer", "--tool", tool)
-        checked = cases("first", "fusedrnn triton", "--gate-only", out=f"{{out}}/{tool}")
-        found.append(Step(tool, 0.4, (*watched, "--error-exitcode", "86", *checked)))
-    return found
+    sanitizer = "env PYTORCH_NO_CUDA_MEMORY_CACHING=1 compute-sanitizer --error-exitcode 86 --tool"
+    table = [
+        ("machine", 0.1, False, "nvidia-smi"),
+        ("first", 0.4, False, f"{first}/first"),
+        ("gate", 1.0, True, f"{cases} lessons,sweep --providers '{OURS}' {gate}/gate"),
+        ("kernelbench", 0.8, True, f"{cases} kernelbench,deepbench --providers '{PEERS}' {out}"),
+        ("lessons", 1.5, True, f"{bench} demo {out}"),
+        ("sweep", 2.1, True, f"{cases} sweep --providers 'fusedrnn,fusedrnn triton' {out}"),
+        ("kernel-tests", 1.0, False, f"{pytest} {KERNEL_TESTS}"),
+        ("tests", 1.5, False, f"{pytest} tests {others}"),
+        ("ragged", 0.3, True, f"{bench} ragged {out}"),
+        ("memcheck", 0.4, False, f"{sanitizer} memcheck {first}/memcheck"),
+        ("racecheck", 0.4, False, f"{sanitizer} racecheck {first}/racecheck"),
+    ]
+    return [Step(name, time, shlex.split(text), again) for name, time, again, text in table]
 
 
 def run(options: argparse.Namespace) -> int:
@@ -122,17 +108,18 @@ def run_steps(chosen: Sequence[Step], folder: Path, seconds: float) -> None:
     done = {name for name, row in outcomes(folder).items() if row["outcome"] == "ok"}
     chosen = [step for step in chosen if step.name not in done]
     end = time.monotonic() + seconds
-    for number, step in enumerate(chosen):
+    for number, step in enumerate(progress(chosen, lambda step: step.name)):
         left = end - time.monotonic()
         limit = left * step.minutes / sum(s.minutes for s in chosen[number:])
         started = time.monotonic()
         outcome = run_step(step, folder, limit)
         spent = time.monotonic() - started
-        last = _text(folder / f"{step.name}.log").rstrip().split("\n")[-1]
+        log = (folder / f"{step.name}.log").read_text(errors="replace")
+        last = log.rstrip().split("\n")[-1]
         row = {"step": step.name, "outcome": outcome, "seconds": f"{spent:.0f}"}
         row |= {"command": shlex.join(step.command), "last_line": last[:200]}
         report.append(folder / "steps.csv", row, [row])
-        print(f"{step.name:<13} {outcome:<12} {spent:>4.0f} s  {row['last_line'][:90]}", flush=True)
+        say(f"{step.name:<13} {outcome:<12} {spent:>4.0f} s  {row['last_line'][:90]}")
 
 
 def run_step(step: Step, folder: Path, limit: float) -> str:
@@ -143,9 +130,9 @@ def run_step(step: Step, folder: Path, limit: float) -> str:
     environment = {**os.environ, "PYTHONPATH": python_path, "PATH": path}
     log_path, out = folder / f"{step.name}.log", str(folder)
     log_path.unlink(missing_ok=True)
-    for _ in range(MOST_STARTS if step.restarts else 1):
+    for _ in range(4 if step.restarts else 1):  # it goes on behind the case at which it crashed
         left = end - time.monotonic()
-        minutes = f"{max(1.0, left - MARGIN_SECONDS) / 60:.2f}"
+        minutes = f"{max(1.0, left - 10) / 60:.2f}"  # so that it can end by itself
         words = [w.replace("{out}", out).replace("{minutes}", minutes) for w in step.command]
         with open(log_path, "ab") as log:
             try:
@@ -174,16 +161,12 @@ def outcomes(folder: Path) -> dict[str, dict[str, str]]:
     return {row["step"]: row for row in report.read(folder / "steps.csv")}
 
 
-def _text(log: Path) -> str:
-    return log.read_text(errors="replace") if log.exists() else ""
-
-
 def summary(folder: Path) -> str:
     """Returns the steps with their outcomes, the red tests and gates, and the mean gains."""
     lines = [f"\nresults in {folder}"]
     for name, row in outcomes(folder).items():
         lines.append(f"{name:<13} {row['outcome']:<12} {row['last_line']}")
-        log = _text(folder / f"{name}.log")
+        log = "".join(p.read_text(errors="replace") for p in folder.glob(f"{name}.log"))
         found = re.findall(r"FAILED (tests/\S+)|(tests/\S+) FAILED", log)
         lines += [f"  red test: {test}" for test in sorted({a or b for a, b in found})]
     gains: dict[str, list[float]] = {}

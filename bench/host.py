@@ -19,13 +19,14 @@ import fusedrnn
 from fusedrnn import dispatch, grads
 from fusedrnn.kernels import problem
 
-from .measure import PASSES, in_fresh_process
+from .measure import PASSES, in_fresh_processes
 
 CELLS, SIZES = ("LSTMCell", "GRUCell", "RNNCell"), ((4, 10, 12), (60, 24, 24), (32, 64, 128))
 
 
 def run(options: argparse.Namespace) -> int:
-    print(*in_fresh_process(stack_lines), *in_fresh_process(cell_lines), sep="\n")
+    for lines in (stack_lines, cell_lines):
+        print("\n".join(*in_fresh_processes(1, lines)))
     return 0
 
 
@@ -62,8 +63,8 @@ def stack_lines() -> list[str]:
         with autocast, fusedrnn.use_backend("triton"):
             y = call()[0]
             back = partial(torch.autograd.grad, y, weights, y, retain_graph=True)
-            us = [*_launched_and_whole(launched, call), *_launched_and_whole(launched, back)]
-        found.append(f"{name:12} {us[0]:17.0f} {us[1]:7.0f} {us[2]:20.0f} {us[3]:7.0f}")
+            us = (*_launched_and_whole(launched, call), *_launched_and_whole(launched, back))
+        found.append("{:12} {:17.0f} {:7.0f} {:20.0f} {:7.0f}".format(name, *us))
     return found
 
 
@@ -97,13 +98,10 @@ def _us(call: Callable[[], object]) -> float:
     return 1e6 * min(timer.blocked_autorange(min_run_time=0.1).times)
 
 
-def _launched_and_whole(launched: list[float], call: Callable[[], object]) -> tuple[float, float]:
+def _launched_and_whole(launched: list[float], call: Callable[[], object]) -> list[float]:
     """Returns microseconds until the time that a call leaves in ``launched``, and until its end."""
     found = []
     for _ in range(2000):
-        start = process_time()
-        call()
-        end = process_time()
-        found.append((launched[0] - start, end - start))
-    first, whole = zip(*found, strict=True)
-    return 1e6 * min(first), 1e6 * min(whole)
+        start, _ = process_time(), call()
+        found.append((launched[0] - start, process_time() - start))
+    return [1e6 * min(times) for times in zip(*found, strict=True)]

@@ -5,6 +5,7 @@ import pickle
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import ExitStack
 from statistics import median
 from typing import Any, NamedTuple
 
@@ -32,16 +33,6 @@ class Settings(NamedTuple):
     seed: int = 0
     seconds: float = 0.7
     least_rounds: int = 3
-
-
-class Times(NamedTuple):
-    """Milliseconds of a call over the rounds, and how many times as fast it is as the first."""
-
-    ms: float
-    p20: float
-    p80: float
-    x: float
-    rounds: int
 
 
 class BenchmarkCase(NamedTuple):
@@ -72,7 +63,7 @@ class BenchmarkCase(NamedTuple):
             model = Model(rnn, workload)
             start = model.state_dict()
             with torch.no_grad():
-                x = model.features(examples.batch(torch.arange(workload.B), torch.device("cpu")))
+                x = model.features(examples.batch(torch.arange(workload.B)))
             if isinstance(x, PackedSequence):
                 x, lengths = pad_packed_sequence(x, batch_first=True)
         # Rounded to the tested dtype, so that the gate's fp64 truth starts from the same weights.
@@ -172,8 +163,8 @@ class BenchmarkCase(NamedTuple):
         return sum(sizes.values()) / 1e6
 
 
-def interleaved(calls: dict[str, Callable], settings: Settings) -> dict[str, Times]:
-    """Times all calls once a round, beginning with another one, and compares with the first."""
+def interleaved(calls: dict[str, Callable], settings: Settings) -> dict[str, dict[str, float]]:
+    """Times all calls once a round, in changing order; x is a ratio to the first."""
     names, samples = list(calls), {name: list[float]() for name in calls}
     slice = min(0.02, settings.seconds / settings.least_rounds)  # of a call in a round
     deadline, rounds = time.perf_counter() + settings.seconds, 0
@@ -187,7 +178,7 @@ def interleaved(calls: dict[str, Callable], settings: Settings) -> dict[str, Tim
     for name, taken in samples.items():
         p20, p50, p80 = torch.tensor(taken).quantile(torch.tensor([0.2, 0.5, 0.8])).tolist()
         x = median(a / b for a, b in zip(samples[names[0]], taken, strict=True))
-        times[name] = Times(p50, p20, p80, x, rounds)
+        times[name] = {"ms": p50, "p20": p20, "p80": p80, "x": x, "rounds": rounds}
     return times
 
 
@@ -219,16 +210,19 @@ def on_cuda(call: Callable[[], object]) -> dict[str, Any]:
     return found
 
 
-def in_fresh_process(function: Callable, *args: Any) -> Any:
-    """Runs a function of a module in a new process, whose memory has no history."""
-    # A fork server is as clean as spawn, and imports torch only once.
-    has_server = "forkserver" in multiprocessing.get_all_start_methods()
-    context: Any = multiprocessing.get_context("forkserver" if has_server else "spawn")
-    if has_server:
-        context.set_forkserver_preload([__name__])
-    with ProcessPoolExecutor(1, context) as pool:
-        # Pickled here, because multiprocessing would move tensors to shared memory.
-        return pool.submit(_call, pickle.dumps((function, args))).result()
+def in_fresh_processes(count: int, function: Callable, *args: Any) -> list[Any]:
+    """Runs a function of a module in some new processes, one after another.
+
+    Their memory has no history. All have imported torch before the first runs the function.
+    """
+    # Pickled here, because multiprocessing would move tensors to shared memory.
+    imports, call = map(pickle.dumps, ((callable, (function,)), (function, args)))
+    with ExitStack() as stack:
+        context = multiprocessing.get_context("spawn")
+        pools = [stack.enter_context(ProcessPoolExecutor(1, context)) for _ in range(count)]
+        for started in [pool.submit(_call, imports) for pool in pools]:
+            started.result()
+        return [pool.submit(_call, call).result() for pool in pools]
 
 
 def _call(pickled: bytes) -> Any:

@@ -1,6 +1,6 @@
 """The models of the workloads around an RNN, their examples, and short trainings."""
 
-from collections.abc import Iterator
+from itertools import chain, islice
 from typing import NamedTuple
 
 import torch
@@ -10,12 +10,20 @@ from torch.nn.utils.rnn import PackedSequence, pack_padded_sequence
 
 from .cases import Workload
 from .data import Corpus, padded, prices, rescaled, sine, windows
+from .progress import progress
 
 
-class Batch(NamedTuple):
-    inputs: Tensor  # ids [B, T] or windows [B, T, 1]
-    lengths: Tensor  # int64 [B], on the CPU, as pack_padded_sequence wants it
-    targets: Tensor  # [B]
+class Examples(NamedTuple):
+    """Examples of a workload: a batch, or all, those for training first."""
+
+    inputs: Tensor  # ids [N, T] or windows [N, T, 1]
+    lengths: Tensor  # int64 [N], on the CPU, as pack_padded_sequence wants it
+    targets: Tensor  # [N]
+    known: int = 0  # the number of examples for training
+
+    def batch(self, rows: Tensor, device: torch.device | None = None) -> "Examples":
+        inputs, targets = self.inputs[rows].to(device), self.targets[rows].to(device)
+        return Examples(inputs, self.lengths[rows], targets)
 
 
 class Model(nn.Module):
@@ -35,7 +43,7 @@ class Model(nn.Module):
         if self.task == "one-hot":
             remember(rnn)
 
-    def features(self, batch: Batch) -> Tensor | PackedSequence:
+    def features(self, batch: Examples) -> Tensor | PackedSequence:
         if self.task == "one-hot":
             return F.one_hot(batch.inputs, self.vocabulary).to(self.fc.weight.dtype)
         if self.task == "embedding":
@@ -43,7 +51,7 @@ class Model(nn.Module):
             return pack_padded_sequence(x, batch.lengths, batch_first=True, enforce_sorted=False)
         return batch.inputs
 
-    def forward(self, batch: Batch) -> Tensor:
+    def forward(self, batch: Examples) -> Tensor:
         h_n = final_hidden(self.rnn(self.features(batch)))
         return self.fc(torch.cat([*h_n[-self.directions :]], -1)).squeeze(-1)
 
@@ -62,19 +70,6 @@ def remember(rnn: nn.RNNBase) -> None:
 def final_hidden(result: tuple) -> Tensor:
     """Returns h_n of the result of an RNN."""
     return result[1][0] if isinstance(result[1], tuple) else result[1]
-
-
-class Examples(NamedTuple):
-    """All examples of a workload, those for training first."""
-
-    inputs: Tensor
-    lengths: Tensor
-    targets: Tensor
-    known: int  # the number of examples for training
-
-    def batch(self, rows: Tensor, device: torch.device) -> Batch:
-        inputs, targets = self.inputs[rows].to(device), self.targets[rows].to(device)
-        return Batch(inputs, self.lengths[rows], targets)
 
 
 def examples_of(workload: Workload, corpus: Corpus | None, seed: int) -> Examples:
@@ -118,7 +113,10 @@ def train(model: Model, workload: Workload, examples: Examples, steps: int, seed
     optimiser = torch.optim.Adam(model.parameters(), lr=workload.learning_rate)
     losses = []
     model.train()
-    for _, rows in zip(range(steps), _batches(examples.known, workload.B, seed), strict=False):
+    size, known, draw = workload.B, examples.known, torch.Generator().manual_seed(seed)
+    orders = (torch.randperm(known, generator=draw) for _ in range(steps))
+    full = chain.from_iterable(order.split(size)[: max(1, known // size)] for order in orders)
+    for rows in progress(list(islice(full, steps)), lambda rows: "training"):
         batch = examples.batch(rows, device)
         optimiser.zero_grad()
         loss = criterion(model(batch), batch.targets)
@@ -132,14 +130,6 @@ def train(model: Model, workload: Workload, examples: Examples, steps: int, seed
     else:
         metric = (values - targets).square().mean().sqrt()
     return Training(torch.stack(losses).tolist(), metric.item())
-
-
-def _batches(count: int, size: int, seed: int) -> Iterator[Tensor]:
-    """Yields shuffled full batches without end."""
-    generator = torch.Generator().manual_seed(seed)
-    while True:
-        order = torch.randperm(count, generator=generator)
-        yield from order.split(size)[: max(1, count // size)]
 
 
 @torch.no_grad()

@@ -4,7 +4,6 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from importlib.util import find_spec
-from types import FunctionType
 from typing import Any, NamedTuple
 
 import torch
@@ -90,9 +89,8 @@ class CompiledLoop(EagerLoop):
 
     def __init__(self, *sizes: Any, **options: Any):
         super().__init__(*sizes, **options)
-        # Dynamo limits the compilations of a code object, so each module gets its own.
-        own = FunctionType(_loop.__code__.replace(), _loop.__globals__)
-        self.compiled = torch.compile(own, fullgraph=True, dynamic=False)
+        torch._dynamo.reset()  # it limits how often a function is compiled
+        self.compiled = torch.compile(_loop, fullgraph=True, dynamic=False)
 
     def layer(self, weights: Tensors, x: Tensor, states: Tensors) -> tuple[Tensor, Tensors]:
         if x.shape[1] > 30:

@@ -5,6 +5,7 @@ import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
+from . import UserError
 from .report import read
 
 PATH = Path(__file__).with_name("references.csv")
@@ -44,5 +45,7 @@ def _range(rows: Sequence[dict[str, str]], column: str) -> str:
 
 def run(options: argparse.Namespace) -> int:
     names = options.names.split(",") if options.names else ()
-    print("\n".join((HEADER, *lines(names, options.gpu))))
+    if not (found := list(lines(names, options.gpu))):
+        raise UserError("there are no published times of these; `references` alone prints all")
+    print("\n".join((HEADER, *found)))
     return 0

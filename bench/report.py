@@ -1,13 +1,15 @@
-"""The results on disk, which are the only source of tables and plots, and the rows of a run."""
+"""The results on disk, which are the only source of tables and plots, and what is made of them."""
 
+import argparse
 import csv
 import json
 import os
 import platform
 import re
+import shlex
 import subprocess
 import sys
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import datetime, timezone
 from importlib.metadata import distributions
 from pathlib import Path
@@ -40,6 +42,8 @@ torch.nn, and milliseconds. loss: after the same training, and torch.nn's."""
 def environment(device: torch.device, data: str) -> dict[str, Any]:
     """Returns what a reader needs to judge or repeat the numbers."""
     cuda, cpu = device.type == "cuda", Path("/proc/cpuinfo")
+    checkout = shlex.quote(str(Path(fusedrnn.__file__).parent))  # if it is one, and git is there
+    failed, commit = subprocess.getstatusoutput(f"git -C {checkout} describe --always --dirty")
     model = re.search(r"model name\s*: (.*)", cpu.read_text() if cpu.exists() else "")
     name = f"CPU, {model[1] if model else platform.processor()}"
     installed = {d.metadata["Name"]: d.version for d in distributions()}
@@ -55,20 +59,10 @@ def environment(device: torch.device, data: str) -> dict[str, Any]:
         "cores": os.cpu_count(),
         "fp32": rnn_fp32() if cuda else "ieee",
         "peers": {p.package: installed.get(p.package) for p in PROVIDERS.values() if p.package},
-        "commit": _commit(),
+        "commit": None if failed else commit,
         "command": " ".join(["python -m bench", *sys.argv[1:]]),
         "date": datetime.now(timezone.utc).strftime("%Y-%m-%d %H:%M UTC"),
     }
-
-
-def _commit() -> str | None:
-    """Returns the commit of the measured package, if it is a checkout and git is there."""
-    folder, command = Path(fusedrnn.__file__).parent, ["git", "describe", "--always", "--dirty"]
-    try:
-        git = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=10)
-    except (OSError, subprocess.TimeoutExpired):
-        return None
-    return git.stdout.strip() or None
 
 
 def head(env: dict[str, Any], trains: bool, quick: bool) -> str:
@@ -124,10 +118,6 @@ class Results:
         except OSError as error:
             raise UserError(f"no results can be written to {folder}: {error.strerror}") from error
 
-    def begin(self, case: str, cell: str) -> None:
-        """Notes a case, so that a resumed run skips one that ended the process."""
-        append(self.folder / "begun.csv", COLUMNS[:2], [{"case": case, "cell": cell}])
-
     def add(self, rows: Iterable[dict[str, Any]], trainings: dict[str, Any] | None = None) -> None:
         """Appends rows, and the losses of a case's trainings by provider."""
         rows = list(rows)
@@ -166,3 +156,70 @@ def read(path: Path) -> list[dict[str, str]]:
         return []
     with open(path, newline="", encoding="utf-8") as file:
         return list(csv.DictReader(file))
+
+
+def run(options: argparse.Namespace) -> int:
+    """Prints torch.nn's time divided by each provider's, and draws the pictures of ``--plot``."""
+    try:
+        print(table(options.folder))
+        if options.plot:
+            print("\n".join(map(str, draw(options.folder))))
+    except (ImportError, OSError, ValueError, KeyError, AttributeError) as error:
+        raise UserError(f"{options.folder} has no results that can be read: {error}") from error
+    return 0
+
+
+def table(folder: Path) -> str:
+    import pandas
+
+    frame = pandas.read_csv(folder / "results.csv")
+    env = json.loads((folder / "environment.json").read_text())
+    frame = frame[frame.provider != TORCH].dropna(subset=["x"])
+    keys = {"index": ["case", "provider"], "columns": ["cell", "pass"], "values": "x"}
+    wide = frame.pivot_table(**keys, sort=False).reset_index()
+    wide.columns = [" ".join(name).strip() for name in wide.columns]
+    caption = f"{env['device']}, {env['threads']} threads, torch {env['torch']}, {env['date']}"
+    text = wide.to_markdown(index=False, floatfmt=".2f", missingval="-")
+    return f"{text}\n\n{caption}: `{env['command']}`"
+
+
+def draw(folder: Path) -> list[Path]:
+    """Writes speed.png and, where something was trained, losses.png; returns the files."""
+    import pandas
+
+    rows = pandas.read_csv(folder / "results.csv").dropna(subset=["ms"])
+    drawn = [_panels(rows, ["case", "cell", "pass"], _bars, folder / "speed.png")]
+    losses = folder / "losses.csv"
+    if losses.exists() and len(curves := pandas.read_csv(losses)):
+        drawn.append(_panels(curves, ["case", "cell"], _curves, folder / "losses.png"))
+    return drawn
+
+
+def _bars(group, axis) -> None:
+    """Draws the median ms of each provider, and lines from the 20th to the 80th percentile."""
+    spread = [(group["ms"] - group["p20"]).clip(0), (group["p80"] - group["ms"]).clip(0)]
+    group.plot.barh("provider", "ms", xerr=spread, ax=axis, legend=False, ylabel="")
+
+
+def _curves(group, axis) -> None:
+    """Draws the loss by step. The curves lie on each other, so they are dashed in turn."""
+    wide = group.pivot(index="step", columns="provider", values="loss")
+    wide.plot(ax=axis, style=["-", "--", ":"] * len(wide.columns), xlabel="").legend(fontsize=6)
+
+
+def _panels(table, keys: list[str], paint: Callable[..., None], path: Path) -> Path:
+    """Writes a picture with a panel for each group of rows, in lines of four."""
+    from matplotlib.figure import Figure
+
+    groups = list(table.groupby(keys, sort=False))
+    height = -(-len(groups) // 4)
+    figure = Figure(figsize=(13, 0.5 + 2.3 * height), layout="constrained")
+    axes = figure.subplots(height, 4, squeeze=False).flat
+    for (title, group), axis in zip(groups, axes, strict=False):
+        paint(group, axis)
+        axis.set_title(" ".join(title), fontsize=8)
+        axis.tick_params(labelsize=7)
+    for axis in axes:  # those that are left
+        axis.set_axis_off()
+    figure.savefig(path, dpi=110)
+    return path

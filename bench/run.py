@@ -13,8 +13,9 @@ from . import DEFAULT_FOLDER, report
 from .cases import EVERY_CELL, Workload, cut_down
 from .data import load
 from .gate import Gate
-from .measure import PASSES, BenchmarkCase, Settings, in_fresh_process, interleaved, on_cuda
+from .measure import PASSES, BenchmarkCase, Settings, in_fresh_processes, interleaved, on_cuda
 from .models import Model, Training, train
+from .progress import progress, say
 from .providers import PROVIDERS, TORCH, build
 
 Rows = dict[tuple[str, str], dict[str, Any]]  # by provider and pass
@@ -46,25 +47,26 @@ def run(
     print(report.head(env, trains, options.quick), flush=True)
     every: list[dict[str, Any]] = []
     work = [(w, who, cell) for w, who in plan for cell in w.cells if cell in cells]
-    for workload, providers, cell in work:
+    for workload, providers, cell in progress(work, lambda w: f"{w[0].name} {w[2]}"):
         if time.monotonic() - started > 60 * options.minutes:
-            print(f"--minutes ended before {workload.name} {cell}")
+            say(f"--minutes ended before {workload.name} {cell}")
             break
         if (workload.name, cell) in done:
             continue
-        results.begin(workload.name, cell)
+        begun = {"case": workload.name, "cell": cell}  # a resumed run skips what ended the process
+        report.append(results.folder / "begun.csv", begun, [begun])
         case = BenchmarkCase.of(workload, cell, settings, corpus)
         rows, trainings = gated(case, providers), {}
         if not gate_only:
             alone = case._replace(examples=None, start=None), rows, settings
             if processes:
-                rows = middle([in_fresh_process(timed, *alone) for _ in range(processes)])
+                rows = middle(in_fresh_processes(processes, timed, *alone))
             else:
                 rows = timed(*alone)
             trainings = trained(case, able(rows, "training"), settings) if trains else {}
         results.add(rows.values(), trainings)
         every += rows.values()
-        print("\n".join(report.lines(rows, trainings)), flush=True)
+        say("\n".join(report.lines(rows, trainings)))
     print(report.LEGEND)
     print(f"{time.monotonic() - started:.0f} s; CSV in {results.folder}", flush=True)
     planned = {(workload.name, cell) for workload, _, cell in work}
@@ -92,7 +94,7 @@ def guarded(row: dict[str, Any]) -> Iterator[None]:
 
 
 def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
-    """Returns a row for each provider and pass; the note names the tensors that are wrong."""
+    """Returns a row for each provider and pass, with the verdict of the gate."""
     rows: Rows = {}
     gate, w = Gate(case), case.workload
     common = {
@@ -113,9 +115,7 @@ def gated(case: BenchmarkCase, providers: Sequence[str]) -> Rows:
                 # The gate differentiates more than training does, so the backend is named.
                 by_name = f"fusedrnn {row['backend']}" if mode == "training" else provider
                 judged = by_name if provider == "fusedrnn" and by_name in PROVIDERS else provider
-                verdict = gate.judge(judged, backward=mode == "training")
-                row |= {"gate": "ok" if verdict.ok else "red", "share": verdict.share}
-                row |= {"error": verdict.error, "note": "; ".join(verdict.failures)}
+                row |= gate.judge(judged, backward=mode == "training")
     return rows
 
 
@@ -135,7 +135,7 @@ def timed(case: BenchmarkCase, rows: Rows, settings: Settings) -> Rows:
         calls = {provider: calls[provider] for provider in able(rows, mode)}
         for provider, taken in interleaved(calls, settings).items():
             row = rows[provider, mode]
-            row |= taken._asdict() | {"x": taken.x if TORCH in calls else None}
+            row |= taken if TORCH in calls else taken | {"x": None}
             if mode == "training":
                 row["kept_mb"] = case.kept_mb(provider)
             if settings.device.type == "cuda":

@@ -6,15 +6,16 @@ import os
 import subprocess
 import sys
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from bench import host, report, run
+from bench import host, progress, report, run
 from bench.__main__ import COMMANDS, main
 from bench.cases import named
-from bench.measure import BenchmarkCase, Settings, in_fresh_process, interleaved
+from bench.measure import BenchmarkCase, Settings, in_fresh_processes, interleaved
 from bench.providers import PROVIDERS, Adapter, absent
 from bench.report import COLUMNS
 
@@ -46,6 +47,9 @@ def rows_in(folder, name="results.csv"):
         (["imdb", "--imdb", "/nowhere/imdb.npz"], "/nowhere/imdb.npz cannot be read: No"),
         (["cpu", "--only", "sine-7"], "there is no case 'sine-7'; similar names are"),
         (["report", "/nowhere"], "/nowhere has no results that can be read"),
+        (["nothing"], "there is no command: 'nothing' (choose from 'demo', "),
+        (["sine", "--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["references", "--gpu", "nothing"], "there are no published times of these"),
         (["compare", "/nowhere"], "/nowhere cannot be read: [Errno 2]"),
         (["lesson", "nothing"], "there is no lesson 'nothing'"),
         (["gpu", "--only", "sweep,nothing"], "--only: there is no step nothing"),
@@ -63,11 +67,14 @@ def test_bad_input_is_a_sentence_and_exit_code_2(argv, sentence, capsys, monkeyp
 
 
 @pytest.mark.parametrize("argv", [["--help"], *([name, "--help"] for name in COMMANDS)], ids=str)
-def test_help_fits_a_screen(argv, capsys):
+def test_help_fits_a_screen(argv, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
     with pytest.raises(SystemExit) as ended:
         main(argv)
     assert ended.value.code == 0
-    assert capsys.readouterr().out.count("\n") <= 30
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) <= 24
+    assert max(map(len, lines)) <= 80
 
 
 def test_a_reader_that_goes_away_is_no_traceback():
@@ -117,9 +124,29 @@ def test_cases_are_resumed_behind_one_that_ended_the_process(tmp_path, capsys):
     assert len(rows_in(tmp_path)) == 1 + len(others)
 
 
-def test_cpu_times_in_new_processes_and_report_prints_the_speeds(tmp_path, capsys):
+@pytest.mark.parametrize("kind", ["a terminal", "a file", "without tqdm"])
+def test_a_bar_names_the_case_on_a_terminal_and_rows_stay_on_stdout(kind, monkeypatch, capsys):
+    monkeypatch.setattr(sys.stderr, "isatty", lambda: kind == "a terminal")
+    if kind == "without tqdm":
+        monkeypatch.setattr(progress, "tqdm", None)
+    for item in progress.progress(["a", "b"]):
+        progress.say(f"row {item}")
+    printed = capsys.readouterr()
+    assert printed.out == "row a\nrow b\n"
+    assert ("\rb: " in printed.err) == bool(printed.err) == (kind == "a terminal")
+
+
+def test_cpu_times_in_new_processes_and_report_prints_the_speeds(tmp_path, capsys, monkeypatch):
+    real, counts = run.in_fresh_processes, []  # only the first case is run there: imports take long
+
+    def in_one(count, function, *args):
+        counts.append(count)
+        return real(count, function, *args) if len(counts) == 1 else [function(*args)] * count
+
+    monkeypatch.setattr(run, "in_fresh_processes", in_one)
     argv = ["cpu", "--quick", "--only", "imdb-one-hot,character,ragged"]
     assert main([*argv, "--out", str(tmp_path)]) == 0
+    assert counts == [1] * 9
     printed = capsys.readouterr().out
     assert "geometric_mean" in printed
     rows = rows_in(tmp_path)
@@ -168,20 +195,19 @@ def test_times_are_interleaved_and_compared_with_the_first():
     calls = {"torch.nn": waits("slow", 200_000), "fusedrnn": waits("fast", 20_000)}
     times = interleaved(calls, SETTINGS._replace(seconds=0.05, least_rounds=4))
     slow, fast = times["torch.nn"], times["fusedrnn"]
-    assert slow.x == 1
-    assert fast.x > 2
-    assert fast.p20 <= fast.ms <= fast.p80
-    assert fast.rounds == slow.rounds >= 4
-    firsts = [name for name, before in zip(order[3:], order[2:], strict=False) if name != before]
-    assert firsts.count("fast") > 1
+    assert slow["x"] == 1
+    assert fast["x"] > 2
+    assert fast["p20"] <= fast["ms"] <= fast["p80"]
+    assert fast["rounds"] == slow["rounds"] >= 4
+    changes = sum(before != name for before, name in pairwise(order))
+    assert changes == fast["rounds"]  # a round begins with the one that the last ended with
 
 
-def test_a_new_process_returns_results_and_errors():
-    assert in_fresh_process(divmod, 7, 2) == (3, 1)
-    with pytest.raises(ZeroDivisionError):
-        in_fresh_process(divmod, 1, 0)
+def test_new_processes_return_results_and_errors():
+    own, *others = os.getpid(), *in_fresh_processes(2, os.getpid)
+    assert len({own, *others}) == 3
     with pytest.raises(RuntimeError, match="terminated abruptly"):
-        in_fresh_process(os._exit, 0)
+        in_fresh_processes(1, os._exit, 0)
 
 
 def test_rows_are_those_of_the_process_in_the_middle():
@@ -223,7 +249,7 @@ def test_adapters_convert_weights_without_losing_any(provider):
 
 
 def test_host_times_a_call_up_to_its_launches_and_the_cells(monkeypatch):
-    _, *lines = in_fresh_process(host.stack_lines)
+    ((_, *lines),) = in_fresh_processes(1, host.stack_lines)
     assert [line.split()[0] for line in lines] == ["plain", "autocast", "lengths"]
     assert all(0 < float(n) < 1e5 for line in lines for n in line.split()[1:])
     monkeypatch.setattr(host, "_us", lambda call: float(len(call())))

@@ -1,20 +1,15 @@
 """The steps of ``python -m bench gpu``: limits, crashes, resuming, and the summary."""
 
-import argparse
 import sys
 import time
 
 import pytest
 
 from bench import gpu
+from bench.__main__ import main
 from bench.gpu import Step, outcomes, run_steps, summary
 
 PYTHON = (sys.executable, "-c")
-
-
-def options(**given):
-    defaults = {"minutes": 9.0, "only": None, "out": None, "dry_run": False}
-    return argparse.Namespace(**defaults | given)
 
 
 def test_each_step_gets_its_outcome(tmp_path):
@@ -89,7 +84,7 @@ def test_the_summary_names_red_tests_also_of_a_run_that_was_cut_off(tmp_path):
 
 
 def test_dry_run_prints_every_step_and_needs_no_gpu(capsys):
-    assert gpu.run(options(dry_run=True)) == 0
+    assert main(["gpu", "--dry-run"]) == 0
     printed = capsys.readouterr().out
     assert all(step.name in printed for step in gpu.steps())
     assert sum(step.minutes for step in gpu.steps()) == pytest.approx(9, abs=0.6)
@@ -100,4 +95,4 @@ def test_the_exit_code(monkeypatch, tmp_path, name, code):
     monkeypatch.setattr(gpu.torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(gpu.signal, "signal", lambda number, handler: None)
     monkeypatch.setattr(gpu, "steps", lambda: [Step("one", 1, (name,))])
-    assert gpu.run(options(out=tmp_path)) == code
+    assert main(["gpu", "--out", str(tmp_path)]) == code

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 import fusedrnn
-from bench import UserError, data
-from bench.lessons import by_hand, command
+from bench import UserError, data, models
+from bench.lessons import by_hand, command, sine
 
 
 def options(tmp_path, name, **given):
@@ -34,6 +34,13 @@ def test_lessons_are_listed_and_an_unknown_one_is_one_sentence(tmp_path, capsys)
     assert len(capsys.readouterr().out.splitlines()) == len(command.LESSONS)
     with pytest.raises(UserError, match="no lesson 'nothing'"):
         command.run(options(tmp_path, "nothing"))
+
+
+def test_a_forecast_that_is_fed_back_sees_one_window_of_the_test_part():
+    inputs, targets = torch.tensor([[9.0, 9.0], [1.0, 2.0], [7.0, 7.0]])[..., None], torch.zeros(3)
+    examples = models.Examples(inputs, torch.full((3,), 2), targets, known=1)
+    made = sine.fed_back(lambda batch: batch.inputs[:, 0, 0] + 10 * batch.inputs[:, 1, 0], examples)
+    assert made.tolist() == [21, 212]
 
 
 @torch.no_grad()

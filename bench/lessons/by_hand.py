@@ -9,9 +9,7 @@ import fusedrnn
 
 from . import Result
 
-LOOK_AT = (
-    "lstm_step in by_hand.py: c is multiplied by f and added to, so it can last; and gru_step."
-)
+LOOK_AT = "lstm_step in by_hand.py: c is multiplied by f and added to, so it can last."
 GATES = {"RNN": 1, "GRU": 3, "LSTM": 4}
 
 

@@ -1,15 +1,14 @@
 """``python -m bench lesson NAME``: runs one experiment, prints its table and draws its picture."""
 
 import argparse
-from pathlib import Path
 from types import ModuleType
 
 import torch
 
 from .. import DEFAULT_FOLDER, UserError
-from . import by_hand, lengths, reviews, sine, temperature, vanishing
+from . import by_hand, lengths, price, reviews, sine, temperature, vanishing
 
-_MODULES = by_hand, vanishing, sine, lengths, reviews, temperature
+_MODULES = by_hand, vanishing, sine, price, lengths, reviews, temperature
 LESSONS: dict[str, ModuleType] = {
     module.__name__.rpartition(".")[2].replace("_", "-"): module for module in _MODULES
 }
@@ -36,13 +35,9 @@ def run(options: argparse.Namespace) -> int:
         torch.set_num_threads(before)
     print("\n".join(lines))
     print(f"\nLook at: {LESSONS[options.lesson].LOOK_AT}")
-    if draw:
-        file = options.figure or (options.out or DEFAULT_FOLDER) / f"lesson-{options.lesson}.png"
-        print(_picture(draw, file))
-    return 0
-
-
-def _picture(draw, file: Path) -> str:
+    if draw is None:
+        return 0
+    file = options.figure or (options.out or DEFAULT_FOLDER) / f"lesson-{options.lesson}.png"
     try:
         from matplotlib.figure import Figure
 
@@ -52,4 +47,5 @@ def _picture(draw, file: Path) -> str:
         figure.savefig(file, dpi=80)
     except (ImportError, OSError, ValueError) as error:
         raise UserError(f"the picture cannot be written to {file}: {error}") from error
-    return f"Picture: {file}"
+    print(f"Picture: {file}")
+    return 0

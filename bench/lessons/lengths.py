@@ -10,9 +10,7 @@ import fusedrnn
 from ..models import final_hidden
 from . import Result
 
-LOOK_AT = (
-    "h_n of the padded input: zeros are inputs like others, and the state goes on through them."
-)
+LOOK_AT = "h_n of the padded input: zeros are inputs like others; the state goes on through them."
 
 
 @torch.no_grad()

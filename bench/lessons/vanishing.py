@@ -18,7 +18,6 @@ from . import COLOURS, Result
 
 LOOK_AT = "the two open gates: as torch initialises them, LSTM and GRU forget too, only later."
 I, H, B = 8, 32, 16
-#: The curves; of those that are ``open`` the gate is so at the start.
 STARTS = "RNN", "LSTM", "GRU", "LSTM, f open", "GRU, z open"
 
 
@@ -47,15 +46,14 @@ def run(options: Namespace) -> Result:
         ratios = "".join(f"{norms[T][0] / norms[T][-1]:>10.1e}" for T in lengths)
         lines.append(f"{name:<14}{ratios}")
         curves[name] = norms[lengths[-1]], COLOURS[cell.lower()], "-" if is_open else "--"
-    return lines, lambda figure: draw(figure, curves)
 
+    def draw(figure: Any) -> None:
+        axis = figure.subplots()
+        for name, (norms, colour, style) in curves.items():
+            relative = [norm / norms[-1] for norm in norms]
+            axis.semilogy(range(1, len(norms) + 1), relative, style, color=colour, label=name)
+        axis.set_xlabel("t")
+        axis.set_ylabel("|d loss_T / d x_t|, relative to t = T")
+        axis.legend(fontsize=8)
 
-def draw(figure: Any, curves: dict[str, tuple[list[float], str, str]]) -> None:
-    """Draws the norms of the longest sequences over t, relative to the last."""
-    axis = figure.subplots()
-    for name, (norms, colour, style) in curves.items():
-        relative = [norm / norms[-1] for norm in norms]
-        axis.semilogy(range(1, len(norms) + 1), relative, style, color=colour, label=name)
-    axis.set_xlabel("t")
-    axis.set_ylabel("|d loss_T / d x_t|, relative to t = T")
-    axis.legend(fontsize=8)
+    return lines, draw

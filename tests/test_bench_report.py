@@ -1,10 +1,10 @@
-"""The pictures of a results folder."""
+"""The table and the pictures of a results folder."""
 
 from argparse import Namespace
 
 import pytest
 
-from bench import UserError, pictures
+from bench import UserError, report
 
 pytest.importorskip("matplotlib", reason="matplotlib is not installed")
 pytest.importorskip("pandas", reason="pandas is not installed")
@@ -22,12 +22,12 @@ def rows():
 
 def test_every_picture_there_are_data_for_is_drawn(tmp_path):
     (tmp_path / "results.csv").write_text(HEADER + "".join(rows()))
-    assert [path.name for path in pictures.draw(tmp_path)] == ["speed.png"]
+    assert [path.name for path in report.draw(tmp_path)] == ["speed.png"]
     losses = "".join(
         f"sine,lstm,{p},{n},{1 / n}\n" for p in ("torch.nn", "fusedrnn") for n in (1, 2)
     )
     (tmp_path / "losses.csv").write_text("case,cell,provider,step,loss\n" + losses)
-    drawn = pictures.draw(tmp_path)
+    drawn = report.draw(tmp_path)
     assert [path.name for path in drawn] == ["speed.png", "losses.png"]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in drawn)
 
@@ -35,4 +35,4 @@ def test_every_picture_there_are_data_for_is_drawn(tmp_path):
 def test_a_file_of_something_else_is_one_sentence(tmp_path):
     (tmp_path / "results.csv").write_text("a,b\n1,2\n")
     with pytest.raises(UserError, match="no results that can be read"):
-        pictures.run(Namespace(folder=tmp_path, plot=True))
+        report.run(Namespace(folder=tmp_path, plot=True))
