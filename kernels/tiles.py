@@ -106,13 +106,18 @@ def add_to(tiles, N: tl.constexpr, term):
 @triton.jit
 def products(u, gx, w, b, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
     """``u W[gate]^T + b[gate]`` in fp32 for the gates of a phase, and gx where it is just added."""
+    # Products begin with gx, but those of tf32x3, which are predicted to be slower then.
+    IS_FIRST: tl.constexpr = TILE.precision != "tf32x3"
     out = ()
     for i in tl.static_range(len(CELL.phases[PHASE])):
-        weight, start = w[CELL.phases[PHASE][i]], b[CELL.phases[PHASE][i]]
-        if CELL.merged[CELL.phases[PHASE][i]]:
-            start = start + gx[CELL.phases[PHASE][i]]
-        acc = tl.broadcast_to(start, [TILE.block_b, TILE.block_h])
-        out = out + (tl.dot(u.to(weight.dtype), weight, acc, input_precision=TILE.precision),)
+        weight, total = w[CELL.phases[PHASE][i]], b[CELL.phases[PHASE][i]]
+        if IS_FIRST and CELL.merged[CELL.phases[PHASE][i]]:
+            total = total + gx[CELL.phases[PHASE][i]]
+        total = tl.broadcast_to(total, [TILE.block_b, TILE.block_h])
+        total = tl.dot(u.to(weight.dtype), weight, total, input_precision=TILE.precision)
+        if not IS_FIRST and CELL.merged[CELL.phases[PHASE][i]]:
+            total = total + gx[CELL.phases[PHASE][i]]
+        out = out + (total,)
     return out
 
 
