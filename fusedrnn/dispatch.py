@@ -105,12 +105,12 @@ def is_auto() -> bool:
     return requested_backend()[0] == "auto"
 
 
-def precision() -> str:
+def precision(compiled: bool = False) -> str:
     """Returns how triton multiplies fp32, by ``use_precision`` or the switch of torch's RNNs."""
     name = _local.precision
     if name is not None:
         return name
-    if torch.compiler.is_compiling():
+    if compiled:
         switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
     else:
         switch = torch._C._get_fp32_precision_getter("cuda", "rnn")  # the same, sooner
@@ -163,7 +163,7 @@ def settings(device: torch.device, compiled: bool = False) -> Settings:
     if not _HAS_TRITON or not (_is_gpu(device) or requested == "triton"):
         return _PLAIN[requested]
     if compiled:  # it keeps the answer of the planner
-        return Settings(requested, precision(), _interpreting())
+        return Settings(requested, precision(compiled), _interpreting())
     interpreted = _INTERPRET in _environ and _interpreting()
     shares = _HAS_GROUPS and distributed.is_initialized()
     return Settings(requested, precision(), interpreted, shares, torch._C._get_cudnn_benchmark())
