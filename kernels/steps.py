@@ -123,7 +123,11 @@ def place_of(layers, program, step):
         t = time_of(tl.where(step < 0, 0, step), program).to(tl.uint32)
         row = (program.d * program.T).to(tl.int64) + t.to(tl.int64)
         row *= program.B.to(tl.uint32).to(tl.int64)
-        place = (tl.load(layers.origins + row + program.offs_b).to(tl.int32),)
+        ptrs = layers.origins + row + program.offs_b
+        if len(program.mask_b) == 0:
+            place = (tl.load(ptrs).to(tl.int32),)
+        else:
+            place = (tl.load(ptrs, mask=program.mask_b[0], other=SKIPPED).to(tl.int32),)
         if layers.starts is not None:
             place = place + (tl.load(layers.starts + t),)
     return place
