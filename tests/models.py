@@ -3,6 +3,7 @@
 import torch
 from torch import Tensor, nn
 
+from bench.lessons.by_hand import gru_step
 from fusedrnn.kernels.spec import SPECS
 
 CELLS = tuple(SPECS)
@@ -12,28 +13,16 @@ class LoopGRU(nn.GRU):
     """The textbook's GRU, stepwise and differentiable, since torch has no operator for it."""
 
     def forward(self, input, hx):
-        finals = []
+        finals, names = [], ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
         for layer in range(self.num_layers):
             outputs = []
             for d in range(1 + self.bidirectional):
                 suffix = f"_l{layer}" + ("_reverse" if d else "")
-                w_ih, w_hh = (
-                    getattr(self, "weight_ih" + suffix),
-                    getattr(self, "weight_hh" + suffix),
-                )
-                b_ih = getattr(self, "bias_ih" + suffix) if self.bias else 0.0
-                b_hh = getattr(self, "bias_hh" + suffix) if self.bias else torch.zeros(())
-                b_hh = b_hh.expand(w_hh.shape[0])
-                w_rz, w_n = w_hh[: -self.hidden_size], w_hh[-self.hidden_size :]
-                b_rz, b_n = b_hh[: -self.hidden_size], b_hh[-self.hidden_size :]
-                h = hx[len(finals)]
-                hs = []
+                weights = [getattr(self, name + suffix) for name in names[: 4 if self.bias else 2]]
+                weights += [input.new_zeros(3 * self.hidden_size)] * (4 - len(weights))
+                h, hs = hx[len(finals)], []
                 for x in input.flip(0) if d else input:
-                    x_r, x_z, x_n = (x @ w_ih.T + b_ih).chunk(3, -1)
-                    h_r, h_z = (h @ w_rz.T + b_rz).chunk(2, -1)
-                    r, z = torch.sigmoid(x_r + h_r), torch.sigmoid(x_z + h_z)
-                    n = torch.tanh(x_n + (r * h) @ w_n.T + b_n)
-                    h = (1 - z) * n + z * h
+                    h = gru_step(x, h, *weights)
                     hs.append(h)
                 finals.append(h)
                 outputs.append(torch.stack(hs[::-1] if d else hs))

@@ -1,16 +1,15 @@
 """The command line of the bench, its results on disk, and a small run of every command."""
 
-import csv
 import json
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 
 import pytest
 import torch
+from processes import ROOT
 
 from bench import host, progress, report, run
 from bench.__main__ import COMMANDS, main
@@ -19,7 +18,6 @@ from bench.measure import BenchmarkCase, Settings, in_fresh_processes, interleav
 from bench.providers import PROVIDERS, Adapter, absent
 from bench.report import COLUMNS
 
-ROOT = Path(__file__).parent.parent
 SETTINGS = Settings(torch.device("cpu"), seconds=1e-3, least_rounds=1)
 
 
@@ -27,11 +25,6 @@ SETTINGS = Settings(torch.device("cpu"), seconds=1e-3, least_rounds=1)
 def no_imdb(monkeypatch, tmp_path):
     monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-
-
-def rows_in(folder, name="results.csv"):
-    with open(folder / name, newline="") as file:
-        return list(csv.DictReader(file))
 
 
 @pytest.mark.parametrize(
@@ -93,11 +86,11 @@ def test_the_main_job_gates_times_and_trains(tmp_path, capsys):
     table = [line for line in printed.splitlines() if line.startswith("| ")]
     assert len(table) == 1 + 16
     assert all(len(line) == len(table[0]) <= 100 for line in table)
-    rows = rows_in(tmp_path)
+    rows = report.read(tmp_path / "results.csv")
     assert list(rows[0]) == list(COLUMNS)
     assert {row["gate"] for row in rows} == {"reference", "ok"}
     assert all(float(row["ms"]) > 0 for row in rows)
-    losses = rows_in(tmp_path, "losses.csv")
+    losses = report.read(tmp_path / "losses.csv")
     by_provider = {}
     for line in losses:
         by_provider.setdefault(line["provider"], []).append(float(line["loss"]))
@@ -112,16 +105,16 @@ def test_cases_are_resumed_behind_one_that_ended_the_process(tmp_path, capsys):
     argv = ["cases", "many-to-one,toy-both-ways", "--quick", "--providers", "fusedrnn"]
     argv += ["--cells", "gru", "--out", str(tmp_path)]
     assert main([*argv, "--minutes", "1e-9"]) == 0
-    assert rows_in(tmp_path) == []
+    assert report.read(tmp_path / "results.csv") == []
     assert "--minutes ended before many-to-one gru" in capsys.readouterr().out
     (tmp_path / "begun.csv").write_text("case,cell\nmany-to-one,gru\n")
     assert main([*argv, "--resume", "--gate-only"]) == 1  # for the case that ended it
-    first, *others = rows_in(tmp_path)
+    first, *others = report.read(tmp_path / "results.csv")
     assert (first["gate"], first["note"]) == ("failed", "its process ended")
     assert {row["case"] for row in others} == {"toy-both-ways"}
     assert {row["ms"] for row in others} == {""}
     assert main([*argv, "--resume"]) == 1
-    assert len(rows_in(tmp_path)) == 1 + len(others)
+    assert len(report.read(tmp_path / "results.csv")) == 1 + len(others)
 
 
 @pytest.mark.parametrize("kind", ["a terminal", "a file", "without tqdm"])
@@ -149,7 +142,7 @@ def test_cpu_times_in_new_processes_and_report_prints_the_speeds(tmp_path, capsy
     assert counts == [1] * 9
     printed = capsys.readouterr().out
     assert "geometric_mean" in printed
-    rows = rows_in(tmp_path)
+    rows = report.read(tmp_path / "results.csv")
     assert {row["provider"] for row in rows} >= {"fusedrnn stream", "fusedrnn recompute"}
     assert all(row["x_low"] for row in rows)
     assert main(["report", str(tmp_path)]) == 0
@@ -178,7 +171,8 @@ def test_a_provider_that_breaks_is_a_row_and_the_exit_code(
     assert main([*argv, "--device", "cpu", "--out", str(tmp_path)]) == code
     assert printed in capsys.readouterr().err
     if code == 1:
-        assert [row["gate"] for row in rows_in(tmp_path)] == ["reference"] * 2 + ["failed"] * 2
+        gates = [row["gate"] for row in report.read(tmp_path / "results.csv")]
+        assert gates == ["reference"] * 2 + ["failed"] * 2
 
 
 def test_times_are_interleaved_and_compared_with_the_first():
@@ -204,8 +198,7 @@ def test_times_are_interleaved_and_compared_with_the_first():
 
 
 def test_new_processes_return_results_and_errors():
-    own, *others = os.getpid(), *in_fresh_processes(2, os.getpid)
-    assert len({own, *others}) == 3
+    assert len({os.getpid(), *in_fresh_processes(2, os.getpid)}) == 3
     with pytest.raises(RuntimeError, match="terminated abruptly"):
         in_fresh_processes(1, os._exit, 0)
 

@@ -1,18 +1,12 @@
 """The lessons in tiny sizes, and what each of them claims."""
 
-import argparse
-
 import pytest
 import torch
 
 import fusedrnn
-from bench import UserError, data, models
+from bench import data, models
+from bench.__main__ import main
 from bench.lessons import by_hand, command, sine
-
-
-def options(tmp_path, name, **given):
-    shared = {"out": tmp_path, "seed": 0, "quick": True, "imdb": None, "download": False}
-    return argparse.Namespace(**shared | {"lesson": name, "figure": None} | given)
 
 
 @pytest.mark.parametrize("name", command.LESSONS)
@@ -20,7 +14,7 @@ def test_every_lesson_runs_and_says_what_to_look_at(tmp_path, monkeypatch, capsy
     monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
     monkeypatch.setattr(data, "load", lambda *_, **__: data.generate(200, 200))
     threads = torch.get_num_threads()
-    assert command.run(options(tmp_path, name)) == 0
+    assert main(["lesson", name, "--quick", "--out", str(tmp_path)]) == 0
     printed = capsys.readouterr().out
     assert printed.startswith(f"{name}: ")
     assert "\nLook at: " in printed
@@ -29,11 +23,9 @@ def test_every_lesson_runs_and_says_what_to_look_at(tmp_path, monkeypatch, capsy
         assert (tmp_path / f"lesson-{name}.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_lessons_are_listed_and_an_unknown_one_is_one_sentence(tmp_path, capsys):
-    assert command.run(options(tmp_path, None)) == 0
+def test_lessons_are_listed(capsys):
+    assert main(["lesson"]) == 0
     assert len(capsys.readouterr().out.splitlines()) == len(command.LESSONS)
-    with pytest.raises(UserError, match="no lesson 'nothing'"):
-        command.run(options(tmp_path, "nothing"))
 
 
 def test_a_forecast_that_is_fed_back_sees_one_window_of_the_test_part():
