@@ -32,8 +32,8 @@ def weight_grads(
     ``x`` is its input, ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates [R, N*H]``.
     """
     columns, H = layers.w_hh[z].shape
-    runs = [(slice(first * H, end * H), operand) for first, end, operand in _runs(cell)]
-    is_whole, by_sequence = dgates.shape[1] == columns, rows_by_sequence(x, columns)
+    runs, by_sequence = _runs(cell, H), rows_by_sequence(x, columns)
+    is_whole = dgates.shape[1] == columns
     dgx = dgates if is_whole else dgates[:, :columns]
     if by_sequence is None:
         grads = [outer(dgx, x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))]
@@ -51,18 +51,18 @@ def weight_grads(
 def input_grad(dgates: Tensor, w_ih: tuple[Tensor, ...], out: Tensor) -> Tensor:
     """Fills and returns dx ``[R, I]``: the sum of ``dgx W_ih`` over the directions."""
     for d, weight in enumerate(w_ih):
-        dgx = dgates[d, :, : len(weight)]
+        dgx = dgates[d, :, : weight.shape[0]]
         torch.addmm(out, dgx, weight, beta=float(d > 0), out=out)
     return out
 
 
 @cache
-def _runs(cell: str) -> list[tuple[int, int, str]]:
-    """Returns the first tile of each run of recurrent gradients, its end, and its operand."""
+def _runs(cell: str, H: int) -> list[tuple[slice, str]]:
+    """Returns the columns of each run of recurrent gradients in ``dgates``, and its operand."""
     spec = SPECS[cell]
     pairs = zip(spec.phases, spec.operands, strict=True)
     runs = [(run, operand) for phase, operand in pairs for run in runs_of(phase, spec.recurrent)]
-    return [(tile, tile + count, operand) for (_, tile, count), operand in runs]
+    return [(slice(tile * H, (tile + count) * H), operand) for (_, tile, count), operand in runs]
 
 
 def _recurrent_weight_grad(
