@@ -195,6 +195,7 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
             programs > chip.sms
             or (units == 8 and (L > 1 or not forward))  # whose instructions have 16 rows
             or (halved and (L > 1 or rows > 16 or units > most))
+            or (halved and forward and H > 3072 and chip.arch == "sm_100")  # would spill
         ):
             continue
         needs = slice_needs(spec, kind, L, forward, H, units, rows, warps, halved)
