@@ -38,6 +38,20 @@ def device():
         yield torch.device("cuda", torch.cuda.current_device())
 
 
+@pytest.fixture
+def exact_products(monkeypatch):
+    """Makes the interpreter multiply fp32 as fp32, with no operand rounded to TF32."""
+    monkeypatch.setattr("gluon_interpreter.round_to_tf32", lambda x: x)
+
+
+@pytest.fixture
+def fresh_dynamo():
+    """Compiles anew, and leaves nothing compiled."""
+    torch._dynamo.reset()
+    yield
+    torch._dynamo.reset()
+
+
 @pytest.fixture(autouse=True)
 def _same_start():
     """Begins each test from one seed, without the decisions of another."""

@@ -11,7 +11,7 @@ from fusedrnn.kernels.spec import SPECS
 from fusedrnn.kernels.tensors import Grads, Layers, Weights
 from fusedrnn.records import Sequences
 from fusedrnn.reference import differentiable_stack
-from fusedrnn.testing import error_budget
+from fusedrnn.testing import assert_budget, error_budget
 
 CPU = torch.device("cpu")
 
@@ -53,11 +53,6 @@ def resident_plan(H: int, block_b: int = 16, precision: str = "ieee") -> Plan:
     block_h = max(16, 1 << (H - 1).bit_length())
     tiles = Tiles(block_b, block_h, 4, None, precision, 0)
     return Plan("resident", tiles, tiles)
-
-
-def stepwise_plan() -> Plan:
-    tiles = Tiles(16, 32, 4, None, "ieee", 0)
-    return Plan("stepwise", tiles, tiles)
 
 
 def cooperative_plan(shape: Shape) -> Plan:
@@ -222,3 +217,11 @@ def differences(cell: str, shape: Shape, data: Data) -> list[str]:
         exact = value.dtype == torch.float64 and budget.rms <= budget.rms_allowed
         found += [] if budget.ok or exact else [str(budget)]
     return found
+
+
+def assert_tf32(cell: str, shape: Shape, data: Data) -> None:
+    """Checks that the operands of fp32 were rounded, and nothing more."""
+    ref, truth = (expected(cell, shape, data, dtype) for dtype in (torch.float32, torch.float64))
+    for name, value in results(cell, shape, data).items():
+        assert_budget(name, value, ref[name], truth[name], eps=2**-11)
+    assert differences(cell, shape, data)

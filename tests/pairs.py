@@ -1,5 +1,7 @@
 """Pairs of torch's module and ours with the same weights, and runs that are compared."""
 
+import io
+
 import torch
 from sizes import B, H, I, T
 from torch import Tensor, nn
@@ -27,6 +29,18 @@ def output_of(module: nn.Module, *args) -> Tensor:
     """Returns the first result of a call."""
     result = module(*args)
     return result[0] if isinstance(result, tuple) else result
+
+
+def saved(module: nn.Module) -> io.BytesIO:
+    """Returns a file that torch.load can read."""
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return buffer
+
+
+def reloaded(module: nn.Module) -> nn.Module:
+    return torch.load(saved(module), weights_only=False)
 
 
 def batch(*middle: int, dtype: torch.dtype = torch.float64) -> Tensor:

@@ -8,9 +8,8 @@ from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
-from processes import python
+from processes import ROOT, python
 
-ROOT = Path(__file__).parent.parent
 PACKAGE, BENCH = (
     {
         path.relative_to(ROOT).as_posix(): path.read_text()

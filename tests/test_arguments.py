@@ -177,18 +177,16 @@ def test_a_weight_of_another_shape(name, backend):
 
 def test_weights_of_functions():
     params = list(nn.LSTM(3, 4).parameters())
-    with pytest.raises(TypeError, match="bias_hh_l0 is a NoneType; expected a tensor"):
-        fusedrnn.lstm(zeros(5, 2, 3), None, [*params[:3], None])
-    with pytest.raises(RuntimeError, match=r"weight_hr_l0 has shape \(16,\)"):
-        fusedrnn.lstm(zeros(5, 2, 3), None, [*params, params[3]])
-    with pytest.raises(ValueError, match="params has 4 tensors; expected 8, 4 for each"):
-        fusedrnn.lstm(zeros(5, 2, 3), None, params, num_layers=2)
-    with pytest.raises(ValueError, match="params has 4 tensors; expected 2"):
-        fusedrnn.gru(zeros(5, 2, 3), None, params, bias=False)
-    with pytest.raises(ValueError, match="params has 0 tensors"):
-        fusedrnn.lstm(zeros(5, 2, 3), None, [])
-    with pytest.raises(ValueError, match=r"dropout is 1\.5; expected a probability"):
-        fusedrnn.lstm(zeros(5, 2, 3), None, params, dropout=1.5)
+    for function, given, options, error, message in (
+        (fusedrnn.lstm, [*params[:3], None], {}, TypeError, "bias_hh_l0 is a NoneType; expected a"),
+        (fusedrnn.lstm, [*params, params[3]], {}, RuntimeError, r"weight_hr_l0 has shape \(16,\)"),
+        (fusedrnn.lstm, params, {"num_layers": 2}, ValueError, "4 tensors; expected 8, 4 for each"),
+        (fusedrnn.gru, params, {"bias": False}, ValueError, "params has 4 tensors; expected 2"),
+        (fusedrnn.lstm, [], {}, ValueError, "params has 0 tensors"),
+        (fusedrnn.lstm, params, {"dropout": 1.5}, ValueError, r"is 1\.5; expected a probability"),
+    ):
+        with pytest.raises(error, match=message):
+            function(zeros(5, 2, 3), None, given, **options)
     modules = nn.GRU(3, 4), fusedrnn.GRU(3, 4)
     for module in modules:
         module.weight_hh_l0 = nn.Parameter(module.weight_hh_l0.double())
@@ -197,17 +195,17 @@ def test_weights_of_functions():
 
 def test_packed_input_that_torch_lets_pass():
     """nn.LSTM reads wrong numbers of features as other steps. These are the types of nn.GRU."""
-    module = fusedrnn.LSTM(3, 4, 2)
-    with pytest.raises(RuntimeError, match="input has 7 features"):
-        module(zero_packed((3, 7)))
-    with pytest.raises(RuntimeError, match="packed input's data is 1-D; expected 2-D"):
-        module(zero_packed((3,)))
-    with pytest.raises(ValueError, match=r"input is torch\.float64"):
-        module(zero_packed((3, 3), dtype=torch.float64))
+    too_long = PackedSequence(zeros(4, 3), torch.tensor([2, 1]))
+    for input, error, message in (
+        (zero_packed((3, 7)), RuntimeError, "input has 7 features"),
+        (zero_packed((3,)), RuntimeError, "packed input's data is 1-D; expected 2-D"),
+        (zero_packed((3, 3), dtype=torch.float64), ValueError, r"input is torch\.float64"),
+        (too_long, RuntimeError, "has 4 rows; expected 3, the sum of its batch_sizes"),
+    ):
+        with pytest.raises(error, match=message):
+            fusedrnn.LSTM(3, 4, 2)(input)
     with pytest.raises(RuntimeError, match=r"hx has shape \(2, 3, 4\); expected \(2, 2, 4\)"):
         fusedrnn.GRU(3, 4, 2)(zero_packed((2, 3), (3, 3)), zeros(2, 3, 4))
-    with pytest.raises(RuntimeError, match=r"has 4 rows; expected 3, the sum of its batch_sizes"):
-        module(PackedSequence(zeros(4, 3), torch.tensor([2, 1])))
 
 
 BAD = {

@@ -16,10 +16,6 @@ from fusedrnn import dispatch
 from fusedrnn.arguments import as_hx
 
 FULL, HALF, BF16 = torch.float32, torch.float16, torch.bfloat16
-#: The loop takes both dtypes; Triton's interpreter multiplies no bf16.
-routes = pytest.mark.parametrize(
-    ("backend", "half"), [("torch", BF16), ("torch", HALF), ("triton", HALF)]
-)
 
 
 def assert_equal(got, want) -> None:
@@ -106,7 +102,8 @@ def test_autocast_switched_off_inside_and_float64(backend):
             assert_equal([ours(x.double())[0]], [want])
 
 
-@routes
+# The loop takes both dtypes; Triton's interpreter multiplies no bf16.
+@pytest.mark.parametrize(("backend", "half"), [("torch", BF16), ("torch", HALF), ("triton", HALF)])
 def test_cells(backend, half):
     cell = fusedrnn.LSTMCell(I, H)
     low, x, states = copy.deepcopy(cell).to(half), torch.randn(B, I), torch.randn(2, B, H)

@@ -2,18 +2,12 @@
 
 import pytest
 import torch
-from kernel_cases import Shape, differences, resident_plan, rows_of, tensors
+from kernel_cases import Shape, differences, tensors
 from mutants import rewritten
+from test_resident import run
 
-from fusedrnn.kernels import resident
 from fusedrnn.kernels.cells import CELLS
 from fusedrnn.kernels.spec import SPECS, runs_of
-
-
-def run(cell, shape, data):
-    plan, rows = resident_plan(shape.H), rows_of(shape)
-    resident.forward(cell, plan, data.layers, rows)
-    resident.backward(cell, plan, *data, rows)
 
 
 @pytest.mark.parametrize("cell", SPECS)

@@ -1,22 +1,21 @@
 """Schedule cooperative, each program in a process of its own, against the reference."""
 
-import gluon_interpreter
 import pytest
 import torch
 import triton.language as tl
 from concurrency import run_concurrently, shared
 from cooperative_setup import DELAY, check, launches, prepared, run, workspaces
-from kernel_cases import Shape, cooperative_plan, differences, expected, results
+from kernel_cases import Shape, assert_tf32, cooperative_plan, differences, results
 from mutants import rewritten
 
 import fusedrnn
 from fusedrnn.kernels import cooperative, cooperative_backward, exchange, plan
-from fusedrnn.testing import assert_budget
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the processes share the CPU's memory"),
     # Each case is several processes: no two of them at once on two cores.
     pytest.mark.xdist_group("processes"),
+    pytest.mark.usefixtures("exact_products"),
 ]
 
 SLICES = Shape(3, 3, 20)
@@ -41,11 +40,6 @@ CASES = {
 RUNS = [(cell, name) for name, (cells, _) in CASES.items() for cell in cells]
 
 
-@pytest.fixture(autouse=True)
-def _exact_products(monkeypatch):
-    monkeypatch.setattr(gluon_interpreter, "round_to_tf32", lambda x: x)
-
-
 @pytest.mark.parametrize(("cell", "name"), RUNS)
 def test_equals_the_reference(cell, name):
     check(cell, CASES[name][1], seed=len(name))
@@ -61,10 +55,7 @@ def test_operands_are_rounded_to_tf32(monkeypatch):
     monkeypatch.undo()
     data = prepared("gru", LAYERS)
     assert not run("gru", LAYERS, data)
-    ref, truth = (expected("gru", LAYERS, data, dtype) for dtype in (torch.float32, torch.float64))
-    for name, value in results("gru", LAYERS, data).items():
-        assert_budget(name, value, ref[name], truth[name], eps=2**-11)
-    assert differences("gru", LAYERS, data)  # they were rounded
+    assert_tf32("gru", LAYERS, data)
 
 
 def copied(data):
@@ -91,29 +82,22 @@ def test_no_pattern_of_delays_changes_a_bit():
     assert not [name for name in one if not torch.equal(one[name], other[name])]
 
 
-def test_calls_back_to_back():
-    """A process may be in the second call while another is still in the first."""
-    datas = [prepared("lstm", SLICES) for _ in range(2)]
-    works = [workspaces("lstm", SLICES, data) for data in datas]
-    calls = [launches("lstm", SLICES, *pair) for pair in zip(datas, works, strict=True)]
+@pytest.mark.parametrize(("cell", "at_once"), [("lstm", False), ("gru_reset_before", True)])
+def test_two_calls(cell, at_once):
+    """Back to back, where a process may be in the second call while another is still in the first.
+
+    And at the same time, as on two streams, each with a workspace of its own.
+    """
+    datas = [prepared(cell, SLICES) for _ in range(2)]
+    works = [workspaces(cell, SLICES, data) for data in datas]
+    calls = [launches(cell, SLICES, *pair) for pair in zip(datas, works, strict=True)]
 
     def one_after_the_other():
         for both in calls:
             for call in both:
                 call()
 
-    assert not run_concurrently([one_after_the_other], SLICES.programs, delay=DELAY)
-    for data in datas:
-        assert not differences("lstm", SLICES, data)
-
-
-def test_calls_on_two_streams():
-    """Two calls at the same time, each with a workspace of its own."""
-    cell = "gru_reset_before"
-    datas = [prepared(cell, SLICES) for _ in range(2)]
-    works = [workspaces(cell, SLICES, data) for data in datas]
-    calls = (launches(cell, SLICES, *pair) for pair in zip(datas, works, strict=True))
-    for each in zip(*calls, strict=True):
+    for each in zip(*calls, strict=True) if at_once else [[one_after_the_other]]:
         assert not run_concurrently(each, SLICES.programs, delay=DELAY)
     for data in datas:
         assert not differences(cell, SLICES, data)

@@ -237,11 +237,7 @@ def test_named_backends_refuse(monkeypatch):
     for backend, changes, reason in (
         ("triton", {}, "backend 'triton': the kernels need CUDA tensors, these are on cpu "),
         ("triton", {"device": "meta"}, "these are on meta"),
-        (
-            "auto",
-            {"device": "mps", "cell": "gru_reset_before"},
-            "for the CPU and CUDA, not for mps",
-        ),
+        ("auto", {"device": "mps", "cell": "gru_reset_before"}, "the CPU and CUDA, not for mps"),
         ("torch", {"device": "mps"}, "not for mps"),
         ("aten", {"cell": "gru_reset_before"}, "has no operator for GRU(reset_after=False)"),
         ("aten", {"ragged": ("reset",)}, "takes no reset, and lengths only on"),

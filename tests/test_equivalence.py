@@ -5,6 +5,8 @@ and all gradients. Padding holds NaN, in the input and in the gradient that arri
 """
 
 import copy
+import pkgutil
+from functools import partial
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
-from fusedrnn import arguments, loop_cells, stack
+from fusedrnn import arguments, loop_cells
 from fusedrnn.arguments import as_hx
 from fusedrnn.kernels.rows import origins_of
 from fusedrnn.testing import assert_budget
@@ -152,16 +154,15 @@ def test_loop(cell, form):
 
 
 @every_cell
-def test_loop_in_one_direction(cell, monkeypatch):
-    """Also with two products a step, as a GRU has beyond some H."""
+def test_other_ways_of_the_loop(cell, monkeypatch):
+    """In one direction; with two products a step, as a GRU has beyond some H; and with padding.
+
+    Rows have padding under a compiler, where lengths may not be read.
+    """
     check(build(cell), "both", "torch")
-    monkeypatch.setattr(loop_cells, "_ONE_PRODUCT", 0)
-    check(build(cell, bias=False), "packed", "torch")
-
-
-@every_cell
-def test_loop_on_rows_with_padding(cell, monkeypatch):
-    """As under a compiler, where lengths may not be read."""
+    with monkeypatch.context() as patch:
+        patch.setattr(loop_cells, "_ONE_PRODUCT", 0)
+        check(build(cell, bias=False), "packed", "torch")
     keep_padding(monkeypatch)
     check(build(cell, 2, 2), "both", "torch")
 
@@ -254,32 +255,29 @@ def test_bugs_in_the_table_are_found(bug, monkeypatch):
         check(build("gru", 1, 2), "both", "torch")
 
 
-def test_bugs_in_the_packed_table_are_found_in_the_loop(monkeypatch):
-    mutant = lambda *given: resets_lost(origins_of(*given))  # noqa: E731
-    monkeypatch.setattr("fusedrnn.kernels.rows.origins_of", mutant)
+#: By a function that is replaced: what replaces it, and the cell, directions and layout.
+PLANTED = {
+    "kernels.rows.origins_of": (
+        lambda real, *given: resets_lost(real(*given)), "gru", 2, "both"
+    ),
+    "arguments.pack": (
+        lambda real, *call: real(*call)._replace(order=torch.arange(len(call[0]))),
+        "lstm", 1, "lengths",
+    ),
+    "stack.without_padding": (lambda real, x, rows: x, "gru", 1, "both"),
+    "grads.entering": (
+        lambda real, rows, d, initial, left: torch.cat([initial, left[: -rows.B]]),
+        "rnn_tanh", 1, "reset",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("place", PLANTED)
+def test_bugs_in_what_uses_the_table_are_found(place, monkeypatch):
+    bug, cell, directions, form = PLANTED[place]
+    real = pkgutil.resolve_name(f"fusedrnn.{place}")
+    monkeypatch.setattr(f"fusedrnn.{place}", partial(bug, real))
+    if place == "stack.without_padding":
+        keep_padding(monkeypatch)
     with pytest.raises(AssertionError):
-        check(build("gru", 1, 2), "both", "torch")
-
-
-def test_a_wrong_order_of_rows_is_found(monkeypatch):
-    real = arguments.pack
-    wrong = lambda *call: real(*call)._replace(order=torch.arange(len(call[0])))  # noqa: E731
-    monkeypatch.setattr(arguments, "pack", wrong)
-    with pytest.raises(AssertionError):
-        check(build("lstm", 1, 1), "lengths", "torch")
-
-
-def test_padding_in_the_products_is_found(monkeypatch):
-    keep_padding(monkeypatch)
-    monkeypatch.setattr(stack, "without_padding", lambda x, rows: x)
-    with pytest.raises(AssertionError):
-        check(build("gru", 1, 1), "both", "torch")
-
-
-def test_states_across_a_reset_in_the_products_are_found(monkeypatch):
-    def blind(rows, d, initial, left):
-        return torch.cat([initial, left[: -rows.B]])
-
-    monkeypatch.setattr("fusedrnn.grads.entering", blind)
-    with pytest.raises(AssertionError):
-        check(build("rnn_tanh", 1, 1), "reset", "torch")
+        check(build(cell, 1, directions), form, "torch")

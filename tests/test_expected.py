@@ -1,12 +1,8 @@
 """Predicted beside published: the arithmetic, the rules, and the tables that are shipped."""
 
-import os
-import subprocess
-import sys
-from pathlib import Path
-
 import pytest
 import torch
+from processes import ROOT, python
 
 from bench import references
 from fusedrnn.kernels import expected, predict
@@ -14,7 +10,7 @@ from fusedrnn.kernels.expected import PREDICTED, PUBLISHED, find_figure, find_li
 from fusedrnn.kernels.plan import cooperative, plan_stack
 from fusedrnn.kernels.problem import CHIPS, Problem
 
-ROOT, H100 = Path(__file__).parents[1], CHIPS["sm_90"]
+H100 = CHIPS["sm_90"]
 LSTM = Problem("lstm", 64, 8, 1, torch.float16, "tf32", True)
 SHIPPED = read(PREDICTED)
 TICK = 1755  # cycles of a microsecond
@@ -91,12 +87,9 @@ def test_theirs_and_the_margin(tables):
     verdict = judge(LSTM, plan_stack(LSTM, H100), H100, 100, 0)
     assert verdict.theirs == pytest.approx(100 * (192 + 5), rel=0.01)
     assert verdict.sources[1] == "X"
-    for theirs, favours in (
-        (1.25 * verdict.ours, True),
-        (1.24 * verdict.ours, False),
-        (None, False),
-    ):
-        assert verdict._replace(theirs=theirs).favours_ours is favours
+    for margin, favours in ((1.25, True), (1.24, False)):
+        assert verdict._replace(theirs=margin * verdict.ours).favours_ours is favours
+    assert not verdict._replace(theirs=None).favours_ours
     assert not verdict._replace(ours=None).favours_ours
 
 
@@ -173,9 +166,7 @@ SLOW = ["sm_80,gru,tf32,64,1", "sm_86,rnn_tanh,16-bit,128,1", "sm_90,lstm,16-bit
 
 @pytest.mark.parametrize("key", FRESH + [pytest.param(k, marks=pytest.mark.slow) for k in SLOW])
 def test_a_shipped_step_is_that_of_a_fresh_binary(key):
-    environment = {name: v for name, v in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, "-m", "fusedrnn.kernels.predict", "--line", key]
-    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True)
+    done = python("-m", "fusedrnn.kernels.predict", "--line", key)
     assert done.stdout.strip() in PREDICTED.read_text().splitlines(), done.stderr
 
 

@@ -4,6 +4,7 @@ import copy
 import io
 
 import pytest
+import test_torch_compile
 import torch
 from processes import python
 from sizes import H, I
@@ -19,11 +20,8 @@ pytestmark = [
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
-MODULES = {
-    "lstm-2": lambda: fusedrnn.LSTM(I, H, num_layers=2),
-    "gru-both-ways": lambda: fusedrnn.GRU(I, H, bidirectional=True),
+MODULES = test_torch_compile.MODULES | {
     "rnn": lambda: fusedrnn.RNN(I, H),
-    "gru-reset-before": lambda: fusedrnn.GRU(I, H, reset_after=False),
     "lstm-projected": lambda: fusedrnn.LSTM(I, H, proj_size=2),
 }
 SHAPES = (5, 7), (11, 3), (10, 7)  # T, B; the first one is exported

@@ -27,10 +27,11 @@ names = pytest.mark.parametrize("name", [*NAMES, "RNN relu"])
 @backends
 @stacks
 @names
-def test_dense_and_unbatched_input(backend, stack, name):
+def test_dense_unbatched_and_empty_input(backend, stack, name):
     theirs, ours = build(name, **STACKS[stack])
-    shape = (B, T) if theirs.batch_first else (T, B)
-    x, one = (torch.randn(*size, I, dtype=torch.float64) for size in (shape, (T,)))
+    shape, empty = ((B, T), (0, T)) if theirs.batch_first else ((T, B), (T, 0))
+    x, one, none = (torch.randn(*size, I, dtype=torch.float64) for size in (shape, (T,), empty))
+    assert_same(backend, theirs, ours, none)
     for hx, alone in ((None, None), (states_for(ours, B), states_for(ours))):
         assert_same(backend, theirs, ours, x, hx)
         assert_same(backend, theirs, ours, one, alone)
@@ -92,13 +93,6 @@ def test_projection_with_lengths_and_reset():
         assert_close((output[:n, b], h_n[:, b], c_n[:, b]), [t[:, 0] for t in (want, *states)])
     cut, _ = ours(x, reset=RESET)
     assert_close([cut[1:2, 0]], [ours(x[1:2, :1])[0][:, 0]])
-
-
-@backends
-@pytest.mark.parametrize("name", NAMES)
-def test_empty_batch(backend, name):
-    theirs, ours = build(name, num_layers=2, bidirectional=True)
-    assert_same(backend, theirs, ours, batch(0))
 
 
 FUNCTIONS = [

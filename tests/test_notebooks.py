@@ -1,6 +1,7 @@
 """The puzzles of docs/puzzles.ipynb: checks fail on the empty cells and pass with the solutions."""
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -25,24 +26,17 @@ def cells(name, kind):
     return ["".join(cell["source"]) for cell in book["cells"] if cell["cell_type"] == kind]
 
 
-def found_by_checks(name, folder):
-    for n, cell in enumerate(cells(name, "code")):
-        (folder / f"cell{n:02}.py").write_text(cell)
-    done = python("-c", RUN, folder, cwd=folder, OMP_NUM_THREADS="1")
+@pytest.mark.xdist_group("processes")
+@pytest.mark.parametrize(
+    ("name", "line"), [("solutions", r"Puzzle {} is solved\."), ("puzzles", "puzzle {}:.*")]
+)
+def test_checks_pass_with_the_solutions_and_fail_on_empty_cells(name, line, tmp_path):
+    for n, cell in enumerate(cells(f"{name}.ipynb", "code")):
+        (tmp_path / f"cell{n:02}.py").write_text(cell)
+    done = python("-c", RUN, tmp_path, cwd=tmp_path, OMP_NUM_THREADS="1")
     assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
-
-
-@pytest.mark.xdist_group("processes")
-def test_the_solutions_pass_every_check(tmp_path):
-    solved = [f"Puzzle {n} is solved." for n in range(1, 9)]
-    assert found_by_checks("solutions.ipynb", tmp_path) == solved
-
-
-@pytest.mark.xdist_group("processes")
-def test_every_check_fails_on_the_empty_cell(tmp_path):
-    failed = found_by_checks("puzzles.ipynb", tmp_path)
-    assert [line[:9] for line in failed] == [f"puzzle {n}:" for n in range(1, 9)]
+    for n, found in zip(range(1, 9), done.stdout.splitlines(), strict=True):
+        assert re.fullmatch(line.format(n), found)
 
 
 def test_the_notebooks_differ_in_eight_cells_alone():

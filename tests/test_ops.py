@@ -4,13 +4,14 @@ import pytest
 import torch
 from pairs import assert_close, batch, build, leaves, states_for
 from sizes import LENGTHS, NAMES, RESET, B, H, I, T
+from test_stack import config_of, inputs_of
 from torch import nn
 from torch.autograd import forward_ad
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
 from fusedrnn import reference
-from fusedrnn.records import Sequences, StackConfig
+from fusedrnn.records import Sequences
 
 # torch itself imports it for forward-mode derivatives.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
@@ -23,22 +24,13 @@ FORMS = {
 }
 
 
-def arguments(cell, form="dense", backend="torch", layers=2, recompute=False, requires_grad=True):
+def arguments(cell, form="dense", requires_grad=True, **options):
     """Returns the arguments of ``rnn_forward`` without ``save``."""
-    G = {"lstm": 4, "rnn_tanh": 1}.get(cell, 3)
-    rows = (8,) if form == "packed" else (T, B)
-
-    def randn(*shape):
-        return torch.randn(*shape, dtype=torch.float64, requires_grad=requires_grad)
-
-    params = []
-    for layer in range(layers):
-        params += [randn(G * H, I if layer == 0 else H), randn(G * H, H), randn(G * H)]
-        params += [randn(G * H)]
-    c_0 = randn(layers, B, H) if cell == "lstm" else None
-    masks = [torch.rand(*rows, H, dtype=torch.float64) for _ in range(layers - 1)]
-    config = StackConfig(cell, backend, True, layers, False, "ieee", recompute)
-    return randn(*rows, I), randn(layers, B, H), c_0, params, masks, *FORMS[form], *config
+    config = config_of(cell, **options)
+    given = inputs_of(config, rows=(8,) if form == "packed" else (T, B))
+    for tensor in leaves([*given[:3], given.params]):
+        tensor.requires_grad_(requires_grad)
+    return *given, *FORMS[form], *config
 
 
 def backward_arguments(cell, form, recompute=False):

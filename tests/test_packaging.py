@@ -12,10 +12,10 @@ from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
+from processes import ROOT
 
 import fusedrnn
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = ROOT / "fusedrnn"
 # Under pytest-xdist one group runs in one process, which builds once.
 pytestmark = pytest.mark.xdist_group("packaging")

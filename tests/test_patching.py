@@ -1,14 +1,13 @@
 """Tests of ``patch``, ``replace_modules`` and ``to_torch``: torch modules become ours, and back."""
 
 import copy
-import io
 import pickle
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from pairs import input_of, output_of
+from pairs import input_of, output_of, reloaded, saved
 from sizes import CELLS, NAMES
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -37,17 +36,6 @@ def _left_as_it_was():
     assert named() == TORCHS
     assert torch._dynamo.config.allow_rnn is False
     assert [(kind.__init__, kind.forward) for kind in OURS.values()] == methods
-
-
-def saved(module):
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return buffer
-
-
-def reloaded(module):
-    return torch.load(saved(module), weights_only=False)
 
 
 def run_in_threads(work, count=4):
@@ -199,11 +187,6 @@ def test_compiles_as_one_graph_while_patched():
         run_in_threads(work, 1)
 
 
-def kinds(model):
-    found = [type(m) for m in model.modules() if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
-    return dict(zip(CLASSES, found, strict=True))
-
-
 @pytest.mark.parametrize("patched", [False, True])
 def test_replaced_modules_are_ours_and_the_same(patched):
     model, x = Model(), torch.randn(6, 5, 3)
@@ -217,7 +200,8 @@ def test_replaced_modules_are_ours_and_the_same(patched):
         expected = model(x)
         for _ in range(2):  # the second call does nothing
             assert change(model) is model
-        assert kinds(model) == classes
+        kinds = [type(m) for m in model.modules() if isinstance(m, (nn.RNNBase, nn.RNNCellBase))]
+        assert dict(zip(CLASSES, kinds, strict=True)) == classes
         assert dict(model.named_modules(remove_duplicate=False)) == modules
         assert all(p is parameters[n] for n, p in model.named_parameters())
         assert not any(module.training for module in model.cells.modules())

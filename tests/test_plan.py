@@ -76,6 +76,8 @@ def test_refusals_name_what_is_missing():
         (cooperative, problem(dtype=FP32, precision="ieee"), H100, "no products in ieee"),
         (cooperative, problem(), AMD, "NVIDIA's GPUs alone"),
         (cooperative, problem(directions=2, layers=2), H100, "one direction"),
+        (plan_stack, problem(), H100._replace(arch="sm_75"), "below sm_80"),
+        (plan_stack, problem(), AMD._replace(name="R", warp_size=32), "64 threads; R has 32"),
     ):
         with pytest.raises(NoPlan, match=message):
             choose(p, chip)
@@ -144,17 +146,6 @@ def test_a_layer_whose_kernels_failed_is_planned_no_more(monkeypatch):
     refuse_cooperation(torch.device("meta"))
     assert len(forgotten) == 2  # what was decided before
     assert plan_stack(asked, chip_of(torch.device("meta")))
-
-
-@pytest.mark.parametrize(
-    ("arch", "warp_size", "reason"),
-    [("sm_75", 32, "below sm_80"), ("gfx1100", 32, "64 threads; R has 32")],
-)
-def test_chips_without_kernels(arch, warp_size, reason):
-    with pytest.raises(NoPlan, match=reason):
-        plan_stack(problem(), H100._replace(name="R", arch=arch, warp_size=warp_size))
-    for supported in (*CHIPS.values(), AMD):
-        assert supported.unsupported is None
 
 
 @pytest.mark.parametrize(("backend", "sms"), [("gloo", 132), ("cpu:gloo,cuda:nccl", 100)])

@@ -8,7 +8,6 @@ from processes import python
 
 from fusedrnn import __main__ as command_line
 
-ROOT = Path(__file__).parent.parent
 FACTS = """
 import __main__, os, sys, torch, fusedrnn
 import beside  # only in the script's folder
@@ -85,7 +84,6 @@ def test_modules_are_counted_compiled_ones_too(tmp_path):
         (("walk",), "invalid choice: 'walk'"),
         (("run", "-m"), "the following arguments are required: script.py"),
         (("run", "nowhere.py", "-m"), "cannot read the file 'nowhere.py'"),
-        (("study", "--hidden", "0"), "0 is not positive"),
     ],
 )
 def test_a_wrong_command_line_ends_with_a_sentence(arguments, sentence, capsys):

@@ -5,7 +5,7 @@ import copy
 import pytest
 import torch
 import torch.nn.functional as F
-from test_equivalence import MODULES, build, states_for, with_nan_padding
+from test_equivalence import LAYOUTS, LENGTHS, MODULES, RESET, build, states_for, with_nan_padding
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import fusedrnn
@@ -13,15 +13,8 @@ from fusedrnn import states as states_module
 from fusedrnn.arguments import as_hx
 from fusedrnn.testing import assert_budget
 
-T, B, I, H = 6, 5, 3, 5
-LENGTHS = torch.tensor([3, 6, 0, 5, 1])
-RESET = torch.rand(T, B, generator=torch.Generator().manual_seed(3)) < 0.3
-KINDS = {
-    "dense": {},
-    "lengths": {"lengths": LENGTHS},
-    "reset": {"reset": RESET},
-    "both": {"lengths": LENGTHS, "reset": RESET},
-}
+T, B, I, H = *RESET.shape, 3, 5
+KINDS = {kind: LAYOUTS[kind] for kind in ("dense", "lengths", "reset", "both")}
 BEYOND = torch.arange(T).unsqueeze(1) >= LENGTHS
 GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 BACKENDS = ["torch", "triton"]

@@ -23,7 +23,6 @@ MODULES = {
     "gru-reset-before": ("GRU", {"num_layers": 2, "reset_after": False}),
     "rnn-relu": ("RNN", {"num_layers": 3, "nonlinearity": "relu"}),
 }
-every_module = pytest.mark.parametrize("name", MODULES)
 
 
 def make(name, dtype=torch.float64, **options):
@@ -51,7 +50,7 @@ def assert_same(got, expected, tolerance=1e-12):
     torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
 
 
-@every_module
+@pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize(
     ("backend", "batch"), [("auto", B), ("auto", 65), ("torch", B), ("aten", B), ("triton", B)]
 )

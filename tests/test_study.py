@@ -3,7 +3,6 @@
 import json
 import re
 from functools import cache
-from pathlib import Path
 
 import pytest
 from processes import python
@@ -11,14 +10,8 @@ from processes import python
 from fusedrnn.__main__ import main
 from fusedrnn.kernels.sass import read, run_tool, trace
 
-ROOT = Path(__file__).parents[1]
-
-
-def study(folder, *options):
-    """The finished process; in this one Triton may interpret."""
-    return python("-m", "fusedrnn", "study", *options, "--out", folder)
-
-
+# One process makes the reports for all tests.
+pytestmark = pytest.mark.xdist_group("study")
 CASES = {
     "resident_nvidia": ("--hidden", "64"),
     "resident": ("--hidden", "64", "--schedule", "resident"),
@@ -34,7 +27,7 @@ def reports(tmp_path_factory):
     @cache
     def report(schedule):
         folder = tmp_path_factory.mktemp(schedule)
-        done = study(folder, *CASES[schedule])
+        done = python("-m", "fusedrnn", "study", *CASES[schedule], "--out", folder)
         assert done.returncode == 0, done.stderr
         parts = {part[:1]: part for part in done.stdout.split("\n\n")}
         return parts, folder
@@ -48,7 +41,6 @@ def table(paragraph, name):
     return [int(n) for n in re.findall(r"\d+", line)]
 
 
-@pytest.mark.xdist_group("study")
 @pytest.mark.parametrize("schedule", CASES)
 def test_the_report_names_plan_and_files(reports, schedule):
     parts, folder = reports(schedule)
@@ -60,7 +52,6 @@ def test_the_report_names_plan_and_files(reports, schedule):
     assert {f"{k}.{stage}" for k in kernels for stage in ("cubin", "ptx", "sass")} <= {*named}
 
 
-@pytest.mark.xdist_group("study")
 def test_numbers_are_those_of_the_binary(reports):
     parts, folder = reports("resident_nvidia")
     cubin = folder / "forward.cubin"
@@ -76,14 +67,12 @@ def test_numbers_are_those_of_the_binary(reports):
     assert f"predicted {predicted['forward']['cycles']:.0f} cycles" in parts["4"]
 
 
-@pytest.mark.xdist_group("study")
 def test_the_host_has_the_loop_of_schedule_stepwise(reports):
     parts, folder = reports("stepwise")
     assert "the host runs it" in parts["4"]
     assert not (folder / "steptime.json").exists()
 
 
-@pytest.mark.xdist_group("study")
 @pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_the_protocol_is_compiled_as_its_proof_has_it(reports, direction):
     """Fences of the SASS; ``compiling.exchange_faults`` reads the order of the PTX."""

@@ -5,21 +5,12 @@ import copy
 import pytest
 import torch
 from models import double, make_inputs, torch_module
+from test_reference import Reference
 
 from fusedrnn import reference
-from fusedrnn.kernels.tensors import Weights
 from fusedrnn.testing import Case, assert_budget, error_budget, run_module
 
 CASE = Case(24, 3, 4, 32)
-
-
-class Reference(torch.nn.LSTM):
-    """The reference on the weights of a one-layer LSTM, whose step a bug may replace."""
-
-    def forward(self, input, hx):
-        weights = [[Weights(*self.parameters())]]
-        output, h_n, c_n, _ = reference.differentiable_stack("lstm", input, *hx, weights, [])
-        return output, (h_n, c_n)
 
 
 def lost_dc_n(cotangents, step):
@@ -50,12 +41,10 @@ def test_planted_bugs_are_rejected(bug, monkeypatch):
     x, hx, cotangents = make_inputs("lstm", CASE)
     ref = run_module(module, x, hx, cotangents)
     truth = run_module(copy.deepcopy(module).double(), double(x), double(hx), double(cotangents))
-    mutant = Reference(CASE.I, CASE.H)
-    mutant.load_state_dict(module.state_dict())
     step = bug(cotangents, reference._CELLS["lstm"])
     if step is not None:
         monkeypatch.setitem(reference._CELLS, "lstm", step)
-    got = run_module(mutant, x, hx, cotangents)
+    got = run_module(Reference(module, "lstm"), x, hx, cotangents)
     budgets = [error_budget(name, got[name], ref[name], truth[name]) for name in truth]
     assert all(budget.ok for budget in budgets) == (bug is no_bug), budgets
 

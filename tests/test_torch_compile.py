@@ -10,6 +10,7 @@ from torch.utils._pytree import tree_leaves
 import fusedrnn
 
 pytestmark = [
+    pytest.mark.usefixtures("fresh_dynamo"),
     # inductor itself imports it, and torch's operator says it of its own implementation.
     pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
     pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
@@ -21,13 +22,6 @@ MODULES = {
     "gru-both-ways": lambda: fusedrnn.GRU(I, H, bidirectional=True),
     "gru-reset-before": lambda: fusedrnn.GRU(I, H, reset_after=False),
 }
-
-
-@pytest.fixture(autouse=True)
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
 
 
 def operators(counter):

@@ -99,10 +99,6 @@ def of_x(f, p):
     return lambda x: f(p, x)[0]
 
 
-def hessian_of(f, p):
-    return hessian(lambda x: loss(f)(p, x))
-
-
 EACH, MEMBERS = (None, 0), (0, None)  # one set of weights, several inputs; and the reverse
 #: Functions of a call, weights, inputs ``[N, T, B, I]``, and as many states.
 TRANSFORMS = {
@@ -118,7 +114,7 @@ TRANSFORMS = {
     "jvp": lambda f, p, xs, hxs: jvp(of_x(f, p), (xs[0],), (xs[1],)),
     "jacrev": lambda f, p, xs, hxs: jacrev(of_x(f, p))(xs[0]),
     "jacfwd": lambda f, p, xs, hxs: jacfwd(of_x(f, p))(xs[0]),
-    "hessian": lambda f, p, xs, hxs: hessian_of(f, p)(xs[0, :2]),
+    "hessian": lambda f, p, xs, hxs: hessian(lambda x: loss(f)(p, x))(xs[0, :2]),
     "penalties": lambda f, p, xs, hxs: map_over(grad(penalty(f)), EACH)(p, xs),
     "inner loop": lambda f, p, xs, hxs: grad(lambda p: loss(f)(trained(f, p, xs), xs[0]))(p),
 }
@@ -153,14 +149,7 @@ def test_kernels(kind):
     check(fusedrnn.GRU(I, H), kind, "triton", 1e-5)
 
 
-@pytest.fixture
-def _fresh():
-    torch._dynamo.reset()
-    yield
-    torch._dynamo.reset()
-
-
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_dynamo")
 @pytest.mark.parametrize("kind", ["per-sample", "their own", "jvp"])
 def test_compiled_transforms(kind):
     """One graph with our operator; a tangent that it dropped would be zero and no error."""
@@ -251,7 +240,7 @@ def test_random_masks_follow_vmaps_rule():
         map_over(module)(inputs(N, T))
 
 
-@pytest.mark.usefixtures("_fresh")
+@pytest.mark.usefixtures("fresh_dynamo")
 def test_programs_take_transforms_and_refuse_tangents():
     """Compiled and exported programs contain the operators, which have rules."""
     ours = MODULES["gru"]().double().requires_grad_(False)
