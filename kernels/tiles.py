@@ -106,8 +106,9 @@ def add_to(tiles, N: tl.constexpr, term):
 @triton.jit
 def products(u, gx, w, b, CELL: tl.constexpr, PHASE: tl.constexpr, TILE: tl.constexpr):
     """``u W[gate]^T + b[gate]`` in fp32 for the gates of a phase, and gx where it is just added."""
-    # Products begin with gx, but those of tf32x3, which are predicted to be slower then.
-    IS_FIRST: tl.constexpr = TILE.precision != "tf32x3"
+    # Only tensor cores' single products begin with gx: tf32x3 is predicted to be slower then, and
+    # FMAs spill registers.
+    IS_FIRST: tl.constexpr = TILE.precision == "tf32" or w[0].dtype.primitive_bitwidth == 16
     out = ()
     for i in tl.static_range(len(CELL.phases[PHASE])):
         weight, total = w[CELL.phases[PHASE][i]], b[CELL.phases[PHASE][i]]
