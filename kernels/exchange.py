@@ -26,10 +26,8 @@ import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 
-from .mma import round_operand, sequences, units
+from .mma import barrier, round_operand, sequences, units
 from .steps import part_of
-
-barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name in Triton 3.6
 
 
 @gluon.jit

@@ -20,6 +20,8 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 from triton.language.target_info import cuda_capability_geq
 
+barrier = getattr(gl, "barrier", None) or gl.thread_barrier  # its name in Triton 3.6
+
 
 class Tile(NamedTuple):
     """The compile-time sizes and layouts of a launch."""
@@ -179,6 +181,7 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
             x = tl.load(ptrs, mask=(unit < H) & (k < H), other=0.0)
             chunks = chunks + (round_operand(x),)
         w = w + (chunks,)
+        barrier()  # the addresses of all weights at once would need more registers
     return w
 
 

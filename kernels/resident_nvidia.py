@@ -108,21 +108,23 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
 
 @gluon.jit
 def _backward_step(
-    layers, grads, program, step, fixed, d_state, left, now, places, buffers,
+    layers, grads, program, step, fixed, d_state, left, loaded, places, buffers,
     CELL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One step: dgates go through the buffers, one for each gate.
 
-    ``places`` are those of this step and the three before it, in time. Returns the gradient of the
-    state that entered, the state that left the step before, and what the step before that reads.
+    ``loaded`` is what this step reads, and unless the registers are full the next one, and
+    ``places`` are those of these and two more, in time. Returns the gradient of the state that
+    entered, the state that left the step before, and ``loaded`` and ``places`` of that step.
     """
+    AHEAD: tl.constexpr = len(loaded)
     w, initial = fixed
-    saved, left_before = mma.widened(now[0]), mma.widened(now[1])
-    d_out, d_cs = now[2], now[3]
+    saved, left_before = mma.widened(loaded[0][0]), mma.widened(loaded[0][1])
+    d_out, d_cs = loaded[0][2], loaded[0][3]
     origins = steps.origins_at(program, places[0])
     if not TILE.is_full:
-        now = steps.load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
-    later = (places[1], places[2], places[3], steps.place_of(layers, program, step - 4))
+        later = steps.load_step(layers, grads, program, step - AHEAD, places[AHEAD:], CELL, TILE)
+    new_place = steps.place_of(layers, program, step - AHEAD - 2)
     before = steps.entered(layers, origins, left_before, mma.widened(initial))
     if grads.out is not None:
         d_state = tiles.add_to(d_state, 0, mma.widened(d_out)[0])
@@ -136,6 +138,10 @@ def _backward_step(
         )
         for i in tl.static_range(len(CELL.phases[p])):
             mma.share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
+        if p == 0 and TILE.is_full:  # what this step has loaded is used by now
+            later = steps.load_step(
+                layers, grads, program, step - AHEAD, places[AHEAD:], CELL, TILE
+            )
         terms = ()
         for i in tl.static_range(len(CELL.phases[p])):
             u = mma.operand(buffers[CELL.phases[p][i]], TILE)
@@ -145,9 +151,7 @@ def _backward_step(
         steps.store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
     d_state = tiles.add_to(d_state, 0, du)
     d_state = _entering(layers, tiles.leaving_state(layers, d_state, d_leaving, origins), origins)
-    if TILE.is_full:  # of registers, so that they are taken later
-        now = steps.load_step(layers, grads, program, step - 2, (places[2], places[3]), CELL, TILE)
-    return d_state, left_before, now, later
+    return d_state, left_before, loaded[1:] + (later,), places[1:] + (new_place,)
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
@@ -158,27 +162,28 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     w = mma.load_weights(tiles.choose(layers.w_hh, program.d), True, CELL, TILE)
     even, odd = mma.shared_tiles(G, G, dtype, TILE), mma.shared_tiles(G, G, dtype, TILE)
 
-    places = (
-        steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2),
-        steps.place_of(layers, program, T - 3), steps.place_of(layers, program, T - 4),
-    )  # fmt: skip
+    places = ()
+    for n in tl.static_range(3 if TILE.is_full else 4):
+        places = places + (steps.place_of(layers, program, T - 1 - n),)
     fixed = (w, steps.load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = mma.widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
     left = mma.widened(steps.load_left(layers, program, T - 1, places[0], TILE))
-    now = steps.load_step(layers, grads, program, T - 1, (places[0], places[1]), CELL, TILE)
-    ahead = steps.load_step(layers, grads, program, T - 2, (places[1], places[2]), CELL, TILE)
+    loaded = ()
+    for n in tl.static_range(1 if TILE.is_full else 2):
+        loaded = loaded + (
+            steps.load_step(layers, grads, program, T - 1 - n, places[n:], CELL, TILE),
+        )
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
-        d_state, left, now, places = _backward_step(
-            layers, grads, program, step, fixed, d_state, left, now, places, even, CELL, TILE
+        d_state, left, loaded, places = _backward_step(
+            layers, grads, program, step, fixed, d_state, left, loaded, places, even, CELL, TILE
         )
-        d_state, left, ahead, places = _backward_step(
-            layers, grads, program, step - 1, fixed, d_state, left, ahead, places, odd,
-            CELL, TILE,
-        )  # fmt: skip
+        d_state, left, loaded, places = _backward_step(
+            layers, grads, program, step - 1, fixed, d_state, left, loaded, places, odd, CELL, TILE
+        )
     if T % 2 == 1:
-        d_state, left, now, places = _backward_step(
-            layers, grads, program, 0, fixed, d_state, left, now, places, even, CELL, TILE
+        d_state, left, loaded, places = _backward_step(
+            layers, grads, program, 0, fixed, d_state, left, loaded, places, even, CELL, TILE
         )
     steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 
