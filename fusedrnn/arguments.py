@@ -17,7 +17,7 @@ from .kernels.problem import CACHES
 from .kernels.spec import SPECS
 from .layout import pack, pack_nested, to_grid
 from .records import Facts, Layers, Sequences, StackConfig, StackInputs
-from .vmap import is_eager, is_transformed
+from .vmap import is_eager, is_transformed, needs_grad
 
 
 class Kind:
@@ -57,12 +57,12 @@ def key_of(
             tensors = input, *params
         else:
             tensors = (input, hx, *params) if isinstance(hx, Tensor) else (input, *hx, *params)
-        needs_grad = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+        is_recorded = needs_grad(*tensors)
         sizes = [(t.shape, t.dtype, t.device) for t in tensors]
     except (AttributeError, RuntimeError, TypeError):
         return None
     autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
-    modes = needs_grad, autocast, forward_ad._current_level, dispatch.settings(sizes[0][2])
+    modes = is_recorded, autocast, forward_ad._current_level, dispatch.settings(sizes[0][2])
     return cell, layers, form, type(hx), modes, *sizes
 
 

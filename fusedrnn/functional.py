@@ -236,7 +236,7 @@ def _run(
     states: Sequence[Tensor], params: Sequence[Tensor], sequences: Sequences = NO_SEQUENCES,
     masks: Sequence[Tensor] = (),
 ) -> tuple[Tensor, Sequence[Tensor]]:  # fmt: skip
-    """Runs torch's operator, ours, or what is below ours if nothing else has to see it."""
+    """Runs torch's operator, or ours: past the dispatcher where nothing else must see the call."""
     backend, config = choice
     if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
         layers, sizes, run = facts.layers, sequences.batch_sizes, ATEN[facts.cell]

@@ -141,7 +141,7 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     if plan is not None:
         with gemm_precision(config.precision, x):
             gx = _input_products(x, layers.w_ih[:D], biases[:D], None)
-            read = _read_by(plan, layers, rows, gx=gx)
+            read = layers._replace(gx=gx, origins=rows.origins, starts=rows.starts)
             _launch(plan, "forward", config.cell, (read,), rows)
         return
     room = layers.gates
@@ -152,13 +152,6 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
         biases = [loop.folded_bias(config.cell, *pair) for pair in pairs]
     _input_products(x, layers.w_ih, biases, room[..., :columns])
     loop.forward(config.cell, layers._replace(gx=room), rows)
-
-
-def _read_by(plan: Plan, layers: Layers, rows: Rows, **others: Any) -> Layers:
-    """Returns the tensors that a kernel reads, with others in the place of some."""
-    if plan.layers == 1:
-        others |= {"w_ih": None, "b_ih": None, "masks": None}
-    return layers._replace(origins=rows.origins, starts=rows.starts, **others)
 
 
 def _input_products(
@@ -205,7 +198,7 @@ def backward(
             if plan is None:
                 loop.backward(config.cell, part, part_grads, part_rows)
             else:
-                read = _read_by(plan, part, rows, b_ih=None, b_hh=None, h_n=None, c_n=None)
+                read = part._replace(origins=rows.origins, starts=rows.starts)
                 _launch(plan, "backward", config.cell, (read, part_grads), part_rows)
             if dx is not None:
                 input_grad(dgates[:D], layers.w_ih[:D], dx if own is None else dx[own])

@@ -87,7 +87,7 @@ def rnn_stack(
     """
     is_special = vmap.has_tangents() or _has_projection(inputs, config)
     if not is_special and not _needs_dispatcher(inputs.input):
-        needs_grad = _needs_grad(*inputs[:3], *inputs.params)
+        needs_grad = vmap.needs_grad(*inputs[:3], *inputs.params)
         return run_eager(inputs, sequences, config, needs_grad, dtype, keep_states)
     inputs = inputs.cast(dtype)
     if sequences.batch_sizes is not None or vmap.is_eager(inputs.input):
@@ -124,11 +124,6 @@ def _returned(results: Sequence[Any], inputs: StackInputs, keep_states: bool) ->
     if inputs.c_0 is None:
         return output, [h_n], None
     return output, [h_n, c_n], cs.unflatten(1, inputs.input.shape[:-1]) if keep_states else None
-
-
-def _needs_grad(*tensors: Any) -> bool:
-    """Returns whether autograd records a call of these; no module's training flag matters."""
-    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
 
 
 def _needs_dispatcher(*tensors: Tensor) -> bool:
@@ -310,7 +305,7 @@ def _forward_autograd(*flat):
     if vmap.has_tangents():
         _refuse_tangents()
     inputs, sequences, config, _ = _records(flat, _FORWARD)
-    if not _needs_grad(*inputs[:3], *inputs.params):
+    if not vmap.needs_grad(*inputs[:3], *inputs.params):
         return _below_autograd(torch.ops.fusedrnn.rnn_forward, *flat)
     config = config._replace(backend="torch") if config.backend == "aten" else config
     if _has_projection(inputs, config):
@@ -339,7 +334,7 @@ def _backward_autograd(*flat):
     """The operator's autograd."""
     call = _Backward(*_records(flat, _BACKWARD))
     tensors = *call.grads, *call.inputs[:3], *call.inputs.params
-    if not _needs_grad(*tensors):
+    if not vmap.needs_grad(*tensors):
         return _below_autograd(torch.ops.fusedrnn.rnn_backward, *flat)
     with enable_single_level_autograd_function():
         d_input, d_h_0, d_c_0, *d_params = _apply(call, *tensors)

@@ -23,6 +23,11 @@ def is_transformed() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
+def needs_grad(*tensors: Any) -> bool:
+    """Returns whether autograd records a call of these; no module's training flag matters."""
+    return torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
+
+
 def is_eager(tensor: Tensor) -> bool:
     """Returns whether values are there to be read: no compiler, transform, mode or subclass."""
     return (

@@ -128,14 +128,10 @@ def run_together(
 
 def layers_forward(layers: Layers, L: int = 1) -> Layers:
     """The tensors that a kernel of L layers reads; the others are None, and cost no time."""
-    if L > 1 or layers.w_ih is None:
-        return layers
-    return layers._replace(w_ih=None, b_ih=None, masks=None)
+    return layers if L > 1 else layers._replace(w_ih=None, b_ih=None, masks=None)
 
 
 def layers_backward(layers: Layers, L: int = 1) -> Layers:
     """The tensors that its backward reads."""
     read = layers_forward(layers, L)
-    if read.gx is read.b_ih is read.b_hh is read.h_n is None:
-        return read
     return read._replace(gx=None, b_ih=None, b_hh=None, h_n=None, c_n=None)

@@ -126,10 +126,7 @@ def _backward_step(
         later = steps.load_step(layers, grads, program, step - AHEAD, places[AHEAD:], CELL, TILE)
     new_place = steps.place_of(layers, program, step - AHEAD - 2)
     before = steps.entered(layers, origins, left_before, mma.widened(initial))
-    if grads.out is not None:
-        d_state = tiles.add_to(d_state, 0, mma.widened(d_out)[0])
-    if grads.cs is not None:
-        d_state = tiles.add_to(d_state, 1, mma.widened(d_cs)[0])
+    d_state = tiles.add_gradients(d_state, mma.widened(d_out), mma.widened(d_cs))
     d_leaving, carry = d_state, ()
     du = d_state[0]  # not read by the last phase
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):

@@ -145,7 +145,7 @@ def test_arguments_that_depend_on_each_other(backend, compose, order):
 
 
 def test_second_derivatives_where_the_input_has_no_gradient():
-    """What an operator returns in its place is empty, and has no derivative."""
+    """Its gradient is an empty tensor, which has no derivative."""
     given = backward_arguments("lstm", "dense")
     input, params = given[4].requires_grad_(), [p.requires_grad_() for p in given[7]]
     d_input, d_h_0, _, d_params = torch.ops.fusedrnn.rnn_backward(*given[:-2], False, True)
