@@ -271,13 +271,6 @@ def runs_as_one_node(facts: Facts) -> bool:
     return not (facts.needs_grad or facts.drops_out or "packed" in facts.ragged)
 
 
-def _can_be_packed(facts: Facts) -> bool:
-    """Returns whether torch's operator gets padded input with lengths packed, for inference."""
-    hidden = facts.transformed or not facts.eager
-    is_other = facts.needs_grad or facts.drops_out or facts.autocast or facts.states
-    return facts.device == _CPU and facts.ragged == ("lengths",) and not (hidden or is_other)
-
-
 def _is_gpu(device: torch.device) -> bool:
     return device != _CPU and device.type == "cuda"  # a string is made of the type
 
@@ -363,11 +356,10 @@ _planned_refusal._dynamo_marked_constant = True  # type: ignore[attr-defined]
 def _aten_refusal(facts: Facts, requested: str) -> str | None:
     """Returns why torch's operator cannot run the call, or under ``auto`` should not, or None."""
     is_auto, is_cut = requested == "auto", bool({"lengths", "reset"} & {*facts.ragged})
-    is_cut = is_cut and not _can_be_packed(facts)
     unrolls = is_auto and facts.compiled and not runs_as_one_node(facts)
     for refuses, reason in (
         (facts.cell == "gru_reset_before", "torch has no operator for GRU(reset_after=False)"),
-        (is_cut, "torch's operator takes no reset, and lengths only on the CPU for inference"),
+        (is_cut, "torch's operator takes no lengths and no reset"),
         (facts.states, "torch's operator keeps no state but the last"),
         (facts.recompute, "torch's operator saves all that its backward needs"),
         (is_auto and facts.transformed, "torch.func has no rules for torch's operator"),

@@ -209,12 +209,9 @@ def run_stack(
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     facts, kind = call.facts, call.kind
-    backend, config = choice = kind.choice if kind is not None and kind.choice else _choose(call)
-    if backend != "triton" and facts.eager and "lengths" in facts.ragged:
+    choice = kind.choice if kind is not None and kind.choice else _choose(call)
+    if choice[0] == "torch" and facts.eager and "lengths" in facts.ragged:
         call = call.compact()
-        sizes = call.sequences.batch_sizes
-        if backend == "aten" and sizes is not None and int(sizes[0]) < max(facts.batch, 1):
-            choice = "torch", config._replace(backend="torch")  # it takes empty sequences
     tensors = call.input, call.states, call.params
     masks = () if choice[0] == "aten" else dropout_masks(call)
     output, states = _run(choice, kind, facts, *tensors, call.sequences, masks)

@@ -195,11 +195,7 @@ def training(cell, T, B, I, H, **more):
         (training("lstm", 50, 8, 4, 4, ragged=("packed",)), "torch"),
         (training("lstm", 49, 8, 4, 4, ragged=("packed",)), "aten"),
         (training("gru", 50, 1, 4, 4, ragged=("packed",)), "aten"),
-        (facts(ragged=("lengths",)), "aten"),
-        (facts(ragged=("lengths",), needs_grad=True), "torch"),
-        (facts(ragged=("lengths",), autocast=torch.float32), "torch"),
-        (facts(ragged=("lengths",), eager=False), "torch"),
-        (facts(ragged=("lengths", "reset")), "torch"),
+        (facts(ragged=("lengths",)), "torch"),
         (facts(cell="gru_reset_before"), "torch"),
         (facts(layers={"recompute": True}, needs_grad=True), "torch"),
         (facts(proj_size=2, dtype=torch.float64, ragged=("packed",), needs_grad=True), "aten"),
@@ -240,7 +236,7 @@ def test_named_backends_refuse(monkeypatch):
         ("auto", {"device": "mps", "cell": "gru_reset_before"}, "the CPU and CUDA, not for mps"),
         ("torch", {"device": "mps"}, "not for mps"),
         ("aten", {"cell": "gru_reset_before"}, "has no operator for GRU(reset_after=False)"),
-        ("aten", {"ragged": ("reset",)}, "takes no reset, and lengths only on"),
+        ("aten", {"ragged": ("reset",)}, "takes no lengths and no reset"),
         ("aten", {"states": True}, "keeps no state but the last"),
     ):
         assert reason in refusal(backend, facts(**changes))

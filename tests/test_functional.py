@@ -232,23 +232,6 @@ def test_computed_weights_are_neither_flattened_nor_computed_for_it():
     assert all(p.grad is not None for p in module.parameters())
 
 
-@pytest.mark.parametrize("lengths", [[4, 1, 3], [2, 2, 2], [0, 2, 1], [0, 0, 0]])
-@pytest.mark.parametrize("name", NAMES)
-def test_torchs_operator_takes_lengths_for_inference(name, lengths):
-    """Packed, and the loop does if a sequence is empty."""
-    _, ours = build(name, num_layers=2, bidirectional=True, batch_first=True)
-    x = torch.full((B, T, I), torch.nan, dtype=torch.float64)
-    for row, n in zip(x, lengths, strict=True):
-        row[:n] = torch.randn(n, I)
-    with torch.no_grad():
-        for hx in (None, states_for(ours, B)):
-            assert fusedrnn.explain(ours, x, hx, lengths=lengths).backend == "aten"
-            got = ours(x, hx, lengths=lengths)
-            with fusedrnn.use_backend("torch"):
-                want = ours(x, hx, lengths=lengths)
-            assert_close(leaves(got), leaves(want))
-
-
 def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
     module, x = fusedrnn.LSTM(3, 4, batch_first=True), torch.randn(2, 5, 3)
     first = module(x)
