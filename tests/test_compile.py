@@ -15,7 +15,7 @@ from fusedrnn.kernels.sass import Instruction, count_kinds
 from fusedrnn.kernels.spec import SPECS
 
 
-@pytest.mark.parametrize("part", ["0/4", "1/4", "2/4", "3/4"])
+@pytest.mark.parametrize("part", ["0/2", "1/2"])
 def test_the_covering_subset(part):
     done = run_script("compile_all.py", "--part", part, "--workers", "1")
     assert " 0 with faults" in done
@@ -63,7 +63,7 @@ def reached(chip):
     "chip", ["sm_90", *(pytest.param(c, marks=pytest.mark.slow) for c in COMPILED_CHIPS[1:])]
 )
 def test_the_lists_leave_no_kernel_out(chip):
-    lists = [(compiling.covering(), 2, SHAPE), (compiling.every_pair(chip), 2, None)]
+    lists = [(compiling.covering(), 1, None), (compiling.every_pair(chip), 2, None)]
     if chip == "sm_90":
         lists.append((compiling.every_plan(chip), 3, SHAPE))
     found = set(reached(chip))
