@@ -86,7 +86,7 @@ def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows:
     """Runs a schedule on Layers and, backward, Grads; its own failures become KernelFailed."""
     given = tensors if _are_aligned(tensors) else _aligned(tensors)
     try:
-        getattr(_schedule(plan.module(direction)), direction)(cell, plan, *given, rows)
+        getattr(_schedule(plan.schedule), direction)(cell, plan, *given, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:

@@ -84,7 +84,7 @@ def compile_plan(
         tiles = plan.forward if direction == "forward" else plan.backward
         if tiles is None:
             continue
-        module = import_module(f".{plan.module(direction)}", __package__)
+        module = import_module(f".{plan.schedule}", __package__)
         given = (layers,) if direction == "forward" else (layers, grads)
         with recording(module, chip) as launches:
             getattr(module, direction)(problem.cell, plan, *given, rows)

@@ -7,16 +7,10 @@ counter; the slots alternate. The publication is complete when the counter reach
 program makes publication e + 1 only after it has waited for all of publication e, so the counter
 cannot reach that value in any other way.
 
-A program that has waited sees the data, by the PTX memory model:
-
-1. ``publish``: the barrier orders the stores of all threads of a program before the addition by one
-   thread. The addition releases at GPU scope, which is cumulative over what the barrier ordered.
-2. ``wait``: the load of one thread that polls the counter acquires at GPU scope. The barrier behind
-   it orders all later loads of the program after it.
-3. Loads of exchanged data bypass L1 (``cache_modifier=".cg"``), which is not coherent.
-
-Nothing is overwritten too early: what a program wrote in publication e it writes again in e + 2 at
-the earliest, after it has waited for e + 1, which every partner made after it had read e.
+A program that has waited reads the data, because a barrier and a release precede the addition, and
+an acquire and a barrier follow the poll; loads of what is exchanged bypass L1, which is not
+coherent. ``docs/kernels.md`` has the proof by the PTX memory model, and why nothing is overwritten
+before it was read.
 
 A wait is bounded: after ``patience`` polls it fails, so that a lost program gives a "device-side
 assert triggered" with the message below and not a hung GPU.

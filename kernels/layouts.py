@@ -1,10 +1,9 @@
 """The layouts of schedule *cooperative*: the thread that holds each element of a tile.
 
-``slices.py`` multiplies with them. All are Gluon's, written out, and chosen so that values change
-hands at one place only, where the partial sums of the warps meet in shared memory.
+``slices.py`` multiplies with them. They are chosen so that values change hands at one place only,
+where the partial sums of the warps meet in shared memory.
 """
 
-from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -19,139 +18,87 @@ class Slice(NamedTuple):
     H: int
     block_b: int  # sequences of a program, a power of two of at least 8
     block_h: int  # its units, a power of two of at least 8
+    rows: int  # of a product, at least 16
+    gates: int  # of a product: two if a program has 8 units
     groups: int  # of columns, one for each warp
+    transposed: bool  # the first operand is a slice of W_hh^T
+    columns: tuple  # of the product of each phase
+    rounds: tuple  # for each phase the chunks of weights in registers, then those in shared memory
     pitch: int  # of the rows of a slot
-    chunks: tuple  # for each phase, of the columns: (first column, columns of a group)
-    held: tuple  # for each phase, the chunks in registers; the rest is in shared memory
-    wide: tuple  # for each phase and chunk [groups, columns of a group, BLOCK_B], as loaded
-    pairs: tuple  # for each phase and chunk the first operand as backward loads it
-    tile: Any  # [BLOCK_B, BLOCK_H], of one gate
-    part: Any  # [BLOCK_B * BLOCK_H / 16, 16], the same elements as they lie in shared memory
+    slice: Any  # [groups, rows / 2, columns of a group, 2], the first operand as loaded
+    wide: Any  # [groups, BLOCK_B, columns of a group], the second operand as loaded
     acc: Any  # [groups, rows, BLOCK_B], the partial sums of a product
     weight: Any  # its first operand
     operand: Any  # its second operand
-    shared: Any  # the partial sums in shared memory
+    shared: Any  # [groups, BLOCK_B, rows], the partial sums in shared memory
+    parts: Any  # the same as a thread reads them
+    tile: Any  # [BLOCK_B, BLOCK_H], of one gate
     store: Any  # a chunk of the first operand in shared memory
 
 
 def chunks_of(columns: int, groups: int, itemsize: int, start: int = 0) -> tuple:
-    """Cuts columns into chunks of ``groups`` equal powers of two: (first, columns of a group).
+    """Cuts columns into chunks of equal groups, powers of two: (first, columns of a group, stop).
 
     A group has whole lines of four threads with 16 bytes each.
 
     >>> chunks_of(256, 4, 2), chunks_of(1056, 4, 2)
-    (((0, 64),), ((0, 256), (1024, 32)))
+    (((0, 64, 256),), ((0, 256, 1024), (1024, 32, 1152)))
     """
     line = 64 // itemsize
     chunks, rest = [], -(-columns // (line * groups)) * line
     while rest:
         width = 1 << (rest.bit_length() - 1)
-        chunks.append((start, width))
+        chunks.append((start, width, start + width * groups))
         start, rest = start + width * groups, rest - width
     return tuple(chunks)
 
 
-def _doubles(first: int, stop: int) -> Iterator[int]:
-    while first < stop:
-        yield first
-        first *= 2
+def _rounds(columns: int, groups: int, itemsize: int, halved: bool) -> tuple:
+    """The chunks that are loaded at once: all, or each half of the columns."""
+    if not halved:
+        return (chunks_of(columns, groups, itemsize),)
+    line = 64 // itemsize * groups
+    half = -(-columns // 2 // line) * line
+    return chunks_of(half, groups, itemsize), chunks_of(columns - half, groups, itemsize, half)
 
 
-def _wide(groups: int, columns: int, block_b: int, itemsize: int) -> Any:
-    vector = 16 // itemsize
-    return gl.DistributedLinearLayout(
-        reg_bases=[
-            *([0, k, 0] for k in _doubles(1, vector)),
-            *([0, k, 0] for k in _doubles(4 * vector, columns)),
-            *([0, 0, b] for b in _doubles(8, block_b)),
-        ],
-        lane_bases=[[0, vector, 0], [0, 2 * vector, 0], [0, 0, 1], [0, 0, 2], [0, 0, 4]],
-        warp_bases=[[g, 0, 0] for g in _doubles(1, groups)],
-        block_bases=[],
-        shape=[groups, columns, block_b],
-    )
-
-
-def _tiles(groups: int, block_b: int, block_h: int) -> tuple[Any, Any]:
-    """The layouts of a tile, and of its elements in shared memory.
-
-    In shared memory a row is (8 sequences, 16 units, pair of units), a column (pair of sequences,
-    one of them, unit of the pair). Half a warp reads it without bank conflicts.
-    """
-    pairs = block_h > 8
-    in_tile: list = []  # the bases of unit of the pair, then pairs, then sequences
-    in_part: list = []
-    unit = 2 if pairs else 1
-    half = ([0, 1], [0, 1])
-    lanes = [([0, unit << n], [1 << n, 0]) for n in range(3)] + [([1, 0], [0, 2]), ([2, 0], [0, 4])]
-    rest = [([4, 0], [0, 8])]
-    rows = max(block_h // 2, 8)  # of 8 sequences
-    rest += [([b, 0], [rows * b // 8, 0]) for b in _doubles(8, block_b)]
-    rest += [([0, 2 * u], [u, 0]) for u in _doubles(8, block_h // 2)]
-    warps = groups.bit_length() - 1
-    few = pairs and len(rest) < warps  # elements for the threads
-    registers = [] if few else [half] if pairs else [([0, 0], [0, 1])]
-    if few:
-        rest.append(half)
-    rest += [([0, 0], [0, 0])] * (warps - len(rest))
-    registers += rest[warps:]
-    for n, found in enumerate((in_tile, in_part)):
-        found += [[base[n] for base in bases] for bases in (registers, lanes, rest[:warps])]
-    if not pairs:  # the two gates of a pair become two tiles
-        in_tile[0] = in_tile[0][1:]
-    shapes = [block_b, block_h], [block_b // 8 * rows, 16]
-    tile, part = (
-        gl.DistributedLinearLayout(
-            reg_bases=bases[0], lane_bases=bases[1], warp_bases=bases[2], block_bases=[], shape=size
-        )
-        for bases, size in zip((in_tile, in_part), shapes, strict=True)
-    )
-    return tile, part
-
-
-def _pairs(groups: int, columns: int, block_h: int, itemsize: int) -> Any:
-    """A chunk of the first operand with its rows by unit, of which a thread has two beside."""
-    width = 4 // itemsize
-    return gl.DistributedLinearLayout(
-        reg_bases=[
-            [0, 1, 0],
-            *([0, 0, k] for k in (*_doubles(1, width), *_doubles(4 * width, columns))),
-            *([0, h, 0] for h in _doubles(16, block_h)),
-        ],
-        lane_bases=[[0, 0, width], [0, 0, 2 * width], [0, 2, 0], [0, 4, 0], [0, 8, 0]],
-        warp_bases=[[g, 0, 0] for g in _doubles(1, groups)],
-        block_bases=[],
-        shape=[groups, block_h, columns],
+def _sums_in_memory(groups: int, block_b: int, rows: int) -> Any:
+    """Partial sums, so that the 2 x 2 of a thread lie side by side and no bank conflicts occur."""
+    return gl.SharedLinearLayout(
+        [
+            *([0, 0, 1], [0, 1, 0], [0, 2, 0], [0, 4, 0], [0, 0, 2], [0, 2, 4], [0, 4, 8]),
+            *([0, 0, 16 << n] for n in range((rows // 16).bit_length() - 1)),
+            *([0, 8 << n, 0] for n in range((block_b // 8).bit_length() - 1)),
+            *([1 << n, 0, 0] for n in range(groups.bit_length() - 1)),
+        ]
     )
 
 
 @lru_cache(maxsize=1024)
 def slice_of(
     L: int, D: int, H: int, block_b: int, block_h: int, groups: int, itemsize: int,
-    columns: tuple[int, ...], halved: bool = False,
+    columns: tuple[int, ...], transposed: bool = False, halved: bool = False,
 ) -> Slice:  # fmt: skip
     """Returns the sizes and layouts for elements of 2 or 4 bytes, and columns of each phase."""
-    line = 64 // itemsize * groups
-    halves = [-(-n // 2 // line) * line if halved else n for n in columns]
-    held = [chunks_of(n, groups, itemsize) for n in halves]
-    chunks = tuple(
-        each + chunks_of(n - half, groups, itemsize, half) if halved else each
-        for each, half, n in zip(held, halves, columns, strict=True)
-    )
-    wide = tuple(
-        tuple(_wide(groups, width, block_b, itemsize) for _, width in each) for each in chunks
-    )
-    pairs = tuple(
-        tuple(_pairs(groups, width, max(block_h, 16), itemsize) for _, width in each)
-        for each in chunks
-    )
-    pitch = max(sum(width for _, width in each) * groups for each in chunks)
+    rows, vector = max(block_h, 16), 16 // itemsize
+    gates = rows // block_h
+    rounds = tuple(_rounds(n, groups, itemsize, halved) for n in columns)
+    pitch = max(each[-1][-1][2] for each in rounds)  # padded columns
+    order = [3, 2, 1, 0] if transposed else [2, 3, 1, 0]
+    slice = gl.BlockedLayout([1, 1, vector, 2], [1, 8, 4, 1], [groups, 1, 1, 1], order)
+    wide = gl.BlockedLayout([1, 1, vector], [1, 8, 4], [groups, 1, 1], [2, 1, 0])
     acc = gl.NVMMADistributedLayout([2, 0], [groups, 1, 1], [1, 16, 8])
     weight, operand = (gl.DotOperandLayout(n, acc, 4 // itemsize) for n in (0, 1))
-    tile, part = _tiles(groups, block_b, block_h)
-    shared = gl.SwizzledSharedLayout(4, 2, 4, [1, 0])
-    store = gl.SwizzledSharedLayout(16 // itemsize, 1, 8, [2, 1, 0])
+    # A thread has pairs of units, but where there are more threads than pairs.
+    pair = 2 if block_b * rows > 32 * groups or gates == 2 else 1
+    lanes = [4, 8] if pair == 2 else [2, 16]
+    warps = [min(groups, block_b // lanes[0])]
+    warps.append(groups // warps[0])
+    parts = gl.BlockedLayout([groups, 1, pair], [1, *lanes], [1, *warps], [2, 1, 0])
+    tile = gl.BlockedLayout([1, pair // gates], lanes, warps, [1, 0])
+    shared = _sums_in_memory(groups, block_b, rows)
+    store = gl.SwizzledSharedLayout(vector, 1, 8, [2, 1, 0])
     return Slice(
-        L, D, H, block_b, block_h, groups, pitch, chunks, tuple(map(len, held)), wide, pairs,
-        tile, part, acc, weight, operand, shared, store,
+        L, D, H, block_b, block_h, rows, gates, groups, transposed, columns, rounds, pitch,
+        slice, wide, acc, weight, operand, shared, parts, tile, store,
     )  # fmt: skip

@@ -159,11 +159,6 @@ class Plan:
     backward: Tiles | None
     layers: int = 1
 
-    def module(self, direction: str) -> str:
-        """Returns the name of the module of ``kernels`` that runs a direction."""
-        apart = self.schedule == "cooperative" and direction == "backward"
-        return "cooperative_backward" if apart else self.schedule
-
     def describe(self) -> str:
         """Returns the plan in one line, as ``explain`` prints it."""
         parts = [f"forward {self.forward}"]

@@ -4,7 +4,7 @@ The slice, some rows of W_hh or of its transpose, is the first operand of an ``m
 registers. The columns are split over groups of one warp each, the leading dimension of a batched
 product, so every element of the other operand is loaded by one thread of the program: it goes from
 L2 straight into the registers that need it, 16 bytes a thread. The order of the sum over columns is
-private: a thread's 16 bytes are the operands of two instructions (``_permuted``).
+private: a thread's 16 bytes are the operands of two instructions (``_in_order``).
 
 The partial sums of the groups meet in shared memory (``add_up``), from which each thread takes the
 elements of some units and sequences, so the cell is computed once. An instruction has 16 rows.
@@ -17,50 +17,76 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
-
-@gluon.jit
-def row_of_slice(N: tl.constexpr, LAYOUT: tl.constexpr):
-    """0 to N - 1, for the rows of a slice as the first operand."""
-    return gl.arange(0, N, gl.SliceLayout(0, gl.SliceLayout(2, LAYOUT)))
+from .mma import barrier, round_operand
+from .steps import row_of
 
 
 @gluon.jit
-def from_pairs(w, TILE: tl.constexpr):
-    """The first operand, from rows by unit: nothing moves."""
-    M: tl.constexpr = w.shape[1]
-    K: tl.constexpr = w.shape[2]
-    rows = w.reshape([TILE.groups, M // 16, 8, 2, K]).permute([0, 1, 3, 2, 4])
-    return gl.convert_layout(rows.reshape([TILE.groups, M, K]), TILE.weight, assert_trivial=True)
+def _columns(PART: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
+    """The columns of a chunk, ``[groups, columns of a group]``."""
+    FIRST: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][0]
+    K: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][1]
+    return FIRST + gl.arange(0, TILE.groups)[:, None] * K + gl.arange(0, K)[None, :]
 
 
 @gluon.jit
-def columns_of_slice(
-    PHASE: tl.constexpr, CHUNK: tl.constexpr, bits: tl.constexpr, LAYOUT: tl.constexpr,
+def _load_chunk(
+    w_ptr, GATES: tl.constexpr, PART: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """The columns of a chunk ``[groups, 1, columns of a group]`` in the order of the products."""
-    WIDTH: tl.constexpr = TILE.chunks[PHASE][CHUNK][1]
-    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, LAYOUT)))
-    k = gl.arange(0, WIDTH, gl.SliceLayout(0, gl.SliceLayout(1, LAYOUT)))
-    if bits == 16:
-        k = k // 32 * 32 + k // 2 % 4 * 8 + k // 16 % 2 * 4 + k // 8 % 2 * 2 + k % 2
+    """A chunk of rows of W of this program's units, or columns; GATES begin at ``w_ptr``."""
+    H: tl.constexpr = TILE.H
+    M: tl.constexpr = TILE.rows
+    K: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][1]
+    WIDTH: tl.constexpr = 32 // w_ptr.dtype.element_ty.primitive_bitwidth  # values in a register
+    pair = 2 * gl.arange(0, M // 2)[None, :, None, None]
+    row = pair + gl.arange(0, 2)[None, None, None, :]
+    unit = tl.program_id(0) * TILE.block_h + row // TILE.gates
+    gate = row % TILE.gates
+    k = _columns(PART, ROUND, CHUNK, TILE)[:, None, :, None]
+    ptrs = w_ptr + (gate * (H * H) + (unit if TILE.transposed else unit * H))
+    ptrs = gl.set_auto_layout(ptrs + (k * H if TILE.transposed else k), TILE.slice)
+    STOP: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][2]
+    if STOP <= TILE.columns[PART] and H % TILE.block_h == 0 and GATES >= TILE.gates:
+        x = tl.load(ptrs)  # a mask would cost registers
     else:
-        k = k // 16 * 16 + k % 4 * 4 + k // 8 % 2 * 2 + k // 4 % 2
-    return TILE.chunks[PHASE][CHUNK][0] + group[:, None, None] * WIDTH + k[None, None, :]
+        mask = (unit < H) & (gate < GATES) & (k < TILE.columns[PART])
+        x = tl.load(ptrs, gl.set_auto_layout(mask, TILE.slice), other=0.0)
+    x = round_operand(x)
+    x = x.reshape([TILE.groups, M // 16, 8, K // (16 * WIDTH), 4, 4, WIDTH, 2])
+    x = x.permute([0, 1, 7, 2, 3, 5, 4, 6]).reshape([TILE.groups, M, K])
+    barrier()  # the addresses of all chunks at once would need more registers
+    return gl.convert_layout(x, TILE.weight, assert_trivial=True)
 
 
 @gluon.jit
-def _permuted(u, TILE: tl.constexpr):
-    """An operand as loaded, with its columns in the order of the products: nothing moves."""
-    K: tl.constexpr = u.shape[1]
-    if u.dtype.primitive_bitwidth == 16:
-        u = u.reshape([TILE.groups, K // 32, 4, 2, 2, 2, TILE.block_b])
-        u = u.permute([0, 1, 3, 4, 2, 5, 6])
-    else:
-        u = u.reshape([TILE.groups, K // 16, 4, 2, 2, TILE.block_b])
-        u = u.permute([0, 1, 3, 4, 2, 5])
-    u = u.reshape([TILE.groups, K, TILE.block_b])
-    return gl.convert_layout(u, TILE.operand, assert_trivial=True)
+def _load_products(w_ptr, PART: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr):
+    GATES: tl.constexpr = CELL.parts[PART]
+    EACH: tl.constexpr = len(GATES) if TILE.transposed else TILE.gates
+    w = ()
+    for g in tl.static_range(0, len(GATES), EACH):
+        rows, rounds = w_ptr + GATES[g] * (TILE.H * TILE.H), ()
+        for r in tl.static_range(len(TILE.rounds[PART]) - 1, -1, -1):  # the last needs no registers
+            chunks = ()
+            for n in tl.static_range(len(TILE.rounds[PART][r])):
+                x = _load_chunk(rows, len(GATES) - g, PART, r, n, TILE)
+                if r > 0:
+                    x = gl.allocate_shared_memory(x.dtype, x.shape, TILE.store, x)
+                chunks = chunks + (x,)
+            rounds = (chunks,) + rounds
+        w = w + (rounds,)
+    return w
+
+
+@gluon.jit
+def load_slices(
+    w_ptr, FIRST: tl.constexpr, STOP: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """``w[part][product][round][chunk]``, the first operands of the products of some parts."""
+    w = ()
+    for part in tl.static_range(FIRST, STOP):
+        w = w + (_load_products(w_ptr, part, CELL, TILE),)
+    return w
 
 
 @gluon.jit
@@ -78,126 +104,112 @@ def _issued():
 
 @gluon.jit
 def _fetch_chunk(
-    rows_ptr, last, WIDTH, PHASE: tl.constexpr, CHUNK: tl.constexpr, MASK: tl.constexpr,
-    TILE: tl.constexpr,
+    rows_ptr, last, WIDTH, COLUMNS: tl.constexpr, PART: tl.constexpr, ROUND: tl.constexpr,
+    CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
-    START: tl.constexpr = TILE.chunks[PHASE][CHUNK][0]
-    COLUMNS: tl.constexpr = TILE.chunks[PHASE][CHUNK][1]
-    wide: tl.constexpr = TILE.wide[PHASE][CHUNK]
-    group = gl.arange(0, TILE.groups, gl.SliceLayout(1, gl.SliceLayout(2, wide)))
-    k = gl.arange(0, COLUMNS, gl.SliceLayout(0, gl.SliceLayout(2, wide)))
-    row = gl.arange(0, TILE.block_b, gl.SliceLayout(0, gl.SliceLayout(1, wide)))
-    row = tl.minimum(row, last)[None, None, :]
-    columns = START + group[:, None, None] * COLUMNS + k[None, :, None]
-    if START + TILE.groups * COLUMNS > MASK:
-        mask = (columns < MASK) & (row >= 0)
-        return tl.load(rows_ptr + row * WIDTH + columns, mask, other=0.0, cache_modifier=".cg")
+    row = tl.minimum(gl.arange(0, TILE.block_b), last)[None, :, None]
+    k = _columns(PART, ROUND, CHUNK, TILE)[:, None, :]
+    ptrs = gl.set_auto_layout(rows_ptr + row * WIDTH + k, TILE.wide)
+    if TILE.rounds[PART][ROUND][CHUNK][2] > COLUMNS:
+        mask = gl.set_auto_layout((k < COLUMNS) & (row >= 0), TILE.wide)
+        return tl.load(ptrs, mask, other=0.0, cache_modifier=".cg")
     else:
-        return tl.load(rows_ptr + row * WIDTH + columns, cache_modifier=".cg")
+        return tl.load(ptrs, cache_modifier=".cg")
 
 
 @gluon.jit
-def fetch(
-    rows_ptr, last, WIDTH, PHASE: tl.constexpr, REST: tl.constexpr, MASK: tl.constexpr,
+def _fetch(
+    rows_ptr, last, WIDTH, COLUMNS: tl.constexpr, PART: tl.constexpr, ROUND: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """``u[chunk]``, whole rows of WIDTH values as the second operand, past L1.
+    """``u[chunk]`` of rows of WIDTH values, the second operand past L1; zero beyond COLUMNS.
 
-    The chunks whose weights are in registers, or the REST. ``rows_ptr`` is the row of the first
-    sequence. Rows beyond ``last`` are the last one again; columns beyond MASK are zero.
+    Rows beyond ``last`` are the last one again.
     """
-    HELD: tl.constexpr = TILE.held[PHASE]
     u = ()
-    for n in tl.static_range(len(TILE.chunks[PHASE])):
-        if (n >= HELD) == REST:
-            u = u + (_fetch_chunk(rows_ptr, last, WIDTH, PHASE, n, MASK, TILE),)
-    if len(u) > 0:
-        _issued()
+    for n in tl.static_range(len(TILE.rounds[PART][ROUND])):
+        u = u + (_fetch_chunk(rows_ptr, last, WIDTH, COLUMNS, PART, ROUND, n, TILE),)
+    _issued()
     return u
 
 
 @gluon.jit
-def hold(w, PHASE: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """A chunk of the first operand where it stays: in registers or in shared memory."""
-    if CHUNK < TILE.held[PHASE]:
-        return w
-    else:
-        return gl.allocate_shared_memory(w.dtype, w.shape, TILE.store, w)
+def _operand(u, TILE: tl.constexpr):
+    """The second operand as fetched, with its columns in the order of the products."""
+    B: tl.constexpr = u.shape[1]
+    K: tl.constexpr = u.shape[2]
+    WIDTH: tl.constexpr = 32 // u.dtype.primitive_bitwidth
+    u = u.reshape([TILE.groups, B, K // (16 * WIDTH), 4, 4, WIDTH])
+    u = u.permute([0, 2, 4, 3, 5, 1]).reshape([TILE.groups, K, B])
+    return gl.convert_layout(u, TILE.operand, assert_trivial=True)
 
 
 @gluon.jit
-def multiply(w, u, acc, PHASE: tl.constexpr, REST: tl.constexpr, TILE: tl.constexpr):
-    """``w u + acc`` over the chunks of u."""
-    HELD: tl.constexpr = TILE.held[PHASE]
-    for n in tl.static_range(len(u)):
-        if REST:
-            acc = mma_v2(
-                w[HELD + n].load(TILE.weight),
-                _permuted(u[n], TILE), acc, input_precision="tf32",
-            )  # fmt: skip
-        else:
-            acc = mma_v2(w[n], _permuted(u[n], TILE), acc, input_precision="tf32")
-    return acc
-
-
-@gluon.jit
-def products(w, slot, starts, PHASE: tl.constexpr, TILE: tl.constexpr):
-    """``w[n] u + starts[n]`` with the operand u of a phase, which is in a slot."""
-    for rest in tl.static_range(2):
-        u = fetch(slot, TILE.block_b, TILE.pitch, PHASE, rest, TILE.pitch, TILE)
-        accs = ()
-        for n in tl.static_range(len(w)):
-            accs = accs + (multiply(w[n], u, starts[n], PHASE, rest, TILE),)
-        starts = accs
-    return starts
-
-
-@gluon.jit
-def zero_acc(ROWS: tl.constexpr, TILE: tl.constexpr):
-    return gl.full([TILE.groups, ROWS, TILE.block_b], 0.0, tl.float32, TILE.acc)
-
-
-@gluon.jit
-def sum_buffers(N: tl.constexpr, TILE: tl.constexpr):
-    """Shared memory for the partial sums of N products."""
-    ROWS: tl.constexpr = TILE.groups * TILE.block_b * max(TILE.block_h, 16) // 16
-    shape: tl.constexpr = [ROWS, 16]
+def _multiply(w, u, accs, ROUND: tl.constexpr, TILE: tl.constexpr):
+    """``w[n] u + accs[n]`` over the chunks of a round."""
     out = ()
-    for _ in tl.static_range(N):
-        out = out + (gl.allocate_shared_memory(tl.float32, shape, TILE.shared),)
+    for n in tl.static_range(len(w)):
+        acc = accs[n]
+        for i in tl.static_range(len(u)):
+            weight = w[n][ROUND][i].load(TILE.weight) if ROUND > 0 else w[n][ROUND][i]
+            acc = mma_v2(weight, _operand(u[i], TILE), acc, input_precision="tf32")
+        out = out + (acc,)
     return out
 
 
 @gluon.jit
-def _sum(buffer, TILE: tl.constexpr):
-    """The sum over the groups, as it lies in shared memory."""
-    GROUPS: tl.constexpr = TILE.groups
-    ROWS: tl.constexpr = buffer.shape[0] // GROUPS
-    total = buffer.slice(0, ROWS).load(TILE.part)
-    for g in tl.static_range(1, GROUPS):
-        total += buffer.slice(g * ROWS, ROWS).load(TILE.part)
-    return total
+def zero_accs(N: tl.constexpr, TILE: tl.constexpr):
+    out = ()
+    for _ in tl.static_range(N):
+        acc = gl.full([TILE.groups, TILE.rows, TILE.block_b], 0.0, tl.float32, TILE.acc)
+        out = out + (acc,)
+    return out
 
 
 @gluon.jit
-def add_up(buffers, accs, TILE: tl.constexpr):
+def products(w, slot, accs, PHASE: tl.constexpr, TILE: tl.constexpr):
+    """``w[n] u + accs[n]`` with the operand u of a phase, which is in a slot."""
+    for r in tl.static_range(len(TILE.rounds[PHASE])):
+        u = _fetch(slot, TILE.block_b, TILE.pitch, TILE.pitch, PHASE, r, TILE)
+        accs = _multiply(w, u, accs, r, TILE)
+    return accs
+
+
+@gluon.jit
+def products_of_rows(
+    w, base, factors, program, step, place, WIDTH: tl.constexpr, TILE: tl.constexpr
+):
+    """``w[n] u`` with rows u of a step that another layer wrote, times the factors if any."""
+    PART: tl.constexpr = len(TILE.rounds) - 1
+    first = row_of(program, tl.maximum(step, 0), place) + program.first_b
+    last = (program.R - 1 - first).to(tl.int32)
+    COLUMNS: tl.constexpr = TILE.columns[PART]
+    u, x = (), _fetch(base + first * WIDTH, last, WIDTH, COLUMNS, PART, 0, TILE)
+    if factors is not None:
+        y = _fetch(factors + first * WIDTH, last, WIDTH, COLUMNS, PART, 0, TILE)
+    for n in tl.static_range(len(x)):
+        u = u + (round_operand(x[n] * y[n] if factors is not None else x[n]),)
+    return _multiply(w, u, zero_accs(len(w), TILE), 0, TILE)
+
+
+@gluon.jit
+def add_up(accs, TILE: tl.constexpr):
     """The sums over all groups: a tile for each product, of 8 units two, in fp32.
 
     The compiler puts one barrier between the stores and the loads.
     """
+    G: tl.constexpr = TILE.groups
     B: tl.constexpr = TILE.block_b
-    M: tl.constexpr = max(TILE.block_h, 16)
+    M: tl.constexpr = TILE.rows
+    buffers, out = (), ()
     for n in tl.static_range(len(accs)):
-        acc = accs[n].reshape([TILE.groups, M // 16, 2, 8, B // 8, 4, 2])
-        acc = acc.permute([0, 4, 1, 3, 5, 6, 2])
-        buffers[n].store(acc.reshape([TILE.groups * B * M // 16, 16]))
-    out = ()
+        acc = accs[n].reshape([G, M // 16, 2, 8, B]).permute([0, 4, 1, 3, 2]).reshape([G, B, M])
+        buffer = gl.allocate_shared_memory(tl.float32, [G, B, M], TILE.shared, acc)
+        buffers = buffers + (buffer,)
     for n in tl.static_range(len(accs)):
-        total = _sum(buffers[n], TILE).reshape([B // 8, M // 16, 8, 4, 2, 2])
-        total = total.permute([0, 3, 4, 1, 2, 5])
-        if TILE.block_h > 8:
-            tile = total.reshape([B, M])
-            out = out + (gl.convert_layout(tile, TILE.tile, assert_trivial=True),)
+        total = tl.sum(buffers[n].load(TILE.parts), 0)
+        if TILE.gates == 1:
+            out = out + (gl.convert_layout(total, TILE.tile, assert_trivial=True),)
         else:
             one, other = gl.split(total.reshape([B, 8, 2]))
             out = out + (

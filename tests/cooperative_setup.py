@@ -6,7 +6,7 @@ import torch
 from concurrency import run_concurrently, shared
 from kernel_cases import Data, Shape, cooperative_plan, differences, rows_of, tensors
 
-from fusedrnn.kernels import cooperative, cooperative_backward, launch
+from fusedrnn.kernels import cooperative, launch
 from fusedrnn.kernels.cells import CELLS
 
 #: Polls until a test gives up on a lost program: half a minute without pauses.
@@ -23,8 +23,8 @@ def prepared(cell: str, shape: Shape, dtype: torch.dtype = torch.float32) -> Dat
 def workspaces(cell: str, shape: Shape, data: Data) -> list[launch.Workspace]:
     """The memory of both launches, which the programs share."""
     h_0, plan, works = data.layers.h_0, cooperative_plan(shape), []
-    for module, tiles in ((cooperative, plan.forward), (cooperative_backward, plan.backward)):
-        tile = module.tile_of(CELLS[cell], data.layers, tiles)
+    for tiles, is_forward in ((plan.forward, True), (plan.backward, False)):
+        tile = cooperative.tile_of(CELLS[cell], data.layers, tiles, is_forward)
         count = -(-shape.B // tile.block_b)
         work = launch.workspace(h_0, shape.L * shape.D, count, tile.block_b, tile.pitch)
         works.append(shared(work))
@@ -41,7 +41,7 @@ def launches(cell, shape, data, works, patience=PATIENCE):
 
     return (
         partial(call, cooperative.forward, data[:1], works[0]),
-        partial(call, cooperative_backward.backward, data, works[1]),
+        partial(call, cooperative.backward, data, works[1]),
     )
 
 

@@ -113,6 +113,6 @@ def install() -> None:
     """Replaces Gluon's language for all kernels imported from now on; layouts stay Gluon's."""
     gluon.jit, ampere.mma_v2 = triton.jit, mma_v2
     gl.arange, gl.full, gl.split, gl.convert_layout = arange, full, split, convert_layout
-    gl.join = lambda a, b: tl.join(a, b)
+    gl.join, gl.set_auto_layout = lambda a, b: tl.join(a, b), lambda x, layout: x
     gl.allocate_shared_memory, gl.inline_asm_elementwise = Buffer, assembly
     gl.barrier = lambda: None

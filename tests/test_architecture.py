@@ -18,7 +18,7 @@ PACKAGE, BENCH = (
     }
     for patterns in (("fusedrnn/*.py", "kernels/*.py"), ("bench/**/*.py",))
 )
-MODULES = ("resident", "resident_nvidia", "cooperative", "cooperative_backward", "stepwise")
+MODULES = ("resident", "resident_nvidia", "cooperative", "stepwise")
 SCHEDULES = {f"fusedrnn.kernels.{name}" for name in MODULES}
 #: The kernels of docs/kernels.md, each of which is read alone.
 RUNGS = {f"kernels/{name}.py" for name in MODULES}

@@ -9,7 +9,7 @@ from kernel_cases import Shape, assert_tf32, cooperative_plan, differences, resu
 from mutants import rewritten
 
 import fusedrnn
-from fusedrnn.kernels import cooperative, cooperative_backward, exchange, plan
+from fusedrnn.kernels import cooperative, exchange, plan
 
 pytestmark = [
     pytest.mark.skipif(torch.cuda.is_available(), reason="the processes share the CPU's memory"),
@@ -165,8 +165,8 @@ def break_flag_before_operand(patch):
 def break_flag_before_dgates(patch):
     loop, late = "for i in tl.static_range(len(CELL.phases[p])):\n", "if TILE.L == 1:\n"
     publish = PUBLISH + " " * 4
-    rewrite(patch, cooperative_backward, "_publish", publish + late, late)
-    rewrite(patch, cooperative_backward, "_publish", loop, publish + loop)
+    rewrite(patch, cooperative, "_publish", publish + late, late)
+    rewrite(patch, cooperative, "_publish", loop, publish + loop)
 
 
 def break_parity(patch):
@@ -180,7 +180,7 @@ def break_wait_for_the_layer_below(patch):
 
 def break_wait_for_the_layer_above(patch):
     per_step = "tl.where(z < LAST, partners * P, 0)"
-    rewrite(patch, cooperative_backward, "_cooperative_bwd_kernel", per_step, "0")
+    rewrite(patch, cooperative, "_cooperative_bwd_kernel", per_step, "0")
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import triton.language as tl
 from kernel_cases import Shape, cooperative_plan, differences, resident_plan, rows_of, tensors
 
 from fusedrnn import reference
-from fusedrnn.kernels import cooperative, cooperative_backward, resident, stepwise
+from fusedrnn.kernels import cooperative, resident, stepwise
 from fusedrnn.kernels.cells import CELLS, SIGMOID, TANH, cell_of
 from fusedrnn.kernels.plan import Plan, Tiles
 from fusedrnn.kernels.spec import SPECS, CellSpec
@@ -87,7 +87,6 @@ def ugrnn(monkeypatch):
 def test_a_new_cell_runs_in_every_schedule(ugrnn, schedule, plan, rows, device):
     shape = Shape(4, 5, 12, rows=rows)
     data = tensors(ugrnn, shape, device=device)
-    backward = cooperative_backward if schedule is cooperative else schedule
     schedule.forward(ugrnn, plan(shape), data.layers, rows_of(shape, device))
-    backward.backward(ugrnn, plan(shape), *data, rows_of(shape, device))
+    schedule.backward(ugrnn, plan(shape), *data, rows_of(shape, device))
     assert not differences(ugrnn, shape, data)

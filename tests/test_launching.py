@@ -176,7 +176,7 @@ def binaries():
     """Returns how many binaries of our kernels this process has."""
     kernels = [
         kernel
-        for module in (*SCHEDULES, "cooperative_backward")
+        for module in SCHEDULES
         for name, kernel in vars(layer._schedule(module)).items()
         if name.endswith("_kernel")
     ]

@@ -155,8 +155,8 @@ def test_kernels_in_gluon_equal_the_reference(cell, schedule, H, rows, device):
     except NoPlan as reason:
         pytest.skip(str(reason))
     data, layout = tensors(cell, shape, torch.float16, device), rows_of(shape, device)
-    layer._schedule(plan.module("forward")).forward(cell, plan, data.layers, layout)
-    layer._schedule(plan.module("backward")).backward(cell, plan, *data, layout)
+    layer._schedule(plan.schedule).forward(cell, plan, data.layers, layout)
+    layer._schedule(plan.schedule).backward(cell, plan, *data, layout)
     assert not differences(cell, shape, data)
 
 
