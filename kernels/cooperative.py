@@ -115,9 +115,8 @@ def _cooperative_fwd_kernel(
         if TILE.L > 1:
             if z > 0:
                 exchange.wait(counter_below, partners * (published + P), patience)
-                inputs = slices.products_of_rows(
-                    w_ih, below, masks, program, step, places[0], TILE.H, TILE
-                )
+                x = slices.fetch_rows(below, masks, program, step, places[0], TILE.H, TILE)
+                inputs = slices.multiply(w_ih, x, inputs, 0, TILE)
         for p in tl.static_range(P):
             slot = exchange.slot_of(slots, published - 1 + p, TILE)
             if p > 0:
@@ -211,7 +210,8 @@ def _cooperative_bwd_kernel(
         rows_above = grads.gates + z_above.to(tl.int64) * R * W
         per_step = tl.where(z < LAST, partners * P, 0)  # publications to wait for
         exchange.wait(above, per_step, patience)
-        dy = slices.products_of_rows(w_ih, rows_above, None, program, T - 1, places[0], W, TILE)
+        x = slices.fetch_rows(rows_above, None, program, T - 1, places[0], W, TILE)
+        dy = slices.multiply(w_ih, x, slices.zero_accs(1, TILE), 0, TILE)
         dy = _gradient_above(layers, program, places[0], slices.add_up(dy, TILE), now[4], TILE)
 
     for back in range(T):
@@ -232,16 +232,15 @@ def _cooperative_bwd_kernel(
             _publish(layers, grads, program, step, places[0], slot, counter, dgates, p, CELL, TILE)
             if p == 0:
                 now, places = _load_next(layers, grads, program, step - 1, places[1:], CELL, TILE)
-            accs = ()
             if p == 0 and TILE.L > 1:
                 end = tl.minimum(back + 2, T) * per_step
                 exchange.wait(counter, partners * published, patience, above, end)
-                accs = slices.products_of_rows(
-                    w_ih, rows_above, None, program, step - 1, places[0], W, TILE
-                )
+                x = slices.fetch_rows(rows_above, None, program, step - 1, places[0], W, TILE)
             else:
                 exchange.wait(counter, partners * published, patience)
-            accs = slices.products(w_hh[p], slot, slices.zero_accs(1, TILE), p, TILE) + accs
+            accs = slices.products(w_hh[p], slot, slices.zero_accs(1, TILE), p, TILE)
+            if p == 0 and TILE.L > 1:
+                accs = accs + slices.multiply(w_ih, x, slices.zero_accs(1, TILE), 0, TILE)
             sums = slices.add_up(accs, TILE)
             du, dy = sums[0], _gradient_above(layers, program, places[0], sums[1:], now[4], TILE)
         d_state = tiles.gradient_before(layers, add_to(d_state, 0, du), d_leaving, origins)

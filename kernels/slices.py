@@ -145,7 +145,7 @@ def _operand(u, TILE: tl.constexpr):
 
 
 @gluon.jit
-def _multiply(w, u, accs, ROUND: tl.constexpr, TILE: tl.constexpr):
+def multiply(w, u, accs, ROUND: tl.constexpr, TILE: tl.constexpr):
     """``w[n] u + accs[n]`` over the chunks of a round."""
     out = ()
     for n in tl.static_range(len(w)):
@@ -171,15 +171,13 @@ def products(w, slot, accs, PHASE: tl.constexpr, TILE: tl.constexpr):
     """``w[n] u + accs[n]`` with the operand u of a phase, which is in a slot."""
     for r in tl.static_range(len(TILE.rounds[PHASE])):
         u = _fetch(slot, TILE.block_b, TILE.pitch, TILE.pitch, PHASE, r, TILE)
-        accs = _multiply(w, u, accs, r, TILE)
+        accs = multiply(w, u, accs, r, TILE)
     return accs
 
 
 @gluon.jit
-def products_of_rows(
-    w, base, factors, program, step, place, WIDTH: tl.constexpr, TILE: tl.constexpr
-):
-    """``w[n] u`` with rows u of a step that another layer wrote, times the factors if any."""
+def fetch_rows(base, factors, program, step, place, WIDTH: tl.constexpr, TILE: tl.constexpr):
+    """The operand of the last part: rows of a step that another layer wrote, times the factors."""
     PART: tl.constexpr = len(TILE.rounds) - 1
     first = row_of(program, tl.maximum(step, 0), place) + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
@@ -189,7 +187,7 @@ def products_of_rows(
         y = _fetch(factors + first * WIDTH, last, WIDTH, COLUMNS, PART, 0, TILE)
     for n in tl.static_range(len(x)):
         u = u + (round_operand(x[n] * y[n] if factors is not None else x[n]),)
-    return _multiply(w, u, zero_accs(len(w), TILE), 0, TILE)
+    return u
 
 
 @gluon.jit
