@@ -15,31 +15,47 @@ from torch.nn.utils.rnn import PackedSequence
 from . import dispatch
 from .kernels.problem import CACHES
 from .kernels.spec import SPECS
+from .layer import Known
 from .layout import pack, pack_nested, to_grid
 from .records import Facts, Layers, Sequences, StackConfig, StackInputs
 from .vmap import is_eager, is_transformed, needs_grad
 
 
 class Kind:
-    """A kind of call whose checks have passed, and the choice of its backend once it is made."""
+    """A kind of call whose checks have passed, and what was decided about it since."""
 
-    def __init__(self, facts: Facts, is_direct: bool) -> None:
-        rows, columns = facts.layers.num_layers * facts.layers.directions, facts.columns
-        self.facts, self.is_direct = facts, is_direct and not facts.drops_out
+    def __init__(self, facts: Facts, batched: bool, states: Sequence[Tensor]) -> None:
+        self.facts, self.batched = facts, batched
+        # The tensors of direct ones need no more preparation than ``functional.run_stack`` does.
+        self.is_direct = batched and not facts.ragged and not facts.drops_out
+        self.is_direct = self.is_direct and all(s.shape[1] == facts.batch for s in states)
         self.choice: tuple[str, StackConfig] | None = None
+        self.known = Known(starts_at_zero=not states)
         self.needs_operator = facts.transformed or facts.proj_size > 0
+        rows, columns = facts.layers.num_layers * facts.layers.directions, facts.columns
         self._shapes = [(rows, facts.batch, n) for n in dict.fromkeys(columns)]
         self._times = len(columns) // len(self._shapes)
 
     def zeros(self, like: Tensor) -> list[Tensor]:
         """Returns the initial states; equal ones are one tensor, for nothing writes to them."""
-        return [like.new_zeros(*shape) for shape in self._shapes] * self._times
+        options: dict[str, Any] = {}
+        if like.dtype != self.facts.dtype and self.choice and self.choice[0] != "aten":
+            options = {"dtype": self.facts.dtype}  # autocast's, else they would be cast
+        return [like.new_zeros(*shape, **options) for shape in self._shapes] * self._times
 
 
 NO_SEQUENCES = Sequences()
 #: The record of each kind of call by ``key_of``.
 KINDS: dict[tuple, Kind] = {}
-CACHES.append(KINDS.clear)
+
+
+def _forget() -> None:
+    for kind in KINDS.values():
+        kind.known.launches = ()  # graphs that wait for their backward have it, too
+    KINDS.clear()
+
+
+CACHES.append(_forget)
 
 
 def key_of(
@@ -108,9 +124,9 @@ class Call(NamedTuple):
 
     def stack_inputs(self) -> StackInputs:
         """Returns the tensors with dropout's masks, before a cast."""
-        h_0, *c_0 = self.states
-        c = c_0[0] if c_0 else None
-        return StackInputs(self.input, h_0, c, self.params, dropout_masks(self))
+        states, masks = self.states, dropout_masks(self) if self.facts.drops_out else []
+        c_0 = states[1] if len(states) > 1 else None
+        return StackInputs(self.input, states[0], c_0, self.params, masks)
 
     def in_form(self, rows: Tensor, in_place: bool = False) -> Any:
         """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the input."""
@@ -140,8 +156,6 @@ class Call(NamedTuple):
 def dropout_masks(call: Call) -> list[Tensor]:
     """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``."""
     facts, layers = call.facts, call.facts.layers
-    if not facts.drops_out:
-        return []
     p, columns = layers.dropout, (facts.proj_size or facts.hidden_size) * layers.directions
     rows = call.input.shape[:-1] if call.places is None else (facts.steps, facts.batch)
     shape, count = (*rows, columns), layers.num_layers - 1
@@ -168,49 +182,43 @@ def prepare(
     packing: PackedSequence | None = None
     nested: tuple[Tensor, Tensor] | None = None
     ragged: tuple[str, ...] = ()
+    form: tuple = ()
     if isinstance(input, Tensor) and input.is_nested:
         input, nested = pack_nested(input)
     if isinstance(input, PackedSequence):
-        packing, data, batched, ragged = input, input.data, True, ("packed",)
+        packing, input, ragged = input, input.data, ("packed",)
         if lengths is not None or reset is not None:
             name = "reset" if lengths is None else "lengths"
             raise ValueError(f"{name} was given with an input that has lengths of its own")
-        steps, batch = _check_packed(packing)
-    else:
-        batched = _ndim(input, (2, 3), " or a PackedSequence") == 3
-        data = input if batched else input.unsqueeze(1)
-        data = data.transpose(0, 1) if batched and layers.batch_first else data
-        steps, batch, _ = data.shape
-        if lengths is not None or reset is not None:
-            ragged = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
-    states: Sequence[Tensor] = ()
-    if hx is not None:
-        states = _as_tensors(hx, SPECS[cell].states, indexed=packing is None)
-    form = (*ragged, steps, batch) if packing is not None else ragged
-    key = key_of(cell, data if packing is not None else input, hx, params, layers, form)
+        form = _check_packed(packing)
+    elif lengths is not None or reset is not None:
+        ragged = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
+    key = key_of(cell, input, hx, params, layers, ragged + form)
     kind = None if key is None else KINDS.get(key)  # TorchDynamo would guard on what KINDS holds
     if kind is None:
-        dims = steps, batch, batched
-        facts = _facts(cell, data, states, params, layers, dims, ragged)
-        # The tensors of direct ones need no more preparation than ``functional.run_stack`` does.
-        kind = Kind(facts, batched and not ragged and all(s.shape[1] == batch for s in states))
+        kind = _checked(cell, input, hx, params, layers, ragged, form)
         if key is not None:
             if len(KINDS) >= 4096:
-                KINDS.clear()
+                _forget()
             KINDS[key] = kind
-    facts, sequences, order, unsort = kind.facts, NO_SEQUENCES, None, None
+    facts, batched, sequences, order, unsort = kind.facts, kind.batched, NO_SEQUENCES, None, None
     if packing is not None:
         _, sizes, order, unsort = packing
         sequences = Sequences(batch_sizes=sizes)
-    elif ragged:
+    elif not batched:
+        input = input.unsqueeze(1)
+    elif layers.batch_first:
+        input = input.transpose(0, 1)
+    if ragged and packing is None:
         sequences = _checked_sequences(facts, lengths, reset, batched)
     if hx is None:
-        states = kind.zeros(data)
+        states: Sequence[Tensor] = kind.zeros(input)
     else:
-        states = [_in_full(s if batched else s.unsqueeze(1), batch, order) for s in states]
-    kept = kind if key is not None else None
+        states = (hx,) if isinstance(hx, Tensor) else hx
+        states = [_in_full(s if batched else s.unsqueeze(1), facts.batch, order) for s in states]
+    kept = None if key is None else kind
     return Call(
-        facts, data, states, params, batched, sequences, packing, nested, unsort, None, kept
+        facts, input, states, params, batched, sequences, packing, nested, unsort, None, kept
     )
 
 
@@ -230,11 +238,18 @@ def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) ->
     return call._replace(facts=call.facts._replace(single_step=True), kind=None)
 
 
-def _facts(
-    cell: str, data: Tensor, states: Sequence[Tensor], params: Sequence[Tensor], layers: Layers,
-    dims: tuple[int, int, bool], ragged: tuple[str, ...],
-) -> Facts:  # fmt: skip
-    """Checks a call of T, B and batched or not, and returns the facts about it."""
+def _checked(
+    cell: str, data: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers,
+    ragged: tuple[str, ...], packed_sizes: tuple[int, ...],
+) -> Kind:  # fmt: skip
+    """Checks all of a call but values; ``packed_sizes`` are T and B of packed data, else ()."""
+    batched = bool(packed_sizes) or _ndim(data, (2, 3), " or a PackedSequence") == 3
+    steps, batch = packed_sizes or (data.shape[:2] if batched else (data.shape[0], 1))
+    if batched and layers.batch_first and not packed_sizes:
+        steps, batch = batch, steps
+    states: Sequence[Tensor] = ()
+    if hx is not None:
+        states = _as_tensors(hx, SPECS[cell].states, indexed=not packed_sizes)
     tensors, autocast = (data, *states, *params), _autocast_dtype(data)
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
@@ -247,18 +262,18 @@ def _facts(
         raise RuntimeError(
             f"input has {data.shape[-1]} features in its last dimension; expected input_size, {I}"
         )
-    if dims[0] == 0:
+    if steps == 0:
         raise RuntimeError(
             "Expected sequence length to be larger than 0 in RNN: input has no time step (T = 0)"
         )
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
     dtype, compiled = _cast_dtype(data.dtype, autocast), torch.compiler.is_compiling()
     facts = Facts(
-        cell, data.device, dtype, *dims[:2], I, H, P, layers, ragged, needs_grad, autocast,
+        cell, data.device, dtype, steps, batch, I, H, P, layers, ragged, needs_grad, autocast,
         compiled, is_transformed(), is_eager(data),
     )  # fmt: skip
-    _check_states_and_dtypes(facts, states, params, dims[2])
-    return facts
+    _check_states_and_dtypes(facts, states, params, batched)
+    return Kind(facts, batched, states)
 
 
 def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> tuple[int, int, int]:
@@ -365,11 +380,11 @@ def _checked_lengths(lengths: Any, steps: int, batch: int | None, is_hidden: boo
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
     lengths = lengths.long()  # a narrow dtype may not hold T
     if lengths.device.type == "cpu" and batch and not is_hidden:
-        low, high = (int(bound) for bound in lengths.aminmax())
-        if low < 0:
-            raise ValueError(f"lengths has {low}; expected no negative number")
-        if high > steps:
-            raise ValueError(f"lengths has {high}; the input has {steps} steps")
+        values = lengths.tolist()
+        if min(values) < 0:
+            raise ValueError(f"lengths has {min(values)}; expected no negative number")
+        if max(values) > steps:
+            raise ValueError(f"lengths has {max(values)}; the input has {steps} steps")
     return lengths
 
 

@@ -213,7 +213,7 @@ def run(call: Call) -> Any:
     if choice[0] == "torch" and facts.eager and "lengths" in facts.ragged:
         call = call.compact()
     tensors = call.input, call.states, call.params
-    masks = () if choice[0] == "aten" else dropout_masks(call)
+    masks = dropout_masks(call) if choice[0] != "aten" and facts.drops_out else ()
     output, states = _run(choice, kind, facts, *tensors, call.sequences, masks)
     return call.in_form(output, _owns_output(choice[0], facts)), call.states_in_form(states)
 
@@ -249,7 +249,7 @@ def _run(
     inputs = StackInputs(input, states[0], states[1] if len(states) > 1 else None, params, masks)
     if kind is None or kind.needs_operator or torch._C._autograd._profiler_enabled():
         return rnn_stack(inputs, sequences, config, facts.cast)[:2]
-    return run_eager(inputs, sequences, config, facts.needs_grad, facts.cast)[:2]
+    return run_eager(inputs, sequences, config, facts.needs_grad, facts.cast, known=kind.known)[:2]
 
 
 def _owns_output(backend: str, facts: Facts) -> bool:

@@ -93,7 +93,7 @@ def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
     A sum that goes on from the terms of h_0, which are often large, would round all others to
     their size; so dense rows make two pairs, unless copying costs less than another product.
     """
-    h_0, left = layers.h_0[z], layers.out[z]
+    h_0, left = layers.h_0[z], layers.out[z].flatten(0, -2)
     (B, H), every = h_0.shape, slice(None)
     D = left.shape[1] // H
     d = z % D

@@ -10,6 +10,7 @@ import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
 from functools import cache, lru_cache
 from importlib import import_module
 from itertools import accumulate
@@ -26,7 +27,7 @@ from .kernels import plan as planning
 from .kernels.problem import KernelFailed, LaunchRefused, Plan
 from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers
-from .layout import entering, rows_by_sequence
+from .layout import entering, rows_by_sequence, without_padding
 from .records import StackConfig
 
 #: Numbers of gates that are computed again at once: 8 MiB in fp32 on the CPU; more on a GPU, where
@@ -46,6 +47,14 @@ class Launch(NamedTuple):
 
     layers: range
     plan: Plan | None
+
+
+@dataclass
+class Known:
+    """The facts that the calls of a kind share beside their configuration."""
+
+    starts_at_zero: bool = False  # h_0 and c_0 are zeros that nothing writes to
+    launches: Sequence[Launch] = ()  # () until they are planned, and again after ``forget``
 
 
 def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> Sequence[Launch]:
@@ -82,11 +91,15 @@ def _schedule(name: str) -> Any:
     return import_module(f".kernels.{name}", __package__)
 
 
-def _launch(plan: Plan, direction: str, cell: str, tensors: Sequence[Any], rows: Rows) -> None:
+def _launch(
+    config: StackConfig, plan: Plan, direction: str, tensors: Sequence[Any], rows: Rows
+) -> None:
     """Runs a schedule on Layers and, backward, Grads; its own failures become KernelFailed."""
-    given = tensors if _are_aligned(tensors) else _aligned(tensors)
+    # A stack's own tensors are aligned, but not the parts of some layers or steps.
+    is_cut = plan.layers < config.num_layers or config.recompute
+    given = _aligned(tensors) if is_cut and not _are_aligned(tensors) else tensors
     try:
-        getattr(_schedule(plan.schedule), direction)(cell, plan, *given, rows)
+        getattr(_schedule(plan.schedule), direction)(config.cell, plan, *given, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
         raise
     except Exception as error:
@@ -141,8 +154,8 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     if plan is not None:
         with gemm_precision(config.precision, x):
             gx = _input_products(x, layers.w_ih[:D], biases[:D], None)
-            read = layers._replace(gx=gx, origins=rows.origins, starts=rows.starts)
-            _launch(plan, "forward", config.cell, (read,), rows)
+            read = Layers(gx, *layers[1:-2], rows.origins, rows.starts)  # sooner than ``_replace``
+            _launch(config, plan, "forward", (read,), rows)
         return
     room = layers.gates
     if room is None or not room.shape[-1]:
@@ -157,11 +170,12 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
 def _input_products(
     x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gx: Tensor | None
 ) -> Tensor:
-    """Returns ``x W_ih^T + b_ih`` ``[D, R, G*H]``, in ``gx`` if that is given."""
+    """Returns ``x W_ih^T + b_ih``, ``[D, R, G*H]`` or of one direction in the form of x."""
     columns, by_sequence = weights[0].shape[0], rows_by_sequence(x, weights[0].shape[0])
+    if gx is None and len(weights) == 1 and by_sequence is None:  # a kernel reads it in any shape
+        rows = x if x.is_contiguous() else x.reshape(-1, x.shape[-1])
+        return F.linear(rows, weights[0], biases[0])
     rows = x.reshape(-1, x.shape[-1]) if by_sequence is None else by_sequence
-    if gx is None and len(weights) == 1 and by_sequence is None:
-        return F.linear(rows, weights[0], biases[0])  # a kernel needs no axis of length 1
     gx = x.new_empty(len(weights), rows.shape[0], columns) if gx is None else gx
     for out, weight, bias in zip(gx.unbind(), weights, biases, strict=True):
         if by_sequence is None:
@@ -187,26 +201,34 @@ def backward(
     D, (Z, _, H) = config.directions, layers.h_0.shape
     parts: Iterable[tuple] = [(None, layers, grads, rows)]
     if layers.gates is None:
-        xs = [xs[0].reshape(-1, xs[0].shape[-1])]
+        xs = [_as_factor(xs[0], layers, rows).reshape(-1, xs[0].shape[-1])]
         parts = _segments(config, xs[0], layers, grads, rows)
     dx = layers.h_0.new_empty(rows.total, xs[0].shape[-1]) if needs_input else None
     total: list[Tensor] = []
     for own, part, part_grads, part_rows in parts:
         dgates = layers.h_0.new_empty(Z, part_rows.total, config.spec.grad_tiles * H)
-        part_grads, found = part_grads._replace(gates=dgates), []
+        d_out, d_cs, d_h_n, d_c_n, _, d_h_0, d_c_0 = part_grads
+        part_grads, found = Grads(d_out, d_cs, d_h_n, d_c_n, dgates, d_h_0, d_c_0), []
         with gemm_precision(config.precision, dgates):
             if plan is None:
                 loop.backward(config.cell, part, part_grads, part_rows)
             else:
-                read = part._replace(origins=rows.origins, starts=rows.starts)
-                _launch(plan, "backward", config.cell, (read, part_grads), part_rows)
+                if rows.origins is not None:
+                    part = part._replace(origins=rows.origins, starts=rows.starts)
+                _launch(config, plan, "backward", (part, part_grads), part_rows)
             if dx is not None:
                 input_grad(dgates[:D], layers.w_ih[:D], dx if own is None else dx[own])
-            for z, of_z in enumerate(dgates.unbind() if needs_params else ()):
-                x = xs[z // D] if own is None else xs[0][own]
-                found += weight_grads(config.cell, z, x, part, of_z, part_rows)
+            if needs_params:
+                of_part = [_as_factor(x if own is None else x[own], layers, rows) for x in xs]
+                for z, of_z in enumerate(dgates.unbind()):
+                    found += weight_grads(config.cell, z, of_part[z // D], part, of_z, part_rows)
         total = [a.add_(b) for a, b in zip(total, found, strict=True)] if total else found
     return dx, total
+
+
+def _as_factor(x: Tensor, layers: Layers, rows: Rows) -> Tensor:
+    """Returns the input of a layer as a factor of products: in their dtype, without padding."""
+    return without_padding(x.to(layers.h_0.dtype), rows)
 
 
 def _segments(

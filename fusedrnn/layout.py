@@ -133,8 +133,11 @@ def final_states(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
 
 
 def without_padding(x: Tensor, rows: Rows) -> Tensor:
-    """Returns x ``[T, B, I]`` with zeros in place of the padding, which may be NaN."""
-    if rows.origins is None or rows.sizes is not None:
+    """Returns x ``[T, B, I]`` with zeros in place of the padding, which may be NaN.
+
+    Rows ``[R, I]`` have none, or zeros in its place.
+    """
+    if rows.origins is None or x.dim() == 2:
         return x
     return x.masked_fill((rows.origins[0] == SKIPPED).unsqueeze(-1), 0.0)
 

@@ -19,6 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
 from .kernels.rows import Rows
+from .layer import Known
 from .layout import rows_of, with_table
 from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
 from .reference import differentiable_stack
@@ -104,17 +105,17 @@ def rnn_stack(
 
 def run_eager(
     inputs: StackInputs, sequences: Sequences, config: StackConfig, needs_grad: bool,
-    dtype: torch.dtype | None = None, keep_states: bool = False,
+    dtype: torch.dtype | None = None, keep_states: bool = False, known: Any = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
     """Runs ``rnn_stack`` where nothing but autograd is active, and h has the columns of c."""
     input, h_0, c_0, params, masks = inputs
     sequences = with_table(sequences, input, h_0.shape[1], config.directions)
     rows = rows_of(input, h_0.shape[1], config.directions, sequences)
     if needs_grad:
-        call = _Forward(masks, sequences, rows, config, dtype, keep_states)
+        call = _Forward(masks, sequences, config, rows, dtype, keep_states, known)
         results = _apply(call, input, h_0, c_0, *params)
     else:
-        results = stack.forward(inputs.cast(dtype), rows, config, keep_states)
+        results = stack.forward(inputs.cast(dtype), rows, config, keep_states, known=known)
     return _returned(results, inputs, keep_states)
 
 
@@ -179,7 +180,8 @@ class _Node(torch.autograd.Function):
         every = *tensors, *kept
         ctx.call, ctx.count = call, len(tensors)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*constant)
+        if constant:
+            ctx.mark_non_differentiable(*constant)
         # Tools that walk a graph's saved tensors expect no None.
         ctx.missing = [place for place, tensor in enumerate(every) if tensor is None]
         ctx.save_for_backward(*[tensor for tensor in every if tensor is not None])
@@ -212,24 +214,29 @@ class _Forward:
 
     masks: Sequence[Tensor]
     sequences: Sequences
-    rows: Rows | None
     config: StackConfig
+    rows: Rows | None = None
     dtype: torch.dtype | None = None
     keep_states: bool = False
+    known: Known | None = None
 
     def run(self, input, h_0, c_0, *params):
         config = self.config
         inputs = StackInputs(input, h_0, c_0, params, self.masks).cast(self.dtype)
         # The values that backward multiplies by remain those of forward when p.data is replaced.
-        self.values = [p.detach() for p in inputs.params]
+        values = [p.detach() if p.dim() == 2 or config.recompute else p for p in inputs.params]
         constant: tuple[Tensor, ...] = ()
         if self.rows is None:
+            self.own = *inputs[1:3], values, self.masks
             arguments = _flat(inputs, self.sequences, config, True)
             results = tuple(_below_autograd(torch.ops.fusedrnn.rnn_forward, *arguments))
             constant = results[3], results[5]
             output, _, _, *saved = _empty_to_none(results)
         else:
-            output, h_n, c_n, *saved = stack.forward(inputs, self.rows, config, True)
+            self.own = *inputs[1:3], stack.weights_of(values, config), self.masks
+            inputs = StackInputs(inputs.input, *self.own)
+            found = stack.forward(inputs, self.rows, config, True, known=self.known)
+            output, h_n, c_n, *saved = found
             results = output, h_n, c_n, None, saved[1] if self.keep_states else None, None
         # Else the output may be modified in place.
         output = output if config.hidden_layers < config.num_layers else None
@@ -239,33 +246,30 @@ class _Forward:
         """Returns the gradients of input, h_0, c_0 and params."""
         (input, h_0, c_0, *params), (output, *saved) = tensors, kept
         d_output, d_h_n, d_c_n, _, d_cs, _ = grads
-        given = StackGrads(d_output, d_h_n, *((None, None) if c_0 is None else (d_c_n, d_cs)))
+        if c_0 is None:
+            d_c_n = d_cs = None
+        given = StackGrads(d_output, d_h_n, d_c_n, d_cs)
         present = [grad for grad in given if grad is not None]
         if not present:
             return (None,) * len(tensors)
-        duals = map(forward_ad.unpack_dual, present if vmap.has_tangents() else ())
-        if any(dual.tangent is not None for dual in duals):
+        if vmap.has_tangents() and any(
+            forward_ad.unpack_dual(d).tangent is not None for d in present
+        ):
             _refuse_tangents()  # they would be lost
+        run, how, own = stack.backward, self.rows, self.own
         if torch.is_grad_enabled() or _needs_dispatcher(*present):
-            run, how, own = _run_backward, self.sequences, params
-        else:
-            run, how, own = stack.backward, self.rows, self.values
-            if how is None:
-                how = rows_of(input, h_0.shape[1], self.config.directions, self.sequences)
-        d_input, d_h_0, d_c_0, d_params = run(
-            StackInputs(input, h_0, c_0, own, self.masks).cast(self.dtype),
-            StackOutputs(output, None, None, *saved),
-            given,
-            how,
-            self.config,
-            needs[0],
-            any(needs[3:]),
-        )
+            run, how = _run_backward, self.sequences
+            input, *own = StackInputs(input, h_0, c_0, params, self.masks).cast(self.dtype)
+        elif how is None:
+            how = rows_of(input, h_0.shape[1], self.config.directions, self.sequences)
+        outputs, needs_params = StackOutputs(output, None, None, *saved), True in needs[3:]
+        given = StackInputs(input, *own), outputs, given, how, self.config, needs[0], needs_params
+        d_input, d_h_0, d_c_0, d_params = run(*given, known=self.known)
         d_input, d_c_0 = d_input if needs[0] else None, None if c_0 is None else d_c_0
         return d_input, d_h_0, d_c_0, *(d_params or [None] * len(params))
 
 
-def _run_backward(inputs, outputs, grads, *arguments):
+def _run_backward(inputs, outputs, grads, *arguments, known=None):
     """Calls ``rnn_backward`` with the arguments of ``stack.backward``, but sequences for rows."""
     return torch.ops.fusedrnn.rnn_backward(*_flat(grads, inputs, outputs, *arguments))
 
@@ -311,7 +315,7 @@ def _forward_autograd(*flat):
     if _has_projection(inputs, config):
         return _none_to_empty(inputs.input, _by_reference(inputs, sequences, config))
     with enable_single_level_autograd_function():
-        call = _Forward(inputs.dropout_masks, sequences, None, config)
+        call = _Forward(inputs.dropout_masks, sequences, config)
         return _apply(call, *inputs[:3], *inputs.params)
 
 

@@ -104,9 +104,9 @@ class StackInputs(NamedTuple):
         if dtype is None:
             return self
         input, h_0, c_0, params, masks = self
-        c_0 = None if c_0 is None else c_0.to(dtype)
-        params = [p.to(dtype) for p in params]
-        return StackInputs(input.to(dtype), h_0.to(dtype), c_0, params, masks)
+        if h_0.dtype != dtype or (c_0 is not None and c_0.dtype != dtype):
+            h_0, c_0 = h_0.to(dtype), None if c_0 is None else c_0.to(dtype)
+        return StackInputs(input.to(dtype), h_0, c_0, [p.to(dtype) for p in params], masks)
 
 
 class StackOutputs(NamedTuple):

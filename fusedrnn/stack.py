@@ -17,9 +17,8 @@ from torch import Tensor
 from . import layer
 from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
 from .kernels.rows import Rows
-from .kernels.tensors import Grads, Layers
-from .layer import Launch, launches_of
-from .layout import without_padding
+from .kernels.tensors import Grads, Layers, Weights
+from .layer import Known, Launch, launches_of
 from .records import StackConfig, StackGrads, StackInputs, StackOutputs
 
 _Run = TypeVar("_Run", bound=Callable)
@@ -34,9 +33,9 @@ def _fail_safe(run: _Run) -> _Run:
     """
 
     @wraps(run)
-    def call(inputs: StackInputs, *arguments: Any) -> Any:
+    def call(inputs: StackInputs, *arguments: Any, known: Known | None = None) -> Any:
         try:
-            return run(inputs, *arguments)
+            return run(inputs, *arguments, known or Known())
         except (LaunchRefused, NoPlan, KernelFailed) as error:
             cause = error
         config = next(a for a in arguments if isinstance(a, StackConfig))
@@ -77,19 +76,21 @@ def empty_outputs(inputs: StackInputs, config: StackConfig, save: bool) -> Stack
 
 
 @_fail_safe
-def forward(inputs: StackInputs, rows: Rows, config: StackConfig, save: bool) -> StackOutputs:
+def forward(
+    inputs: StackInputs, rows: Rows, config: StackConfig, save: bool, known: Known
+) -> StackOutputs:  # fmt: skip
     """Runs all layers; with ``save`` keeps what backward needs."""
     input, h_0, _, _, masks = inputs
     L, columns = config.num_layers, config.directions * h_0.shape[-1]
-    launches = launches_of(config, h_0, save, rows)
+    known.launches = launches = known.launches or launches_of(config, h_0, save, rows)
     results = empty_outputs(inputs, config, save)
-    outs = [results.output.view(-1, columns)]
+    outs = [_as_rows(results.output, config)]
     if results.hidden is not None:
         outs = [*results.hidden, *outs]
     elif L > 1:  # two are enough if layers do not run together
         rooms = [torch.empty_like(outs[0]) for _ in range(2 if len(launches) == L else L)]
         outs = [rooms[n % len(rooms)] for n in range(L - 1)] + outs
-    masks = [mask.reshape(-1, columns) for mask in masks or ()]
+    masks = [mask.reshape(-1, columns) for mask in masks] if masks else []
     whole, x = _layers(inputs, results, outs[:L], masks, config), input
     for launch in launches:
         layer.forward(config, launch.plan, x, _part(whole, launch, config), rows)
@@ -103,7 +104,7 @@ def forward(inputs: StackInputs, rows: Rows, config: StackConfig, save: bool) ->
 @_fail_safe
 def backward(
     inputs: StackInputs, outputs: StackOutputs, grads: StackGrads, rows: Rows, config: StackConfig,
-    needs_input: bool, needs_params: bool,
+    needs_input: bool, needs_params: bool, known: Known,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Runs all layers backwards.
 
@@ -112,29 +113,27 @@ def backward(
     """
     input, h_0, c_0, _, masks = inputs
     L, columns = config.num_layers, config.directions * h_0.shape[-1]
-    masks = [mask.reshape(-1, columns) for mask in masks or ()]
+    launches = known.launches or launches_of(config, h_0, True, rows)
+    masks = [mask.reshape(-1, columns) for mask in masks] if masks else []
     outs = [] if outputs.hidden is None else list(outputs.hidden.contiguous())
     if len(outs) < L:
-        outs.append(outputs.output.reshape(-1, columns))
+        outs.append(_ready(_as_rows(outputs.output, config)))
     whole = _layers(inputs, outputs, outs, masks, config)
-    zeros = torch.zeros_like(whole.h_0) if grads.h_n is None or grads.c_n is None else None
-    d_out: Any = None
-    if grads.output is not None:
-        d_out = grads.output.reshape(-1, columns).contiguous()
-    whole_grads = Grads(
-        out=d_out,
-        cs=_contiguous(grads.cs),
-        h_n=zeros if grads.h_n is None else grads.h_n.contiguous(),
-        c_n=None if c_0 is None else zeros if grads.c_n is None else grads.c_n.contiguous(),
-        h_0=torch.empty_like(whole.h_0),
-        c_0=None if c_0 is None else torch.empty_like(whole.h_0),
-    )
+    zeros = None
+    if grads.h_n is None or (grads.c_n is None and c_0 is not None):
+        zeros = whole.h_0 if known.starts_at_zero else torch.zeros_like(whole.h_0)
+    d_out: Any = None if grads.output is None else _ready(_as_rows(grads.output, config))
+    d_h_n = zeros if grads.h_n is None else _ready(grads.h_n)
+    d_c_n = None if c_0 is None else zeros if grads.c_n is None else _ready(grads.c_n)
+    d_h_0 = h_0.new_empty(*h_0.shape)
+    d_c_0 = None if c_0 is None else h_0.new_empty(*h_0.shape)
+    whole_grads = Grads(d_out, _ready(grads.cs), d_h_n, d_c_n, None, d_h_0, d_c_0)
     d_params: list[Tensor] = []
-    for launch in reversed(launches_of(config, h_0, True, rows)):
+    for launch in reversed(launches):
         first, own = launch.layers[0], _part(whole_grads, launch, config)
         own = own if own.out is d_out else own._replace(out=d_out)
         xs = [outs[n - 1] * masks[n - 1] if masks else outs[n - 1] for n in launch.layers if n]
-        xs = xs if first else [without_padding(input, rows), *xs]
+        xs = xs if first else [input, *xs]
         d_out, found = layer.backward(
             config, launch.plan, xs, _part(whole, launch, config), own, rows,
             bool(first) or needs_input, needs_params,
@@ -143,7 +142,7 @@ def backward(
         if first and masks:
             d_out = d_out * masks[first - 1]
     d_input = d_out.view(input.shape) if needs_input else None
-    return d_input, whole_grads.h_0, whole_grads.c_0, d_params
+    return d_input, d_h_0, d_c_0, d_params
 
 
 def _layers(
@@ -152,27 +151,38 @@ def _layers(
 ) -> Layers:  # fmt: skip
     """Returns the tensors of all layers as those of one launch."""
     _, h_0, c_0, params, _ = inputs
-    # The weights that a parametrisation computes may have any strides.
-    weights = tuple([p.contiguous() for p in params])
-    D, each = config.directions, 4 if config.has_bias else 2
+    weights: Any = params if type(params) is Weights else weights_of(params, config)
+    w_ih, w_hh, b_ih, b_hh, _ = weights
+    (_, h_n, c_n, gates, cs, _), D = outputs, config.directions
+    of_inputs = tuple([m for m in (masks[0], *masks) for _ in range(D)]) if masks else None
+    outs = tuple(outs) if D == 1 else tuple([out for out in outs for _ in range(D)])
     return Layers(
-        w_ih=weights[::each],
-        b_ih=weights[2::4] if config.has_bias else None,
-        w_hh=weights[1::each],
-        b_hh=weights[3::4] if config.has_bias else None,
-        masks=tuple(m for m in (masks[0], *masks) for _ in range(D)) if masks else None,
-        h_0=h_0.contiguous(),
-        c_0=_contiguous(c_0),
-        h_n=outputs.h_n,
-        c_n=outputs.c_n,
-        out=tuple(outs) if D == 1 else tuple([out for out in outs for _ in range(D)]),
-        gates=_contiguous(outputs.gates),
-        cs=_contiguous(outputs.cs),
-    )
+        None, w_ih, b_ih, w_hh, b_hh, of_inputs, _ready(h_0), _ready(c_0), h_n, c_n, outs,
+        _ready(gates), _ready(cs),
+    )  # fmt: skip
 
 
-def _contiguous(tensor: Tensor | None) -> Tensor | None:
-    return None if tensor is None else tensor.contiguous()
+def weights_of(params: Sequence[Tensor], config: StackConfig) -> Any:
+    """Returns the flat parameters as tuples of each kind, as a launch takes them."""
+    # The weights that a parametrisation computes may have any strides.
+    ready: Any = tuple([_ready(p) for p in params])
+    if config.has_bias:
+        return Weights(ready[::4], ready[1::4], ready[2::4], ready[3::4])
+    return Weights(ready[::2], ready[1::2], None, None)
+
+
+def _as_rows(output: Tensor, config: StackConfig) -> Tensor:
+    """Returns ``[T, B, C]`` as rows ``[R, C]``, but where a kernel alone reads or writes it."""
+    if config.num_layers == 1 and not (config.is_loop or config.recompute):
+        return output
+    return output.reshape(-1, output.shape[-1])
+
+
+def _ready(tensor: Any) -> Any:
+    """Returns a tensor or None contiguous and aligned, else kernels would be compiled for it."""
+    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
+        return tensor
+    return tensor.clone(memory_format=torch.contiguous_format)
 
 
 def _part(tensors: Any, launch: Launch, config: StackConfig) -> Any:

@@ -67,20 +67,22 @@ def origins_of(
     It reads no value on the host, so it does not wait for a GPU. Lengths beyond T count as T,
     negative ones as 0, and resets after the end of a sequence are ignored.
     """
-    times = torch.arange(T + 1, device=device).unsqueeze(1)
-    ends = T if lengths is None else lengths.to(device).clamp(max=T)
-    present = (times < ends).expand(T + 1, B)
-    here = present[:T].to(torch.int8)  # SKIPPED or PREVIOUS
-    begins = None if reset is None else reset.to(device) & present[:T]
-    origins = here.unsqueeze(0) if D == 1 else torch.stack([here, here * INITIAL])
-    origins[0, :1] *= INITIAL
+    if lengths is None:
+        present = torch.ones(T, B, dtype=torch.bool, device=device)
+    else:
+        present = torch.arange(T, device=device).unsqueeze(1) < lengths.to(device)
+    begins = None if reset is None else reset.to(device) & present
+    found = [present.view(torch.int8)]  # SKIPPED or PREVIOUS
     if D == 2:
-        origins[1].masked_fill_(present[1:], PREVIOUS)
+        found.append(found[0] * INITIAL)
+        found[1][: T - 1].masked_fill_(present[1:], PREVIOUS)
+    first = found[0][:1]
+    first.add_(first, alpha=INITIAL - 1)
     if begins is not None:
-        origins[0].masked_fill_(begins, ZERO)
+        found[0].masked_fill_(begins, ZERO)
         if D == 2:
-            origins[1, : T - 1].masked_fill_(begins[1:], ZERO)
-    return origins
+            found[1][: T - 1].masked_fill_(begins[1:], ZERO)
+    return torch.stack(found) if D == 2 else found[0].unsqueeze(0)
 
 
 def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:

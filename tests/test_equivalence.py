@@ -264,7 +264,7 @@ PLANTED = {
         lambda real, *call: real(*call)._replace(order=torch.arange(len(call[0]))),
         "lstm", 1, "lengths",
     ),
-    "stack.without_padding": (lambda real, x, rows: x, "gru", 1, "both"),
+    "layer.without_padding": (lambda real, x, rows: x, "gru", 1, "both"),
     "grads.entering": (
         lambda real, rows, d, initial, left: torch.cat([initial, left[: -rows.B]]),
         "rnn_tanh", 1, "reset",
@@ -277,7 +277,7 @@ def test_bugs_in_what_uses_the_table_are_found(place, monkeypatch):
     bug, cell, directions, form = PLANTED[place]
     real = pkgutil.resolve_name(f"fusedrnn.{place}")
     monkeypatch.setattr(f"fusedrnn.{place}", partial(bug, real))
-    if place == "stack.without_padding":
+    if place == "layer.without_padding":
         keep_padding(monkeypatch)
     with pytest.raises(AssertionError):
         check(build(cell, 1, directions), form, "torch")

@@ -12,6 +12,7 @@ from sizes import CELLS, LENGTHS, NAMES, RESET, B, H, I, T
 
 import fusedrnn
 from fusedrnn import arguments, functional
+from fusedrnn.kernels.problem import forget
 
 BACKENDS = ("aten", "torch")
 STACKS = {
@@ -252,9 +253,9 @@ def test_a_known_kind_of_call_skips_the_checks_and_no_other_does(monkeypatch):
 def test_settings_and_modes_make_another_kind_of_call(monkeypatch):
     module, x, ran, run = fusedrnn.GRU(3, 4), torch.randn(12, 2, 3), [], functional.run_eager
 
-    def running(inputs, sequences, config, needs_grad, dtype):
+    def running(inputs, sequences, config, needs_grad, dtype, **others):
         ran.append((config.backend, needs_grad, dtype))
-        return run(inputs, sequences, config, needs_grad, dtype)
+        return run(inputs, sequences, config, needs_grad, dtype, **others)
 
     monkeypatch.setattr(functional, "run_eager", running)
     for _ in range(2):
@@ -270,3 +271,38 @@ def test_settings_and_modes_make_another_kind_of_call(monkeypatch):
             module(x)
     half = [("torch", False, dtype) for dtype in (torch.bfloat16, torch.float16)]
     assert ran == [("torch", True, None), ("torch", False, None), *half] * 2
+
+
+CHANGES_OF_WEIGHTS = {
+    "replaced": lambda m: setattr(m, "weight_hh_l0", torch.nn.Parameter(m.weight_hh_l0 + 1)),
+    "data": lambda m: setattr(m.weight_hh_l0, "data", torch.randn(2, 4 * H, H)[1]),
+    "in place": lambda m: m.weight_hh_l0.data.mul_(2),
+    "cast": lambda m: m.double(),
+}
+
+
+@pytest.mark.parametrize("backend", ["torch", "triton"])
+@pytest.mark.parametrize("change", CHANGES_OF_WEIGHTS)
+def test_what_a_kind_of_call_keeps_follows_the_weights(change, backend):
+    module, x, found = fusedrnn.LSTM(I, H), batch(), []
+    with fusedrnn.use_backend(backend):
+        for act in (CHANGES_OF_WEIGHTS[change], lambda _: forget(), lambda _: None):
+            loss = module(x.to(module.weight_hh_l0.dtype))[0].sum()
+            found.append([loss, *torch.autograd.grad(loss, list(module.parameters()))])
+            act(module)
+    assert_close(found[1], found[2], 0)
+    assert not torch.equal(found[0][0], found[1][0])
+
+
+def test_forgotten_decisions_leave_no_launch_behind():
+    """Not in a graph that waits for its backward either, which has them from its kind."""
+    module, x = fusedrnn.LSTM(I, H), batch().float()
+    arguments.KINDS.clear()
+    with fusedrnn.use_backend("triton"):
+        loss = module(x)[0].sum()
+        (kind,) = arguments.KINDS.values()
+        assert kind.known.launches
+        forget()
+        assert not kind.known.launches
+        loss.backward()
+    assert not arguments.KINDS

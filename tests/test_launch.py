@@ -6,6 +6,7 @@ import torch
 from fusedrnn.kernels import launch
 from fusedrnn.kernels.cells import CELLS
 from fusedrnn.kernels.problem import LaunchRefused, Tiles
+from fusedrnn.kernels.rows import Rows
 from fusedrnn.kernels.tensors import Layers
 
 RESIDENT = Tiles(16, 64, 8, 255, "tf32", 0)
@@ -46,3 +47,24 @@ def test_a_refusal_is_told_from_other_errors():
     with pytest.raises(RuntimeError, match="illegal memory access") as caught:
         launch.in_rounds(fail, 16, COOPERATIVE)
     assert type(caught.value) is RuntimeError
+
+
+def test_constants_of_a_launch_are_made_once_for_sizes_and_dtype():
+    made, ran = [], []
+
+    class Kernel:
+        def __getitem__(self, grid):
+            return lambda *args, **options: ran.append((grid, args[-1], options))
+
+    def tile_of(cell, layers, tiles):
+        made.append(layers.h_0.shape)
+        return len(made)
+
+    for h_0 in (torch.zeros(1, 7, 50), torch.zeros(1, 40, 50), torch.zeros(1, 7, 48)):
+        for given in (h_0, h_0.half()):
+            layers = Layers(h_0=given)
+            launch.run(Kernel(), CELLS["lstm"], (layers,), Rows(3, 7), RESIDENT, tile_of)
+    assert [h for _, _, h in made] == [50, 50, 48, 48]
+    assert [(grid, tile) for grid, tile, _ in ran] == [
+        ((1, 1), 1), ((1, 1), 2), ((3, 1), 1), ((3, 1), 2), ((1, 1), 3), ((1, 1), 4)
+    ]  # fmt: skip

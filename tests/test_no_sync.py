@@ -103,10 +103,10 @@ def test_a_planted_look_is_found(look, monkeypatch):
     where = WHERE[list(PLANTED).index(look) % 3]
     real, looks = getattr(*where), []
 
-    def curious(input, *args):
+    def curious(input, *args, **options):
         looks.append(look)
         PLANTED[look](getattr(input, "input", input).detach())
-        return real(input, *args)
+        return real(input, *args, **options)
 
     module, x = build("rnn_tanh", dtype=FP32).to("meta"), torch.randn(T, B, 3, device="meta")
     with on_device():

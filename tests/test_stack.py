@@ -16,7 +16,7 @@ from fusedrnn.records import Sequences, StackConfig, StackGrads, StackInputs
 
 L = 2
 #: Calls of functions, Python's and C's, before a forward and a backward launch.
-MOST = 115, 110
+MOST = 103, 106
 
 
 def config_of(cell, **options):
