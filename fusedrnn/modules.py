@@ -11,19 +11,15 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
-from .patching import replaces
 from .records import Layers
 from .stream import Stream
 from .vmap import is_transformed
 
-#: torch's classes by mode, also while patched: ``torch.jit.trace`` records their forward.
-_TORCHS: dict[str, Any] = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
-_TORCHS |= dict.fromkeys(("RNN_TANH", "RNN_RELU"), torch.nn.RNN)
-_CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"  # of a cell
 
 
 def _as_leaf(module: torch.nn.Module, input: torch.fx.Proxy, *hx: Any, **options: Any) -> Any:
@@ -60,10 +56,10 @@ class _FlatWeights(list):
 class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
+    _torchs: Any  # the class that is replaced, also while patched
     # Class attributes, for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
-    _run = staticmethod(functional.run)
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         # By position proj_size keeps its place between bidirectional and device.
@@ -76,7 +72,7 @@ class _Stack(torch.nn.RNNBase):
 
     @property
     def _cell(self) -> str:
-        return _CELLS[self.mode]
+        return self.mode.lower()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
@@ -111,12 +107,13 @@ class _Stack(torch.nn.RNNBase):
         """Does nothing: there is no list to update."""
 
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
-        layers, params = self._layers(), self._params()
-        return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
+        return arguments.prepare(*self._given(input, hx), lengths, reset)
 
-    def _layers(self) -> Layers:
+    def _given(self, input: Any, hx: Any) -> tuple[str, Any, Any, list[Tensor], Layers]:
+        """Returns the first arguments of ``prepare`` and ``run_stack``."""
         sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
-        return Layers(*sizes, bool(self.bidirectional), self.recompute)
+        layers = Layers(*sizes, bool(self.bidirectional), self.recompute)
+        return self._cell, input, hx, self._params(), layers
 
     def _params(self) -> list[Tensor]:
         """Returns the weights as they are now, computed ones too, in torch's order."""
@@ -131,10 +128,9 @@ class _Stack(torch.nn.RNNBase):
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
         is_traced = torch._C._get_tracing_state() and lengths is reset is None
-        if is_traced and self._cell in ATEN and dispatch.is_auto():  # tracers know it at all sizes
-            return _TORCHS[self.mode].forward(self, input, hx)
-        layers, params = self._layers(), self._params()
-        return functional.run_stack(self._cell, input, hx, params, layers, lengths, reset)
+        if is_traced and self._cell in ATEN and dispatch.requested_backend()[0] == "auto":
+            return self._torchs.forward(self, input, hx)  # tracers know it at all sizes
+        return functional.run_stack(*self._given(input, hx), lengths, reset)
 
     def states(
         self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None,
@@ -204,7 +200,6 @@ class _ResetsGate:
         return shown if self.reset_after else f"{shown}, reset_after=False"
 
 
-@replaces(torch.nn.LSTM)
 class LSTM(_Stack):
     """Drop-in for ``torch.nn.LSTM``; equations, shapes and errors are ``fusedrnn.lstm``'s.
 
@@ -236,6 +231,7 @@ class LSTM(_Stack):
         >>> assert h_n.shape == (1, 2, 4)
     """
 
+    _torchs = torch.nn.LSTM
     permute_hidden: Any = torch.nn.LSTM.permute_hidden
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -244,7 +240,6 @@ class LSTM(_Stack):
         super().__init__("LSTM", *args, **kwargs)
 
 
-@replaces(torch.nn.GRU)
 class GRU(_ResetsGate, _Stack):
     """Drop-in for ``torch.nn.GRU``; equations, shapes and errors are ``fusedrnn.gru``'s.
 
@@ -260,11 +255,12 @@ class GRU(_ResetsGate, _Stack):
         TypeError: as ``LSTM``.
     """
 
+    _torchs = torch.nn.GRU
+
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
 
 
-@replaces(torch.nn.RNN)
 class RNN(_Stack):
     """Drop-in for ``torch.nn.RNN``; equations, shapes and errors are ``fusedrnn.rnn``'s.
 
@@ -278,6 +274,8 @@ class RNN(_Stack):
         ValueError: another nonlinearity, or ``proj_size`` is given; and as ``LSTM``.
         TypeError: as ``LSTM``.
     """
+
+    _torchs = torch.nn.RNN
 
     # torch's signature: only RNN has an argument between num_layers and bias.
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -300,10 +298,11 @@ class _SingleStep(torch.nn.RNNCellBase):
         super().__setattr__(name, value)
 
     def _prepare(self, input: Tensor, hx: Any = None) -> arguments.Call:
-        params, biases = [self.weight_ih, self.weight_hh], [self.bias_ih, self.bias_hh]
-        if any(b is not None for b in biases):
-            zeros = self.weight_ih.new_zeros(self.weight_ih.shape[0])
-            params += [zeros if b is None else b for b in biases]
+        params = [getattr(self, name) for name in _WEIGHTS]
+        if params[2] is params[3] is None:
+            params = params[:2]
+        zeros = self.weight_ih.new_zeros(self.weight_ih.shape[0])
+        params = [zeros if p is None else p for p in params]
         return arguments.prepare_cell(self._cell, input, hx, params)
 
     def forward(self, input: Tensor, hx: Any = None):
@@ -316,18 +315,13 @@ class _SingleStep(torch.nn.RNNCellBase):
             _, hx = functional.run(self._prepare(input, hx))
             return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(s.squeeze(0) for s in hx)
         try:
-            if input.dim() == 2:
-                if hx is None:
-                    h_0 = input.new_zeros(input.shape[0], self.hidden_size)
-                    hx = (h_0, h_0) if op is _VF.lstm_cell else h_0
-                biases = p["bias_ih"], p["bias_hh"]
-                return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
+            if hx is not None and input.dim() == 2:
+                return op(input, hx, *[p[name] for name in _WEIGHTS])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
             pass  # torch's own forward raises its own error, or reads computed weights
         return super().forward(input, hx)
 
 
-@replaces(torch.nn.LSTMCell)
 class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
@@ -348,7 +342,6 @@ class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """
 
 
-@replaces(torch.nn.GRUCell)
 class GRUCell(_ResetsGate, _SingleStep, torch.nn.GRUCell):  # type: ignore[override]
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
@@ -360,7 +353,6 @@ class GRUCell(_ResetsGate, _SingleStep, torch.nn.GRUCell):  # type: ignore[overr
     """
 
 
-@replaces(torch.nn.RNNCell)
 class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 
