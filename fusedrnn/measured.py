@@ -40,7 +40,12 @@ def consider(call: Any, run: _Run) -> bool:
         return True
     kind = dispatch.kind_of(facts)
     is_plain = facts.eager and not facts.transformed
-    if not dispatch.is_auto() or not is_plain or facts.steps == 1 or kind in dispatch.MEASURED:
+    if (
+        dispatch.requested_backend()[0] != "auto"
+        or not is_plain
+        or facts.steps == 1
+        or kind in dispatch.MEASURED
+    ):
         return True
     if torch.cuda.is_current_stream_capturing():
         return False

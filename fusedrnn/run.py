@@ -42,7 +42,7 @@ def _counting(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def counted(self: Any, input: Any, hx: Any = None, **options: Any) -> Any:
-        backend = dispatch.choose(self._prepare(input, hx, **options).facts)
+        backend = dispatch.decide(self._prepare(input, hx, **options).facts)[0]
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.comptime.comptime(_note_while_compiling)
         else:

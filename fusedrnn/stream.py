@@ -152,7 +152,7 @@ class Stream:
         """Decides between torch's operators for single steps and a sequence of one step."""
         facts = self._facts
         is_large = facts.cell == "lstm" and facts.batch > _LARGEST_SINGLE_STEP_BATCH
-        return not facts.proj_size and not is_large and dispatch.choose(facts) == "aten"
+        return not facts.proj_size and not is_large and dispatch.decide(facts)[0] == "aten"
 
     def _by_cells(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
         """Runs the layers one by one with torch's operators for single steps."""
