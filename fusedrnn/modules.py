@@ -15,6 +15,7 @@ from torch import Tensor
 
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
+from .patching import register
 from .records import Layers
 from .stream import Stream
 from .vmap import is_transformed
@@ -56,10 +57,11 @@ class _FlatWeights(list):
 class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
-    _torchs: Any  # the class that is replaced, also while patched
+    _torchs: Any  # the counterpart, as ``register`` finds it
     # Class attributes, for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
+    _run = staticmethod(functional.run_stack)
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         # By position proj_size keeps its place between bidirectional and device.
@@ -231,7 +233,6 @@ class LSTM(_Stack):
         >>> assert h_n.shape == (1, 2, 4)
     """
 
-    _torchs = torch.nn.LSTM
     permute_hidden: Any = torch.nn.LSTM.permute_hidden
     check_forward_args: Any = torch.nn.LSTM.check_forward_args
     get_expected_cell_size = torch.nn.LSTM.get_expected_cell_size
@@ -255,8 +256,6 @@ class GRU(_ResetsGate, _Stack):
         TypeError: as ``LSTM``.
     """
 
-    _torchs = torch.nn.GRU
-
     def __init__(self, *args: Any, **kwargs: Any) -> None:
         super().__init__("GRU", *args, **kwargs)
 
@@ -274,8 +273,6 @@ class RNN(_Stack):
         ValueError: another nonlinearity, or ``proj_size`` is given; and as ``LSTM``.
         TypeError: as ``LSTM``.
     """
-
-    _torchs = torch.nn.RNN
 
     # torch's signature: only RNN has an argument between num_layers and bias.
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -370,3 +367,6 @@ class RNNCell(_SingleStep, torch.nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
+
+
+register(LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)

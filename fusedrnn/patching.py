@@ -13,15 +13,12 @@ import torch
 from torch.nn.modules import rnn as torchs_rnn
 from torch.nn.utils.parametrize import type_before_parametrizations as _class_of
 
-from .modules import GRU, LSTM, RNN, GRUCell, LSTMCell, RNNCell
-
 _Model = TypeVar("_Model", bound=torch.nn.Module)
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
 
-_SIX = (LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)
-# Made at import, because while patched torch's names lead to ours.
-_TORCHS: _Classes = {ours: getattr(torch.nn, ours.__name__) for ours in _SIX}
-_OURS: _Classes = {theirs: ours for ours, theirs in _TORCHS.items()}
+# Filled at import by ``register``, because while patched torch's names lead to ours.
+_OURS: _Classes = {}
+_TORCHS: _Classes = {}
 #: The lists in which torch's modules, but not ours, keep their weights a second time.
 _FLAT = {"_flat_weights", "_flat_weight_refs"}
 #: The modules in which torch exposes the six classes.
@@ -31,6 +28,15 @@ _lock = threading.Lock()
 _calls: set["Patch"] = set()  # the plain calls
 _blocks: list["Patch"] = []  # the open blocks
 _undo: list[Callable[[], object]] = []  # restores what patching changed; empty while not patched
+
+
+def register(*classes: Any) -> None:
+    """Makes each class the counterpart of torch's class of the same name."""
+    for ours in classes:
+        theirs = ours._torchs = getattr(torch.nn, ours.__name__)
+        _OURS[theirs], _TORCHS[ours] = ours, theirs
+        # Replaces a module in ``torch.jit.script``, with its Parameters.
+        ours.__prepare_scriptable__ = lambda module: to_torch(copy.copy(module))
 
 
 class Patch:
@@ -218,7 +224,3 @@ def _change_class(module: torch.nn.Module, classes: _Classes) -> None:
     else:
         for name in _FLAT:
             module.__dict__.pop(name, None)
-
-
-for _class in _TORCHS:  # by which ``torch.jit.script`` replaces a module, with its Parameters
-    _class.__prepare_scriptable__ = lambda module: to_torch(copy.copy(module))  # type: ignore[attr-defined]

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from . import arguments, dispatch, functional
+from . import arguments, dispatch
 from .ops import ATEN_CELL
 
 #: Up to this batch torch's operators for single steps run an LSTM at least as fast as its operator
@@ -167,7 +167,7 @@ class Stream:
     def _by_stack(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
         """Runs a sequence of one step."""
         hx = arguments.as_hx([torch.stack(layers) for layers in states])
-        output, final = functional.run_stack(
+        output, final = self._module._run(
             self._facts.cell, input.unsqueeze(0), hx, weights, self._layers
         )
         # Autocast returns its own dtype; the state keeps that of the weights.
