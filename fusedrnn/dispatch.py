@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -26,7 +25,6 @@ from .records import Facts, StackConfig
 
 BACKENDS = ("auto", "triton", "aten", "torch")  # behind auto in the order in which it tries them
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 #: The B and T of a compiler's choice: those of its example must not become guards.
 _COMPILED_BATCH, _COMPILED_STEPS = 16, 256
 _HAS_GROUPS = distributed.is_available()
@@ -45,7 +43,7 @@ _local = _Chosen()
 _CPU = torch.device("cpu")
 # A look-up in os.environ raises and catches two exceptions when a variable is not set.
 _environ: Any = getattr(os.environ, "_data", {})
-_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+_KEY: Any = os.environ.encodekey("FUSEDRNN_BACKEND")
 _INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET")
 
 
@@ -92,11 +90,11 @@ def requested_backend() -> tuple[str, str]:
     if name is not None:
         return name, "use_backend"
     is_set = torch.compiler.is_compiling() or _KEY in _environ
-    name = os.environ.get(ENVIRONMENT_VARIABLE) if is_set else None
+    name = os.environ.get("FUSEDRNN_BACKEND") if is_set else None
     if not name:
         return "auto", "default"
-    _check_name(ENVIRONMENT_VARIABLE, name, BACKENDS)
-    return name, ENVIRONMENT_VARIABLE
+    _check_name("FUSEDRNN_BACKEND", name, BACKENDS)
+    return name, "FUSEDRNN_BACKEND"
 
 
 def precision(compiled: bool = False) -> str:
@@ -142,7 +140,7 @@ def kind_of(facts: Facts) -> tuple[Facts, str]:
 class Settings(NamedTuple):
     """The settings that choices depend on beside a call; where no kernel can run the first."""
 
-    requested: str = "auto"
+    requested: str
     precision: str | None = None  # of products in fp32
     interpreted: bool = False  # Triton runs in its interpreter
     shares: bool = False  # the collectives of a process group keep SMs
@@ -153,15 +151,12 @@ def settings(device: torch.device, compiled: bool = False) -> Settings:
     """Returns the present settings for calls on a device."""
     requested, _ = requested_backend()
     if not _HAS_TRITON or not (_is_gpu(device) or requested == "triton"):
-        return _PLAIN[requested]
+        return Settings(requested)
     if compiled:  # it keeps the answer of the planner
         return Settings(requested, precision(compiled), _interpreting())
     interpreted = _INTERPRET in _environ and _interpreting()
     shares = _HAS_GROUPS and distributed.is_initialized()
     return Settings(requested, precision(), interpreted, shares, torch._C._get_cudnn_benchmark())
-
-
-_PLAIN = {name: Settings(name) for name in BACKENDS}
 
 
 def decide(facts: Facts) -> tuple[str, StackConfig]:
@@ -179,8 +174,7 @@ def decide(facts: Facts) -> tuple[str, StackConfig]:
     return choice
 
 
-@dataclass(frozen=True, repr=False)
-class Explanation:
+class Explanation(NamedTuple):
     """The choice for one call; prints itself in words."""
 
     backend: str | None  # the backend that will run, or None if the named one refuses
@@ -190,11 +184,8 @@ class Explanation:
     refused: tuple[tuple[str, str], ...]  # the backends tried before, each with its reason
     text: str
 
-    def __str__(self) -> str:
-        return self.text
-
-    # A prompt or a notebook shows the text, not a dataclass.
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return self.text  # in a prompt or a notebook, too
 
 
 def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:

@@ -29,9 +29,8 @@ def folded_bias(cell: str, b_ih: Tensor, b_hh: Tensor) -> Tensor:
     """Returns b_ih plus b_hh, but for the part of b_hh that the cell adds by itself."""
     if cell != "gru":
         return b_ih + b_hh
-    bias, shared = b_ih.clone(), len(b_ih) // 3 * 2  # b_hn is multiplied by r
-    bias[:shared].add_(b_hh[:shared])
-    return bias
+    shared = len(b_ih) // 3 * 2  # b_hn is multiplied by r
+    return torch.cat([b_ih[:shared] + b_hh[:shared], b_ih[shared:]])
 
 
 class _Steps:

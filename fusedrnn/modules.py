@@ -208,16 +208,10 @@ class LSTM(_Stack):
     Args:
         input_size: I, the features of the input.
         hidden_size: H, the features of h and c.
-        num_layers: L.
-        bias: whether the layers have ``bias_ih`` and ``bias_hh``.
-        batch_first: whether input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``.
-        dropout: the probability of zeroing an element between layers, in training.
-        bidirectional: whether a second direction runs from the end.
+        num_layers, bias, batch_first, dropout, bidirectional, recompute: as of ``fusedrnn.lstm``;
+            recompute is keyword only.
         proj_size: P > 0 projects h to P features (Sak et al. 2014, arXiv 1402.1128).
-        device: where the weights are made.
-        dtype: of the weights.
-        recompute: whether backward computes the gates again, for a third of the memory that
-            training keeps (see ``fusedrnn.lstm``). Keyword only.
+        device, dtype: of the weights.
 
     Raises:
         TypeError, ValueError: as ``nn.LSTM``, for an argument of the wrong type or range.
@@ -322,15 +316,9 @@ class _SingleStep(torch.nn.RNNCellBase):
 class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
-    Args:
-        input_size: I, the features of the input.
-        hidden_size: H, the features of h and c.
-        bias: whether the cell has ``bias_ih`` and ``bias_hh``.
-        device: where the weights are made.
-        dtype: of the weights.
-
-    Inputs are ``input [B, I]`` or ``[I]`` and ``hx=(h, c)``, each ``[B, H]`` or ``[H]`` (default
-    zeros); outputs the next ``(h, c)``. All of one floating dtype and device.
+    The arguments are ``input_size, hidden_size, bias, device, dtype``, as of ``LSTM``. Inputs are
+    ``input [B, I]`` or ``[I]`` and ``hx=(h, c)``, each ``[B, H]`` or ``[H]`` (default zeros);
+    outputs the next ``(h, c)``. All of one floating dtype and device.
 
     Raises:
         ValueError: input or a state is neither 1-D nor 2-D.

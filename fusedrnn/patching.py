@@ -191,10 +191,7 @@ def _convert(model: _Model, classes: _Classes, caller: str) -> _Model:
 def _obstacle(module: torch.nn.Module, target: type) -> str | None:
     """Returns the reason why a module cannot change its class, or None."""
     if "forward" in module.__dict__:
-        return (
-            "has a forward of its own, set on the instance, which would go on running the former "
-            "class; remove it or change the class before it is set"
-        )
+        return "has a forward of its own; remove it, or change the class before it is set"
     if not getattr(module, "reset_after", True):
         kind = type(module).__name__
         return f"is a {kind} with reset_after=False, for which torch has no module"

@@ -8,9 +8,9 @@ import json
 import math
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
@@ -30,8 +30,13 @@ def run(options: Namespace) -> Iterator[str]:
 
     It ends with ``options.fail`` where there is no plan, no Triton, or no folder for the files.
     """
-    compiling = _compiler(options.fail)
     o, chip = options, CHIPS[options.arch]
+    if dispatch._interpreting():
+        o.fail("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
+    if not dispatch._HAS_TRITON:
+        o.fail("study compiles with Triton, which is not installed")
+    from .kernels.compile import compile_plan
+
     problem = Problem(
         o.cell, o.hidden, o.batch, o.directions, DTYPES[o.dtype], o.precision, True, o.layers
     )
@@ -58,9 +63,7 @@ def run(options: Namespace) -> Iterator[str]:
     kernels = {
         _name(plan, kernel, i, plans): (kernel, plan)
         for plan in plans
-        for i, kernel in enumerate(
-            compiling.compile_plan(problem._replace(layers=plan.layers), plan, chip)
-        )
+        for i, kernel in enumerate(compile_plan(problem._replace(layers=plan.layers), plan, chip))
     }
     yield _paragraph("2. Resources, by the compiler", _resource_lines(kernels, chip))
     yield _paragraph("3. Instructions of one warp, each once", _mix_lines(kernels))
@@ -77,19 +80,6 @@ def run(options: Namespace) -> Iterator[str]:
 
 def _paragraph(title: str, lines: Iterable[str]) -> str:
     return "\n".join([title, *lines, ""])
-
-
-def _compiler(fail: Callable[[str], NoReturn]) -> Any:
-    """Returns the module ``compile``; fails if Triton is missing, or interprets."""
-    if dispatch._interpreting():
-        fail("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
-    try:
-        from .kernels import compile as compiling
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "triton":
-            raise
-        fail("study compiles with Triton, which is not installed")
-    return compiling
 
 
 def _plans(problem: Problem, chip: Chip, schedule: str | None) -> list[Plan]:
