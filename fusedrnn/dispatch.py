@@ -149,14 +149,19 @@ class Settings(NamedTuple):
 
 def settings(device: torch.device, compiled: bool = False) -> Settings:
     """Returns the present settings for calls on a device."""
-    requested, _ = requested_backend()
+    requested = _local.backend
+    if requested is None:
+        requested = requested_backend()[0] if compiled or _KEY in _environ else "auto"
     if not _HAS_TRITON or not (_is_gpu(device) or requested == "triton"):
-        return Settings(requested)
+        return _PLAIN[requested]
     if compiled:  # it keeps the answer of the planner
         return Settings(requested, precision(compiled), _interpreting())
     interpreted = _INTERPRET in _environ and _interpreting()
     shares = _HAS_GROUPS and distributed.is_initialized()
     return Settings(requested, precision(), interpreted, shares, torch._C._get_cudnn_benchmark())
+
+
+_PLAIN = {name: Settings(name) for name in BACKENDS}
 
 
 def decide(facts: Facts) -> tuple[str, StackConfig]:
