@@ -36,8 +36,7 @@ class Reference(torch.nn.Module):
 def test_equals_torch_in_fp64(cell, T, B, layers, directions, bias):
     options = {"num_layers": layers, "bidirectional": directions == 2, "bias": bias}
     module = torch_module(cell, 4, 6, **options).double()
-    sizes = {"layers": layers, "directions": directions, "dtype": torch.float64}
-    given = make_inputs(cell, T, B, 4, 6, **sizes)
+    given = make_inputs(cell, T, B, 4, 6, layers, directions, torch.float64)
     found = (run_module(m, *given) for m in (Reference(module, cell), module))
     torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
 
