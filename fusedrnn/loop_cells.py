@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+_MANY_STEPS = 16  # from so many steps on a transposed copy of W_hh pays
 #: Up to this H one product of all four tiles of a GRU, one of them with zeros, is faster than two.
 _ONE_PRODUCT = 64
 Split = Callable[[Tensor], Sequence[Tensor]]  # cuts rows [R, .] into those of each step
@@ -32,6 +33,10 @@ class Direction(NamedTuple):
     h: Sequence[Tensor]  # of each step [n, H], written; backward: its gradient, carried in place
     c: Any = None  # the same of c, in a cell that has it
 
+    def transposed(self, weight: Tensor) -> Tensor:
+        """Returns ``weight^T``; for many steps a copy, whose products are faster than a view's."""
+        return weight.t().contiguous() if len(self.scratch) >= _MANY_STEPS else weight.t()
+
 
 class Saved(NamedTuple):
     """The tensors that only a backward pass has."""
@@ -43,7 +48,7 @@ class Saved(NamedTuple):
 
 def _lstm_forward(a: Direction) -> Callable:
     """i, f, o = sigmoid(.), g = tanh(.); c' = f c + i g; h' = o tanh(c')."""
-    w_hh = a.w_hh.t()
+    w_hh = a.transposed(a.w_hh)
     gates, (i, f, g, o) = a.split(a.gates), map(a.split, a.gates.chunk(4, 1))
 
     def step(t: int, h: Tensor, c: Tensor) -> None:
@@ -93,7 +98,7 @@ def _gru_products(w_hh: Tensor) -> list[tuple[slice, Tensor]]:
 def _gru_forward(a: Direction) -> Callable:
     """r, z = sigmoid(.); n = tanh(gx_n + r (W_hn h + b_hn)); h' = (1 - z) n + z h."""
     H = a.w_hh.shape[1]
-    products = [(a.split(a.gates[:, tiles]), w.t()) for tiles, w in _gru_products(a.w_hh)]
+    products = [(a.split(a.gates[:, tiles]), a.transposed(w)) for tiles, w in _gru_products(a.w_hh)]
     rz, (r, z, n, hn) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(4, 1))
     a.gates[:, 3 * H :] = 0 if a.b_hh is None else a.b_hh[2 * H :]
 
@@ -135,7 +140,7 @@ def _gru_backward(a: Direction, saved: Saved) -> Callable:
 def _gru_reset_before_forward(a: Direction) -> Callable:
     """r, z = sigmoid(.); n = tanh(gx_n + W_hn (r h) + b_hn); h' = (1 - z) n + z h."""
     H = a.w_hh.shape[1]
-    w_rz, w_n = a.w_hh.t().split((2 * H, H), 1)
+    w_rz, w_n = map(a.transposed, a.w_hh.split((2 * H, H)))
     rz, (r, z, n) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(3, 1))
 
     def step(t: int, h: Tensor) -> None:
@@ -172,7 +177,7 @@ def _gru_reset_before_backward(a: Direction, saved: Saved) -> Callable:
 
 def _rnn_forward(a: Direction, function: Callable) -> Callable:
     """h' = tanh(.) or max(., 0)."""
-    w_hh, gx = a.w_hh.t(), a.split(a.gates)
+    w_hh, gx = a.transposed(a.w_hh), a.split(a.gates)
 
     def step(t: int, h: Tensor) -> None:
         function(gx[t].addmm_(h, w_hh), out=a.h[t])
