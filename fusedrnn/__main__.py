@@ -3,10 +3,10 @@
 import argparse
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from . import dispatch, study
+from . import check, dispatch, run, study
 from .kernels.plan import CHIPS, SCHEDULES
 from .kernels.spec import SPECS
 
@@ -23,7 +23,7 @@ def main(arguments: Sequence[str]) -> None:
     """Runs a command line (without ``python -m fusedrnn``).
 
     Raises:
-        SystemExit: it is wrong (code 2) or asks for help, or the program that it runs ends so.
+        SystemExit: it is wrong (code 2) or asks for help, or the command ends so.
     """
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
@@ -34,37 +34,24 @@ def main(arguments: Sequence[str]) -> None:
     add.set_defaults(command=_run, fail=add.error)
     add = commands.add_parser("study", help="show a layer's kernels", description=_STUDY)
     _add_study(add)
-    add.set_defaults(command=_study, fail=add.error)
+    add.set_defaults(command=lambda options: _print(study.run(options)), fail=add.error)
     add = commands.add_parser("check", help="check this machine", description=_CHECK)
-    add.set_defaults(command=_check)
+    add.set_defaults(command=lambda _: _print(check.run()))
     options = parser.parse_args(arguments)
     options.command(options)
 
 
 def _run(options: argparse.Namespace) -> None:
-    from . import run  # takes seconds, which --help should not
-
     if not options.as_module and not os.access(options.target, os.R_OK):
         options.fail(f"cannot read the file {options.target!r}")
     run.run(options.target, options.arguments, options.as_module)
-
-
-def _check(options: argparse.Namespace) -> None:
-    from . import check
-
-    wrong = 0
-    for line in check.run():
-        wrong += line.startswith("WRONG")
-        sys.stdout.write(f"{line}\n")
-        sys.stdout.flush()
-    sys.exit(wrong > 0)
 
 
 def _add_study(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cell", choices=list(SPECS), default="lstm")
     add("--hidden", type=_positive, required=True, metavar="H", help="units")
-    add("--input", type=_positive, metavar="I", help="columns of the input (as --hidden)")
+    add("--input", type=_positive, metavar="I", help="columns; no kernel depends on them")
     add("--batch", type=_positive, default=16, metavar="B", help="sequences (16)")
     add("--directions", type=int, choices=(1, 2), default=1)
     add("--bidirectional", dest="directions", action="store_const", const=2)
@@ -82,13 +69,17 @@ def _positive(text: str) -> int:
     return int(text)
 
 
-def _study(options: argparse.Namespace) -> None:
+def _print(report: Iterator[str]) -> None:
+    """Prints a report as it grows; ends with code 1 if a text of it begins with ``WRONG``."""
+    wrong = 0
     try:
-        for paragraph in study.run(options):
-            sys.stdout.write(f"{paragraph}\n\n")
+        for text in report:
+            wrong += text.startswith("WRONG")
+            sys.stdout.write(f"{text}\n")
             sys.stdout.flush()
     except BrokenPipeError:  # of `study ... | head`
         sys.stderr.close()  # where Python would report it once more
+    sys.exit(wrong > 0)
 
 
 if __name__ == "__main__":

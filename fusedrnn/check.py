@@ -32,9 +32,8 @@ T, B, I = 7, 3, 5
 
 def run() -> Iterator[str]:
     """Yields lines; those that begin with ``WRONG`` tell of something that does not work."""
-    device = None
-    if torch.cuda.is_available():
-        device = torch.device("cuda", torch.cuda.current_device())
+    has_gpu = torch.cuda.is_available()
+    device = torch.device("cuda", torch.cuda.current_device()) if has_gpu else None
     yield from _versions(device)
     chip = planning.chip_of(device) if device else CHIPS["sm_90"]
     yield f"\nschedules, forward and backward, compiled for {chip.arch}"
@@ -47,12 +46,18 @@ def run() -> Iterator[str]:
         yield gate(schedule, device) if device else f"{schedule}: not checked, it needs a GPU"
     yield gate("torch", device or torch.device("cpu"))
     yield "\nwhat auto chooses for training with T=100, B=32"
-    for layer in LAYERS:
-        yield _choice(layer, device)
+    for name, I, H, dtype, options in LAYERS:
+        how: Any = {"device": device, "dtype": dtype if device else torch.float32}
+        module = getattr(modules, name)(I, H, **how, **options)
+        yield str(dispatch.explain(module, torch.zeros(100, 32, I, **how))).replace("\n", "\n    ")
 
 
 def _versions(device: torch.device | None) -> Iterator[str]:
-    yield f"fusedrnn {__version__}, torch {torch.__version__}, Triton {_triton()}"
+    try:
+        triton = import_module("triton").__version__
+    except Exception as error:  # whatever a broken installation raises
+        triton = f"not usable ({_first_line(error)})"
+    yield f"fusedrnn {__version__}, torch {torch.__version__}, Triton {triton}"
     yield f"Python {platform.python_version()}, {platform.platform()}"
     if device is None:
         yield "no GPU: auto takes no kernel; on the CPU fusedrnn needs neither Triton nor CUDA"
@@ -63,13 +68,6 @@ def _versions(device: torch.device | None) -> Iterator[str]:
     yield f"CUDA {torch.version.cuda}, HIP {torch.version.hip}, cuDNN {cudnn}"
     if chip.unsupported:
         yield f"the kernels do not run: {chip.unsupported}"
-
-
-def _triton() -> str:
-    try:
-        return import_module("triton").__version__
-    except Exception as error:  # whatever a broken installation raises
-        return f"not usable ({_first_line(error)})"
 
 
 def compiled(schedule: str, chip: Chip, problem: Problem) -> str:
@@ -115,14 +113,6 @@ def gate(schedule: str, device: torch.device) -> str:
     budgets = [error_budget(name, got[name], ref[name], exactly[name]) for name in exactly]
     wrong = [str(budget) for budget in budgets if not budget.ok]
     return f"WRONG {schedule}: {wrong[0]}" if wrong else f"{schedule}: within the error budget"
-
-
-def _choice(layer: tuple[str, int, int, torch.dtype, dict], device: torch.device | None) -> str:
-    name, I, H, dtype, options = layer
-    dtype = dtype if device else torch.float32
-    module = getattr(modules, name)(I, H, device=device, dtype=dtype, **options)
-    text = str(dispatch.explain(module, torch.zeros(100, 32, I, device=device, dtype=dtype)))
-    return text.replace("\n", "\n    ")
 
 
 def _first_line(error: BaseException) -> str:

@@ -12,7 +12,6 @@ import os
 import threading
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, NamedTuple
 
@@ -24,12 +23,10 @@ from .kernels.expected import judge
 from .kernels.problem import CACHES, NoPlan, Problem, chip_of
 from .records import Facts, StackConfig
 
-BACKENDS = ("auto", "triton", "torch", "aten")
+BACKENDS = ("auto", "triton", "aten", "torch")  # behind auto in the order in which it tries them
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-ENVIRONMENT_VARIABLE = "FUSEDRNN_BACKEND"
 #: The B and T of a compiler's choice: those of its example must not become guards.
 _COMPILED_BATCH, _COMPILED_STEPS = 16, 256
-_PREFERENCE = ("triton", "aten", "torch")
 _HAS_GROUPS = distributed.is_available()
 # TorchDynamo cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -46,7 +43,7 @@ _local = _Chosen()
 _CPU = torch.device("cpu")
 # A look-up in os.environ raises and catches two exceptions when a variable is not set.
 _environ: Any = getattr(os.environ, "_data", {})
-_KEY: Any = os.environ.encodekey(ENVIRONMENT_VARIABLE)
+_KEY: Any = os.environ.encodekey("FUSEDRNN_BACKEND")
 _INTERPRET: Any = os.environ.encodekey("TRITON_INTERPRET")
 
 
@@ -93,16 +90,11 @@ def requested_backend() -> tuple[str, str]:
     if name is not None:
         return name, "use_backend"
     is_set = torch.compiler.is_compiling() or _KEY in _environ
-    name = os.environ.get(ENVIRONMENT_VARIABLE) if is_set else None
+    name = os.environ.get("FUSEDRNN_BACKEND") if is_set else None
     if not name:
         return "auto", "default"
-    _check_name(ENVIRONMENT_VARIABLE, name, BACKENDS)
-    return name, ENVIRONMENT_VARIABLE
-
-
-def is_auto() -> bool:
-    """Returns whether no backend is named."""
-    return requested_backend()[0] == "auto"
+    _check_name("FUSEDRNN_BACKEND", name, BACKENDS)
+    return name, "FUSEDRNN_BACKEND"
 
 
 def precision(compiled: bool = False) -> str:
@@ -148,7 +140,7 @@ def kind_of(facts: Facts) -> tuple[Facts, str]:
 class Settings(NamedTuple):
     """The settings that choices depend on beside a call; where no kernel can run the first."""
 
-    requested: str = "auto"
+    requested: str
     precision: str | None = None  # of products in fp32
     interpreted: bool = False  # Triton runs in its interpreter
     shares: bool = False  # the collectives of a process group keep SMs
@@ -172,59 +164,33 @@ def settings(device: torch.device, compiled: bool = False) -> Settings:
 _PLAIN = {name: Settings(name) for name in BACKENDS}
 
 
-#: The backend or None, those that refuse before it, each with its reason, and the configuration.
-_Choice = tuple[str | None, tuple[tuple[str, str], ...], StackConfig | None]
-
-
-def choose(facts: Facts) -> str:
-    """Returns the backend that runs a call: ``"triton"``, ``"aten"`` or ``"torch"``.
+def decide(facts: Facts) -> tuple[str, StackConfig]:
+    """Returns the backend that runs a call, and how the operator does.
 
     Raises:
         NotImplementedError: the named backend refuses; the message is the reason.
         ValueError: ``FUSEDRNN_BACKEND`` names no backend.
     """
-    return decide(facts)[0]
-
-
-def decide(facts: Facts) -> tuple[str, StackConfig]:
-    """Returns the backend that runs a call, and how the operator does; raises as ``choose``."""
     # A compiler has symbols for sizes, which have no hash.
     make = _decide if facts.compiled else _decided
-    backend, refused, config = make(facts, settings(facts.device, facts.compiled))
-    if backend is None or config is None:
+    choice, refused = make(facts, settings(facts.device, facts.compiled))
+    if choice is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
-    return backend, config
+    return choice
 
 
-@dataclass(frozen=True, repr=False)
-class Explanation:
+class Explanation(NamedTuple):
     """The choice for one call; prints itself in words."""
 
-    facts: Facts  # the call
+    backend: str | None  # the backend that will run, or None if the named one refuses
     requested: str  # "auto" or the named backend
     source: str  # "default", "use_backend" or "FUSEDRNN_BACKEND"
-    backend: str | None  # the backend that will run, or None if the named one refuses
-    precision: str | None  # of fp32 dots on triton, else None
     layers: tuple[str, ...]  # for triton the schedule and tiles of each launch, and the times
     refused: tuple[tuple[str, str], ...]  # the backends tried before, each with its reason
-    compiled: str | None = None  # the backend inside the one node of a compiler, or None
-    times: tuple[float, float] | None = None  # measured ms of the kernels and of torch's operator
+    text: str
 
-    def __str__(self) -> str:
-        chosen = self.backend or "none, the call would raise"
-        lines = [f"{self.facts}\nbackend: {chosen} (asked for: {self.requested}, {self.source})"]
-        lines += [f"precision: {self.precision}"] if self.precision else []
-        lines += self.layers
-        lines += [f"not {backend}: {reason}" for backend, reason in self.refused]
-        if self.times:
-            ours, theirs = self.times
-            lines.append(f"measured: the kernels {ours:.3g} ms, torch's operator {theirs:.3g} ms")
-        if self.compiled != self.backend:
-            lines.append(f"under torch.compile: {self.compiled or 'none, it would raise'}")
-        return "\n".join(lines)
-
-    # A prompt or a notebook shows the text, not a dataclass.
-    __repr__ = __str__
+    def __repr__(self) -> str:
+        return self.text  # in a prompt or a notebook, too
 
 
 def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
@@ -249,21 +215,32 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
         raise TypeError(f"explain takes one of fusedrnn's modules or cells; got {kind}")
     facts = prepare(*inputs, **options).facts
     (requested, source), given = requested_backend(), settings(facts.device)
-    backend, refused, _ = _decide(facts, given)
-    compiled, *_ = _decide(facts._replace(compiled=True, eager=False), given)
-    lines, first, used = [], 0, None
-    if backend == "triton":
-        used = given.precision if facts.dtype == torch.float32 else None
-        problem, chip = _problem(facts, given), chip_of(facts.device)
-        plans = planning.plan_stack(problem, chip)
-        for plan in plans:
-            last = first + plan.layers - 1
-            name = f"layer {first}" if last == first else f"layers {first}-{last}"
-            lines.append(f"{name}: {plan.describe()}")
-            first = last + 1
-        lines.append(f"expected: {judge(problem, plans, chip, facts.steps, facts.input_size)}")
-    found = tuple(lines), refused, compiled, MEASURED.get(kind_of(facts))
-    return Explanation(facts, requested, source, backend, used, *found)
+    choice, refused = _decide(facts, given)
+    compiled, _ = _decide(facts._replace(compiled=True, eager=False), given)
+    backend, inside = (found[0] if found else None for found in (choice, compiled))
+    layers = tuple(_launches(facts, given)) if backend == "triton" else ()
+    chosen = backend or "none, the call would raise"
+    lines = [f"{facts}\nbackend: {chosen} (asked for: {requested}, {source})"]
+    if layers and facts.dtype == torch.float32:
+        lines.append(f"precision: {given.precision}")
+    lines += [*layers, *(f"not {name}: {reason}" for name, reason in refused)]
+    if times := MEASURED.get(kind_of(facts)):
+        lines.append(f"measured: the kernels {times[0]:.3g} ms, torch's operator {times[1]:.3g} ms")
+    if inside != backend:
+        lines.append(f"under torch.compile: {inside or 'none, it would raise'}")
+    return Explanation(backend, requested, source, layers, refused, "\n".join(lines))
+
+
+def _launches(facts: Facts, given: Settings) -> Iterator[str]:
+    """Describes the launches of a call and its expected times."""
+    problem, chip, first = _problem(facts, given), chip_of(facts.device), 0
+    plans = planning.plan_stack(problem, chip)
+    for plan in plans:
+        last = first + plan.layers - 1
+        name = f"layer {first}" if last == first else f"layers {first}-{last}"
+        yield f"{name}: {plan.describe()}"
+        first = last + 1
+    yield f"expected: {judge(problem, plans, chip, facts.steps, facts.input_size)}"
 
 
 def runs_as_one_node(facts: Facts) -> bool:
@@ -275,11 +252,13 @@ def _is_gpu(device: torch.device) -> bool:
     return device != _CPU and device.type == "cuda"  # a string is made of the type
 
 
-def _decide(facts: Facts, given: Settings) -> _Choice:
-    """Returns the first backend that does not refuse."""
+def _decide(
+    facts: Facts, given: Settings
+) -> tuple[tuple[str, StackConfig] | None, tuple[tuple[str, str], ...]]:
+    """Returns the first backend that does not refuse, and those before it with their reasons."""
     requested = given.requested
     refused: list[tuple[str, str]] = []
-    for backend in _PREFERENCE if requested == "auto" else (requested,):
+    for backend in BACKENDS[1:] if requested == "auto" else (requested,):
         if backend == "triton":
             reason = _triton_refusal(facts, given)
         elif backend == "aten":
@@ -293,9 +272,9 @@ def _decide(facts: Facts, given: Settings) -> _Choice:
             how = (requested, _products(facts, given)) if by_kernels else (backend, "ieee")
             sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
             config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
-            return backend, tuple(refused), config
+            return (backend, config), tuple(refused)
         refused.append((backend, reason))
-    return None, tuple(refused), None
+    return None, tuple(refused)
 
 
 _decided = lru_cache(maxsize=4096)(_decide)

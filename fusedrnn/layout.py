@@ -61,8 +61,7 @@ def pack_nested(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
 
 def to_grid(rows: Tensor, index: Tensor, T: int, B: int) -> Tensor:
     """Returns rows ``[R, C]`` at positions ``index`` of a grid ``[T, B, C]`` of zeros."""
-    grid = rows.new_zeros(T * B, rows.shape[1])
-    return grid.index_copy(0, index, rows).unflatten(0, (T, B))
+    return rows.new_zeros(T * B, rows.shape[1]).index_copy_(0, index, rows).unflatten(0, (T, B))
 
 
 def with_table(sequences: Sequences, input: Tensor, B: int, D: int) -> Sequences:
@@ -89,41 +88,28 @@ def entering(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
 
     ``initial`` is the initial state ``[B, H]``, and ``left [R, H]`` the one that leaves each row.
     """
-    T, B = rows.T, rows.B
-    if rows.sizes is not None:
-        return _entering_packed(rows, d, initial, left)
-    if not T:
-        return left
-    shifted = torch.cat([initial, left[: (T - 1) * B]] if d == 0 else [left[B:], initial])
-    if rows.origins is None:
-        return shifted
-    origins, grid = rows.origins[d].unsqueeze(2), shifted.unflatten(0, (T, B))
-    if d == 1:  # forward all sequences begin at step 0, where h_0 is already
-        grid = torch.where(origins == INITIAL, initial, grid)
-    return torch.where((origins & 1).bool(), grid, 0).flatten(0, 1)  # neither SKIPPED nor ZERO
-
-
-def _entering_packed(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
-    """Returns the same of packed rows, by the place of each one's state in all states."""
-    T, B, starts = rows.T, rows.B, rows.starts
-    assert starts is not None
-    assert rows.origins is not None
-    every = torch.arange(left.shape[0], device=left.device)
+    T, B, origins, device = rows.T, rows.B, rows.origins, left.device
+    if origins is None:
+        return torch.cat([initial, left[: (T - 1) * B]] if d == 0 else [left[B:], initial])
+    # Otherwise by the place of each row's state among those of all.
+    starts = torch.arange(T, device=device) * B if rows.starts is None else rows.starts
+    every = torch.arange(left.shape[0], device=device)
     time = torch.searchsorted(starts, every, right=True) - 1
     sequence = every - starts[time]
-    origins = rows.origins[d][time, sequence]
+    origin = origins[d][time, sequence]
     before = (time - 1 if d == 0 else time + 1).clamp(0, max(T - 1, 0))
-    begins = torch.where(origins == INITIAL, sequence, B)
-    index = torch.where(origins == PREVIOUS, starts[before] + sequence + B + 1, begins)
+    places = torch.where(origin == PREVIOUS, starts[before] + sequence + B + 1, B)
+    places = torch.where(origin == INITIAL, sequence, places)
     zero = initial.new_zeros(1, initial.shape[1])
-    return torch.cat([initial, zero, left]).index_select(0, index)
+    return torch.cat([initial, zero, left]).index_select(0, places)
 
 
 def final_states(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
-    """Returns the state ``[B, H]`` that leaves the last step of each sequence, if not dense."""
+    """Returns the state ``[B, H]`` that leaves the last step of each sequence."""
     if not left.shape[0]:
         return initial
-    assert rows.origins is not None
+    if rows.origins is None:
+        return left[-rows.B :] if d == 0 else left[: rows.B]
     every = torch.arange(rows.B, device=left.device)
     length = (rows.origins[d] != SKIPPED).sum(0)
     last = (length - 1).clamp(min=0) if d == 0 else torch.zeros_like(length)

@@ -29,16 +29,14 @@ def folded_bias(cell: str, b_ih: Tensor, b_hh: Tensor) -> Tensor:
     """Returns b_ih plus b_hh, but for the part of b_hh that the cell adds by itself."""
     if cell != "gru":
         return b_ih + b_hh
-    bias, shared = b_ih.clone(), len(b_ih) // 3 * 2  # b_hn is multiplied by r
-    bias[:shared].add_(b_hh[:shared])
-    return bias
+    shared = len(b_ih) // 3 * 2  # b_hn is multiplied by r
+    return torch.cat([b_ih[:shared] + b_hh[:shared], b_ih[shared:]])
 
 
 class _Steps:
     """The steps of one direction: how many sequences each has, and how its state enters."""
 
     def __init__(self, rows: Rows, d: int) -> None:
-        self.rows, self.d = rows, d
         self.sizes = [rows.B] * rows.T if rows.sizes is None else rows.sizes.tolist()
         self.order = range(rows.T)[:: 1 if d == 0 else -1]
         self.origins: Any = None if rows.origins is None else rows.origins[d]
@@ -53,7 +51,6 @@ class _Steps:
             resized = {t for t, n in zip(self.order, before, strict=False) if self.sizes[t] != n}
         #: The steps whose state is not simply the one that left the step before.
         self.cut = resized | self.initial.keys() | self.zero.keys()
-        self.is_dense = not (self.cut or self.skipped)
 
     def _masks(self, kind: int) -> dict[int, Tensor]:
         """Returns the sequences ``[n, 1]`` of a kind for each step that has some."""
@@ -70,22 +67,19 @@ class _Steps:
         views = {n: state[:n] for n in set(self.sizes)}
         return [views[n] for n in self.sizes]
 
-    def entering(self, t: int, initial: Tensor, left: Tensor) -> Tensor:
-        """Returns the state ``[n, H]`` that enters step t.
+    def entering(self, t: int, initial: Sequence[Tensor], left: Sequence[Tensor]) -> Sequence:
+        """Returns the states ``[n, H]`` that enter step t.
 
-        left: the state that left the step before, of its sequences.
+        left: the states that left the step before, of its sequences.
         """
-        n, known = self.sizes[t], left.shape[0]
-        state = left[:n] if known >= n else torch.cat([left, initial[known:n]])
+        n, known, pairs = self.sizes[t], left[0].shape[0], zip(initial, left, strict=True)
         if t in self.initial:
-            state = torch.where(self.initial[t], initial[:n], state)
-        return state.masked_fill(self.zero[t], 0) if t in self.zero else state
-
-    def final(self, initial: Tensor, left: Tensor) -> Tensor:
-        """Returns the state ``[B, H]`` that leaves the last step of each sequence."""
-        if not self.is_dense:
-            return final_states(self.rows, self.d, initial, left)
-        return left[-len(initial) :] if self.d == 0 else left[: len(initial)]
+            left = [torch.where(self.initial[t], first, state) for first, state in pairs]
+        elif known < n:
+            left = [torch.cat([state, first[known:n]]) for first, state in pairs]
+        elif known > n:
+            left = [state[:n] for state in left]
+        return [state.masked_fill(self.zero[t], 0) for state in left] if t in self.zero else left
 
     def clear_skipped(self, *tensors: Tensor) -> None:
         """Fills the rows of skipped steps with zeros."""
@@ -111,27 +105,24 @@ def forward(cell: str, layers: Layers, rows: Rows) -> None:
     H = layers.w_hh[0].shape[1]
     with torch._C._AutoDispatchBelowAutograd():
         for d, w_hh in enumerate(layers.w_hh):
-            steps, h_0, hs = _Steps(rows, d), layers.h_0[d], layers.out[d][:, d * H : (d + 1) * H]
-            c_0: Any = None
-            cs: Any = None
+            steps, gates = _Steps(rows, d), layers.gx[d]
+            initial, left = [layers.h_0[d]], [layers.out[d][:, d * H : (d + 1) * H]]
             if layers.c_0 is not None:
-                c_0 = layers.c_0[d]
-                cs = c_0.new_empty(rows.total, H) if layers.cs is None else layers.cs[d]
-            gates, b_hh = layers.gx[d], None if layers.b_hh is None else layers.b_hh[d]
-            new_h, new_c = steps.split(hs), None if cs is None else steps.split(cs)
-            scratch = steps.prefix(torch.empty_like(h_0))
-            step = CELLS[cell][0](Direction(gates, w_hh, b_hh, new_h, new_c, scratch, steps.split))
-            h, c, cut = h_0, c_0, steps.cut
+                initial.append(layers.c_0[d])
+                left.append(gates.new_empty(rows.total, H) if layers.cs is None else layers.cs[d])
+            b_hh = None if layers.b_hh is None else layers.b_hh[d]
+            scratch, new = steps.prefix(torch.empty_like(initial[0])), list(map(steps.split, left))
+            step = CELLS[cell][0](Direction(gates, w_hh, b_hh, scratch, steps.split, *new))
+            states, cut = list(zip(*new, strict=True)), steps.cut
+            state: Sequence[Any] = initial
             for t in steps.order:
                 if t in cut:
-                    h = steps.entering(t, h_0, h)
-                    c = None if c is None else steps.entering(t, c_0, c)
-                step(t, h, c)
-                h, c = new_h[t], None if new_c is None else new_c[t]
-            steps.clear_skipped(gates, hs, *([] if cs is None else [cs]))
-            layers.h_n[d] = steps.final(h_0, hs)
-            if cs is not None:
-                layers.c_n[d] = steps.final(c_0, cs)
+                    state = steps.entering(t, initial, state)
+                step(t, *state)
+                state = states[t]
+            steps.clear_skipped(gates, *left)
+            for final, *ends in zip((layers.h_n, layers.c_n), initial, left, strict=False):
+                final[d] = final_states(rows, d, *ends)
 
 
 def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
@@ -147,13 +138,11 @@ def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
                 states.append(grads.c_0[d].copy_(grads.c_n[d]))
                 arriving.append(None if grads.cs is None else grads.cs[d])
                 pair = layers.c_0[d], layers.cs[d]
-            dh, *dc = of_steps = [steps.prefix(state) for state in states]
+            of_steps = [steps.prefix(state) for state in states]
             scratch = steps.prefix(torch.empty_like(states[0]))
-            of_direction = Direction(
-                layers.gates[d], w_hh, None, dh, dc[0] if dc else None, scratch, steps.split
-            )
+            given = Direction(layers.gates[d], w_hh, None, scratch, steps.split, *of_steps)
             saved = Saved(grads.gates[d], pair[1], partial(entering, rows, d, *pair))
-            step = CELLS[cell][1](of_direction, saved)
+            step = CELLS[cell][1](given, saved)
             pairs = zip(of_steps, arriving, strict=True)
             added = [(carried, steps.split(grad)) for carried, grad in pairs if grad is not None]
             skipped, zero = steps.skipped, steps.zero

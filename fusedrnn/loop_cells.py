@@ -28,10 +28,10 @@ class Direction(NamedTuple):
     gates: Tensor  # [R, max(G, S)*H] with gx, which forward turns into the gates [R, S*H]
     w_hh: Tensor  # [G*H, H]
     b_hh: Tensor | None  # [G*H], of which gx has all but a GRU's b_hn
-    h: Sequence[Tensor]  # of each step [n, H], written; backward: its gradient, carried in place
-    c: Any  # the same of c; None in a cell without c
     scratch: Sequence[Tensor]  # of each step [n, H], room that all steps share
     split: Split
+    h: Sequence[Tensor]  # of each step [n, H], written; backward: its gradient, carried in place
+    c: Any = None  # the same of c, in a cell that has it
 
     def transposed(self, weight: Tensor) -> Tensor:
         """Returns ``weight^T``; for many steps a copy, whose products are faster than a view's."""
@@ -102,7 +102,7 @@ def _gru_forward(a: Direction) -> Callable:
     rz, (r, z, n, hn) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(4, 1))
     a.gates[:, 3 * H :] = 0 if a.b_hh is None else a.b_hh[2 * H :]
 
-    def step(t: int, h: Tensor, _: Any) -> None:
+    def step(t: int, h: Tensor) -> None:
         for tiles, w in products:
             tiles[t].addmm_(h, w)
         rz[t].sigmoid_()
@@ -143,7 +143,7 @@ def _gru_reset_before_forward(a: Direction) -> Callable:
     w_rz, w_n = map(a.transposed, a.w_hh.split((2 * H, H)))
     rz, (r, z, n) = a.split(a.gates[:, : 2 * H]), map(a.split, a.gates.chunk(3, 1))
 
-    def step(t: int, h: Tensor, _: Any) -> None:
+    def step(t: int, h: Tensor) -> None:
         rz[t].addmm_(h, w_rz).sigmoid_()
         n[t].addmm_(torch.mul(r[t], h, out=a.scratch[t]), w_n).tanh_()
         torch.lerp(n[t], h, z[t], out=a.h[t])
@@ -179,7 +179,7 @@ def _rnn_forward(a: Direction, function: Callable) -> Callable:
     """h' = tanh(.) or max(., 0)."""
     w_hh, gx = a.transposed(a.w_hh), a.split(a.gates)
 
-    def step(t: int, h: Tensor, _: Any) -> None:
+    def step(t: int, h: Tensor) -> None:
         function(gx[t].addmm_(h, w_hh), out=a.h[t])
 
     return step

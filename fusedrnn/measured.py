@@ -38,9 +38,9 @@ def consider(call: Any, run: _Run) -> bool:
         return True
     if not (torch._C._get_cudnn_benchmark() if _FORCED is None else _FORCED == "1"):
         return True
-    kind = dispatch.kind_of(facts)
-    is_plain = facts.eager and not facts.transformed
-    if not dispatch.is_auto() or not is_plain or facts.steps == 1 or kind in dispatch.MEASURED:
+    kind, is_auto = dispatch.kind_of(facts), dispatch.requested_backend()[0] == "auto"
+    is_plain = facts.eager and not facts.transformed and facts.steps > 1
+    if not is_auto or not is_plain or kind in dispatch.MEASURED:
         return True
     if torch.cuda.is_current_stream_capturing():
         return False

@@ -11,19 +11,16 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import _VF, Tensor
+from torch import Tensor
 
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
-from .patching import replaces
+from .patching import register
 from .records import Layers
 from .stream import Stream
 from .vmap import is_transformed
 
-#: torch's classes by mode, also while patched: ``torch.jit.trace`` records their forward.
-_TORCHS: dict[str, Any] = {"LSTM": torch.nn.LSTM, "GRU": torch.nn.GRU}
-_TORCHS |= dict.fromkeys(("RNN_TANH", "RNN_RELU"), torch.nn.RNN)
-_CELLS = {"LSTM": "lstm", "GRU": "gru", "RNN_TANH": "rnn_tanh", "RNN_RELU": "rnn_relu"}
+_WEIGHTS = "weight_ih", "weight_hh", "bias_ih", "bias_hh"  # of a cell
 
 
 def _as_leaf(module: torch.nn.Module, input: torch.fx.Proxy, *hx: Any, **options: Any) -> Any:
@@ -60,10 +57,11 @@ class _FlatWeights(list):
 class _Stack(torch.nn.RNNBase):
     """The common part of ``LSTM``, ``GRU`` and ``RNN``."""
 
+    _torchs: Any  # the counterpart, as ``register`` finds it
     # Class attributes, for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
-    _run = staticmethod(functional.run)
+    _run = staticmethod(functional.run_stack)
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         # By position proj_size keeps its place between bidirectional and device.
@@ -76,7 +74,7 @@ class _Stack(torch.nn.RNNBase):
 
     @property
     def _cell(self) -> str:
-        return _CELLS[self.mode]
+        return self.mode.lower()
 
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
@@ -111,12 +109,13 @@ class _Stack(torch.nn.RNNBase):
         """Does nothing: there is no list to update."""
 
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
-        layers, params = self._layers(), self._params()
-        return arguments.prepare(self._cell, input, hx, params, layers, lengths, reset)
+        return arguments.prepare(*self._given(input, hx), lengths, reset)
 
-    def _layers(self) -> Layers:
+    def _given(self, input: Any, hx: Any) -> tuple[str, Any, Any, list[Tensor], Layers]:
+        """Returns the first arguments of ``prepare`` and ``run_stack``."""
         sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
-        return Layers(*sizes, bool(self.bidirectional), self.recompute)
+        layers = Layers(*sizes, bool(self.bidirectional), self.recompute)
+        return self._cell, input, hx, self._params(), layers
 
     def _params(self) -> list[Tensor]:
         """Returns the weights as they are now, computed ones too, in torch's order."""
@@ -131,10 +130,9 @@ class _Stack(torch.nn.RNNBase):
         if isinstance(input, torch.fx.Proxy):
             return _as_leaf(self, input, hx, lengths=lengths, reset=reset)
         is_traced = torch._C._get_tracing_state() and lengths is reset is None
-        if is_traced and self._cell in ATEN and dispatch.is_auto():  # tracers know it at all sizes
-            return _TORCHS[self.mode].forward(self, input, hx)
-        layers, params = self._layers(), self._params()
-        return functional.run_stack(self._cell, input, hx, params, layers, lengths, reset)
+        if is_traced and self._cell in ATEN and dispatch.requested_backend()[0] == "auto":
+            return self._torchs.forward(self, input, hx)  # tracers know it at all sizes
+        return functional.run_stack(*self._given(input, hx), lengths, reset)
 
     def states(
         self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None,
@@ -204,23 +202,16 @@ class _ResetsGate:
         return shown if self.reset_after else f"{shown}, reset_after=False"
 
 
-@replaces(torch.nn.LSTM)
 class LSTM(_Stack):
     """Drop-in for ``torch.nn.LSTM``; equations, shapes and errors are ``fusedrnn.lstm``'s.
 
     Args:
         input_size: I, the features of the input.
         hidden_size: H, the features of h and c.
-        num_layers: L.
-        bias: whether the layers have ``bias_ih`` and ``bias_hh``.
-        batch_first: whether input and output are ``[B, T, ...]`` instead of ``[T, B, ...]``.
-        dropout: the probability of zeroing an element between layers, in training.
-        bidirectional: whether a second direction runs from the end.
+        num_layers, bias, batch_first, dropout, bidirectional, recompute: as of ``fusedrnn.lstm``;
+            recompute is keyword only.
         proj_size: P > 0 projects h to P features (Sak et al. 2014, arXiv 1402.1128).
-        device: where the weights are made.
-        dtype: of the weights.
-        recompute: whether backward computes the gates again, for a third of the memory that
-            training keeps (see ``fusedrnn.lstm``). Keyword only.
+        device, dtype: of the weights.
 
     Raises:
         TypeError, ValueError: as ``nn.LSTM``, for an argument of the wrong type or range.
@@ -244,7 +235,6 @@ class LSTM(_Stack):
         super().__init__("LSTM", *args, **kwargs)
 
 
-@replaces(torch.nn.GRU)
 class GRU(_ResetsGate, _Stack):
     """Drop-in for ``torch.nn.GRU``; equations, shapes and errors are ``fusedrnn.gru``'s.
 
@@ -264,7 +254,6 @@ class GRU(_ResetsGate, _Stack):
         super().__init__("GRU", *args, **kwargs)
 
 
-@replaces(torch.nn.RNN)
 class RNN(_Stack):
     """Drop-in for ``torch.nn.RNN``; equations, shapes and errors are ``fusedrnn.rnn``'s.
 
@@ -300,10 +289,11 @@ class _SingleStep(torch.nn.RNNCellBase):
         super().__setattr__(name, value)
 
     def _prepare(self, input: Tensor, hx: Any = None) -> arguments.Call:
-        params, biases = [self.weight_ih, self.weight_hh], [self.bias_ih, self.bias_hh]
-        if any(b is not None for b in biases):
-            zeros = self.weight_ih.new_zeros(self.weight_ih.shape[0])
-            params += [zeros if b is None else b for b in biases]
+        params = [getattr(self, name) for name in _WEIGHTS]
+        if params[2] is params[3] is None:
+            params = params[:2]
+        zeros = self.weight_ih.new_zeros(self.weight_ih.shape[0])
+        params = [zeros if p is None else p for p in params]
         return arguments.prepare_cell(self._cell, input, hx, params)
 
     def forward(self, input: Tensor, hx: Any = None):
@@ -316,30 +306,19 @@ class _SingleStep(torch.nn.RNNCellBase):
             _, hx = functional.run(self._prepare(input, hx))
             return hx.squeeze(0) if isinstance(hx, Tensor) else tuple(s.squeeze(0) for s in hx)
         try:
-            if input.dim() == 2:
-                if hx is None:
-                    h_0 = input.new_zeros(input.shape[0], self.hidden_size)
-                    hx = (h_0, h_0) if op is _VF.lstm_cell else h_0
-                biases = p["bias_ih"], p["bias_hh"]
-                return op(input, hx, p["weight_ih"], p["weight_hh"], *biases)
+            if hx is not None and input.dim() == 2:
+                return op(input, hx, *[p[name] for name in _WEIGHTS])
         except (AttributeError, IndexError, KeyError, RuntimeError, TypeError):
             pass  # torch's own forward raises its own error, or reads computed weights
         return super().forward(input, hx)
 
 
-@replaces(torch.nn.LSTMCell)
 class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """Drop-in for ``torch.nn.LSTMCell``: one step of ``fusedrnn.lstm``'s equations.
 
-    Args:
-        input_size: I, the features of the input.
-        hidden_size: H, the features of h and c.
-        bias: whether the cell has ``bias_ih`` and ``bias_hh``.
-        device: where the weights are made.
-        dtype: of the weights.
-
-    Inputs are ``input [B, I]`` or ``[I]`` and ``hx=(h, c)``, each ``[B, H]`` or ``[H]`` (default
-    zeros); outputs the next ``(h, c)``. All of one floating dtype and device.
+    The arguments are ``input_size, hidden_size, bias, device, dtype``, as of ``LSTM``. Inputs are
+    ``input [B, I]`` or ``[I]`` and ``hx=(h, c)``, each ``[B, H]`` or ``[H]`` (default zeros);
+    outputs the next ``(h, c)``. All of one floating dtype and device.
 
     Raises:
         ValueError: input or a state is neither 1-D nor 2-D.
@@ -348,7 +327,6 @@ class LSTMCell(_SingleStep, torch.nn.LSTMCell):
     """
 
 
-@replaces(torch.nn.GRUCell)
 class GRUCell(_ResetsGate, _SingleStep, torch.nn.GRUCell):  # type: ignore[override]
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
@@ -360,7 +338,6 @@ class GRUCell(_ResetsGate, _SingleStep, torch.nn.GRUCell):  # type: ignore[overr
     """
 
 
-@replaces(torch.nn.RNNCell)
 class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 
@@ -378,3 +355,6 @@ class RNNCell(_SingleStep, torch.nn.RNNCell):
         if self.nonlinearity not in ("tanh", "relu"):
             raise RuntimeError(f"Unknown nonlinearity: {self.nonlinearity}")
         return f"rnn_{self.nonlinearity}"
+
+
+register(LSTM, GRU, RNN, LSTMCell, GRUCell, RNNCell)

@@ -5,7 +5,8 @@ import functools
 import sys
 import threading
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar
 
 import torch
@@ -13,10 +14,9 @@ from torch.nn.modules import rnn as torchs_rnn
 from torch.nn.utils.parametrize import type_before_parametrizations as _class_of
 
 _Model = TypeVar("_Model", bound=torch.nn.Module)
-_Class = TypeVar("_Class", bound=type[torch.nn.Module])
 _Classes = dict[type[torch.nn.Module], type[torch.nn.Module]]
 
-# Collected at import, because while patched torch's names lead to ours.
+# Filled at import by ``register``, because while patched torch's names lead to ours.
 _OURS: _Classes = {}
 _TORCHS: _Classes = {}
 #: The lists in which torch's modules, but not ours, keep their weights a second time.
@@ -25,18 +25,31 @@ _FLAT = {"_flat_weights", "_flat_weight_refs"}
 _PLACES = (torch.nn, torch.nn.modules, torchs_rnn)
 
 _lock = threading.Lock()
-_active: dict["Patch", int] = {}  # how many blocks of each are open; 0 for a plain call
+_calls: set["Patch"] = set()  # the plain calls
+_blocks: list["Patch"] = []  # the open blocks
 _undo: list[Callable[[], object]] = []  # restores what patching changed; empty while not patched
+
+
+def register(*classes: Any) -> None:
+    """Makes each class the counterpart of torch's class of the same name."""
+    for ours in classes:
+        theirs = ours._torchs = getattr(torch.nn, ours.__name__)
+        _OURS[theirs], _TORCHS[ours] = ours, theirs
+        # Replaces a module in ``torch.jit.script``, with its Parameters.
+        ours.__prepare_scriptable__ = lambda module: to_torch(copy.copy(module))
 
 
 class Patch:
     """The result of ``patch()``: a context manager, which a plain call may ignore."""
 
     def __enter__(self) -> None:
-        _count(self, 1)
+        with _update():
+            _calls.discard(self)
+            _blocks.append(self)
 
     def __exit__(self, *exception: object) -> None:
-        _count(self, -1)
+        with _update():
+            _blocks.remove(self)
 
 
 def patch() -> Patch:
@@ -55,42 +68,34 @@ def patch() -> Patch:
     import torch._dynamo  # noqa: F401
 
     call = Patch()
-    _count(call, 0)
+    with _update():
+        _calls.add(call)
     return call
 
 
 def unpatch() -> None:
     """Ends every plain call of ``patch()``; inside a block, torch stays patched until it ends."""
+    with _update():
+        _calls.clear()
+
+
+@contextmanager
+def _update() -> Iterator[None]:
+    """Locks calls and blocks for a change, then patches or restores torch as they require."""
     with _lock:
-        for call in [call for call, blocks in _active.items() if not blocks]:
-            del _active[call]
-        _update()
-
-
-def _count(call: Patch, blocks: int) -> None:
-    """Counts the blocks of a call that are open; a plain call is active with none."""
-    with _lock:
-        _active[call] = _active.get(call, 0) + blocks
-        if blocks < 0 and not _active[call]:
-            del _active[call]
-        _update()
-
-
-def _update() -> None:
-    """Patches or restores torch, as the active calls and blocks require; needs the lock."""
-    if not _active:
-        while _undo:
-            _undo.pop()()
-    elif not _undo:
-        _undo.append(functools.partial(_allow_rnn, *_allow_rnn(True, True)))
-        if quantize := sys.modules.get("torch.ao.quantization.quantize"):
-            mark = _with_warning(quantize.propagate_qconfig_)
-            _undo.append(_replace(quantize, mark.__name__, mark))
-        for theirs, ours in _OURS.items():
-            for place in _PLACES:
-                _undo.append(_replace(place, ours.__name__, ours))
-            for method in ("__init__", "forward"):
-                _undo.append(_replace(ours, method, _for_both(ours, theirs, method)))
+        yield
+        if not (_calls or _blocks):
+            while _undo:
+                _undo.pop()()
+        elif not _undo:
+            _undo.append(functools.partial(_allow_rnn, *_allow_rnn(True, True)))
+            if quantize := sys.modules.get("torch.ao.quantization.quantize"):
+                mark = _with_warning(quantize.propagate_qconfig_)
+                _undo.append(_replace(quantize, mark.__name__, mark))
+            for theirs, ours in _OURS.items():
+                _undo.extend(_replace(place, ours.__name__, ours) for place in _PLACES)
+                for method in ("__init__", "forward"):
+                    _undo.append(_replace(ours, method, _for_both(ours, theirs, method)))
 
 
 def _replace(owner: Any, name: str, value: Any) -> Callable[[], None]:
@@ -168,22 +173,6 @@ def to_torch(model: _Model) -> _Model:
     return _convert(model, _TORCHS, "to_torch")
 
 
-def _scriptable(module: torch.nn.Module) -> torch.nn.Module:
-    """Returns what ``torch.jit.script`` puts in a module's place: torch's, with its Parameters."""
-    return to_torch(copy.copy(module))
-
-
-def replaces(theirs: type) -> Callable[[_Class], _Class]:
-    """Makes the decorated class the counterpart of one of torch's."""
-
-    def register(ours: _Class) -> _Class:
-        _OURS[theirs], _TORCHS[ours] = ours, theirs
-        ours.__prepare_scriptable__ = _scriptable  # type: ignore[attr-defined]
-        return ours
-
-    return register
-
-
 def _convert(model: _Model, classes: _Classes, caller: str) -> _Model:
     """Gives every module whose class is a key of ``classes`` the class's counterpart."""
     if not isinstance(model, torch.nn.Module):
@@ -202,10 +191,7 @@ def _convert(model: _Model, classes: _Classes, caller: str) -> _Model:
 def _obstacle(module: torch.nn.Module, target: type) -> str | None:
     """Returns the reason why a module cannot change its class, or None."""
     if "forward" in module.__dict__:
-        return (
-            "has a forward of its own, set on the instance, which would go on running the former "
-            "class; remove it or change the class before it is set"
-        )
+        return "has a forward of its own; remove it, or change the class before it is set"
     if not getattr(module, "reset_after", True):
         kind = type(module).__name__
         return f"is a {kind} with reset_after=False, for which torch has no module"

@@ -5,7 +5,6 @@ import functools
 import os
 import runpy
 import sys
-import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -15,7 +14,6 @@ import torch
 
 from . import dispatch, modules, patching
 
-_lock = threading.Lock()
 _backends_of: WeakKeyDictionary[torch.nn.Module, set[str]] = WeakKeyDictionary()
 _ran: list[set[str]] = []  # the backends of each module that has run, which may be gone by now
 
@@ -42,7 +40,7 @@ def _counting(forward: Callable) -> Callable:
 
     @functools.wraps(forward)
     def counted(self: Any, input: Any, hx: Any = None, **options: Any) -> Any:
-        backend = dispatch.choose(self._prepare(input, hx, **options).facts)
+        backend = dispatch.decide(self._prepare(input, hx, **options).facts)[0]
         if torch.compiler.is_dynamo_compiling():
             torch._dynamo.comptime.comptime(_note_while_compiling)
         else:
@@ -59,17 +57,18 @@ def _note_while_compiling(context: Any) -> None:
 
 
 def _note(module: torch.nn.Module, backend: str) -> None:
-    with _lock:
-        if not getattr(module, "_is_replica", False):  # DataParallel makes one for each batch
-            if module not in _backends_of:
-                _ran.append(_backends_of.setdefault(module, set()))
-            _backends_of[module].add(backend)
+    if not getattr(module, "_is_replica", False):  # DataParallel makes one for each batch
+        new: set[str] = set()
+        backends = _backends_of.setdefault(module, new)
+        if backends is new:
+            _ran.append(new)
+        backends.add(backend)
 
 
 def _report(process: int) -> None:
     """Prints ``fusedrnn: 3 modules ran: 2 on triton, 1 on triton and aten``, but not in a fork."""
     if os.getpid() == process:
-        counts = Counter(tuple(sorted(b, key=dispatch.BACKENDS.index)) for b in _ran)
-        parts = [f"{n} on {' and '.join(names)}" for names, n in counts.most_common()]
+        counts = Counter(" and ".join(sorted(b, key=dispatch.BACKENDS.index)) for b in _ran)
+        parts = ", ".join(f"{n} on {names}" for names, n in counts.most_common())
         ran = f"{len(_ran)} module{'' if len(_ran) == 1 else 's'} ran"
-        sys.stderr.write(f"fusedrnn: {': '.join([ran, *filter(None, [', '.join(parts)])])}\n")
+        sys.stderr.write(f"fusedrnn: {ran}{': ' if parts else ''}{parts}\n")

@@ -8,10 +8,6 @@ from torch import Tensor
 from . import arguments, dispatch
 from .ops import ATEN_CELL
 
-#: Up to this batch torch's operators for single steps run an LSTM at least as fast as its operator
-#: for a stack.
-_LARGEST_SINGLE_STEP_BATCH = 64
-
 _States = list[list[Tensor]]  # of h and, in an LSTM, of c: for each layer [B, H]
 _Step = tuple[Tensor, _States]  # the output [B, H], and the states after the step
 
@@ -74,8 +70,11 @@ class Stream:
             if held.dtype != first.dtype or held.device != first.device:
                 self._states = [[s.to(first) for s in layers] for layers in self._states]
                 self._facts = self._facts._replace(dtype=first.dtype, device=first.device)
-            step = self._by_cells if not autocast and self._runs_by_cells() else self._by_stack
-            output, self._states = step(input, self._states, weights)
+            needs_stack = autocast or self._facts.proj_size
+            if needs_stack or dispatch.decide(self._facts)[0] != "aten":
+                output, self._states = self._by_stack(input, self._states, weights)
+            else:  # torch's operators for single steps are faster
+                output, self._states = self._by_cells(input, self._states, weights)
             # The caller may write into the output, but not into the state.
             return output.clone() if output is self._states[0][-1] else output
 
@@ -148,12 +147,6 @@ class Stream:
                 f"{weight.dtype} {list(self._shape)}, batch_size and input_size, on {weight.device}"
             )
 
-    def _runs_by_cells(self) -> bool:
-        """Decides between torch's operators for single steps and a sequence of one step."""
-        facts = self._facts
-        is_large = facts.cell == "lstm" and facts.batch > _LARGEST_SINGLE_STEP_BATCH
-        return not facts.proj_size and not is_large and dispatch.choose(facts) == "aten"
-
     def _by_cells(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
         """Runs the layers one by one with torch's operators for single steps."""
         step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(states[0]), []
@@ -168,7 +161,7 @@ class Stream:
         """Runs a sequence of one step."""
         hx = arguments.as_hx([torch.stack(layers) for layers in states])
         output, final = self._module._run(
-            arguments.prepare(self._facts.cell, input.unsqueeze(0), hx, weights, self._layers)
+            self._facts.cell, input.unsqueeze(0), hx, weights, self._layers
         )
         # Autocast returns its own dtype; the state keeps that of the weights.
         finals = (final,) if isinstance(final, Tensor) else final

@@ -6,15 +6,15 @@ measured. ``docs/kernels.md`` explains how to read it.
 
 import json
 import math
-import os
 import textwrap
 from argparse import Namespace
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 import torch
 
+from . import dispatch
 from .kernels import plan as planning
 from .kernels.model import floor_us
 from .kernels.problem import CHIPS, Chip, NoPlan, Plan, Problem
@@ -30,8 +30,13 @@ def run(options: Namespace) -> Iterator[str]:
 
     It ends with ``options.fail`` where there is no plan, no Triton, or no folder for the files.
     """
-    compiling = _compiler(options.fail)
     o, chip = options, CHIPS[options.arch]
+    if dispatch._interpreting():
+        o.fail("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
+    if not dispatch._HAS_TRITON:
+        o.fail("study compiles with Triton, which is not installed")
+    from .kernels.compile import compile_plan
+
     problem = Problem(
         o.cell, o.hidden, o.batch, o.directions, DTYPES[o.dtype], o.precision, True, o.layers
     )
@@ -52,40 +57,29 @@ def run(options: Namespace) -> Iterator[str]:
     yield (
         f"{o.cell}: H {o.hidden}, B {o.batch}, D {o.directions}, L {o.layers}, {o.dtype}, for "
         f"training on {chip.name}: {chip.sms} SMs with {chip.shared_bytes:,} bytes of\nshared "
-        "memory each. Compiled for an absent GPU: nothing here is measured."
+        "memory each. Compiled for an absent GPU: nothing here is measured.\n"
     )
-    yield "\n".join(["1. Plan (kernels/plan.py)", *_plan_lines(problem, chip, plans)])
+    yield _paragraph("1. Plan (kernels/plan.py)", _plan_lines(problem, chip, plans))
     kernels = {
         _name(plan, kernel, i, plans): (kernel, plan)
         for plan in plans
-        for i, kernel in enumerate(
-            compiling.compile_plan(problem._replace(layers=plan.layers), plan, chip)
-        )
+        for i, kernel in enumerate(compile_plan(problem._replace(layers=plan.layers), plan, chip))
     }
-    yield "\n".join(["2. Resources, by the compiler", *_resource_lines(kernels, chip)])
-    yield "\n".join(["3. Instructions of one warp, each once", *_mix_lines(kernels)])
+    yield _paragraph("2. Resources, by the compiler", _resource_lines(kernels, chip))
+    yield _paragraph("3. Instructions of one warp, each once", _mix_lines(kernels))
     times = _time_lines(kernels, problem, chip, folder)
-    yield "\n".join(["4. Microseconds of a step (kernels/model.py, kernels/steptime.py)", *times])
+    yield _paragraph("4. Microseconds of a step (kernels/model.py, kernels/steptime.py)", times)
     for name, (kernel, _) in kernels.items():
         sass = "".join(f"{one.address:#06x} {one}\n" for one in kernel.instructions)
         for stage, content in {**kernel.binary.asm, "sass": sass}.items():
             data = content if isinstance(content, bytes) else str(content).encode()
             (folder / f"{name}.{stage}").write_bytes(data)
     names = " ".join(sorted(path.name for path in folder.iterdir()))
-    yield "\n".join([f"5. Files in {folder}", *textwrap.wrap(names, 100, break_on_hyphens=False)])
+    yield _paragraph(f"5. Files in {folder}", textwrap.wrap(names, 100, break_on_hyphens=False))
 
 
-def _compiler(fail: Callable[[str], NoReturn]) -> Any:
-    """Returns the module ``compile``; fails if Triton is missing, or interprets."""
-    if os.environ.get("TRITON_INTERPRET", "0").lower() not in ("", "0", "false", "off", "no", "n"):
-        fail("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
-    try:
-        from .kernels import compile as compiling
-    except ModuleNotFoundError as error:
-        if (error.name or "").partition(".")[0] != "triton":
-            raise
-        fail("study compiles with Triton, which is not installed")
-    return compiling
+def _paragraph(title: str, lines: Iterable[str]) -> str:
+    return "\n".join([title, *lines, ""])
 
 
 def _plans(problem: Problem, chip: Chip, schedule: str | None) -> list[Plan]:

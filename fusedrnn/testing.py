@@ -1,4 +1,4 @@
-"""The error budget, the odd cases, and a way to run an RNN for comparison; for tests and bench.
+"""The error budget, and a way to run an RNN for comparison; for tests and bench.
 
 A fixed tolerance is a guess: ``atol=0.1`` accepts an LSTM without ``b_hh``. The budget instead
 allows four times the error that torch itself makes in the same dtype against the same fp64 truth.
@@ -13,15 +13,6 @@ from torch import Tensor
 FACTOR = 4.0  # the allowed error, in units of torch's own maximal error against fp64
 FLOOR_EPS = 8.0  # the least error that is allowed, in units of eps * rms(truth)
 RMS_FP32 = 5e-6  # the largest relative RMS error in fp32
-
-
-class Case(NamedTuple):
-    """One shape: T steps, B sequences, I inputs, H units."""
-
-    T: int
-    B: int
-    I: int
-    H: int
 
 
 class Budget(NamedTuple):

@@ -37,17 +37,17 @@ def torch_module(cell: str, input_size: int, hidden_size: int, **kwargs) -> nn.R
     return classes[cell](input_size, hidden_size, **kwargs)
 
 
-def make_inputs(cell, case, *, layers=1, directions=1, dtype=torch.float32, device="cpu"):
+def make_inputs(cell, T, B, I, H, layers=1, directions=1, dtype=torch.float32):
     """x, hx and cotangents of output and final states, all random."""
     rows, states = layers * directions, SPECS[cell].states
 
     def randn(*shape):
-        return torch.randn(*shape, dtype=torch.float64).to(device, dtype)
+        return torch.randn(*shape, dtype=torch.float64).to(dtype)
 
-    x = randn(case.T, case.B, case.I)
-    hx = tuple(randn(rows, case.B, case.H) for _ in range(states))
-    cotangents = [randn(case.T, case.B, directions * case.H)]
-    cotangents += [randn(rows, case.B, case.H) for _ in range(states)]
+    x = randn(T, B, I)
+    hx = tuple(randn(rows, B, H) for _ in range(states))
+    cotangents = [randn(T, B, directions * H)]
+    cotangents += [randn(rows, B, H) for _ in range(states)]
     return x, hx if states == 2 else hx[0], cotangents
 
 

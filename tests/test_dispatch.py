@@ -9,7 +9,7 @@ from torch import nn
 
 import fusedrnn
 from fusedrnn import dispatch
-from fusedrnn.dispatch import choose, explain, requested_backend, use_backend
+from fusedrnn.dispatch import decide, explain, requested_backend, use_backend
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.expected import judge
 from fusedrnn.kernels.plan import CHIPS, NoPlan
@@ -36,6 +36,10 @@ def facts(device="cpu", cell="lstm", layers=(), **changes) -> Facts:
         cell, torch.device(device), torch.float32, 7, 2, 3, 16, layers=Layers(**dict(layers))
     )
     return made._replace(**changes)
+
+
+def choose(asked):
+    return decide(asked)[0]
 
 
 def refusal(backend: str, asked: Facts) -> str:
@@ -69,7 +73,7 @@ def test_the_environment_is_read_at_the_call_and_yields_to_use_backend(monkeypat
 
 
 def test_unknown_names_are_refused(monkeypatch):
-    expected = "{} is 'Triton'; expected one of auto, triton, torch, aten"
+    expected = "{} is 'Triton'; expected one of auto, triton, aten, torch"
     with pytest.raises(ValueError, match=expected.format("backend")):
         use_backend("Triton")
     with pytest.raises(ValueError, match="precision is 'fp32'; expected one of ieee, tf32, "):

@@ -7,7 +7,7 @@ from models import CELLS, make_inputs, torch_module
 from fusedrnn.kernels.tensors import Weights
 from fusedrnn.records import StackConfig
 from fusedrnn.reference import differentiable_stack
-from fusedrnn.testing import Case, run_module
+from fusedrnn.testing import run_module
 
 
 class Reference(torch.nn.Module):
@@ -36,8 +36,7 @@ class Reference(torch.nn.Module):
 def test_equals_torch_in_fp64(cell, T, B, layers, directions, bias):
     options = {"num_layers": layers, "bidirectional": directions == 2, "bias": bias}
     module = torch_module(cell, 4, 6, **options).double()
-    sizes = {"layers": layers, "directions": directions, "dtype": torch.float64}
-    given = make_inputs(cell, Case(T, B, 4, 6), **sizes)
+    given = make_inputs(cell, T, B, 4, 6, layers, directions, torch.float64)
     found = (run_module(m, *given) for m in (Reference(module, cell), module))
     torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
 

@@ -74,7 +74,7 @@ def test_a_program_runs_as_by_python(target, arguments, tmp_path):
 def test_modules_are_counted_compiled_ones_too(tmp_path):
     (tmp_path / "script.py").write_text(COMPILED)
     done = run("script.py", cwd=tmp_path)
-    expected = "fusedrnn: 4 modules ran: 2 on torch, 1 on aten, 1 on torch and aten\n"
+    expected = "fusedrnn: 4 modules ran: 2 on torch, 1 on aten, 1 on aten and torch\n"
     assert done.stderr == expected
 
 

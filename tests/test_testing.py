@@ -8,9 +8,9 @@ from models import double, make_inputs, torch_module
 from test_reference import Reference
 
 from fusedrnn import reference
-from fusedrnn.testing import Case, assert_budget, error_budget, run_module
+from fusedrnn.testing import assert_budget, error_budget, run_module
 
-CASE = Case(24, 3, 4, 32)
+T, B, I, H = 24, 3, 4, 32
 
 
 def lost_dc_n(cotangents, step):
@@ -26,7 +26,7 @@ def last_step_skipped(cotangents, step):
 
     def change(gx, h, c, w):
         result = step(gx, h, c, w)
-        return (h, c, result[2]) if next(calls) == CASE.T - 1 else result
+        return (h, c, result[2]) if next(calls) == T - 1 else result
 
     return change
 
@@ -37,8 +37,8 @@ def no_bug(cotangents, step):
 
 @pytest.mark.parametrize("bug", [no_bug, lost_dc_n, h_carried_in_bf16, last_step_skipped])
 def test_planted_bugs_are_rejected(bug, monkeypatch):
-    module = torch_module("lstm", CASE.I, CASE.H)
-    x, hx, cotangents = make_inputs("lstm", CASE)
+    module = torch_module("lstm", I, H)
+    x, hx, cotangents = make_inputs("lstm", T, B, I, H)
     ref = run_module(module, x, hx, cotangents)
     truth = run_module(copy.deepcopy(module).double(), double(x), double(hx), double(cotangents))
     step = bug(cotangents, reference._CELLS["lstm"])
