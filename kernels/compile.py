@@ -18,7 +18,7 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from . import steptime
-from .latencies import timings
+from .latencies import TIMINGS
 from .problem import Chip, Plan, Problem, Tiles
 from .rows import Rows
 from .sass import Instruction, loops, read, run_tool, trace
@@ -68,7 +68,7 @@ class Kernel:
 
     def predict(self, arch: str) -> steptime.Prediction:
         """Predicts a step of a kernel that has the loop over time."""
-        return steptime.predict(self.turn, timings(arch), self.tiles.num_warps, self.steps)
+        return steptime.predict(self.turn, TIMINGS[arch], self.tiles.num_warps, self.steps)
 
 
 def compile_plan(

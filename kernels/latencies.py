@@ -17,11 +17,10 @@ H  The stall counts in binaries that ``ptxas`` makes for the architecture.
 X  Assumed: no source was found. ``docs/predicted.md`` shows what depends on the doubtful ones.
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Timings:
+class Timings(NamedTuple):
     """Cycles, unless the comment names another unit. A sub-core is one of an SM's four schedulers.
 
     *busy*: how long one instruction of a warp occupies a pipe of its sub-core.
@@ -55,8 +54,6 @@ class Timings:
     constant_latency: float = 29.0  # LDC (D)
     special_latency: float = 25.0  # S2R (X)
     r2ur_latency: float = 10.0  # (X)
-    atomic_latency: float = 330.0  # with a result, in L2 (X)
-    shared_atomic_latency: float = 64.0  # (X)
     barrier: float = 20.0  # from the last arrival to the next instruction (F)
     arrive: float = 2.0  # busy; the arrival of one warp (F)
     hop_us: float = 0.65  # microseconds; from a releasing store to an acquiring load (X)
@@ -82,8 +79,3 @@ TIMINGS = {
     "sm_100": Timings("B200", 1965.0, 148, 232_448, hmma=6.5, hmma_latency=24.1),
     "sm_120": Timings("RTX 5090", 2407.0, 170, 101_376, hmma=32.0, l2=300.0),
 }
-
-
-def timings(arch: str, **changes: float) -> Timings:
-    """Returns the timings of an architecture such as ``"sm_90"``, with some of them replaced."""
-    return replace(TIMINGS[arch.removesuffix("a")], **changes)  # type: ignore[arg-type]

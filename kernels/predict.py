@@ -16,7 +16,7 @@ from typing import Any
 import torch
 
 from .expected import PREDICTED, judge, read
-from .latencies import timings
+from .latencies import TIMINGS
 from .plan import cooperative, plan, plan_stack
 from .problem import CHIPS, NoPlan, Plan, Problem
 
@@ -91,7 +91,7 @@ def tables() -> Iterator[str]:
     lines = {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
     for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
         found = (lines.get((name, cell, products, H, 1)) for H in SIZES)
-        mhz = timings(name).mhz
+        mhz = TIMINGS[name].mhz
         times = (
             f"{f['fw_cycles'] / mhz:.2f} / {f['bw_cycles'] / mhz:.2f}" if f else "" for f in found
         )

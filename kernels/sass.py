@@ -4,10 +4,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NO_BOARD = 7  # the scoreboard field of an instruction that sets none
 
@@ -35,8 +34,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One SASS instruction with the fields of its control word."""
 
     address: int
@@ -44,7 +42,7 @@ class Instruction:
     operands: str = ""
     predicate: str = ""
     line: str = ""  # file:line of the source
-    target: int | None = None  # the address that a branch names
+    labels: tuple[str, ...] = ()  # by which branches name it
     stall: int = 1  # cycles until the next instruction of the warp may issue
     stay: bool = True  # the scheduler may issue the next instruction from the same warp
     write: int = NO_BOARD  # the scoreboard that is released when the result is written
@@ -87,40 +85,31 @@ _ITEM = re.compile(
     r'^\s*//## File "(?P<file>[^"]*)", line (?P<number>\d+)|^\s*(?P<label>\.L_\w+):'
     r"|/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<name>[A-Z][\w.]*)"
     r"[ \t]*(?P<operands>.*?)\s*;\s*/\*\s*0x[0-9a-f]{16}\s*\*/"
-    r"(?:\s*/\*\s*0x(?P<high>[0-9a-f]{16})\s*\*/)?",
+    r"\s*/\*\s*0x(?P<high>[0-9a-f]{16})\s*\*/",
     re.MULTILINE,
 )
-_TARGET = re.compile(r"(\.L_\w+)|\b0x([0-9a-f]+)\b")
 
 
 def read_listing(text: str) -> list[Instruction]:
     """Returns the instructions of the one kernel in a listing of ``nvdisasm -c -hex -g``.
 
     Raises:
-        ValueError: the listing holds no instruction, or one without its encoding.
+        ValueError: the listing holds no instruction with its encoding.
     """
     found: list[Instruction] = []
-    at: dict[str, int] = {}  # the index that a label names
-    source = ""
+    source, labels = "", tuple[str, ...]()
     for item in _ITEM.finditer(text):
         if item["file"]:
             source = f"{Path(item['file']).name}:{item['number']}"
         elif item["label"]:
-            at[item["label"]] = len(found)
-        elif not item["high"]:
-            raise ValueError(f"instruction {item['address']} has no second half of its encoding")
+            labels += (item["label"],)
         else:
-            rest = item["name"], item["operands"], item["predicate"] or "", source
+            about = item["name"], item["operands"], item["predicate"] or "", source, labels
             fields = decode(int(item["high"], 16))
-            found.append(Instruction(int(item["address"], 16), *rest, **fields))
+            found.append(Instruction(int(item["address"], 16), *about, **fields))
+            labels = ()
     if not found:
-        raise ValueError("the listing holds no instruction with an encoding")
-    for index, one in enumerate(found):
-        goal = _TARGET.search(one.operands) if one.name.startswith(("BRA", "CALL")) else None
-        if goal and at.get(goal[1], len(found)) < len(found):
-            found[index] = replace(one, target=found[at[goal[1]]].address)
-        elif goal and goal[2]:
-            found[index] = replace(one, target=int(goal[2], 16))
+        raise ValueError("the listing holds no instruction with its encoding")
     return found
 
 
@@ -143,9 +132,13 @@ def read(cubin: bytes) -> list[Instruction]:
 
 def _branches(instructions: Sequence[Instruction]) -> dict[int, int]:
     """Returns the index that each branch leads to."""
-    at: dict[int | None, int] = {one.address: index for index, one in enumerate(instructions)}
-    named = ((index, one) for index, one in enumerate(instructions) if one.name.startswith("BRA"))
-    return {index: at[one.target] for index, one in named if one.target in at}
+    at = {label: index for index, one in enumerate(instructions) for label in one.labels}
+    labels = {
+        index: re.findall(r"\.L_\w+", one.operands)
+        for index, one in enumerate(instructions)
+        if one.name.startswith("BRA")
+    }
+    return {index: at[goal] for index, goals in labels.items() for goal in goals if goal in at}
 
 
 def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
@@ -168,23 +161,20 @@ def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
         raise ValueError("the kernel has no loop")
     first, last = spans[0]
     goals = {i: to for i, to in _branches(instructions).items() if first <= to <= last}
-    exits = set()  # branches out of polling loops that end in an unconditional branch backward
+    taken = set()
+    for index, to in goals.items():
+        one, skipped = instructions[index], [each.name for each in instructions[index + 1 : to]]
+        calls = any(name.startswith("CALL") for name in skipped)
+        slow = calls and not any(name.startswith(("BAR", "LD", "HMMA")) for name in skipped)
+        if slow or not (one.predicate or "UP" in one.operands):
+            taken.add(index)
     for begin, end in spans[1:]:
-        if first < begin and end < last and not instructions[end].predicate:
-            exits.update([i for i in range(begin, end) if goals.get(i, 0) > end][:1])
+        if first < begin and end in taken:  # it polls: the first branch out of it is
+            taken.update([i for i in range(begin, end) if goals.get(i, 0) > end][:1])
     path, index = [], first
     while index != last:
-        one, target = instructions[index], goals.get(index)
-        path.append(one)
-        index += 1
-        if target is not None:
-            always = not one.predicate and "UP" not in one.operands
-            names = [each.name for each in instructions[index:target]]
-            slow = any(name.startswith("CALL") for name in names) and not any(
-                name.startswith(("BAR", "LD", "HMMA")) for name in names
-            )
-            if always or (target >= index and (slow or index - 1 in exits)):
-                index = target
+        path.append(instructions[index])
+        index = goals[index] if index in taken else index + 1
         if len(path) > 4 * (last - first + 1):
             raise ValueError("the loop has no end that the trace reaches")
     return [*path, instructions[last]]
