@@ -6,6 +6,7 @@ does not compile under ``TRITON_INTERPRET``.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -79,7 +80,7 @@ def compile_plan(
     For ragged rows it takes packed ones, and for several layers dropout masks, which need most.
     """
     layers, grads, rows = _tensors(problem, plan)
-    found: dict[int, Kernel] = {}
+    found = []
     for direction in directions:
         tiles = plan.forward if direction == "forward" else plan.backward
         if tiles is None:
@@ -88,13 +89,10 @@ def compile_plan(
         given = (layers,) if direction == "forward" else (layers, grads)
         with recording(module, chip) as launches:
             getattr(module, direction)(problem.cell, plan, *given, rows)
-        for binary, grid in launches:
-            if id(binary) in found:
-                found[id(binary)].launches += 1
-            else:
-                steps = getattr(module, "STEPS", 1)
-                found[id(binary)] = Kernel(direction, tiles, grid, binary, steps)
-    return list(found.values())
+        grids, steps = dict(reversed(launches)), getattr(module, "STEPS", 1)
+        for binary, count in Counter(binary for binary, _ in launches).items():
+            found.append(Kernel(direction, tiles, grids[binary], binary, steps, count))
+    return found
 
 
 class _Driver:

@@ -58,8 +58,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int) -> Verdict:
     """Returns the expected times of a call of the stack ``problem`` with T steps of I features."""
     family, figure = FAMILIES.get(chip.arch, "sm_90"), find_figure(problem, I)
-    mhz = chip.mhz or TIMINGS.get(chip.arch, TIMINGS[family]).mhz
-    both = _products_us(problem, chip.sms * mhz / TIMINGS[family].hmma, T, I)
+    both = _products_us(problem, chip.sms * chip.mhz / TIMINGS[family].hmma, T, I)
     theirs, source = None, "published nowhere"
     if figure:  # persistent kernels run directions side by side, as far as is known
         times = problem.layers * (problem.directions if figure["algorithm"] == "standard" else 1)
@@ -71,8 +70,8 @@ def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int)
         if line is None:
             unknown = f"not predicted for schedule {plan.schedule} on {chip.name}"
             return Verdict(None, theirs, (unknown, source))
-        ours += _launch_us(problem, plan, chip.sms, mhz, line, T)
-    return Verdict(ours, theirs, (f"predicted: {family}'s cycles at {mhz:.0f} MHz", source))
+        ours += _launch_us(problem, plan, chip, line, T)
+    return Verdict(ours, theirs, (f"predicted: {family}'s cycles at {chip.mhz:.0f} MHz", source))
 
 
 def find_line(problem: Problem, plan: Plan, family: str) -> dict[str, Any] | None:
@@ -91,7 +90,7 @@ def find_line(problem: Problem, plan: Plan, family: str) -> dict[str, Any] | Non
     return min(fitting, key=lambda line: (line["H"], -line["layers"]), default=None)
 
 
-def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, line: dict[str, Any], T: int) -> float:
+def _launch_us(p: Problem, plan: Plan, chip: Chip, line: dict[str, Any], T: int) -> float:
     """Forward and backward of one plan, all its programs one wave after the other."""
     total, sm, together = 0.0, TIMINGS[line["chip"]], plan.schedule == "cooperative"
     hop_us = sm.hop_us * together  # it does not grow with what a program computes
@@ -104,8 +103,8 @@ def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, line: dict[str, Any
         larger *= max(1.0, tiles.block_h / line[f"{side}_units"])
         larger *= RAGGED if p.ragged else 1.0
         groups = -(-p.batch // tiles.block_b)
-        waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // sms)
-        us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / mhz * larger
+        waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // chip.sms)
+        us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / chip.mhz * larger
         total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
     return total
 

@@ -7,7 +7,7 @@ cell; a kind is a way to multiply: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 in
 
 from typing import NamedTuple
 
-from .spec import CellSpec
+from .problem import Chip, Problem, Tiles
 
 
 def largest_h(kind: str, gates: int) -> int:
@@ -31,19 +31,17 @@ class SliceNeeds(NamedTuple):
     read_bytes: int  # of operands in a step
 
 
-def slice_needs(
-    spec: CellSpec, kind: str, layers: int, forward: bool, H: int, units: int, rows: int,
-    warps: int, halved: bool = False,
-) -> SliceNeeds:  # fmt: skip
-    """The needs of a program of ``units``, ``rows`` sequences and ``warps`` (``slices.py``).
+def slice_needs(p: Problem, forward: bool, tiles: Tiles) -> SliceNeeds:
+    """The needs of a program (``slices.py``).
 
     Forward, a product has 16 rows of gates and units, and H columns; backward, units and the
     columns of all gates of a phase. If halved, half of the columns of W is in shared memory.
     """
-    itemsize = 2 if kind == "16-bit" else 4
+    spec, H, itemsize = p.spec, p.hidden_size, p.dtype.itemsize
+    rows, units, warps, halved = tiles.block_b, tiles.block_h, tiles.num_warps, tiles.halved
     line = 64 // itemsize * warps
     gates = [len(phase) for phase in spec.phases]
-    if layers > 1:  # the product with W_ih, or with that of the layer above
+    if p.layers > 1:  # the product with W_ih, or with that of the layer above
         gates.append(spec.gates)
     if forward:
         blocks, columns = [-(-n * units // 16) for n in gates], [H] * len(gates)
@@ -56,11 +54,11 @@ def slice_needs(
         for each in (held, rest)
     )
     sums = max(blocks)
-    if layers > 1 and forward:  # the input's part of n in the GRU is a sum of its own
+    if p.layers > 1 and forward:  # the input's part of n in the GRU is a sum of its own
         sums += sum(tile >= spec.gates for tile in spec.recurrent) * units // 16
-    elif layers > 1:
+    elif p.layers > 1:
         sums *= 2
-    operand = max(map(max, zip(held, rest, strict=True))) * rows * itemsize
+    operand = max(*held, *rest) * rows * itemsize
     return SliceNeeds(
         (in_registers + operand) // (128 * warps) + sums * rows // 2,
         sums * warps * rows * 64 + in_shared,
@@ -69,7 +67,16 @@ def slice_needs(
     )
 
 
-def holds_slice(needs: SliceNeeds, layers: int, ragged: bool, forward: bool, halved: bool) -> bool:
-    """Returns whether registers are left for the rest; ``tests/compile_all.py`` checks it."""
-    scarce = ragged and (forward or halved or layers > 1)
-    return needs.registers <= 208 - 16 * scarce - 32 * (layers > 1) - 8 * (halved and forward)
+def holds_slice(needs: SliceNeeds, p: Problem, chip: Chip, forward: bool, tiles: Tiles) -> bool:
+    """Returns whether a program fits and leaves registers for the rest of a step."""
+    is_wave, halved = p.layers > 1, tiles.halved
+    if tiles.block_h == 8 and (is_wave or not forward):  # an instruction has 16 rows
+        return False
+    if halved:
+        most = 64 // p.spec.gates if forward else 32  # units
+        spills = forward and p.hidden_size > 3072 and chip.arch == "sm_100"
+        if is_wave or spills or tiles.block_b > 16 or tiles.block_h > most:
+            return False
+    scarce = p.ragged and (forward or halved or is_wave)
+    left = 208 - 16 * scarce - 32 * is_wave - 8 * (halved and forward)
+    return needs.registers <= left and needs.shared_bytes <= chip.shared_bytes

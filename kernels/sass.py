@@ -150,31 +150,21 @@ def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
 def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
     """Returns one turn of the longest loop in the order of execution.
 
-    Branches depend on data that is not there. Those out of the loop are not taken. A predicated
-    branch forward is taken where it skips a call and no load: the slow path of a division. A
-    polling loop is left after one round.
+    Branches depend on data that is not there: those with a predicate are not taken, so a polling
+    loop is left after one round. Nor are those that lead out of the loop.
 
     Raises:
-        ValueError: there is no loop.
+        ValueError: there is no loop, or an endless one within it.
     """
     if not (spans := loops(instructions)):
         raise ValueError("the kernel has no loop")
     first, last = spans[0]
-    goals = {i: to for i, to in _branches(instructions).items() if first <= to <= last}
-    taken = set()
-    for index, to in goals.items():
-        one, skipped = instructions[index], [each.name for each in instructions[index + 1 : to]]
-        calls = any(name.startswith("CALL") for name in skipped)
-        slow = calls and not any(name.startswith(("BAR", "LD", "HMMA")) for name in skipped)
-        if slow or not (one.predicate or "UP" in one.operands):
-            taken.add(index)
-    for begin, end in spans[1:]:
-        if first < begin and end in taken:  # it polls: the first branch out of it is
-            taken.update([i for i in range(begin, end) if goals.get(i, 0) > end][:1])
-    path, index = [], first
+    goals, path, index = _branches(instructions), [], first
     while index != last:
-        path.append(instructions[index])
-        index = goals[index] if index in taken else index + 1
-        if len(path) > 4 * (last - first + 1):
+        one, goal = instructions[index], goals.get(index, -1)
+        path.append(one)
+        always = not one.predicate and "UP" not in one.operands
+        index = goal if always and first <= goal <= last else index + 1
+        if len(path) > last:
             raise ValueError("the loop has no end that the trace reaches")
     return [*path, instructions[last]]

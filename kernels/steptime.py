@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from operator import attrgetter, itemgetter
 from typing import NamedTuple
 
-from .latencies import MMA_RATIOS, Timings
+from .latencies import Timings
 from .sass import NO_BOARD, Instruction, kind_of
 
 SCHEDULERS = 4  # of an SM
@@ -40,12 +40,11 @@ def cost(one: Instruction, sm: Timings) -> Cost:
         return _shared_cost(name, sm)
     if kind in ("global load", "global store", "global atomic", "spill"):
         return _global_cost(name, sm)
-    ratio = next((r for shape, r in MMA_RATIOS.items() if f".{shape}" in name), 1.0)
     halves = 2 if ".WIDE" in name or ".HI" in name else 1
     late = {"R2UR": sm.r2ur_latency, "ULDC": 12.0, "UR2UP": 12.0}
     mufu = Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
     return {
-        "tensor core": Cost("tensor", sm.hmma * ratio, sm.hmma_latency, "tensor"),
+        "tensor core": Cost("tensor", sm.hmma, sm.hmma_latency, "tensor"),
         "MUFU": mufu,
         "conversion": mufu,
         "barrier": Cost("barrier"),

@@ -123,7 +123,7 @@ def test_who_runs_the_kernels_in_gluon():
 
 
 def test_a_device_that_refused_is_not_asked_again(monkeypatch):
-    monkeypatch.setattr("fusedrnn.kernels.problem._REFUSING", set())
+    monkeypatch.setattr("fusedrnn.kernels.problem._LEARNED", {})
     device = torch.device("cpu")
     assert chip_of(device).cooperates
     refuse_cooperation(device)
@@ -135,10 +135,9 @@ def test_a_device_that_refused_is_not_asked_again(monkeypatch):
 
 
 def test_a_layer_whose_kernels_failed_is_planned_no_more(monkeypatch):
-    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
+    monkeypatch.setattr("fusedrnn.kernels.problem._LEARNED", {})
     device, asked, forgotten = torch.device("cpu"), problem(), []
     monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
-    monkeypatch.setattr("fusedrnn.kernels.problem._REFUSING", set())
     give_up(device, asked.cell, asked.hidden_size, asked.dtype, "no compiler")
     with pytest.raises(NoPlan, match=r"^no compiler$"):
         plan_stack(asked, chip_of(device))
