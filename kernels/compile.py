@@ -143,23 +143,16 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def c(*shape: int) -> torch.Tensor | None:
-        return empty(*shape) if spec.states == 2 else None
-
     rows = Rows(1, B)
     if p.ragged:
         origins, starts = empty(D, 1, B, dtype=torch.int8), empty(1, dtype=torch.int64)
         rows = Rows(1, B, origins, torch.tensor([B]), starts)
-    wide, bias = (empty(G * H, D * H),) * Z, (empty(G * H),) * Z
+    h, y = empty(Z, B, H), empty(B, D * H)
+    c, bias = h if spec.states == 2 else None, (empty(G * H),) * Z
+    gates = empty(Z, B, spec.saved * H) if spec.saved and p.needs_grad else None
     layers = Layers(
-        empty(D, B, G * H), wide, bias, (empty(G * H, H),) * Z, bias,
-        (empty(B, D * H),) * Z if plan.layers > 1 else None,
-        empty(Z, B, H), c(Z, B, H), empty(Z, B, H), c(Z, B, H), (empty(B, D * H),) * Z,
-        empty(Z, B, spec.saved * H) if spec.saved and p.needs_grad else None,
-        c(Z, B, H) if p.needs_grad else None, rows.origins, rows.starts,
+        empty(D, B, G * H), (empty(G * H, D * H),) * Z, bias, (empty(G * H, H),) * Z, bias,
+        (y,) * Z if plan.layers > 1 else None, h, c, h, c, (y,) * Z, gates,
+        c if p.needs_grad else None, rows.origins, rows.starts,
     )  # fmt: skip
-    grads = Grads(
-        empty(B, D * H), None, empty(Z, B, H), c(Z, B, H), empty(Z, B, spec.grad_tiles * H),
-        empty(Z, B, H), c(Z, B, H),
-    )  # fmt: skip
-    return layers, grads, rows
+    return layers, Grads(y, None, h, c, empty(Z, B, spec.grad_tiles * H), h, c), rows
