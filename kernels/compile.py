@@ -22,7 +22,7 @@ from . import steptime
 from .latencies import TIMINGS
 from .problem import Chip, Plan, Problem, Tiles
 from .rows import Rows
-from .sass import Instruction, loops, read, run_tool, trace
+from .sass import Instruction, read, run_tool, trace
 from .tensors import Grads, Layers
 
 
@@ -65,7 +65,7 @@ class Kernel:
     @cached_property
     def turn(self) -> list[Instruction]:
         """One turn of the loop over time; empty where the host has the loop."""
-        return trace(self.instructions) if loops(self.instructions) else []
+        return trace(self.instructions)
 
     def predict(self, arch: str) -> steptime.Prediction:
         """Predicts a step of a kernel that has the loop over time."""

@@ -141,25 +141,21 @@ def _branches(instructions: Sequence[Instruction]) -> dict[int, int]:
     return {index: at[goal] for index, goals in labels.items() for goal in goals if goal in at}
 
 
-def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """Returns the first and last index of every loop, the longest first."""
-    spans = [(to, index) for index, to in _branches(instructions).items() if to < index]
-    return sorted(spans, key=lambda span: span[0] - span[1])
-
-
 def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """Returns one turn of the longest loop in the order of execution.
+    """Returns one turn of the longest loop in the order of execution; nothing if there is none.
 
     Branches depend on data that is not there: those with a predicate are not taken, so a polling
     loop is left after one round. Nor are those that lead out of the loop.
 
     Raises:
-        ValueError: there is no loop, or an endless one within it.
+        ValueError: there is an endless loop within it.
     """
-    if not (spans := loops(instructions)):
-        raise ValueError("the kernel has no loop")
-    first, last = spans[0]
-    goals, path, index = _branches(instructions), [], first
+    goals, path = _branches(instructions), []
+    loops = [(to, index) for index, to in goals.items() if to < index]
+    if not loops:
+        return []
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
+    index = first
     while index != last:
         one, goal = instructions[index], goals.get(index, -1)
         path.append(one)

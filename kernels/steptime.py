@@ -154,27 +154,16 @@ class _Core:
         self.pipes: dict[str, float] = defaultdict(float)  # when each is free
         self.queue = [0.0] * sm.queue  # when the latest memory instructions start
 
-    def pipe_of(self, cost: Cost) -> str:
-        """Returns the pipe of an instruction: for FMA, of two the one that is free first."""
-        both = self.sm.fma_pipes == 2 and self.pipes["fma"] <= self.pipes["imad"]
-        return "imad" if cost.pipe == "fma" and not both else cost.pipe
-
-    def pipe_free(self, cost: Cost) -> float:
-        """Returns when an instruction may issue as far as its pipe is concerned."""
-        if cost.pipe == "memory":
-            return self.queue[0]
-        ahead = self.sm.mufu if cost.pipe == "mufu" else 0.0  # one may wait in front of it
-        return self.pipes[self.pipe_of(cost)] - ahead
-
-    def occupy(self, cost: Cost, now: float) -> float:
-        """Takes the pipe for an instruction that issues now; returns when it starts there."""
-        pipe = self.pipe_of(cost)
-        start = max(now + 2 * (pipe == "memory"), self.pipes[pipe])
+    def pipe_of(self, cost: Cost) -> tuple[str, float]:
+        """Returns the pipe of an instruction, and when that lets it issue."""
+        pipe, ahead = cost.pipe, 0.0
         if pipe == "memory":
-            self.queue = [*self.queue[1:], start]
-        if cost.busy:
-            self.pipes[pipe] = start + cost.busy
-        return start
+            return pipe, self.queue[0]
+        if pipe == "mufu":
+            ahead = self.sm.mufu  # one may wait in front of it
+        elif pipe == "fma" and (self.sm.fma_pipes == 1 or self.pipes["fma"] > self.pipes["imad"]):
+            pipe = "imad"  # of the two for FMA the one that is free first
+        return pipe, self.pipes[pipe] - ahead
 
 
 class _Sm:
@@ -216,7 +205,7 @@ class _Sm:
         """Returns when a warp can issue its next instruction."""
         if len(warp.ends) > TURNS:
             return float("inf")
-        pipe = core.pipe_free(self.costs[warp.at])
+        _, pipe = core.pipe_of(self.costs[warp.at])
         return max(warp.ready, warp.barrier, self.boards(warp)[0], pipe, core.free)
 
     def account(self, core: _Core, warp: _Warp, now: float) -> None:
@@ -228,7 +217,7 @@ class _Sm:
             (warp.ready, "fixed latency"),
             (warp.barrier, "barrier"),
             (until, f"wait: {kind}"),
-            (core.pipe_free(what), f"pipe: {what.pipe}"),
+            (core.pipe_of(what)[1], f"pipe: {what.pipe}"),
             (now, "another warp issued"),
         ):
             if when > clock:
@@ -241,9 +230,13 @@ class _Sm:
         one, what = self.path[warp.at], self.costs[warp.at]
         if len(warp.ends) > WARM:
             self.account(core, warp, now)
-        start = core.occupy(what, now)
+        pipe, _ = core.pipe_of(what)
+        start = max(now + 2 * (pipe == "memory"), core.pipes[pipe])
         done, read = start + what.latency, now + what.read
-        if what.unit:
+        if what.busy:
+            core.pipes[pipe] = start + what.busy
+        if pipe == "memory":
+            core.queue = [*core.queue[1:], start]
             at_unit = max(start + 2, self.unit)
             self.unit = at_unit + what.unit
             done, read = at_unit - 4 + what.latency, start - 2 + what.read
