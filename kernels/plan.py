@@ -11,7 +11,7 @@ from itertools import product
 
 import torch
 
-from .limits import holds_slice, largest_h, resident_bytes, slice_needs
+from .limits import largest_h, resident_bytes, slice_needs
 from .problem import CACHES, CHIPS, Chip, NoPlan, Plan, Problem, Tiles, chip_of, forget  # noqa: F401
 from .spec import SPECS
 
@@ -187,8 +187,7 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
         tiles = -(-problem.batch // rows)
         at_once = min(tiles, chip.sms // programs)
         sizes = Tiles(rows, units, warps, 255, "tf32", 0, at_once, halved)
-        needs = slice_needs(problem, forward, sizes)
-        if not holds_slice(needs, problem, chip, forward, sizes):
+        if (needs := slice_needs(problem, chip, forward, sizes)) is None:
             continue
         # Loads, products and sums follow each other; the hop and the rest of a step are the same
         # for all slices, but not for all rounds.

@@ -3,7 +3,7 @@
 import torch
 
 from fusedrnn.kernels.limits import SliceNeeds, resident_bytes, slice_needs
-from fusedrnn.kernels.problem import Problem, Tiles
+from fusedrnn.kernels.problem import CHIPS, Problem, Tiles
 
 
 def test_shared_memory_worked_out_by_hand():
@@ -18,6 +18,9 @@ def test_a_slice_worked_out_by_hand():
     registers = weights // 4 // 128 + operand // 4 // 128 + sums // 4 // 32
     mma = 4 * 512 // 16 // 4
     problem, tiles = Problem("lstm", 512, 8, 1, torch.bfloat16, "", True), Tiles(8, 16, 4, 0, "", 0)
-    needs = slice_needs(problem, True, tiles)
+    chip = CHIPS["sm_90"]._replace(shared_bytes=4 * sums)
+    needs = slice_needs(problem, chip, True, tiles)
     assert needs == SliceNeeds(registers, 4 * sums, mma, operand)
-    assert slice_needs(problem._replace(hidden_size=500), True, tiles) == needs
+    assert slice_needs(problem._replace(hidden_size=500), chip, True, tiles) == needs
+    assert slice_needs(problem, chip._replace(shared_bytes=4 * sums - 1), True, tiles) is None
+    assert slice_needs(problem._replace(hidden_size=2048), chip, True, tiles) is None
