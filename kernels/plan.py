@@ -159,8 +159,8 @@ def resident(problem: Problem, chip: Chip) -> Plan:
 
 def cooperative(problem: Problem, chip: Chip) -> Plan:
     """Plans schedule *cooperative*: of the slices that fit, the fastest by the model."""
-    if not chip.cooperates:
-        raise NoPlan(f"{chip.name} has refused a cooperative launch")
+    if failed := dict(chip.failed).get("cooperative"):
+        raise NoPlan(failed)
     _needs_nvidia("cooperative", problem, chip)
     if problem.layers > 1 and problem.directions > 1:
         raise NoPlan("a wavefront has one direction; the other needs the whole layer below")

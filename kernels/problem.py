@@ -33,10 +33,8 @@ class Chip(NamedTuple):
     shared_bytes: int  # the most one program may have
     warp_size: int = 32
     concurrent: bool = True  # False in Triton's interpreter: one program after the other
-    cooperates: bool = True  # False once the device has refused a cooperative launch
     mhz: float = 1755.0  # the highest clock
-    #: What ``give_up`` was told: cell, H and dtype, and the cause.
-    failed: tuple[tuple[tuple, str], ...] = ()
+    failed: tuple[tuple[Any, str], ...] = ()  # what ``give_up`` was told, with its causes
 
     @property
     def unsupported(self) -> str | None:
@@ -60,8 +58,7 @@ CHIPS = {arch: Chip(arch, arch, sm.sms, sm.shared, mhz=sm.mhz) for arch, sm in T
 #: docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html allows 32 by default (since NCCL
 #: 2.25 NCCL_MAX_CTAS may raise it to 64). A cooperative launch that needs them waits for its end.
 _SMS_OF_NCCL = 32
-#: The fields of a device's chip that its failures have changed.
-_LEARNED: dict[torch.device, dict[str, Any]] = {}
+_FAILED: dict[torch.device, dict[Any, str]] = {}
 #: The functions that empty the caches of what was decided; ``forget`` calls them.
 CACHES: list[Callable[[], object]] = []
 
@@ -72,25 +69,15 @@ def forget() -> None:
         clear()
 
 
-def refuse_cooperation(device: torch.device) -> None:
-    """Excludes schedule cooperative from all later plans for this device.
-
-    Another process may own a share of the SMs (MPS, green contexts).
-    """
-    _LEARNED.setdefault(device, {})["cooperates"] = False
-    forget()
-
-
-def give_up(device: torch.device, cell: str, H: int, dtype: torch.dtype, cause: str) -> None:
-    """Excludes the kernels from all later plans for such a layer on this device."""
-    learned = _LEARNED.setdefault(device, {})
-    learned["failed"] = (*learned.get("failed", ()), ((cell, H, dtype), cause))
+def give_up(device: torch.device, what: str | tuple[str, int, torch.dtype], cause: str) -> None:
+    """Excludes a schedule, or the kernels of a cell, H and dtype, from all later plans."""
+    _FAILED.setdefault(device, {})[what] = cause
     forget()
 
 
 def chip_of(device: torch.device) -> Chip:
     """Returns the chip behind a device, as far as this process may use it."""
-    chip = _chip_of(device)._replace(**_LEARNED.get(device, {}))
+    chip = _chip_of(device)._replace(failed=tuple(_FAILED.get(device, {}).items()))
     if distributed.is_available() and distributed.is_initialized():
         if "nccl" in distributed.get_backend():
             return chip._replace(sms=max(chip.sms - _SMS_OF_NCCL, 1))

@@ -73,11 +73,8 @@ def decode(high: int) -> dict[str, Any]:
     Bits 105 to 108 hold the stall count, 109 the yield flag, 110 to 112 the write scoreboard,
     113 to 115 the read scoreboard, 116 to 121 the wait mask.
     """
-    stall, stay, write, read, wait = (
-        high >> first & (1 << bits) - 1
-        for first, bits in ((41, 4), (45, 1), (46, 3), (49, 3), (52, 6))
-    )
-    return {"stall": stall, "stay": bool(stay), "write": write, "read": read, "wait": wait}
+    places = {"stall": (41, 4), "stay": (45, 1), "write": (46, 3), "read": (49, 3), "wait": (52, 6)}
+    return {name: high >> first & (1 << bits) - 1 for name, (first, bits) in places.items()}
 
 
 #: A line of the source, a label, or an instruction with both halves of its encoding.

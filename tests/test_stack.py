@@ -107,7 +107,7 @@ def test_tensors_of_any_strides():
 @pytest.mark.parametrize(("broken", "recompute"), [("forward", False), ("backward", True)])
 def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
     """It goes on from what the kernels have saved; only ``auto`` does so, and remembers it."""
-    monkeypatch.setattr("fusedrnn.kernels.problem._LEARNED", {})
+    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
     resident = layer._schedule("resident")
 
     def fail(*_):
