@@ -127,17 +127,6 @@ def read(cubin: bytes) -> list[Instruction]:
     return read_listing(run_tool("nvdisasm", "-c", "-hex", "-g", cubin=cubin))
 
 
-def _branches(instructions: Sequence[Instruction]) -> dict[int, int]:
-    """Returns the index that each branch leads to."""
-    at = {label: index for index, one in enumerate(instructions) for label in one.labels}
-    labels = {
-        index: re.findall(r"\.L_\w+", one.operands)
-        for index, one in enumerate(instructions)
-        if one.name.startswith("BRA")
-    }
-    return {index: at[goal] for index, goals in labels.items() for goal in goals if goal in at}
-
-
 def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
     """Returns one turn of the longest loop in the order of execution; nothing if there is none.
 
@@ -147,12 +136,17 @@ def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
     Raises:
         ValueError: there is an endless loop within it.
     """
-    goals, path = _branches(instructions), []
+    at = {label: index for index, one in enumerate(instructions) for label in one.labels}
+    goals = {}  # the index that each branch leads to
+    for index, one in enumerate(instructions):
+        label = re.search(r"\.L_\w+", one.operands)
+        if one.name.startswith("BRA") and label and label[0] in at:
+            goals[index] = at[label[0]]
     loops = [(to, index) for index, to in goals.items() if to < index]
     if not loops:
         return []
     first, last = max(loops, key=lambda loop: loop[1] - loop[0])
-    index = first
+    path, index = [], first
     while index != last:
         one, goal = instructions[index], goals.get(index, -1)
         path.append(one)
