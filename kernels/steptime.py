@@ -36,10 +36,8 @@ class Cost(NamedTuple):
 def cost(one: Instruction, sm: Timings) -> Cost:
     """Returns the cost of an instruction; a global load hits L2."""
     name, kind = one.name, kind_of(one.name)
-    if kind in ("shared load", "shared store"):
-        return _shared_cost(name, sm)
-    if kind in ("global load", "global store", "global atomic", "spill"):
-        return _global_cost(name, sm)
+    if kind.startswith(("shared", "global", "spill")):
+        return _memory_cost(name, kind, sm)
     halves = 2 if ".WIDE" in name or ".HI" in name else 1
     late = {"R2UR": sm.r2ur_latency, "ULDC": 12.0, "UR2UP": 12.0}
     mufu = Cost("mufu", sm.mufu, sm.mufu_latency, "MUFU")
@@ -59,32 +57,26 @@ def cost(one: Instruction, sm: Timings) -> Cost:
     }.get(kind, Cost("alu", sm.alu))
 
 
-def _moved(name: str) -> int:
-    """The bytes that a warp loads or stores."""
+def _memory_cost(name: str, kind: str, sm: Timings) -> Cost:
     bits = re.search(r"\.[US]?(8|16|64|128)\b", name)
-    return 4 * int(bits[1]) if bits else 128
-
-
-def _shared_cost(name: str, sm: Timings) -> Cost:
-    beats, latency, read = max(1.0, _moved(name) / sm.shared_bytes), sm.lds_latency, 9.0
-    if name.startswith(("LDSM", "STSM")):  # of one, two or four matrices
-        beats = float(name[-1]) if name.endswith((".2", ".4")) else 1.0
-    if name.startswith("LDSM"):
-        latency = sm.ldsm_latency
-    if name.startswith("ST"):
-        read = sm.sts_read + 2 * (beats - 1)
-    return Cost("memory", sm.address, latency + beats - 1, "shared memory", beats, read)
-
-
-def _global_cost(name: str, sm: Timings) -> Cost:
-    beats, kind, latency = max(2.0, _moved(name) / sm.global_bytes), "global memory", sm.l2
+    moved = 4 * int(bits[1]) if bits else 128  # bytes of a warp
+    if kind.startswith("shared"):
+        beats, latency, read = max(1.0, moved / sm.shared_bytes), sm.lds_latency, 9.0
+        if name.startswith(("LDSM", "STSM")):  # of one, two or four matrices
+            beats = float(name[-1]) if name.endswith((".2", ".4")) else 1.0
+        if name.startswith("LDSM"):
+            latency = sm.ldsm_latency
+        if name.startswith("ST"):
+            read = sm.sts_read + 2 * (beats - 1)
+        return Cost("memory", sm.address, latency + beats - 1, "shared memory", beats, read)
+    beats, what, latency = max(2.0, moved / sm.global_bytes), "global memory", sm.l2
     if name == POLL:
-        kind = "hop between programs"
-    elif name.startswith(("LDL", "STL")):
-        kind, latency = "local memory", sm.l1
+        what = "hop between programs"
+    elif kind == "spill":
+        what, latency = "local memory", sm.l1
     elif name.startswith("RED"):
         latency = 0.0
-    return Cost("memory", sm.address, latency + beats - 2, kind, beats, 11.0 + beats)
+    return Cost("memory", sm.address, latency + beats - 2, what, beats, 11.0 + beats)
 
 
 class Span(NamedTuple):
