@@ -7,7 +7,6 @@ from pathlib import Path
 import torch
 
 from fusedrnn.kernels import steptime
-from fusedrnn.kernels.latencies import TIMINGS
 from fusedrnn.kernels.plan import SCHEDULES
 from fusedrnn.kernels.problem import CHIPS, Problem
 
@@ -17,27 +16,13 @@ COLOURS = {
     "stands at a barrier": "#d1495b", "waits for something else": "#bbbbbb",
 }  # fmt: skip
 ISSUES, PRODUCTS, SHARED, BARRIER, OTHER = COLOURS
+CAUSES = {"issuing": ISSUES, "fixed latency": ISSUES, "barrier": BARRIER, "pipe: tensor": PRODUCTS}
+CAUSES["wait: shared memory"] = SHARED
 BINS, LEFT, BIN, ROW = 160, 240, 4, 15
 RIGHT, MOTION = LEFT + BINS * BIN, 'dur="16s" repeatCount="indefinite"'
 HEAD = f"""<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {RIGHT + 12} 395"
  font-family="sans-serif" font-size="12"><rect width="100%" height="100%" fill="#ffffff"/>"""
 NOTE = "Predicted by kernels/steptime.py for an H100, not measured: LSTM, bf16, H = 128, 8 rows."
-
-
-class Recorder(steptime._Sm):
-    """The simulation of an SM, with the time that each warp spends on what."""
-
-    spans: list[tuple[int, float, float, str]]  # warp, begin, end, and a key of COLOURS
-
-    def account(self, core: steptime._Core, warp: steptime._Warp, now: float) -> None:
-        super().account(core, warp, now)
-        clock, (until, kind) = warp.issued, self.boards(warp)
-        late = PRODUCTS if self.costs[warp.at].pipe == "tensor" else OTHER
-        waits = until, SHARED if kind == "shared memory" else OTHER
-        for when, what in ((warp.ready, ISSUES), (warp.barrier, BARRIER), waits, (now, late)):
-            if when > clock:
-                self.spans.append((self.team.index(warp), clock, when, what))
-                clock = when
 
 
 def states(schedule: str, cycles: float) -> tuple[steptime.Prediction, list[list[str]]]:
@@ -46,14 +31,12 @@ def states(schedule: str, cycles: float) -> tuple[steptime.Prediction, list[list
 
     problem, chip = Problem("lstm", 128, 64, 1, torch.bfloat16, "tf32", True), CHIPS[ARCH]
     (kernel,) = compile_plan(problem, SCHEDULES[schedule](problem, chip), chip, ("forward",))
-    step, sm = kernel.predict(ARCH), Recorder(kernel.turn, TIMINGS[ARCH], kernel.tiles.num_warps)
-    sm.spans = []
-    sm.run()
-    start, width = max(w.ends[steptime.WARM] for w in sm.team), (cycles or step.cycles) / BINS
-    rows = [[OTHER] * BINS for _ in sm.team]
-    for warp, begin, end, what in sm.spans:
-        first, last = (min(max(round((t - start) / width), 0), BINS) for t in (begin, end))
-        rows[warp][first:last] = [what] * (last - first)
+    step = kernel.predict(ARCH)
+    width = (cycles or step.cycles) / BINS
+    rows = [[OTHER] * BINS for _ in range(step.warps)]
+    for warp, *times, cause, _ in step.spans:
+        first, last = (min(max(round((t - step.begin) / width), 0), BINS) for t in times)
+        rows[warp][first:last] = [CAUSES.get(cause, OTHER)] * (last - first)
     return step, rows
 
 

@@ -97,7 +97,7 @@ def table() -> Iterator[tuple[str, ...]]:
 def compiled(rung: Rung) -> Iterator[str]:
     """Compiles a rung; yields us, instructions of a warp, barriers, KiB through shared memory."""
     from fusedrnn.kernels import compile, sass, steptime
-    from fusedrnn.kernels.latencies import timings
+    from fusedrnn.kernels.latencies import TIMINGS
 
     chip = CHIPS[ARCH]
     if choose := SCHEDULES.get(rung.name):
@@ -116,7 +116,7 @@ def compiled(rung: Rung) -> Iterator[str]:
     else:
         path = kernel.instructions
         yield f"{floor_us(rung.name, problem, chip, plan.forward, True):.2f} m"
-    sm, kinds = timings(ARCH), sass.count_kinds(path)
+    sm, kinds = TIMINGS[ARCH], sass.count_kinds(path)
     costs = [steptime.cost(one, sm) for one in path]
     beats = sum(cost.unit for cost in costs if cost.kind == "shared memory")
     moved = beats * sm.shared_bytes * kernel.tiles.num_warps / 1024

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from . import layer
-from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up, refuse_cooperation
+from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up
 from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers, Weights
 from .layer import Known, Launch, launches_of
@@ -42,13 +42,13 @@ def _fail_safe(run: _Run) -> _Run:
         h_0, device, text = inputs.h_0, inputs.input.device, ""
         other = config._replace(backend="instead", precision="ieee")
         if isinstance(cause, LaunchRefused):
-            refuse_cooperation(device)
+            give_up(device, "cooperative", f"{device} has refused a cooperative launch")
             other = config
             text = f"{device} refused a cooperative launch ({cause}); schedules that need none"
         elif config.backend != "auto":
             raise cause
         elif isinstance(cause, KernelFailed):  # else a program was compiled before they failed
-            give_up(device, config.cell, h_0.shape[-1], h_0.dtype, f"they failed: {cause}")
+            give_up(device, (config.cell, h_0.shape[-1], h_0.dtype), f"they failed: {cause}")
             text = (
                 f"fusedrnn's kernels failed on {device} ({cause}); torch's operator or plain torch"
             )

@@ -6,6 +6,7 @@ does not compile under ``TRITON_INTERPRET``.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -18,10 +19,10 @@ import triton
 from triton.backends.compiler import GPUTarget
 
 from . import steptime
-from .latencies import timings
+from .latencies import TIMINGS
 from .problem import Chip, Plan, Problem, Tiles
 from .rows import Rows
-from .sass import Instruction, loops, read, run_tool, trace
+from .sass import Instruction, read, run_tool, trace
 from .tensors import Grads, Layers
 
 
@@ -64,11 +65,11 @@ class Kernel:
     @cached_property
     def turn(self) -> list[Instruction]:
         """One turn of the loop over time; empty where the host has the loop."""
-        return trace(self.instructions) if loops(self.instructions) else []
+        return trace(self.instructions)
 
     def predict(self, arch: str) -> steptime.Prediction:
         """Predicts a step of a kernel that has the loop over time."""
-        return steptime.predict(self.turn, timings(arch), self.tiles.num_warps, self.steps)
+        return steptime.predict(self.turn, TIMINGS[arch], self.tiles.num_warps, self.steps)
 
 
 def compile_plan(
@@ -79,7 +80,7 @@ def compile_plan(
     For ragged rows it takes packed ones, and for several layers dropout masks, which need most.
     """
     layers, grads, rows = _tensors(problem, plan)
-    found: dict[int, Kernel] = {}
+    found = []
     for direction in directions:
         tiles = plan.forward if direction == "forward" else plan.backward
         if tiles is None:
@@ -88,13 +89,10 @@ def compile_plan(
         given = (layers,) if direction == "forward" else (layers, grads)
         with recording(module, chip) as launches:
             getattr(module, direction)(problem.cell, plan, *given, rows)
-        for binary, grid in launches:
-            if id(binary) in found:
-                found[id(binary)].launches += 1
-            else:
-                steps = getattr(module, "STEPS", 1)
-                found[id(binary)] = Kernel(direction, tiles, grid, binary, steps)
-    return list(found.values())
+        grids, steps = dict(reversed(launches)), getattr(module, "STEPS", 1)
+        for binary, count in Counter(binary for binary, _ in launches).items():
+            found.append(Kernel(direction, tiles, grids[binary], binary, steps, count))
+    return found
 
 
 class _Driver:
@@ -145,23 +143,16 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    def c(*shape: int) -> torch.Tensor | None:
-        return empty(*shape) if spec.states == 2 else None
-
     rows = Rows(1, B)
     if p.ragged:
         origins, starts = empty(D, 1, B, dtype=torch.int8), empty(1, dtype=torch.int64)
         rows = Rows(1, B, origins, torch.tensor([B]), starts)
-    wide, bias = (empty(G * H, D * H),) * Z, (empty(G * H),) * Z
+    h, y = empty(Z, B, H), empty(B, D * H)
+    c, bias = h if spec.states == 2 else None, (empty(G * H),) * Z
+    gates = empty(Z, B, spec.saved * H) if spec.saved and p.needs_grad else None
     layers = Layers(
-        empty(D, B, G * H), wide, bias, (empty(G * H, H),) * Z, bias,
-        (empty(B, D * H),) * Z if plan.layers > 1 else None,
-        empty(Z, B, H), c(Z, B, H), empty(Z, B, H), c(Z, B, H), (empty(B, D * H),) * Z,
-        empty(Z, B, spec.saved * H) if spec.saved and p.needs_grad else None,
-        c(Z, B, H) if p.needs_grad else None, rows.origins, rows.starts,
+        empty(D, B, G * H), (empty(G * H, D * H),) * Z, bias, (empty(G * H, H),) * Z, bias,
+        (y,) * Z if plan.layers > 1 else None, h, c, h, c, (y,) * Z, gates,
+        c if p.needs_grad else None, rows.origins, rows.starts,
     )  # fmt: skip
-    grads = Grads(
-        empty(B, D * H), None, empty(Z, B, H), c(Z, B, H), empty(Z, B, spec.grad_tiles * H),
-        empty(Z, B, H), c(Z, B, H),
-    )  # fmt: skip
-    return layers, grads, rows
+    return layers, Grads(y, None, h, c, empty(Z, B, spec.grad_tiles * H), h, c), rows

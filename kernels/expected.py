@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import torch
 
 from .latencies import TIMINGS
+from .model import flops_a_cycle
 from .problem import Chip, Plan, Problem
 
 PREDICTED = Path(__file__).with_name("predicted.csv")
@@ -57,9 +58,7 @@ def read(path: Path) -> list[dict[str, Any]]:
 
 def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int) -> Verdict:
     """Returns the expected times of a call of the stack ``problem`` with T steps of I features."""
-    family, figure = FAMILIES.get(chip.arch, "sm_90"), find_figure(problem, I)
-    mhz = chip.mhz or TIMINGS.get(chip.arch, TIMINGS[family]).mhz
-    both = _products_us(problem, chip.sms * mhz / TIMINGS[family].hmma, T, I)
+    both, figure = _products_us(problem, chip, T, I), find_figure(problem, I)
     theirs, source = None, "published nowhere"
     if figure:  # persistent kernels run directions side by side, as far as is known
         times = problem.layers * (problem.directions if figure["algorithm"] == "standard" else 1)
@@ -67,31 +66,31 @@ def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int)
         theirs, source = both + T * times * step, figure["source"]
     ours = both + sum(HOST_US[: 1 + problem.needs_grad])
     for plan in plans:
-        line = find_line(problem, plan, family) if chip.warp_size == 32 else None
-        if line is None:
+        if (line := find_line(problem, plan, chip)) is None:
             unknown = f"not predicted for schedule {plan.schedule} on {chip.name}"
             return Verdict(None, theirs, (unknown, source))
-        ours += _launch_us(problem, plan, chip.sms, mhz, line, T)
-    return Verdict(ours, theirs, (f"predicted: {family}'s cycles at {mhz:.0f} MHz", source))
+        ours += _launch_us(problem, plan, chip, line, T)
+        predicted = f"predicted: {line['chip']}'s cycles at {chip.mhz:.0f} MHz"
+    return Verdict(ours, theirs, (predicted, source))
 
 
-def find_line(problem: Problem, plan: Plan, family: str) -> dict[str, Any] | None:
+def find_line(p: Problem, plan: Plan, chip: Chip) -> dict[str, Any] | None:
     """Returns the line of the next larger H of the same schedule, None if there is none."""
-    cell = "rnn_tanh" if problem.cell == "rnn_relu" else problem.cell
-    products = "16-bit" if problem.dtype.itemsize == 2 else problem.precision
-    wanted = {"chip": family, "cell": cell, "products": products, "schedule": plan.schedule}
+    family = FAMILIES.get(chip.arch, "sm_90" if chip.warp_size == 32 else chip.arch)
+    wanted = {"chip": family, "schedule": plan.schedule, "products": p.kind(chip)}
+    wanted["cell"] = "rnn_tanh" if p.cell == "rnn_relu" else p.cell
     fitting = [
         line
         for line in read(PREDICTED)
         if wanted.items() <= line.items()
-        and problem.hidden_size <= line["H"]
+        and p.hidden_size <= line["H"]
         and line["layers"] <= plan.layers
         and max(line["fw_spills"], line["bw_spills"]) <= MOST_SPILLED
     ]
     return min(fitting, key=lambda line: (line["H"], -line["layers"]), default=None)
 
 
-def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, line: dict[str, Any], T: int) -> float:
+def _launch_us(p: Problem, plan: Plan, chip: Chip, line: dict[str, Any], T: int) -> float:
     """Forward and backward of one plan, all its programs one wave after the other."""
     total, sm, together = 0.0, TIMINGS[line["chip"]], plan.schedule == "cooperative"
     hop_us = sm.hop_us * together  # it does not grow with what a program computes
@@ -104,22 +103,21 @@ def _launch_us(p: Problem, plan: Plan, sms: int, mhz: float, line: dict[str, Any
         larger *= max(1.0, tiles.block_h / line[f"{side}_units"])
         larger *= RAGGED if p.ragged else 1.0
         groups = -(-p.batch // tiles.block_b)
-        waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // sms)
-        us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / mhz * larger
+        waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // chip.sms)
+        us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / chip.mhz * larger
         total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
     return total
 
 
-def _products_us(p: Problem, speed: float, T: int, I: int) -> float:
-    """The GEMMs over all steps, which both sides need; ``speed`` in ``mma`` a us and sub-core."""
+def _products_us(p: Problem, chip: Chip, T: int, I: int) -> float:
+    """The GEMMs over all steps, which both sides need."""
     rows, units, width = T * p.batch, p.hidden_size, p.spec.gates * p.hidden_size * p.directions
     columns = I + (p.layers - 1) * p.directions * units
     work, moved = 2 * rows * width * columns, rows * (columns + 2 * p.layers * width)
     if p.needs_grad:  # two GEMMs for W_ih, one for W_hh
         work, moved = 3 * work + 2 * rows * width * units * p.layers, 3 * moved
-    return max(
-        work / (4 * 4096 * speed / (p.dtype.itemsize / 2)), moved * p.dtype.itemsize / MEMORY
-    )
+    speed = chip.sms * chip.mhz * flops_a_cycle(p.kind(chip), chip.timings)
+    return max(work / speed, moved * p.dtype.itemsize / MEMORY)
 
 
 def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
@@ -142,10 +140,10 @@ def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
             algorithm = "static"
     wanted = {"cell": cell, "algorithm": algorithm}
     found = [
-        figure
-        for figure in read(PUBLISHED)
-        if wanted.items() <= figure.items()
-        and figure["precision"] in (precision, "any")
-        and figure["H"] <= H
+        line
+        for line in read(PUBLISHED)
+        if wanted.items() <= line.items()
+        and line["precision"] in (precision, "any")
+        and line["H"] <= H
     ]
-    return max(found, key=lambda figure: figure["H"], default=None)
+    return max(found, key=lambda line: line["H"], default=None)

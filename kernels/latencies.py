@@ -17,11 +17,10 @@ H  The stall counts in binaries that ``ptxas`` makes for the architecture.
 X  Assumed: no source was found. ``docs/predicted.md`` shows what depends on the doubtful ones.
 """
 
-from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 
-@dataclass(frozen=True)
-class Timings:
+class Timings(NamedTuple):
     """Cycles, unless the comment names another unit. A sub-core is one of an SM's four schedulers.
 
     *busy*: how long one instruction of a warp occupies a pipe of its sub-core.
@@ -31,7 +30,7 @@ class Timings:
     chip: str
     mhz: float  # the default clock in MHz
     sms: int
-    most_shared: int  # bytes of one program
+    shared: int  # the most bytes of one program
     fma_pipes: int = 2  # of 16 lanes, but one on sm_80 (G)
     fma: float = 2.0  # busy; FADD, FMUL, FFMA and their 16-bit forms in one of the pipes (G)
     imad: float = 2.0  # busy; integer multiply-add, in the first of the pipes (D, G)
@@ -40,7 +39,8 @@ class Timings:
     branch: float = 12.0  # from a taken branch to the first instruction at its target (X; E: ~10)
     mufu: float = 8.0  # busy; 16 lanes an SM, conversions included (G)
     mufu_latency: float = 22.0  # (B: 18 to 23 with a move)
-    hmma: float = 8.0  # busy; HMMA.16816 of 16-bit operands (C; G)
+    #: busy; HMMA.16816 of 16-bit operands, or HMMA.1688 of tf32: half the products (C, G)
+    hmma: float = 8.0
     hmma_latency: float = 24.6  # accumulator to accumulator (A, C)
     address: float = 4.0  # busy; the address unit of a sub-core has 8 lanes (D, G, H)
     queue: int = 6  # memory instructions between issue and address unit (D: 5)
@@ -55,20 +55,10 @@ class Timings:
     constant_latency: float = 29.0  # LDC (D)
     special_latency: float = 25.0  # S2R (X)
     r2ur_latency: float = 10.0  # (X)
-    atomic_latency: float = 330.0  # with a result, in L2 (X)
-    shared_atomic_latency: float = 64.0  # (X)
     barrier: float = 20.0  # from the last arrival to the next instruction (F)
     arrive: float = 2.0  # busy; the arrival of one warp (F)
     hop_us: float = 0.65  # microseconds; from a releasing store to an acquiring load (X)
 
-
-#: By what the name of a matrix instruction contains: its time beside HMMA.16816 of 16 bits (G, C).
-MMA_RATIOS = {
-    "16816.F": 1.0,
-    "1688.F32.TF32": 1.0,  # half the products at half the rate
-    "1684.F32.TF32": 0.5,
-    "1688.F": 0.5,
-}
 
 #: Only sm_90 was compared with measurements. Peaks of GeForce chips with 32-bit accumulators: 64
 #: products a cycle and sub-core, a quarter of an A100's.
@@ -82,8 +72,3 @@ TIMINGS = {
     "sm_100": Timings("B200", 1965.0, 148, 232_448, hmma=6.5, hmma_latency=24.1),
     "sm_120": Timings("RTX 5090", 2407.0, 170, 101_376, hmma=32.0, l2=300.0),
 }
-
-
-def timings(arch: str, **changes: float) -> Timings:
-    """Returns the timings of an architecture such as ``"sm_90"``, with some of them replaced."""
-    return replace(TIMINGS[arch.removesuffix("a")], **changes)  # type: ignore[arg-type]

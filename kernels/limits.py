@@ -7,7 +7,7 @@ cell; a kind is a way to multiply: "16-bit", "tf32", "tf32x3" or "ieee" (fp32 in
 
 from typing import NamedTuple
 
-from .spec import CellSpec
+from .problem import Chip, Problem, Tiles
 
 
 def largest_h(kind: str, gates: int) -> int:
@@ -31,19 +31,24 @@ class SliceNeeds(NamedTuple):
     read_bytes: int  # of operands in a step
 
 
-def slice_needs(
-    spec: CellSpec, kind: str, layers: int, forward: bool, H: int, units: int, rows: int,
-    warps: int, halved: bool = False,
-) -> SliceNeeds:  # fmt: skip
-    """The needs of a program of ``units``, ``rows`` sequences and ``warps`` (``slices.py``).
+def slice_needs(p: Problem, chip: Chip, forward: bool, tiles: Tiles) -> SliceNeeds | None:
+    """The needs of a program (``slices.py``); None where registers or shared memory end.
 
     Forward, a product has 16 rows of gates and units, and H columns; backward, units and the
     columns of all gates of a phase. If halved, half of the columns of W is in shared memory.
     """
-    itemsize = 2 if kind == "16-bit" else 4
-    line = 64 // itemsize * warps
+    spec, H, itemsize = p.spec, p.hidden_size, p.dtype.itemsize
+    rows, units, warps, halved = tiles.block_b, tiles.block_h, tiles.num_warps, tiles.halved
+    is_wave, line = p.layers > 1, 64 // itemsize * warps
+    if units == 8 and (is_wave or not forward):  # an instruction has 16 rows
+        return None
+    most = 64 // spec.gates if forward else 32  # units of a halved slice; more would spill
+    if halved and (is_wave or rows > 16 or units > most):
+        return None
+    if halved and forward and H > 3072 and chip.arch == "sm_100":  # would spill
+        return None
     gates = [len(phase) for phase in spec.phases]
-    if layers > 1:  # the product with W_ih, or with that of the layer above
+    if is_wave:  # the product with W_ih, or with that of the layer above
         gates.append(spec.gates)
     if forward:
         blocks, columns = [-(-n * units // 16) for n in gates], [H] * len(gates)
@@ -56,20 +61,18 @@ def slice_needs(
         for each in (held, rest)
     )
     sums = max(blocks)
-    if layers > 1 and forward:  # the input's part of n in the GRU is a sum of its own
+    if is_wave and forward:  # the input's part of n in the GRU is a sum of its own
         sums += sum(tile >= spec.gates for tile in spec.recurrent) * units // 16
-    elif layers > 1:
+    elif is_wave:
         sums *= 2
-    operand = max(map(max, zip(held, rest, strict=True))) * rows * itemsize
-    return SliceNeeds(
+    operand = max(*held, *rest) * rows * itemsize
+    needs = SliceNeeds(
         (in_registers + operand) // (128 * warps) + sums * rows // 2,
         sums * warps * rows * 64 + in_shared,
         (in_registers + in_shared) // (512 * warps) * rows // 8,
         sum(held + rest) * rows * itemsize,
     )
-
-
-def holds_slice(needs: SliceNeeds, layers: int, ragged: bool, forward: bool, halved: bool) -> bool:
-    """Returns whether registers are left for the rest; ``tests/compile_all.py`` checks it."""
-    scarce = ragged and (forward or halved or layers > 1)
-    return needs.registers <= 208 - 16 * scarce - 32 * (layers > 1) - 8 * (halved and forward)
+    scarce = p.ragged and (forward or halved or is_wave)  # registers for the rest of a step
+    left = 208 - 16 * scarce - 32 * is_wave - 8 * (halved and forward)
+    fits = needs.registers <= left and needs.shared_bytes <= chip.shared_bytes
+    return needs if fits else None

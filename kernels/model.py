@@ -5,7 +5,7 @@ memory, special-function units and loads from L2. To that comes what cannot over
 operands through shared memory, activations, and the hop from one program's store to another's load.
 """
 
-from .latencies import TIMINGS, Timings
+from .latencies import Timings
 from .problem import Chip, Problem, Tiles
 
 ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
@@ -16,7 +16,7 @@ LAUNCH_US = 1.3  # from kernel to kernel in a CUDA graph, on an H100
 
 def floor_us(schedule: str, p: Problem, chip: Chip, tiles: Tiles, forward: bool) -> float:
     """Returns the floor of one step of the whole batch, all its rounds together."""
-    sm, spec, itemsize = TIMINGS.get(chip.arch, TIMINGS["sm_90"]), p.spec, p.dtype.itemsize
+    sm, spec, itemsize = chip.timings, p.spec, p.dtype.itemsize
     phases, rows, units, H = len(spec.phases), tiles.block_b, tiles.block_h, p.hidden_size
 
     def slowest(products: int, elements: int, shared: int, from_l2: float) -> float:

@@ -4,14 +4,14 @@ A pure function: it neither imports triton nor touches a device.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
+from dataclasses import replace
 from functools import lru_cache
 from itertools import product
 
 import torch
 
-from .latencies import TIMINGS
-from .limits import holds_slice, largest_h, resident_bytes, slice_needs
+from .limits import largest_h, resident_bytes, slice_needs
 from .problem import CACHES, CHIPS, Chip, NoPlan, Plan, Problem, Tiles, chip_of, forget  # noqa: F401
 from .spec import SPECS
 
@@ -54,18 +54,28 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
 @lru_cache(maxsize=4096)
 def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     one, L = plan(problem._replace(layers=1), chip), problem.layers
-    alone = L == 1 or problem.directions > 1 or problem.layer_by_layer
-    if not alone and one.schedule == "cooperative":  # in the others a layer takes less than a hop
-        waves = _wavefront(problem, chip)
-        rounds = [
-            -(-problem.batch // (p.forward.block_b * p.forward.at_once)) for p in (one, *waves)
-        ]
-        steps = (
-            n * (WAVEFRONT if p.layers > 1 else 1) for n, p in zip(rounds[1:], waves, strict=True)
-        )
-        if sum(steps) < L * rounds[0]:
+    if L == 1 or problem.directions > 1 or problem.layer_by_layer:
+        return (one,) * L
+    if one.schedule == "cooperative":  # in the others a layer takes less than a hop
+        waves = _wavefronts(problem, L, chip)
+        if sum(_steps(each, problem.batch) for each in waves) < L * _steps(one, problem.batch):
             return waves
     return (one,) * L
+
+
+def _wavefronts(problem: Problem, L: int, chip: Chip) -> tuple[Plan, ...]:
+    """L layers in groups as large as the chip holds; a single layer fits."""
+    for layers in range(L, 0, -1):
+        with suppress(NoPlan):
+            first = cooperative(problem._replace(layers=layers), chip)
+            return first, *_wavefronts(problem, L - layers, chip)
+    return ()
+
+
+def _steps(plan: Plan, batch: int) -> float:
+    """The time of a step of a plan, in those of one layer and round."""
+    rounds = -(-batch // (plan.forward.block_b * plan.forward.at_once))
+    return rounds * (WAVEFRONT if plan.layers > 1 else 1)
 
 
 @lru_cache(maxsize=4096)
@@ -84,19 +94,6 @@ def plan(problem: Problem, chip: Chip) -> Plan:
         except NoPlan as reason:
             refused.append(reason)
     raise NoPlan("; ".join(dict.fromkeys(map(str, refused))))
-
-
-def _wavefront(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
-    """All layers in groups as large as the chip holds; a single layer fits."""
-    waves: tuple[Plan, ...] = ()
-    while rest := problem.layers - sum(wave.layers for wave in waves):
-        for layers in range(rest, 0, -1):
-            try:
-                waves += (cooperative(problem._replace(layers=layers), chip),)
-            except NoPlan:
-                continue
-            break
-    return waves
 
 
 def _needs_nvidia(schedule: str, problem: Problem, chip: Chip) -> None:
@@ -120,7 +117,6 @@ def _all_units(schedule: str, problem: Problem, chip: Chip) -> int:
     return max(16, 1 << (H - 1).bit_length())
 
 
-@lru_cache(maxsize=4096)
 def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     """Plans schedule *resident* with W_hh in the registers of one program."""
     _needs_nvidia("resident_nvidia", problem, chip)
@@ -137,7 +133,6 @@ def resident_nvidia(problem: Problem, chip: Chip) -> Plan:
     return _made("resident_nvidia", problem, Tiles(block_b, units, warps, 255, "tf32", shared))
 
 
-@lru_cache(maxsize=4096)
 def resident(problem: Problem, chip: Chip) -> Plan:
     """Plans schedule *resident*: one program holds W_hh."""
     units, amd = _all_units("resident", problem, chip), chip.warp_size == 64
@@ -162,11 +157,10 @@ def resident(problem: Problem, chip: Chip) -> Plan:
     return _made("resident", problem, tiles)
 
 
-@lru_cache(maxsize=4096)
 def cooperative(problem: Problem, chip: Chip) -> Plan:
     """Plans schedule *cooperative*: of the slices that fit, the fastest by the model."""
-    if not chip.cooperates:
-        raise NoPlan(f"{chip.name} has refused a cooperative launch")
+    if failed := dict(chip.failed).get("cooperative"):
+        raise NoPlan(failed)
     _needs_nvidia("cooperative", problem, chip)
     if problem.layers > 1 and problem.directions > 1:
         raise NoPlan("a wavefront has one direction; the other needs the whole layer below")
@@ -185,36 +179,24 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
 
 def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float, Tiles]]:
     """Yields every slice that fits: the estimated cycles of a step, and the tiles."""
-    spec, kind, L, H = problem.spec, problem.kind(chip), problem.layers, problem.hidden_size
-    sm = TIMINGS.get(chip.arch, TIMINGS["sm_90"])
-    sizes = product((8, 16, 32, 64), (8, 16, 32), (4, 8), (False, True))
-    most = 64 // spec.gates if forward else 32  # units of a halved slice; more would spill
-    for units, rows, warps, halved in sizes:
-        programs = -(-H // units) * problem.directions * L  # of a batch tile
-        if (
-            programs > chip.sms
-            or (units == 8 and (L > 1 or not forward))  # whose instructions have 16 rows
-            or (halved and (L > 1 or rows > 16 or units > most))
-            or (halved and forward and H > 3072 and chip.arch == "sm_100")  # would spill
-        ):
-            continue
-        needs = slice_needs(spec, kind, L, forward, H, units, rows, warps, halved)
-        if needs.shared_bytes > chip.shared_bytes or not holds_slice(
-            needs, L, problem.ragged, forward, halved
-        ):
+    sm, L = chip.timings, problem.layers
+    for units, rows, warps, halved in product((8, 16, 32, 64), (8, 16, 32), (4, 8), (False, True)):
+        programs = -(-problem.hidden_size // units) * problem.directions * L  # of a batch tile
+        if programs > chip.sms:
             continue
         tiles = -(-problem.batch // rows)
         at_once = min(tiles, chip.sms // programs)
+        sizes = Tiles(rows, units, warps, 255, "tf32", 0, at_once, halved)
+        if (needs := slice_needs(problem, chip, forward, sizes)) is None:
+            continue
         # Loads, products and sums follow each other; the hop and the rest of a step are the same
         # for all slices, but not for all rounds.
         read = max(needs.read_bytes / sm.global_bytes, at_once * programs * needs.read_bytes / L2)
         products = needs.mma * -(-warps // 4) * sm.hmma
         shared = 2 * needs.shared_bytes / sm.shared_bytes
-        waits = len(spec.phases) * (sm.hop_us * sm.mhz + sm.l2 * (1 + halved) + REST)
-        yield (
-            -(-tiles // at_once) * (waits + read + products + shared),
-            Tiles(rows, units, warps, 255, "tf32", needs.shared_bytes, at_once, halved),
-        )
+        waits = len(problem.spec.phases) * (sm.hop_us * sm.mhz + sm.l2 * (1 + halved) + REST)
+        cycles = -(-tiles // at_once) * (waits + read + products + shared)
+        yield cycles, replace(sizes, shared_bytes=needs.shared_bytes)
 
 
 def stepwise(problem: Problem, chip: Chip) -> Plan:

@@ -6,17 +6,16 @@ lacks, or that are of other tiles than the planner's, and prints the tables of
 """
 
 import argparse
-import os
 import sys
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import suppress
 from itertools import groupby, product
 from typing import Any
 
 import torch
 
 from .expected import PREDICTED, judge, read
-from .latencies import timings
 from .plan import cooperative, plan, plan_stack
 from .problem import CHIPS, NoPlan, Plan, Problem
 
@@ -40,16 +39,12 @@ COLUMNS = (*KEY, "schedule", *(f"{side}_{name}" for side in ("fw", "bw") for nam
 def grid() -> dict[Key, Plan]:
     """Returns the plan of every line; a wavefront is compiled with two layers."""
     found = {}
-    for chip, cell, products, H, L in product(CHIP_NAMES, CELLS, DTYPES, SIZES, (1, 2)):
+    for key in product(CHIP_NAMES, CELLS, DTYPES, SIZES, (1, 2)):
+        chip, cell, _, H, L = key
         if L == 1 or (H in (256, 512) and cell != "rnn_tanh"):
-            key = chip, cell, products, H, L
-            try:
-                chosen = (plan if L == 1 else cooperative)(_problem(key), CHIPS[chip])
-            except NoPlan:
-                continue
-            if chosen.schedule != "stepwise":
-                found[key] = chosen
-    return found
+            with suppress(NoPlan):
+                found[key] = (plan if L == 1 else cooperative)(_problem(key), CHIPS[chip])
+    return {key: chosen for key, chosen in found.items() if chosen.schedule != "stepwise"}
 
 
 def _problem(key: Key) -> Problem:
@@ -86,29 +81,34 @@ def text(line: Line) -> str:
 
 def tables() -> Iterator[str]:
     """Yields the lines of the tables of ``docs/predicted.md``."""
-    yield f"| | {' | '.join(f'H {H}' for H in SIZES)} |"
-    yield f"|---{'|---' * len(SIZES)}|"
+    yield from _heads("one layer", *(f"H {H}" for H in SIZES))
     lines = {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
     for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
         found = (lines.get((name, cell, products, H, 1)) for H in SIZES)
-        mhz = timings(name).mhz
+        mhz = CHIPS[name].mhz
         times = (
             f"{f['fw_cycles'] / mhz:.2f} / {f['bw_cycles'] / mhz:.2f}" if f else "" for f in found
         )
-        yield f"| {name}, {products}, {CELLS[cell]} | {' | '.join(times)} |"
-    yield "| | sm_90, inference | sm_90, training | sm_80, inference | sm_80, training |"
-    yield "|---|---|---|---|---|"
+        yield _row(f"{name}, {products}, {CELLS[cell]}", *times)
+    cases = list(product(CHIP_NAMES[:2], ("inference", "training")))
+    yield from _heads("dtype", *map(", ".join, cases))
     for dtype in ("bfloat16", "float16", "float32"):
-        cases = product(CHIP_NAMES[:2], (False, True))
-        yield f"| {dtype} | {' | '.join(_chosen(dtype, *case) for case in cases)} |"
-    yield "| KernelBench | predicted ms | published ms, H100 |"
-    yield "|---|---|---|"
+        yield _row(dtype, *(_chosen(dtype, name, use == "training") for name, use in cases))
+    yield from _heads("KernelBench", "predicted ms", "published ms, H100")
     chip = CHIPS["sm_90"]
     for number, (cell, D, published) in KERNELBENCH.items():
         problem = Problem(cell, 256, 10, D, torch.float32, "tf32", False, 6)
         ours = judge(problem, plan_stack(problem, chip), chip, 512, 128).ours
         both = ", both directions" if D == 2 else ""
-        yield f"| {number}: {CELLS[cell]}{both} | {(ours or 0) / 1000:.2f} | {published} |"
+        yield _row(f"{number}: {CELLS[cell]}{both}", f"{(ours or 0) / 1000:.2f}", published)
+
+
+def _row(*cells: str) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def _heads(*names: str) -> tuple[str, str]:
+    return _row(*names), "|---" * len(names) + "|"
 
 
 def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
@@ -132,7 +132,6 @@ def main() -> None:
     parser = argparse.ArgumentParser("python -m fusedrnn.kernels.predict", description=__doc__)
     parser.add_argument("--again", metavar="TEXT", help="make the lines with this text again")
     parser.add_argument("--line", help="print this line made anew, as sm_90,lstm,tf32,64,1")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes at once")
     options = parser.parse_args()
     plans = grid()
     if options.line:
@@ -147,10 +146,10 @@ def main() -> None:
         and not (options.again and options.again in text(line))
     }
     wanted = [key for key in plans if key not in lines]
-    with ProcessPoolExecutor(options.jobs) as processes:
-        futures = {processes.submit(predict, key, plans[key]): key for key in wanted}
-        for number, future in enumerate(as_completed(futures), 1):
-            line = lines[futures[future]] = future.result()
+    with ProcessPoolExecutor() as processes:
+        made = processes.map(predict, wanted, [plans[key] for key in wanted])
+        for number, (key, line) in enumerate(zip(wanted, made, strict=True), 1):
+            lines[key] = line
             sys.stderr.write(f"{number}/{len(wanted)} {text(line)}\n")
             # Written after each, so that an interrupted run goes on where it ended.
             found = [",".join(COLUMNS), *(text(lines[key]) for key in plans if key in lines)]

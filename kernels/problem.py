@@ -3,12 +3,12 @@
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import distributed
 
-from .latencies import TIMINGS
+from .latencies import TIMINGS, Timings
 from .spec import SPECS, CellSpec
 
 
@@ -33,10 +33,8 @@ class Chip(NamedTuple):
     shared_bytes: int  # the most one program may have
     warp_size: int = 32
     concurrent: bool = True  # False in Triton's interpreter: one program after the other
-    cooperates: bool = True  # False once the device has refused a cooperative launch
-    mhz: float = 0.0  # the highest clock, 0 where it is not known
-    #: What ``give_up`` was told: cell, H and dtype, and the cause.
-    failed: tuple[tuple[tuple, str], ...] = ()
+    mhz: float = 1755.0  # the highest clock
+    failed: tuple[tuple[Any, str], ...] = ()  # what ``give_up`` was told, with its causes
 
     @property
     def unsupported(self) -> str | None:
@@ -48,15 +46,19 @@ class Chip(NamedTuple):
             return f"Triton has no tensor-core products below sm_80; {self.name} is {self.arch}"
         return None
 
+    @property
+    def timings(self) -> Timings:
+        """Returns the timings of an SM; those of sm_90 if there are none of the architecture."""
+        return TIMINGS.get(self.arch, TIMINGS["sm_90"])
 
-CHIPS = {name: Chip(name, name, sm.sms, sm.most_shared) for name, sm in TIMINGS.items()}
+
+CHIPS = {arch: Chip(arch, arch, sm.sms, sm.shared, mhz=sm.mhz) for arch, sm in TIMINGS.items()}
 
 #: The SMs that a running collective of NCCL may take: one for each CTA, of which ``maxCTAs`` in
 #: docs.nvidia.com/deeplearning/nccl/user-guide/docs/api/types.html allows 32 by default (since NCCL
 #: 2.25 NCCL_MAX_CTAS may raise it to 64). A cooperative launch that needs them waits for its end.
 _SMS_OF_NCCL = 32
-_REFUSING: set[torch.device] = set()
-_FAILED: dict[torch.device, dict[tuple, str]] = {}
+_FAILED: dict[torch.device, dict[Any, str]] = {}
 #: The functions that empty the caches of what was decided; ``forget`` calls them.
 CACHES: list[Callable[[], object]] = []
 
@@ -67,30 +69,19 @@ def forget() -> None:
         clear()
 
 
-def refuse_cooperation(device: torch.device) -> None:
-    """Excludes schedule cooperative from all later plans for this device.
-
-    Another process may own a share of the SMs (MPS, green contexts).
-    """
-    _REFUSING.add(device)
-    forget()
-
-
-def give_up(device: torch.device, cell: str, H: int, dtype: torch.dtype, cause: str) -> None:
-    """Excludes the kernels from all later plans for such a layer on this device."""
-    _FAILED.setdefault(device, {})[cell, H, dtype] = cause
+def give_up(device: torch.device, what: str | tuple[str, int, torch.dtype], cause: str) -> None:
+    """Excludes a schedule, or the kernels of a cell, H and dtype, from all later plans."""
+    _FAILED.setdefault(device, {})[what] = cause
     forget()
 
 
 def chip_of(device: torch.device) -> Chip:
     """Returns the chip behind a device, as far as this process may use it."""
-    chip = _chip_of(device)
-    if device in _FAILED:
-        chip = chip._replace(failed=tuple(_FAILED[device].items()))
+    chip = _chip_of(device)._replace(failed=tuple(_FAILED.get(device, {}).items()))
     if distributed.is_available() and distributed.is_initialized():
         if "nccl" in distributed.get_backend():
-            chip = chip._replace(sms=max(chip.sms - _SMS_OF_NCCL, 1))
-    return chip._replace(cooperates=False) if device in _REFUSING else chip
+            return chip._replace(sms=max(chip.sms - _SMS_OF_NCCL, 1))
+    return chip
 
 
 @lru_cache
@@ -102,8 +93,9 @@ def _chip_of(device: torch.device) -> Chip:
     arch = f"sm_{found.major}{found.minor}"
     if torch.version.hip is not None:
         arch = found.gcnArchName.partition(":")[0]
-    mhz = getattr(found, "clock_rate", 0) / 1000  # torch has it in kHz
-    return Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size, mhz=mhz)
+    chip = Chip(found.name, arch, found.multi_processor_count, shared, found.warp_size)
+    # torch has the clock in kHz, where it has one.
+    return chip._replace(mhz=getattr(found, "clock_rate", 0) / 1000 or chip.timings.mhz)
 
 
 class Problem(NamedTuple):

@@ -4,10 +4,9 @@ import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 NO_BOARD = 7  # the scoreboard field of an instruction that sets none
 
@@ -35,8 +34,7 @@ KINDS = {
 }
 
 
-@dataclass(frozen=True)
-class Instruction:
+class Instruction(NamedTuple):
     """One SASS instruction with the fields of its control word."""
 
     address: int
@@ -44,7 +42,7 @@ class Instruction:
     operands: str = ""
     predicate: str = ""
     line: str = ""  # file:line of the source
-    target: int | None = None  # the address that a branch names
+    labels: tuple[str, ...] = ()  # by which branches name it
     stall: int = 1  # cycles until the next instruction of the warp may issue
     stay: bool = True  # the scheduler may issue the next instruction from the same warp
     write: int = NO_BOARD  # the scoreboard that is released when the result is written
@@ -75,11 +73,8 @@ def decode(high: int) -> dict[str, Any]:
     Bits 105 to 108 hold the stall count, 109 the yield flag, 110 to 112 the write scoreboard,
     113 to 115 the read scoreboard, 116 to 121 the wait mask.
     """
-    stall, stay, write, read, wait = (
-        high >> first & (1 << bits) - 1
-        for first, bits in ((41, 4), (45, 1), (46, 3), (49, 3), (52, 6))
-    )
-    return {"stall": stall, "stay": bool(stay), "write": write, "read": read, "wait": wait}
+    places = {"stall": (41, 4), "stay": (45, 1), "write": (46, 3), "read": (49, 3), "wait": (52, 6)}
+    return {name: high >> first & (1 << bits) - 1 for name, (first, bits) in places.items()}
 
 
 #: A line of the source, a label, or an instruction with both halves of its encoding.
@@ -87,40 +82,31 @@ _ITEM = re.compile(
     r'^\s*//## File "(?P<file>[^"]*)", line (?P<number>\d+)|^\s*(?P<label>\.L_\w+):'
     r"|/\*(?P<address>[0-9a-f]{4,})\*/\s+(?:(?P<predicate>@!?U?P\w+)\s+)?(?P<name>[A-Z][\w.]*)"
     r"[ \t]*(?P<operands>.*?)\s*;\s*/\*\s*0x[0-9a-f]{16}\s*\*/"
-    r"(?:\s*/\*\s*0x(?P<high>[0-9a-f]{16})\s*\*/)?",
+    r"\s*/\*\s*0x(?P<high>[0-9a-f]{16})\s*\*/",
     re.MULTILINE,
 )
-_TARGET = re.compile(r"(\.L_\w+)|\b0x([0-9a-f]+)\b")
 
 
 def read_listing(text: str) -> list[Instruction]:
     """Returns the instructions of the one kernel in a listing of ``nvdisasm -c -hex -g``.
 
     Raises:
-        ValueError: the listing holds no instruction, or one without its encoding.
+        ValueError: the listing holds no instruction with its encoding.
     """
     found: list[Instruction] = []
-    at: dict[str, int] = {}  # the index that a label names
-    source = ""
+    source, labels = "", tuple[str, ...]()
     for item in _ITEM.finditer(text):
         if item["file"]:
             source = f"{Path(item['file']).name}:{item['number']}"
         elif item["label"]:
-            at[item["label"]] = len(found)
-        elif not item["high"]:
-            raise ValueError(f"instruction {item['address']} has no second half of its encoding")
+            labels += (item["label"],)
         else:
-            rest = item["name"], item["operands"], item["predicate"] or "", source
+            about = item["name"], item["operands"], item["predicate"] or "", source, labels
             fields = decode(int(item["high"], 16))
-            found.append(Instruction(int(item["address"], 16), *rest, **fields))
+            found.append(Instruction(int(item["address"], 16), *about, **fields))
+            labels = ()
     if not found:
-        raise ValueError("the listing holds no instruction with an encoding")
-    for index, one in enumerate(found):
-        goal = _TARGET.search(one.operands) if one.name.startswith(("BRA", "CALL")) else None
-        if goal and at.get(goal[1], len(found)) < len(found):
-            found[index] = replace(one, target=found[at[goal[1]]].address)
-        elif goal and goal[2]:
-            found[index] = replace(one, target=int(goal[2], 16))
+        raise ValueError("the listing holds no instruction with its encoding")
     return found
 
 
@@ -141,50 +127,31 @@ def read(cubin: bytes) -> list[Instruction]:
     return read_listing(run_tool("nvdisasm", "-c", "-hex", "-g", cubin=cubin))
 
 
-def _branches(instructions: Sequence[Instruction]) -> dict[int, int]:
-    """Returns the index that each branch leads to."""
-    at: dict[int | None, int] = {one.address: index for index, one in enumerate(instructions)}
-    named = ((index, one) for index, one in enumerate(instructions) if one.name.startswith("BRA"))
-    return {index: at[one.target] for index, one in named if one.target in at}
-
-
-def loops(instructions: Sequence[Instruction]) -> list[tuple[int, int]]:
-    """Returns the first and last index of every loop, the longest first."""
-    spans = [(to, index) for index, to in _branches(instructions).items() if to < index]
-    return sorted(spans, key=lambda span: span[0] - span[1])
-
-
 def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """Returns one turn of the longest loop in the order of execution.
+    """Returns one turn of the longest loop in the order of execution; nothing if there is none.
 
-    Branches depend on data that is not there. Those out of the loop are not taken. A predicated
-    branch forward is taken where it skips a call and no load: the slow path of a division. A
-    polling loop is left after one round.
+    Branches depend on data that is not there: those with a predicate are not taken, so a polling
+    loop is left after one round. Nor are those that lead out of the loop.
 
     Raises:
-        ValueError: there is no loop.
+        ValueError: there is an endless loop within it.
     """
-    if not (spans := loops(instructions)):
-        raise ValueError("the kernel has no loop")
-    first, last = spans[0]
-    goals = {i: to for i, to in _branches(instructions).items() if first <= to <= last}
-    exits = set()  # branches out of polling loops that end in an unconditional branch backward
-    for begin, end in spans[1:]:
-        if first < begin and end < last and not instructions[end].predicate:
-            exits.update([i for i in range(begin, end) if goals.get(i, 0) > end][:1])
+    at = {label: index for index, one in enumerate(instructions) for label in one.labels}
+    goals = {}  # the index that each branch leads to
+    for index, one in enumerate(instructions):
+        label = re.search(r"\.L_\w+", one.operands)
+        if one.name.startswith("BRA") and label and label[0] in at:
+            goals[index] = at[label[0]]
+    loops = [(to, index) for index, to in goals.items() if to < index]
+    if not loops:
+        return []
+    first, last = max(loops, key=lambda loop: loop[1] - loop[0])
     path, index = [], first
     while index != last:
-        one, target = instructions[index], goals.get(index)
+        one, goal = instructions[index], goals.get(index, -1)
         path.append(one)
-        index += 1
-        if target is not None:
-            always = not one.predicate and "UP" not in one.operands
-            names = [each.name for each in instructions[index:target]]
-            slow = any(name.startswith("CALL") for name in names) and not any(
-                name.startswith(("BAR", "LD", "HMMA")) for name in names
-            )
-            if always or (target >= index and (slow or index - 1 in exits)):
-                index = target
-        if len(path) > 4 * (last - first + 1):
+        always = not one.predicate and "UP" not in one.operands
+        index = goal if always and first <= goal <= last else index + 1
+        if len(path) > last:
             raise ValueError("the loop has no end that the trace reaches")
     return [*path, instructions[last]]

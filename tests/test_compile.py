@@ -92,7 +92,7 @@ def test_faults_are_seen():
 def test_faults_of_an_exchange_are_seen():
     job = job_of(Problem("lstm", 512, 16, 1, torch.bfloat16, "ieee", True))
     names = ["LDG.E.64.STRONG.GPU", "LDG.E.STRONG.GPU", "STL", "SHFL", *["BAR"] * 4, "BRA"]
-    loop = [Instruction(n, name, target=0) for n, name in enumerate(names)]
+    loop = [Instruction(n, name, ".L_0", labels=(".L_0",)[n:]) for n, name in enumerate(names)]
     ptx = "\tst.global.b32\n\t@p red.release.gpu.global\n\tld.acquire.gpu.global\n\tld.global.cg"
     found = faults(job, kernel(ptx=ptx, tiles=job.plan.forward, spills=600, instructions=loop))
     assert [fault.split()[-1] for fault in found] == [

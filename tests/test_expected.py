@@ -40,7 +40,7 @@ def ours(problem=LSTM, chip=H100, T=100):
 
 
 def test_a_call_worked_out_by_hand(tables, monkeypatch):
-    gradient_of_w_hh = expected._products_us(LSTM, 132 * 1755 / 6.5, 100, 0)
+    gradient_of_w_hh = expected._products_us(LSTM, H100, 100, 0)
     assert gradient_of_w_hh == pytest.approx(2 * 800 * 256 * 64 / (4 * 4096 / 6.5 * 132 * 1755))
     monkeypatch.setattr(expected, "_products_us", lambda *_: 0.0)
     assert ours() == pytest.approx(100 * 3)
@@ -149,15 +149,15 @@ def test_the_next_larger_line_stands_for_a_size_between():
     for H, line in ((65, 128), (128, 128), (200, 256), (300, 512)):
         problem = LSTM._replace(hidden_size=H)
         plan, *_ = plan_stack(problem, H100)
-        assert find_line(problem, plan, "sm_90")["H"] == line
-    assert find_line(problem._replace(hidden_size=4097), plan, "sm_90") is None
+        assert find_line(problem, plan, H100)["H"] == line
+    assert find_line(problem._replace(hidden_size=4097), plan, H100) is None
     spilling = [line for line in SHIPPED if line["bw_spills"] > expected.MOST_SPILLED]
     assert len(spilling) < 5
     for line in spilling:
         problem = LSTM._replace(cell=line["cell"], hidden_size=int(line["H"]))
-        assert find_line(problem, cooperative(problem, H100), line["chip"]) is not line
+        assert find_line(problem, cooperative(problem, H100), CHIPS[line["chip"]]) is not line
     wavefront = LSTM._replace(hidden_size=256, layers=3)
-    assert find_line(wavefront, cooperative(wavefront, H100), "sm_90")["layers"] == 2
+    assert find_line(wavefront, cooperative(wavefront, H100), H100)["layers"] == 2
 
 
 FRESH = ["sm_90,lstm,16-bit,32,1"]

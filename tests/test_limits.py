@@ -1,7 +1,9 @@
 """The limits by themselves; ``test_compile.py`` holds them against the compiler."""
 
+import torch
+
 from fusedrnn.kernels.limits import SliceNeeds, resident_bytes, slice_needs
-from fusedrnn.kernels.spec import SPECS
+from fusedrnn.kernels.problem import CHIPS, Problem, Tiles
 
 
 def test_shared_memory_worked_out_by_hand():
@@ -15,7 +17,10 @@ def test_a_slice_worked_out_by_hand():
     weights, operand, sums = 4 * 16 * 512 * 2, 8 * 512 * 2, 4 * 16 * 8 * 4  # bytes
     registers = weights // 4 // 128 + operand // 4 // 128 + sums // 4 // 32
     mma = 4 * 512 // 16 // 4
-    needs = slice_needs(SPECS["lstm"], "16-bit", 1, True, 512, 16, 8, 4)
+    problem, tiles = Problem("lstm", 512, 8, 1, torch.bfloat16, "", True), Tiles(8, 16, 4, 0, "", 0)
+    chip = CHIPS["sm_90"]._replace(shared_bytes=4 * sums)
+    needs = slice_needs(problem, chip, True, tiles)
     assert needs == SliceNeeds(registers, 4 * sums, mma, operand)
-    padded = slice_needs(SPECS["lstm"], "16-bit", 1, True, 500, 16, 8, 4)
-    assert padded == needs
+    assert slice_needs(problem._replace(hidden_size=500), chip, True, tiles) == needs
+    assert slice_needs(problem, chip._replace(shared_bytes=4 * sums - 1), True, tiles) is None
+    assert slice_needs(problem._replace(hidden_size=2048), chip, True, tiles) is None

@@ -7,7 +7,7 @@ import torch
 
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.plan import cooperative, plan, plan_stack, resident, stepwise
-from fusedrnn.kernels.problem import CHIPS, NoPlan, Problem, chip_of, give_up, refuse_cooperation
+from fusedrnn.kernels.problem import CHIPS, NoPlan, Problem, chip_of, give_up
 
 H100, BF16, FP32 = CHIPS["sm_90"], torch.bfloat16, torch.float32
 AMD = H100._replace(name="MI300", arch="gfx942", shared_bytes=65_536, warp_size=64)
@@ -123,13 +123,11 @@ def test_who_runs_the_kernels_in_gluon():
 
 
 def test_a_device_that_refused_is_not_asked_again(monkeypatch):
-    monkeypatch.setattr("fusedrnn.kernels.problem._REFUSING", set())
+    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
     device = torch.device("cpu")
-    assert chip_of(device).cooperates
-    refuse_cooperation(device)
-    assert not chip_of(device).cooperates
-    refusing = H100._replace(cooperates=False)
-    with pytest.raises(NoPlan, match="sm_90 has refused a cooperative launch"):
+    give_up(device, "cooperative", "too many programs")
+    refusing = H100._replace(failed=chip_of(device).failed)
+    with pytest.raises(NoPlan, match=r"^too many programs$"):
         cooperative(problem(), refusing)
     assert plan(problem(hidden_size=256), refusing).schedule == "stepwise"
 
@@ -138,12 +136,11 @@ def test_a_layer_whose_kernels_failed_is_planned_no_more(monkeypatch):
     monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
     device, asked, forgotten = torch.device("cpu"), problem(), []
     monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
-    monkeypatch.setattr("fusedrnn.kernels.problem._REFUSING", set())
-    give_up(device, asked.cell, asked.hidden_size, asked.dtype, "no compiler")
+    give_up(device, (asked.cell, asked.hidden_size, asked.dtype), "no compiler")
     with pytest.raises(NoPlan, match=r"^no compiler$"):
         plan_stack(asked, chip_of(device))
     assert plan_stack(asked._replace(hidden_size=32), chip_of(device))
-    refuse_cooperation(torch.device("meta"))
+    give_up(torch.device("meta"), "cooperative", "too many programs")
     assert len(forgotten) == 2  # what was decided before
     assert plan_stack(asked, chip_of(torch.device("meta")))
 
