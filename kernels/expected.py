@@ -22,7 +22,6 @@ MARGIN = 0.8
 #: The chip of the table whose cycles stand for those of an architecture; others as sm_90.
 FAMILIES = {"sm_80": "sm_80"}
 FAMILIES |= dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86")
-MOST_SPILLED = 64  # bytes of a thread; a kernel that spills more takes longer than predicted
 RAGGED = 1.2  # times a dense step; as compiled 1.1 in the mean, up to 1.3 where H <= 32
 HOST_US = (75.0, 90.0)  # from a call to the launch, forward and backward: `python -m bench host`
 LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
@@ -85,7 +84,6 @@ def find_line(p: Problem, plan: Plan, chip: Chip) -> dict[str, Any] | None:
         if wanted.items() <= line.items()
         and p.hidden_size <= line["H"]
         and line["layers"] <= plan.layers
-        and max(line["fw_spills"], line["bw_spills"]) <= MOST_SPILLED
     ]
     return min(fitting, key=lambda line: (line["H"], -line["layers"]), default=None)
 

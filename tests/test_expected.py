@@ -143,6 +143,7 @@ def test_the_shipped_steps_are_of_the_planners_kernels():
     assert 100 < len(expected_lines) == len(SHIPPED) < 200
     for decided, line in zip(expected_lines, SHIPPED, strict=True):
         assert decided.items() <= line.items()
+        assert line["fw_spills"] == line["bw_spills"] == 0  # else it takes longer than predicted
 
 
 def test_the_next_larger_line_stands_for_a_size_between():
@@ -151,11 +152,6 @@ def test_the_next_larger_line_stands_for_a_size_between():
         plan, *_ = plan_stack(problem, H100)
         assert find_line(problem, plan, H100)["H"] == line
     assert find_line(problem._replace(hidden_size=4097), plan, H100) is None
-    spilling = [line for line in SHIPPED if line["bw_spills"] > expected.MOST_SPILLED]
-    assert len(spilling) < 5
-    for line in spilling:
-        problem = LSTM._replace(cell=line["cell"], hidden_size=int(line["H"]))
-        assert find_line(problem, cooperative(problem, H100), CHIPS[line["chip"]]) is not line
     wavefront = LSTM._replace(hidden_size=256, layers=3)
     assert find_line(wavefront, cooperative(wavefront, H100), H100)["layers"] == 2
 
