@@ -30,7 +30,7 @@ class Kind:
         self.is_direct = batched and not facts.ragged and not facts.drops_out
         self.is_direct = self.is_direct and all(s.shape[1] == facts.batch for s in states)
         self.choice: tuple[str, StackConfig] | None = None
-        self.known = Known(starts_at_zero=not states)
+        self.known = Known(starts_at_zero=len(states) == 0)
         self.needs_operator = facts.transformed or facts.proj_size > 0
         rows, columns = facts.layers.num_layers * facts.layers.directions, facts.columns
         self._shapes = [(rows, facts.batch, n) for n in dict.fromkeys(columns)]
@@ -243,13 +243,17 @@ def _checked(
     ragged: tuple[str, ...], packed_sizes: tuple[int, ...],
 ) -> Kind:  # fmt: skip
     """Checks all of a call but values; ``packed_sizes`` are T and B of packed data, else ()."""
-    batched = bool(packed_sizes) or _ndim(data, (2, 3), " or a PackedSequence") == 3
-    steps, batch = packed_sizes or (data.shape[:2] if batched else (data.shape[0], 1))
-    if batched and layers.batch_first and not packed_sizes:
-        steps, batch = batch, steps
+    is_packed = "packed" in ragged
+    batched = is_packed or _ndim(data, (2, 3), " or a PackedSequence") == 3
+    if is_packed:
+        steps, batch = packed_sizes
+    elif batched:
+        steps, batch = data.shape[:2][:: -1 if layers.batch_first else 1]
+    else:
+        steps, batch = data.shape[0], 1
     states: Sequence[Tensor] = ()
     if hx is not None:
-        states = _as_tensors(hx, SPECS[cell].states, indexed=not packed_sizes)
+        states = _as_tensors(hx, SPECS[cell].states, indexed=not is_packed)
     tensors, autocast = (data, *states, *params), _autocast_dtype(data)
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
