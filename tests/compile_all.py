@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import NamedTuple
 
 import triton
-from compiling import COMPILED_CHIPS, Job, covering, every_pair, every_plan, faults
+from compiling import COMPILED_CHIPS, Job, cover, covering, every_plan, faults
 from processes import python
 
 
@@ -82,8 +82,8 @@ def main() -> int:
     options = parser.parse_args()
     jobs = covering()
     if options.every:
-        choose = every_pair if options.every == "pair" else every_plan
-        jobs = choose(options.chip or "sm_90")
+        chip = options.chip or "sm_90"
+        jobs = cover(chip, 2) if options.every == "pair" else every_plan(chip)
     number, of = map(int, options.part.split("/"))
     jobs = [
         job

@@ -13,7 +13,7 @@ from fusedrnn.kernels.plan import CHIPS, Plan, Problem, plan_stack
 from fusedrnn.kernels.sass import count_kinds, trace
 from fusedrnn.kernels.spec import SPECS
 
-MOST_SPILLED = 64  # bytes of a thread
+MOST_SPILLED = 64  # bytes of a thread, but none in schedule resident_nvidia
 COMPILED_CHIPS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PRODUCTS = ((BF16, "ieee"), (FP16, "ieee"), (FP64, "ieee"))
@@ -105,17 +105,12 @@ def covering() -> list[Job]:
     return found
 
 
-def every_pair(chip: str) -> list[Job]:
-    """The jobs of `make test-all` for a chip or a Triton: all traits in pairs."""
-    return cover(chip, 2)
-
-
 def every_plan(chip: str = "sm_90") -> list[Job]:
     """The jobs of `make test-all` for one chip: the planner's tiles, and the triples of SHAPE.
 
     fp16, padded and inference are in the triples and pairs alone.
     """
-    found = dict.fromkeys([*cover(chip, 3, SHAPE), *every_pair(chip)])
+    found = dict.fromkeys([*cover(chip, 3, SHAPE), *cover(chip, 2)])
     seen = set()
     for each in candidates(chip):
         p, chosen = each.problem, each.plan
@@ -134,7 +129,7 @@ def faults(found: Job, kernel: Any) -> list[str]:
     chip, chosen = CHIPS[found.chip], found.plan
     allowed, asm = min(chip.shared_bytes, kernel.tiles.shared_bytes), kernel.binary.asm
     wrong = []
-    if kernel.spills > MOST_SPILLED:
+    if kernel.spills > (0 if chosen.schedule == "resident_nvidia" else MOST_SPILLED):
         wrong.append(f"{kernel.spills} bytes spilled")
     if kernel.shared_bytes > allowed:
         wrong.append(f"{kernel.shared_bytes} bytes shared, {allowed} allowed")
@@ -157,8 +152,6 @@ def faults(found: Job, kernel: Any) -> list[str]:
 def _gluon_faults(problem: Problem, kernel: Any) -> Iterator[str]:
     """Two steps a turn with a barrier for each product, and nothing moved between layouts."""
     turn = count_kinds(trace(kernel.instructions))
-    if kernel.spills:
-        yield f"{kernel.spills} bytes spilled"
     if turn["barrier"] != 2 * len(problem.spec.phases):
         yield f"{turn['barrier']} barriers in two steps"
     if turn["tensor core"] < 2 * problem.spec.gates:

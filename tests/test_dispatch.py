@@ -32,9 +32,8 @@ def cuda(monkeypatch):
 
 
 def facts(device="cpu", cell="lstm", layers=(), **changes) -> Facts:
-    made = Facts(
-        cell, torch.device(device), torch.float32, 7, 2, 3, 16, layers=Layers(**dict(layers))
-    )
+    sizes, own = (7, 2, 3, 16), Layers(**dict(layers))
+    made = Facts(cell, torch.device(device), torch.float32, *sizes, layers=own)
     return made._replace(**changes)
 
 

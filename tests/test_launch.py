@@ -1,5 +1,8 @@
 """The host's side of a launch."""
 
+from itertools import product
+from unittest.mock import MagicMock, Mock
+
 import pytest
 import torch
 
@@ -50,21 +53,9 @@ def test_a_refusal_is_told_from_other_errors():
 
 
 def test_constants_of_a_launch_are_made_once_for_sizes_and_dtype():
-    made, ran = [], []
-
-    class Kernel:
-        def __getitem__(self, grid):
-            return lambda *args, **options: ran.append((grid, args[-1], options))
-
-    def tile_of(cell, layers, tiles):
-        made.append(layers.h_0.shape)
-        return len(made)
-
-    for h_0 in (torch.zeros(1, 7, 50), torch.zeros(1, 40, 50), torch.zeros(1, 7, 48)):
-        for given in (h_0, h_0.half()):
-            layers = Layers(h_0=given)
-            launch.run(Kernel(), CELLS["lstm"], (layers,), Rows(3, 7), RESIDENT, tile_of)
-    assert [h for _, _, h in made] == [50, 50, 48, 48]
-    assert [(grid, tile) for grid, tile, _ in ran] == [
-        ((1, 1), 1), ((1, 1), 2), ((3, 1), 1), ((3, 1), 2), ((1, 1), 3), ((1, 1), 4)
-    ]  # fmt: skip
+    kernel, made = MagicMock(), Mock(side_effect=range(9))
+    for B, H, dtype in product((7, 40), (50, 48), (torch.float32, torch.float16)):
+        layers = Layers(h_0=torch.zeros(1, B, H, dtype=dtype))
+        launch.run(kernel, CELLS["lstm"], (layers,), Rows(3, B), RESIDENT, made)
+    calls = kernel.__getitem__.return_value.call_args_list
+    assert [call.args[-1] for call in calls] == [0, 1, 2, 3] * 2
