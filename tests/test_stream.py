@@ -93,7 +93,7 @@ def test_no_dropout_and_no_history_in_training():
     state = stream.state
     outputs = streamed(stream, inputs)
     assert_same(outputs, whole(module, inputs, state)[0])
-    assert not (outputs.requires_grad or stream.state[0].requires_grad)
+    assert outputs.requires_grad is stream.state[0].requires_grad is False
     assert torch.is_grad_enabled()
 
 
