@@ -95,8 +95,7 @@ def main() -> int:
     wrong = [row for row in rows if row.faults]
     for row in wrong:
         print(f"{row.chip} {row.schedule} {row.direction} {row.name}: {', '.join(row.faults)}")  # noqa: T201
-    by = f"by Triton {triton.__version__}"
-    print(f"{len(rows)} kernels compiled {by}, {len(wrong)} with faults")  # noqa: T201
+    print(f"{len(rows)} kernels compiled by Triton {triton.__version__}, {len(wrong)} with faults")  # noqa: T201
     if options.summary:
         print(summary(rows))  # noqa: T201
     return 1 if wrong else 0

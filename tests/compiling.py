@@ -19,10 +19,10 @@ BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.flo
 PRODUCTS = ((BF16, "ieee"), (FP16, "ieee"), (FP64, "ieee"))
 PRODUCTS += ((FP32, "tf32"), (FP32, "tf32x3"), (FP32, "ieee"))
 #: The largest first: of jobs with the same traits it is taken, and it needs most registers.
-SIZES = (4096, 2048, 1536, 1024, 768, 512, 256, 128, 64, 32, 16)
+SIZES = (4096, 2048, 1536, 1216, 1024, 768, 512, 256, 128, 64, 32, 16)
 PADDED = (3000, 1000, 500, 200, 100, 50, 25, 12, 1)
 #: The last one fills an SM twice: programs of schedule resident_nvidia have 16 rows.
-BATCHES = (16, 128, 3000)
+BATCHES = (16, 8, 128, 3000)
 
 
 class Job(NamedTuple):

@@ -23,7 +23,6 @@ def test_the_covering_subset(part):
 
 @pytest.mark.slow
 def test_every_plan():
-    """For one chip; the others have the same kernels with other tiles."""
     assert " 0 with faults" in run_script("compile_all.py", "--every", "plan", "--chip", "sm_90")
 
 

@@ -59,6 +59,7 @@ def test_thousands_of_calls_in_four_threads():
     assert used[1] - used[0] < 8 << 20, used
 
 
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of gc's callbacks
 @pytest.mark.parametrize("kwargs", [{}, {"recompute": True}, {"num_layers": 2, "dropout": 0.5}])
 def test_a_call_that_is_interrupted_leaves_nothing_behind(kwargs, monkeypatch):
     """Ctrl-C at any time of forward or backward: all gradients or none, and no setting."""
@@ -71,14 +72,15 @@ def test_a_call_that_is_interrupted_leaves_nothing_behind(kwargs, monkeypatch):
     took = time.perf_counter() - begin
     for n in range(CALLS // 30):
         module.zero_grad()
-        signal.setitimer(signal.ITIMER_REAL, 1e-4 + random.Random(n).random() * took)
         try:
-            with fusedrnn.use_backend("torch"), fusedrnn.use_precision("tf32"):
-                module(x)[0].sum().backward()
-        except KeyboardInterrupt:
+            signal.setitimer(signal.ITIMER_REAL, 1e-4 + random.Random(n).random() * took)
+            try:
+                with fusedrnn.use_backend("torch"), fusedrnn.use_precision("tf32"):
+                    module(x)[0].sum().backward()
+            finally:
+                signal.setitimer(signal.ITIMER_REAL, 0)
+        except KeyboardInterrupt:  # in the inner ``finally``, too
             stopped += 1
-        finally:
-            signal.setitimer(signal.ITIMER_REAL, 0)
         assert len({weight.grad is None for weight in weights}) == 1
         assert fusedrnn.explain(module, x).source != "use_backend"
         assert torch.get_num_threads() == threads
