@@ -7,7 +7,7 @@ import torch
 
 from fusedrnn.kernels import plan as planning
 from fusedrnn.kernels.plan import cooperative, plan, plan_stack, resident, stepwise
-from fusedrnn.kernels.problem import CHIPS, NoPlan, Problem, chip_of, give_up
+from fusedrnn.kernels.problem import CHIPS, NoPlan, Problem, chip_of
 
 H100, BF16, FP32 = CHIPS["sm_90"], torch.bfloat16, torch.float32
 AMD = H100._replace(name="MI300", arch="gfx942", shared_bytes=65_536, warp_size=64)
@@ -122,42 +122,6 @@ def test_who_runs_the_kernels_in_gluon():
     assert plan(problem(), chip_of(torch.device("cpu"))).schedule == "resident"  # the interpreter
 
 
-def test_a_device_that_refused_is_not_asked_again(monkeypatch):
-    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
-    device = torch.device("cpu")
-    give_up(device, "cooperative", "too many programs")
-    refusing = H100._replace(failed=chip_of(device).failed)
-    with pytest.raises(NoPlan, match=r"^too many programs$"):
-        cooperative(problem(), refusing)
-    assert plan(problem(hidden_size=256), refusing).schedule == "stepwise"
-
-
-def test_a_layer_whose_kernels_failed_is_planned_no_more(monkeypatch):
-    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
-    device, asked, forgotten = torch.device("cpu"), problem(), []
-    monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
-    give_up(device, (asked.cell, asked.hidden_size, asked.dtype), "no compiler")
-    with pytest.raises(NoPlan, match=r"^no compiler$"):
-        plan_stack(asked, chip_of(device))
-    assert plan_stack(asked._replace(hidden_size=32), chip_of(device))
-    give_up(torch.device("meta"), "cooperative", "too many programs")
-    assert len(forgotten) == 2  # what was decided before
-    assert plan_stack(asked, chip_of(torch.device("meta")))
-
-
-@pytest.mark.parametrize(("backend", "sms"), [("gloo", 132), ("cpu:gloo,cuda:nccl", 100)])
-def test_a_process_group_keeps_sms(backend, sms, monkeypatch):
-    """A collective that runs beside a cooperative launch has its SMs."""
-    for name, value in (("is_initialized", True), ("get_backend", backend)):
-        monkeypatch.setattr(f"torch.distributed.{name}", lambda value=value: value)
-    chip = chip_of(torch.device("cpu"))
-    assert chip.sms == sms
-    chip = chip._replace(concurrent=True)
-    for B in (16, 512):
-        tiles = cooperative(problem(hidden_size=1024, batch=B), chip).forward
-        assert 1024 // tiles.block_h * tiles.at_once <= sms
-
-
 def test_forced_planners_last_for_a_context(monkeypatch):
     forgotten = []
     monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
@@ -167,9 +131,3 @@ def test_forced_planners_last_for_a_context(monkeypatch):
         assert len(forgotten) == 1
     assert plan_stack(problem(), H100) == before
     assert len(forgotten) == 2
-
-
-def test_a_description():
-    text = plan(problem(), H100).describe()
-    assert text.startswith("resident_nvidia: forward 8 rows x 64 units, 4 warps; backward")
-    assert plan(problem(needs_grad=False), H100).backward is None
