@@ -6,8 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from fusedrnn.kernels import rows, steps, tiles
-from fusedrnn.kernels.tensors import Layers
+from fusedrnn.kernels import rows, tiles
 
 
 @triton.jit
@@ -41,34 +40,6 @@ def test_tanh_of_numbers_at_the_end(device):
     x = torch.tensor([0.0, 50.0, -50.0, 1e38, -1e38, torch.inf, -torch.inf, torch.nan])
     want = torch.tensor([0.0, 1.0, -1.0, 1.0, -1.0, 1.0, -1.0, torch.nan])
     torch.testing.assert_close(tanh(x.to(device)).cpu(), want, rtol=0, atol=0, equal_nan=True)
-
-
-@triton.jit
-def copy_kernel(layers, y_ptr, B, TILE: tl.constexpr):
-    x_ptr, offs_b = layers.out[0], tl.arange(0, TILE.block_b)
-    cols, W = tl.arange(0, TILE.block_h), 2 * TILE.H
-    program = steps.part_of(layers, 0, tl.program_id(0), offs_b, cols, 1, B, B, TILE)
-    x = steps.load(x_ptr, program, (), 2, W, TILE)
-    x = tiles.zero_where(offs_b == 1, x)
-    x = tiles.where(offs_b == 2, (x[1], x[0]), x)
-    x = tiles.add_to(x, 1, tl.sum(x[0]) * 0.0 + 1.0)
-    steps.store(y_ptr, program, program.mask_b, x, W, TILE)
-
-
-def test_tiles_are_loaded_masked_and_stored(device):
-    """Nothing outside ``[B, 2H]`` is read (else the sum is NaN) or written; zero replaces a NaN."""
-    B, H = 5, 12
-    whole = torch.full((B + 1, 2 * H), torch.nan, device=device)
-    whole[:B] = torch.randn(B, 2 * H)
-    whole[1, 3] = torch.nan
-    out = torch.full_like(whole, 7.0)
-    copy_kernel[1,](Layers(out=(whole,)), out, B, tiles.Tile(1, 1, H, 16, 16, "ieee"))
-    want = whole[:B].clone()
-    want[1] = 0.0
-    want[2] = want[2].roll(H)
-    want[:, H:] += 1.0
-    assert torch.equal(out[:B], want)
-    assert (out[B] == 7.0).all()
 
 
 @pytest.mark.parametrize("name", ["SKIPPED", "PREVIOUS", "ZERO", "INITIAL"])
