@@ -28,7 +28,7 @@ class Layers(NamedTuple):
     (without gradients nothing is saved). A kernel is compiled without what is None.
     """
 
-    gx: MaybeTensor = None  # [D, R, G*H], or [R, G*H]: x W_ih^T + b_ih of the first layer
+    gx: MaybeTensor = None  # [D, R, G*H], [R, G*H] or [T, B, G*H]: x W_ih^T + b_ih of layer 0
     w_ih: Any = None  # Z of [G*H, I], a tuple; kernels read those above the first layer
     b_ih: tuple[Tensor, ...] | None = None  # Z of [G*H]
     w_hh: tuple[Tensor, ...] = ()  # Z of [G*H, H]
@@ -38,7 +38,7 @@ class Layers(NamedTuple):
     c_0: MaybeTensor = None  # [Z, B, H]
     h_n: MaybeTensor = None  # [Z, B, H], written by forward
     c_n: MaybeTensor = None  # [Z, B, H], written by forward
-    out: tuple[Tensor, ...] = ()  # Z of [R, D*H], written by forward; directions share a tensor
+    out: tuple[Tensor, ...] = ()  # Z of [R, D*H] or [T, B, D*H], written by forward; one a layer
     gates: MaybeTensor = None  # [Z, R, S*H], saved by forward
     cs: MaybeTensor = None  # [Z, R, H], saved by forward
     origins: MaybeTensor = None  # [D, T, B] of the rows; None if every sequence has every step
@@ -48,7 +48,7 @@ class Layers(NamedTuple):
 class Grads(NamedTuple):
     """The gradients that reach the layers of a launch, and those that leave them."""
 
-    out: MaybeTensor = None  # [R, D*H] of the last layer
+    out: MaybeTensor = None  # [R, D*H] or [T, B, D*H] of the last layer
     cs: MaybeTensor = None  # [Z, R, H] of every c
     h_n: MaybeTensor = None  # [Z, B, H]
     c_n: MaybeTensor = None  # [Z, B, H]

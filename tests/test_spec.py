@@ -11,6 +11,7 @@ def test_the_tables_fit_together(cell):
     spec, of = SPECS[cell], CELLS[cell]
     assert sorted(g for gates in spec.phases for g in gates) == list(range(spec.gates))
     assert sorted(n for tiles in spec.grads for n in tiles) == list(range(spec.grad_tiles))
+    assert {*range(spec.gates), *spec.recurrent} == set(range(spec.grad_tiles))
     assert spec.operands[0] == "h"
     assert len(spec.operands) == len(spec.phases) == len(spec.grads)
     for gates, tiles, factors in zip(of.parts, of.grads, of.factors, strict=False):
