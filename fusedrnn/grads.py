@@ -18,7 +18,6 @@ from .layout import entering, rows_by_sequence
 #: On the CPU a sum over rows is made of so many parts, each of at least so many rows, as long as
 #: their results together have at most so many numbers.
 _PARTS, _ROWS_OF_A_PART, _PARTS_SIZE = 8, 400, 1 << 20
-_LITTLE = 1 << 24  # multiplications up to which one product of all tiles of a GRU is faster
 _COPIED = 1 << 14  # numbers of h that are at most copied to be multiplied at once
 #: On the CPU results with so few columns are computed as their transposes, which is faster in MKL.
 _NARROW = range(2, 16)
@@ -31,29 +30,26 @@ def weight_grads(
 
     ``x`` is its input, ``[R, I]`` or dense ``[T, B, I]`` of any strides; ``dgates [R, N*H]``.
     """
-    columns, H = layers.w_hh[z].shape
-    runs, by_sequence = _runs(cell, H), rows_by_sequence(x, columns)
-    is_whole = dgates.shape[1] == columns
-    dgx = dgates if is_whole else dgates[:, :columns]
-    if by_sequence is None:
-        grads = [outer(dgx, x if x.dim() == 2 else x.reshape(-1, x.shape[-1]))]
+    columns = layers.w_hh[z].shape[0]
+    dgx, x_rows = dgates[:, :columns], rows_by_sequence(x, columns)
+    if x_rows is None:
+        x_rows = x.reshape(-1, x.shape[-1])
     else:  # dgx, the smaller factor, is reordered
-        grads = [outer(dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1), by_sequence)]
-    grads.append(_recurrent_weight_grad(runs, z, layers, dgates, rows))
+        dgx = dgx.unflatten(0, x.shape[:2]).transpose(0, 1).flatten(0, 1)
+    grads = [outer(dgx, x_rows), _recurrent_weight_grad(cell, z, layers, dgates, rows)]
     if layers.b_hh is not None:
         sums = dgates.sum(0)
-        # Two tensors, since an optimizer may change one in place.
-        grads.append(sums.clone() if is_whole else sums[:columns].clone())
-        grads.append(sums if is_whole else torch.cat([sums[tiles] for tiles, _ in runs]))
+        # The second is a copy, since an optimizer may change one in place.
+        recurrent = torch.cat([sums[tiles] for tiles, _ in _runs(cell, layers.w_hh[z].shape[1])])
+        grads += [sums[:columns], recurrent]
     return grads
 
 
-def input_grad(dgates: Tensor, w_ih: tuple[Tensor, ...], out: Tensor) -> Tensor:
-    """Fills and returns dx ``[R, I]``: the sum of ``dgx W_ih`` over the directions."""
+def input_grad(dgates: Tensor, w_ih: tuple[Tensor, ...], out: Tensor) -> None:
+    """Fills dx ``[R, I]``: the sum of ``dgx W_ih`` over the directions."""
     for d, weight in enumerate(w_ih):
         dgx = dgates[d, :, : weight.shape[0]]
         torch.addmm(out, dgx, weight, beta=float(d > 0), out=out)
-    return out
 
 
 @cache
@@ -65,26 +61,16 @@ def _runs(cell: str, H: int) -> list[tuple[slice, str]]:
     return [(slice(tile * H, (tile + count) * H), operand) for (_, tile, count), operand in runs]
 
 
-def _recurrent_weight_grad(
-    runs: list[tuple[slice, str]], z: int, layers: Layers, dgates: Tensor, rows: Rows
-) -> Tensor:
-    """Returns dW_hh; of little on the CPU by one product of all tiles."""
-    H, pieces = layers.w_hh[z].shape[1], _entering(z, layers, rows)
-
-    def product(left: Tensor, operand: str) -> Tensor:
-        found = []
-        for own, h in pieces:
-            right = layers.gates[z][own, :H] * h if operand == "r*h" else h
-            found.append(outer(left if len(pieces) == 1 else left[own], right))
-        return found[0] if len(found) == 1 else found[0].add_(found[1])
-
-    if len(runs) == 1:
-        return product(dgates, "h")
-    is_one_phase = all(operand == "h" for _, operand in runs)
-    if is_one_phase and not dgates.is_cuda and dgates.numel() * H <= _LITTLE:
-        total = product(dgates, "h")
-        return torch.cat([total[tiles] for tiles, _ in runs])
-    return torch.cat([product(dgates[:, tiles], operand) for tiles, operand in runs])
+def _recurrent_weight_grad(cell: str, z: int, layers: Layers, dgates: Tensor, rows: Rows) -> Tensor:
+    """Returns dW_hh, the sum over the pieces of ``_entering`` for each run of tiles."""
+    H, pieces, products = layers.w_hh[z].shape[1], _entering(z, layers, rows), []
+    for tiles, operand in _runs(cell, H):
+        parts = [
+            outer(dgates[own, tiles], layers.gates[z][own, :H] * h if operand == "r*h" else h)
+            for own, h in pieces
+        ]
+        products.append(parts[0] if len(parts) == 1 else parts[0].add_(parts[1]))
+    return products[0] if len(products) == 1 else torch.cat(products)
 
 
 def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
@@ -94,16 +80,14 @@ def _entering(z: int, layers: Layers, rows: Rows) -> list[tuple[slice, Tensor]]:
     their size; so dense rows make two pairs, unless copying costs less than another product.
     """
     h_0, left = layers.h_0[z], layers.out[z].flatten(0, -2)
-    (B, H), every = h_0.shape, slice(None)
-    D = left.shape[1] // H
-    d = z % D
-    left = left if D == 1 else left[:, d * H : (d + 1) * H]
-    rest = left.shape[0] - B
-    if rows.origins is not None or left.numel() <= _COPIED or rest <= 0:
-        return [(every, entering(rows, d, h_0, left))]
+    B, H = h_0.shape
+    d = z % (left.shape[1] // H)
+    left, rest = left[:, d * H : (d + 1) * H], left.shape[0] - B
+    if rows.origins is not None or left.numel() <= _COPIED:
+        return [(slice(None), entering(rows, d, h_0, left))]
     if d == 0:
-        return [(slice(0, B), h_0), (slice(B, None), left[:rest])]
-    return [(slice(rest, None), h_0), (slice(0, rest), left[B:])]
+        return [(slice(B), h_0), (slice(B, None), left[:rest])]
+    return [(slice(rest, None), h_0), (slice(rest), left[B:])]
 
 
 def outer(left: Tensor, right: Tensor) -> Tensor:

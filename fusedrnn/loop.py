@@ -17,7 +17,7 @@ from .kernels.rows import INITIAL, SKIPPED, ZERO, Rows
 from .kernels.spec import SPECS
 from .kernels.tensors import Grads, Layers
 from .layout import entering, final_states
-from .loop_cells import CELLS, Direction, Saved
+from .loop_cells import CELLS, Direction
 
 
 def workspace_tiles(cell: str) -> int:
@@ -138,18 +138,18 @@ def backward(cell: str, layers: Layers, grads: Grads, rows: Rows) -> None:
                 states.append(grads.c_0[d].copy_(grads.c_n[d]))
                 arriving.append(None if grads.cs is None else grads.cs[d])
                 pair = layers.c_0[d], layers.cs[d]
-            of_steps = [steps.prefix(state) for state in states]
+            carried = list(map(steps.prefix, states))
             scratch = steps.prefix(torch.empty_like(states[0]))
-            given = Direction(layers.gates[d], w_hh, None, scratch, steps.split, *of_steps)
-            saved = Saved(grads.gates[d], pair[1], partial(entering, rows, d, *pair))
-            step = CELLS[cell][1](given, saved)
-            pairs = zip(of_steps, arriving, strict=True)
-            added = [(carried, steps.split(grad)) for carried, grad in pairs if grad is not None]
+            own = layers.gates[d], w_hh, None, scratch, steps.split, carried[0], carried[-1]
+            saved = grads.gates[d], pair[1], partial(entering, rows, d, *pair)
+            step = CELLS[cell][1](Direction(*own, *saved))
+            pairs = zip(carried, arriving, strict=True)
+            added = [(state, steps.split(grad)) for state, grad in pairs if grad is not None]
             skipped, zero = steps.skipped, steps.zero
             for t in reversed(steps.order):
                 kept = [state.clone() for state in states] if t in skipped else ()
-                for carried, grad in added:
-                    carried[t].add_(grad[t])
+                for state, grad in added:
+                    state[t].add_(grad[t])
                 step(t)
                 if t in skipped:
                     for old, state in zip(kept, states, strict=True):

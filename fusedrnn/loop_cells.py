@@ -19,6 +19,7 @@ Split = Callable[[Tensor], Sequence[Tensor]]  # cuts rows [R, .] into those of e
 #: ``slope(dy, y, grad_input=out)`` fills out with dy y (1 - y), dy (1 - y^2), or dy where y > 0.
 _sigmoid_slope = torch.ops.aten.sigmoid_backward.grad_input
 _tanh_slope = torch.ops.aten.tanh_backward.grad_input
+_relu = partial(torch.clamp_min, min=0)
 _relu_slope = partial(torch.ops.aten.threshold_backward.grad_input, threshold=0)
 
 
@@ -32,18 +33,14 @@ class Direction(NamedTuple):
     split: Split
     h: Sequence[Tensor]  # of each step [n, H], written; backward: its gradient, carried in place
     c: Any = None  # the same of c, in a cell that has it
+    # Of backward alone:
+    dgates: Any = None  # [R, N*H], written
+    left: Any = None  # [R, H], the c, or without one the h, that left each step
+    entered: Any = None  # computes the one that entered each step
 
     def transposed(self, weight: Tensor) -> Tensor:
         """Returns ``weight^T``; for many steps a copy, whose products are faster than a view's."""
         return weight.t().contiguous() if len(self.scratch) >= _MANY_STEPS else weight.t()
-
-
-class Saved(NamedTuple):
-    """The tensors that only a backward pass has."""
-
-    dgates: Tensor  # [R, N*H], written
-    left: Tensor  # [R, H], the c, or without one the h, that left each step
-    entered: Callable[[], Tensor]  # computes the one that entered each step
 
 
 def _lstm_forward(a: Direction) -> Callable:
@@ -62,17 +59,17 @@ def _lstm_forward(a: Direction) -> Callable:
     return step
 
 
-def _lstm_backward(a: Direction, saved: Saved) -> Callable:
+def _lstm_backward(a: Direction) -> Callable:
     """dc += dh o (1 - tanh^2 c); di, df, dg = dc (..); do = dh (..); dh = dgates W_hh; dc *= f."""
     i, f, g, o = a.gates.chunk(4, 1)
-    d_i, d_f, d_g, d_o = saved.dgates.chunk(4, 1)
-    tanh_c = torch.tanh(saved.left)
+    d_i, d_f, d_g, d_o = a.dgates.chunk(4, 1)
+    tanh_c = torch.tanh(a.left)
     _sigmoid_slope(g, i, grad_input=d_i)
-    _sigmoid_slope(saved.entered(), f, grad_input=d_f)
+    _sigmoid_slope(a.entered(), f, grad_input=d_f)
     _tanh_slope(i, g, grad_input=d_g)
     _sigmoid_slope(tanh_c, o, grad_input=d_o)
     slopes = a.split(_tanh_slope(o, tanh_c, grad_input=tanh_c))
-    dgates, d_ifg = a.split(saved.dgates), a.split(saved.dgates.unflatten(1, (4, -1))[:, :3])
+    dgates, d_ifg = a.split(a.dgates), a.split(a.dgates.unflatten(1, (4, -1))[:, :3])
     d_os, fs = a.split(d_o), a.split(f)
 
     def step(t: int) -> None:
@@ -113,16 +110,16 @@ def _gru_forward(a: Direction) -> Callable:
     return step
 
 
-def _gru_backward(a: Direction, saved: Saved) -> Callable:
+def _gru_backward(a: Direction) -> Callable:
     """All four tiles are dh times what is known before; dh = dh z + (dr, dz, r dn) W_hh."""
     r, z, n, hn = a.gates.chunk(4, 1)
-    d_r, d_z, d_n, d_hn = saved.dgates.chunk(4, 1)
-    _sigmoid_slope(saved.entered() - n, z, grad_input=d_z)
+    d_r, d_z, d_n, d_hn = a.dgates.chunk(4, 1)
+    _sigmoid_slope(a.entered() - n, z, grad_input=d_z)
     _tanh_slope(1 - z, n, grad_input=d_n)
     _sigmoid_slope(hn * d_n, r, grad_input=d_r)
     torch.mul(d_n, r, out=d_hn)
-    d_all, zs = a.split(saved.dgates.unflatten(1, (4, -1))), a.split(z)
-    products = [(a.split(saved.dgates[:, tiles]), w) for tiles, w in _gru_products(a.w_hh)]
+    d_all, zs = a.split(a.dgates.unflatten(1, (4, -1))), a.split(z)
+    products = [(a.split(a.dgates[:, tiles]), w) for tiles, w in _gru_products(a.w_hh)]
     (first, w_first), *more = products
 
     def step(t: int) -> None:
@@ -151,17 +148,17 @@ def _gru_reset_before_forward(a: Direction) -> Callable:
     return step
 
 
-def _gru_reset_before_backward(a: Direction, saved: Saved) -> Callable:
+def _gru_reset_before_backward(a: Direction) -> Callable:
     """dz, dn = dh (..); du = dn W_hn; dr = du (..); dh = dh z + du r + (dr, dz) W_hrz."""
     r, z, n = a.gates.chunk(3, 1)
-    d_r, d_z, d_n = saved.dgates.chunk(3, 1)
-    entered, H = saved.entered(), z.shape[1]
+    d_r, d_z, d_n = a.dgates.chunk(3, 1)
+    entered, H = a.entered(), z.shape[1]
     _sigmoid_slope(entered, r, grad_input=d_r)
     _sigmoid_slope(entered - n, z, grad_input=d_z)
     _tanh_slope(1 - z, n, grad_input=d_n)
     w_rz, w_n = a.w_hh.split((2 * H, H))
-    d_rz = a.split(saved.dgates[:, : 2 * H])
-    d_zn = a.split(saved.dgates.unflatten(1, (3, H))[:, 1:])
+    d_rz = a.split(a.dgates[:, : 2 * H])
+    d_zn = a.split(a.dgates.unflatten(1, (3, H))[:, 1:])
     d_rs, d_ns, rs, zs = map(a.split, (d_r, d_n, r, z))
 
     def step(t: int) -> None:
@@ -175,7 +172,7 @@ def _gru_reset_before_backward(a: Direction, saved: Saved) -> Callable:
     return step
 
 
-def _rnn_forward(a: Direction, function: Callable) -> Callable:
+def _rnn_forward(function: Callable, a: Direction) -> Callable:
     """h' = tanh(.) or max(., 0)."""
     w_hh, gx = a.transposed(a.w_hh), a.split(a.gates)
 
@@ -185,10 +182,10 @@ def _rnn_forward(a: Direction, function: Callable) -> Callable:
     return step
 
 
-def _rnn_backward(a: Direction, saved: Saved, slope: Callable) -> Callable:
+def _rnn_backward(slope: Callable, a: Direction) -> Callable:
     """da = dh (..); dh = da W_hh. The slope of either function follows from h alone."""
-    slope(saved.left.new_ones(1).expand_as(saved.left), saved.left, grad_input=saved.dgates)
-    dgates = a.split(saved.dgates)
+    slope(a.left.new_ones(1).expand_as(a.left), a.left, grad_input=a.dgates)
+    dgates = a.split(a.dgates)
 
     def step(t: int) -> None:
         torch.mm(dgates[t].mul_(a.h[t]), a.w_hh, out=a.h[t])
@@ -197,16 +194,10 @@ def _rnn_backward(a: Direction, saved: Saved, slope: Callable) -> Callable:
 
 
 #: The functions of each cell, forward and backward.
-CELLS: dict[str, tuple[Callable[[Direction], Callable], Callable[[Direction, Saved], Callable]]] = {
+CELLS: dict[str, tuple[Callable[[Direction], Callable], ...]] = {
     "lstm": (_lstm_forward, _lstm_backward),
     "gru": (_gru_forward, _gru_backward),
     "gru_reset_before": (_gru_reset_before_forward, _gru_reset_before_backward),
-    "rnn_tanh": (
-        partial(_rnn_forward, function=torch.tanh),
-        partial(_rnn_backward, slope=_tanh_slope),
-    ),
-    "rnn_relu": (
-        partial(_rnn_forward, function=partial(torch.clamp_min, min=0)),
-        partial(_rnn_backward, slope=_relu_slope),
-    ),
+    "rnn_tanh": (partial(_rnn_forward, torch.tanh), partial(_rnn_backward, _tanh_slope)),
+    "rnn_relu": (partial(_rnn_forward, _relu), partial(_rnn_backward, _relu_slope)),
 }
