@@ -44,9 +44,7 @@ class _FlatWeights(list):
     """The weights of a module in torch's order; an assignment replaces one for its forward."""
 
     def __init__(self, module: "_Stack") -> None:
-        assigned = module._assigned or {}
-        names = module._flat_weights_names
-        super().__init__(assigned.get(name, getattr(module, name, None)) for name in names)
+        super().__init__(module._params())
         self._module = module
 
     def __setitem__(self, index: Any, weight: Any) -> None:
@@ -64,11 +62,9 @@ class _Stack(torch.nn.RNNBase):
     _run = staticmethod(functional.run_stack)
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
-        # By position proj_size keeps its place between bidirectional and device.
-        projects = "proj_size" in kwargs or any(type(size) is int and size for size in args[7:8])
-        if projects and mode != "LSTM":
-            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         super().__init__(mode, *args, **kwargs)
+        if mode != "LSTM" and (self.proj_size or "proj_size" in kwargs):
+            raise ValueError("proj_size argument is only supported for LSTM, not RNN or GRU")
         if recompute:
             self.recompute = True
 
@@ -101,8 +97,7 @@ class _Stack(torch.nn.RNNBase):
         As in torch it happens by itself where a module is made or moved, and elsewhere than on
         CUDA it does nothing. Weights that something computes are left alone.
         """
-        is_plain = all(name in self._parameters for name in self._flat_weights_names)
-        if is_plain and not self._assigned:
+        if all(name in self._parameters for name in self._flat_weights_names):
             super().flatten_parameters()
 
     def _update_flat_weights(self) -> None:
@@ -119,11 +114,10 @@ class _Stack(torch.nn.RNNBase):
 
     def _params(self) -> list[Tensor]:
         """Returns the weights as they are now, computed ones too, in torch's order."""
-        if self._assigned:
-            return self._flat_weights  # type: ignore[return-value]
-        plain, names = self._parameters, self._flat_weights_names
+        plain: dict[str, Any] = self._parameters
+        plain = plain | self._assigned if self._assigned else plain
         # Module.__getattr__ is slow.
-        return [plain[name] if name in plain else getattr(self, name) for name in names]  # type: ignore[misc]
+        return [plain[n] if n in plain else getattr(self, n) for n in self._flat_weights_names]
 
     def forward(self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None):
         """Runs the stack; see the class, and ``fusedrnn.lstm`` for shapes and errors."""
@@ -161,8 +155,7 @@ class _Stack(torch.nn.RNNBase):
         if self._assigned and name in self._flat_weights_names:
             self._init_flat_weights()
 
-    def _replicate_for_data_parallel(self):
-        return super(torch.nn.RNNBase, self)._replicate_for_data_parallel()
+    _replicate_for_data_parallel = torch.nn.Module._replicate_for_data_parallel
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super(torch.nn.RNNBase, self).__setstate__(state)
@@ -238,16 +231,11 @@ class LSTM(_Stack):
 class GRU(_ResetsGate, _Stack):
     """Drop-in for ``torch.nn.GRU``; equations, shapes and errors are ``fusedrnn.gru``'s.
 
-    The arguments are ``LSTM``'s without ``proj_size``, and:
+    The arguments and errors are ``LSTM``'s, but ``proj_size`` raises ValueError.
 
     Args:
         reset_after: whether the reset gate applies after the recurrent product, as in torch and
             cuDNN, or before it, as in the original paper and ONNX's default. Keyword only.
-        recompute: as of ``LSTM``. Keyword only.
-
-    Raises:
-        ValueError: ``proj_size`` is given; and as ``LSTM``.
-        TypeError: as ``LSTM``.
     """
 
     def __init__(self, *args: Any, **kwargs: Any) -> None:
@@ -257,15 +245,11 @@ class GRU(_ResetsGate, _Stack):
 class RNN(_Stack):
     """Drop-in for ``torch.nn.RNN``; equations, shapes and errors are ``fusedrnn.rnn``'s.
 
-    The arguments are ``LSTM``'s without ``proj_size``, and as the fourth:
+    The arguments and errors are ``LSTM``'s, but ``proj_size`` raises ValueError, and ``recompute``
+    changes nothing, since an RNN saves h alone.
 
     Args:
-        nonlinearity: ``"tanh"`` or ``"relu"``.
-        recompute: as of ``LSTM``, keyword only; an RNN saves h alone, and nothing changes.
-
-    Raises:
-        ValueError: another nonlinearity, or ``proj_size`` is given; and as ``LSTM``.
-        TypeError: as ``LSTM``.
+        nonlinearity: the fourth argument, ``"tanh"`` or ``"relu"``; another raises ValueError.
     """
 
     # torch's signature: only RNN has an argument between num_layers and bias.
@@ -330,24 +314,17 @@ class LSTMCell(_SingleStep, torch.nn.LSTMCell):
 class GRUCell(_ResetsGate, _SingleStep, torch.nn.GRUCell):  # type: ignore[override]
     """Drop-in for ``torch.nn.GRUCell``: one step of ``fusedrnn.gru``'s equations.
 
-    The arguments are ``LSTMCell``'s, and keyword-only ``reset_after``, see ``GRU``. Inputs are
-    ``input [B, I]`` or ``[I]`` and ``hx [B, H]`` or ``[H]`` (default zeros); output the next h.
-
-    Raises:
-        ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
+    The arguments, shapes and errors are ``LSTMCell``'s, but hx and the output are h alone; and
+    ``reset_after``, keyword only, is ``GRU``'s.
     """
 
 
 class RNNCell(_SingleStep, torch.nn.RNNCell):
     """Drop-in for ``torch.nn.RNNCell``: one step of ``fusedrnn.rnn``'s equations.
 
-    The arguments are ``LSTMCell``'s, and as the fourth ``nonlinearity``, ``"tanh"`` or ``"relu"``.
-    Inputs are ``input [B, I]`` or ``[I]`` and ``hx [B, H]`` or ``[H]`` (default zeros); output the
-    next h.
-
-    Raises:
-        RuntimeError: at the call, the nonlinearity is another (torch's constructor lets it pass).
-        ValueError, RuntimeError, AttributeError: as ``LSTMCell``.
+    The arguments, shapes and errors are ``LSTMCell``'s, but hx and the output are h alone. The
+    fourth argument is ``nonlinearity``, ``"tanh"`` or ``"relu"``; another raises RuntimeError at
+    the call, since torch's constructor lets it pass.
     """
 
     @property

@@ -209,15 +209,11 @@ def _change_class(module: torch.nn.Module, classes: _Classes) -> None:
         members = {k: v for k, v in vars(former).items() if k not in ("__dict__", "__weakref__")}
         base = type(former.__name__, (base,), members)
     object.__setattr__(module, "__class__", base)
-    if classes is _TORCHS:
-        for name in ("reset_after", "recompute", "_assigned"):
-            module.__dict__.pop(name, None)
-        if isinstance(module, torch.nn.RNNBase):
-            module._init_flat_weights()
-            # deepcopy refuses tensors with a history; forward computes them again.
-            for i, weight in enumerate(module._flat_weights):
-                if weight is not None and not weight.is_leaf:
-                    module._flat_weights[i] = weight.detach()
-    else:
-        for name in _FLAT:
-            module.__dict__.pop(name, None)
+    for name in (*_FLAT, "reset_after", "recompute", "_assigned"):
+        module.__dict__.pop(name, None)
+    if classes is _TORCHS and isinstance(module, torch.nn.RNNBase):
+        module._init_flat_weights()
+        # deepcopy refuses tensors with a history; forward computes them again.
+        for i, weight in enumerate(module._flat_weights):
+            if weight is not None and not weight.is_leaf:
+                module._flat_weights[i] = weight.detach()

@@ -56,25 +56,13 @@ def _rnn_step(function: Callable, gx: Tensor, h: Tensor, c: State, w: Weights):
 
 
 #: ``step(gx, h, c, weights) -> (h, c, saved tiles)`` of each cell.
-_CELLS: dict[str, Callable] = {
+CELLS: dict[str, Callable] = {
     "lstm": _lstm_step,
     "gru": _gru_step,
     "gru_reset_before": _gru_reset_before_step,
     "rnn_tanh": partial(_rnn_step, torch.tanh),
     "rnn_relu": partial(_rnn_step, torch.relu),
 }
-#: The names of the saved tiles of an LSTM and a GRU.
-_GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
-
-
-def gates_of(cell: str, gx: Tensor, h: Tensor, w: Weights) -> dict[str, Tensor]:
-    """Returns the activated gates of many steps at once, by name.
-
-    ``gx = x W_ih^T + b_ih`` is ``[R, G*H]``; ``h``, which entered each step, is ``[R, P]``.
-    """
-    any_c = gx.new_zeros(())  # no gate depends on it
-    _, _, saved = _CELLS[cell](gx, h, any_c, w)
-    return dict(zip(_GATES.get(cell, ""), saved, strict=False))
 
 
 def differentiable_stack(
@@ -112,7 +100,7 @@ def differentiable_stack(
         for d, w in enumerate(directions):
             row = layer * len(directions) + d
             first = h_0[row], None if c_0 is None else c_0[row]
-            out, h, c, every_c = _one_direction(_CELLS[cell], input, *first, w, d, steps)
+            out, h, c, every_c = _one_direction(CELLS[cell], input, *first, w, d, steps)
             outputs.append(out)
             h_n.append(h)
             c_n.append(c)

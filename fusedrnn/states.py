@@ -11,12 +11,14 @@ from torch.utils._pytree import tree_map
 from . import dispatch
 from .arguments import Call
 from .kernels.rows import Rows
-from .kernels.spec import SPECS
 from .kernels.tensors import Weights
 from .layout import entering, rows_of, with_table, without_padding
 from .ops import rnn_stack
 from .records import StackInputs
-from .reference import gates_of
+from .reference import CELLS
+
+#: The names of the saved tiles of an LSTM and a GRU.
+_GATES = {"lstm": "ifgo", "gru": "rzn", "gru_reset_before": "rzn"}
 
 
 class States(NamedTuple):
@@ -92,7 +94,7 @@ def _gates(
     for d, w in enumerate(weights):
         gx = F.linear(x, w.w_ih, w.b_ih).flatten(0, -2)
         entered = entering(rows, d, h_0[d], h[d].flatten(0, -2))
-        named = gates_of(cell, gx, entered, w)
-        shape = *h[d].shape[:-1], w.w_hh.shape[0] // SPECS[cell].gates
-        found.append({n: without_padding(gate.view(shape), rows) for n, gate in named.items()})
+        *_, gates = CELLS[cell](gx, entered, gx.new_zeros(()), w)  # they do not depend on c
+        gates = [without_padding(gate.unflatten(0, h[d].shape[:-1]), rows) for gate in gates]
+        found.append(dict(zip(_GATES.get(cell, ""), gates, strict=False)))
     return tuple(found)

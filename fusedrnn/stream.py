@@ -9,7 +9,6 @@ from . import arguments, dispatch
 from .ops import ATEN_CELL
 
 _States = list[list[Tensor]]  # of h and, in an LSTM, of c: for each layer [B, H]
-_Step = tuple[Tensor, _States]  # the output [B, H], and the states after the step
 
 
 class Stream:
@@ -72,11 +71,8 @@ class Stream:
                 self._facts = self._facts._replace(dtype=first.dtype, device=first.device)
             needs_stack = autocast or self._facts.proj_size
             if needs_stack or dispatch.decide(self._facts)[0] != "aten":
-                output, self._states = self._by_stack(input, self._states, weights)
-            else:  # torch's operators for single steps are faster
-                output, self._states = self._by_cells(input, self._states, weights)
-            # The caller may write into the output, but not into the state.
-            return output.clone() if output is self._states[0][-1] else output
+                return self._by_stack(input, weights)
+            return self._by_cells(input, weights)
 
     @property
     def state(self) -> Any:
@@ -104,9 +100,9 @@ class Stream:
             ValueError: ``rows`` has another shape.
             IndexError: an index is outside the batch (on CUDA a device assertion).
         """
-        B, kind = self._shape[0], getattr(rows, "dtype", type(rows).__name__)
-        if rows is None:
-            rows, kind = torch.ones(B, dtype=torch.bool), torch.bool
+        B = self._shape[0]
+        rows = torch.ones(B, dtype=torch.bool) if rows is None else rows
+        kind = getattr(rows, "dtype", type(rows).__name__)
         if kind not in (torch.bool, torch.int32, torch.int64):
             raise TypeError(f"rows is {kind}; expected a tensor: a bool mask, or int64 indices")
         if rows.dim() != 1 or (kind == torch.bool and len(rows) != B):
@@ -147,22 +143,24 @@ class Stream:
                 f"{weight.dtype} {list(self._shape)}, batch_size and input_size, on {weight.device}"
             )
 
-    def _by_cells(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
-        """Runs the layers one by one with torch's operators for single steps."""
-        step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(states[0]), []
-        for layer, hx in enumerate(zip(*states, strict=True)):
+    def _by_cells(self, input: Tensor, weights: list[Tensor]) -> Tensor:
+        """Runs the layers one by one with torch's operators for single steps, which are faster."""
+        step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(self._states[0]), []
+        for layer, hx in enumerate(zip(*self._states, strict=True)):
             own = weights[layer * each : (layer + 1) * each]
             result = step(input, hx if len(hx) == 2 else hx[0], *own)
             after.append(result if isinstance(result, tuple) else (result,))
             input = after[-1][0]
-        return input, [list(layers) for layers in zip(*after, strict=True)]
+        self._states = [list(layers) for layers in zip(*after, strict=True)]
+        return input.clone()  # the caller may write into the output, but not into the state
 
-    def _by_stack(self, input: Tensor, states: _States, weights: list[Tensor]) -> _Step:
+    def _by_stack(self, input: Tensor, weights: list[Tensor]) -> Tensor:
         """Runs a sequence of one step."""
-        hx = arguments.as_hx([torch.stack(layers) for layers in states])
+        hx = arguments.as_hx([torch.stack(layers) for layers in self._states])
         output, final = self._module._run(
             self._facts.cell, input.unsqueeze(0), hx, weights, self._layers
         )
         # Autocast returns its own dtype; the state keeps that of the weights.
         finals = (final,) if isinstance(final, Tensor) else final
-        return output[0], [list(s.to(weights[0].dtype).unbind(0)) for s in finals]
+        self._states = [list(s.to(weights[0].dtype).unbind(0)) for s in finals]
+        return output[0]

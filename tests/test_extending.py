@@ -69,7 +69,7 @@ def ugrnn_adjoint(
 def ugrnn(monkeypatch):
     monkeypatch.setitem(SPECS, "ugrnn", UGRNN)
     monkeypatch.setitem(CELLS, "ugrnn", cell_of(UGRNN, ugrnn_forward, ugrnn_adjoint))
-    monkeypatch.setitem(reference._CELLS, "ugrnn", ugrnn_step)
+    monkeypatch.setitem(reference.CELLS, "ugrnn", ugrnn_step)
     return "ugrnn"
 
 
