@@ -8,9 +8,9 @@ predictions with published times, and lists what the model leaves out.
 
 import re
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from operator import attrgetter, itemgetter
+from operator import attrgetter
 from typing import NamedTuple
 
 from .latencies import Timings
@@ -74,8 +74,6 @@ def _memory_cost(name: str, kind: str, sm: Timings) -> Cost:
         what = "hop between programs"
     elif kind == "spill":
         what, latency = "local memory", sm.l1
-    elif name.startswith("RED"):
-        latency = 0.0
     return Cost("memory", sm.address, latency + beats - 2, what, beats, 11.0 + beats)
 
 
@@ -95,11 +93,10 @@ class Prediction(NamedTuple):
     cycles: float
     mhz: float
     warps: int  # on the SM
-    steps: int  # of the recurrence in one turn of the loop
     instructions: float  # of one warp in a step
     barriers: float  # in a step
-    spent: dict[str, float]  # cycles of a mean warp, by what it did or waited for
-    waits: list[tuple[float, str, str]]  # mean cycles, main cause and source line, longest first
+    spent: list[tuple[float, str]]  # cycles of a mean warp and their cause, most first
+    waits: list[tuple[float, str, str]]  # the same by cause and source line, without issuing
     spans: list[Span]
     begin: float  # of the turns that count, by the clock of the spans
 
@@ -107,18 +104,18 @@ class Prediction(NamedTuple):
     def us(self) -> float:  # microseconds
         return self.cycles / self.mhz
 
-    def report(self, top: int = 8) -> str:
-        """Returns the prediction as text: where the cycles go, and the lines that wait longest."""
+    def report(self) -> str:
+        """Returns the prediction as text: where the cycles go, and the three longest waits."""
         text = [
             f"predicted {self.cycles:.0f} cycles = {self.us:.3f} us a step at {self.mhz:.0f} MHz; "
             f"{self.warps} warps, {self.instructions:.0f} instructions, {self.barriers:g} barriers",
             "cycles of a mean warp:",
         ]
-        for what, cycles in sorted(self.spent.items(), key=lambda item: (-item[1], item[0])):
-            if cycles >= 0.5:
-                text.append(f"  {cycles:7.0f} {100 * cycles / self.cycles:4.0f} %  {what}")
-        text.append("longest waits by source line, in cycles:")
-        text += [f"  {cycles:7.1f}  {cause:24}  {at}" for cycles, cause, at in self.waits[:top]]
+        for n, cause in self.spent:
+            if n >= 0.5:
+                text.append(f"  {n:7.0f} {100 * n / self.cycles:4.0f} %  {cause}")
+        text.append("longest waits by cause and source line, in cycles:")
+        text += [f"  {n:7.1f}  {cause:24}  {line}" for n, cause, line in self.waits[:3]]
         return "\n".join(text)
 
 
@@ -126,11 +123,11 @@ class Prediction(NamedTuple):
 class _Warp:
     number: int
     at: int = 0  # index into the trace
-    issued: float = 0.0  # when the last instruction was
+    issued: float = -1.0  # when the last instruction was
     ready: float = 0.0  # when the next one may, by the stall count
-    stay: bool = True
     barrier: float = 0.0  # when its barrier opens; infinite before the last warp arrives
-    boards: list[list[tuple[float, str]]] = field(default_factory=lambda: [[] for _ in range(6)])
+    #: When each scoreboard is released, and what it waits for; the last one stands for none.
+    boards: list[tuple[float, str]] = field(default_factory=lambda: [(0.0, "")] * (NO_BOARD + 1))
     in_order: float = 0.0  # shared memory returns results in order
     ends: list[float] = field(default_factory=lambda: [0.0])  # of its turns
 
@@ -142,7 +139,6 @@ class _Core:
         self.warps, self.sm = warps, sm
         self.latest = self.next = warps[-1]
         self.due = 0.0  # when it issues for ``next``
-        self.free = 0.0  # when it may
         self.pipes: dict[str, float] = defaultdict(float)  # when each is free
         self.queue = [0.0] * sm.queue  # when the latest memory instructions start
 
@@ -182,46 +178,31 @@ class _Sm:
                 self.choose(each)
 
     def choose(self, core: _Core) -> None:
-        """Chooses the warp that a scheduler issues from next, and when."""
-        times = [self.earliest(core, warp) for warp in core.warps]
-        core.due = min(times)
-        able = [warp for warp, time in zip(core.warps, times, strict=True) if time == core.due]
-        core.next = core.latest if core.latest in able and core.latest.stay else able[-1]
+        """Chooses when a scheduler issues next, and from which warp: the latest or the last."""
+        stay = core.latest if self.path[core.latest.at - 1].stay else None
+        core.due, _, _, core.next = min(
+            (max(self.limits(core, warp))[0], warp is not stay, -warp.number, warp)
+            for warp in core.warps
+        )
 
-    def boards(self, warp: _Warp) -> tuple[float, str]:
-        """Returns when the scoreboards let the next instruction go, and what they wait for."""
-        pending = (each for board in self.waits[warp.at] for each in warp.boards[board])
-        return max(pending, key=itemgetter(0), default=(0.0, ""))
-
-    def earliest(self, core: _Core, warp: _Warp) -> float:
-        """Returns when a warp can issue its next instruction."""
-        if len(warp.ends) > TURNS:
-            return float("inf")
-        _, pipe = core.pipe_of(self.costs[warp.at])
-        return max(warp.ready, warp.barrier, self.boards(warp)[0], pipe, core.free)
-
-    def account(self, core: _Core, warp: _Warp, now: float) -> None:
-        """Records what a warp has done since it issued its last instruction."""
-        clock, one, what = warp.issued, self.path[warp.at], self.costs[warp.at]
-        until, kind = self.boards(warp)
-        for when, cause in (
-            (clock + 1, "issuing"),
-            (warp.ready, "fixed latency"),
-            (warp.barrier, "barrier"),
-            (until, f"wait: {kind}"),
-            (core.pipe_of(what)[1], f"pipe: {what.pipe}"),
-            (now, "another warp issued"),
-        ):
-            if when > clock:
-                line = one.line or f"{one.address:#06x}"
-                self.spans.append(Span(warp.number, clock, when, cause, line))
-                clock = when
+    def limits(self, core: _Core, warp: _Warp) -> Iterator[tuple[float, str]]:
+        """Yields what a warp waits for before its next instruction, and how long."""
+        what = self.costs[warp.at]
+        yield warp.issued + 1, "issuing"
+        yield warp.ready, "fixed latency"
+        yield warp.barrier, "barrier"
+        yield max((warp.boards[board] for board in self.waits[warp.at]), default=(0.0, ""))
+        yield core.pipe_of(what)[1], f"pipe: {what.pipe}"
+        yield core.latest.issued + 1, "another warp issued"
 
     def issue(self, core: _Core, warp: _Warp, now: float) -> bool:
         """Issues the next instruction of a warp; returns True if that opened a barrier."""
         one, what = self.path[warp.at], self.costs[warp.at]
-        if len(warp.ends) > WARM:
-            self.account(core, warp, now)
+        clock, line = warp.issued, one.line or f"{one.address:#06x}"
+        for when, cause in self.limits(core, warp) if len(warp.ends) > WARM else ():
+            if when > clock:
+                self.spans.append(Span(warp.number, clock, when, cause, line))
+                clock = when
         pipe, _ = core.pipe_of(what)
         start = max(now + 2 * (pipe == "memory"), core.pipes[pipe])
         done, read = start + what.latency, now + what.read
@@ -238,20 +219,18 @@ class _Sm:
             done = max(done, self.published + self.sm.hop_us * self.sm.mhz)
         if what.kind in ("shared memory", "shuffle"):
             done = warp.in_order = max(done, warp.in_order)
-        warp.boards = [[each for each in board if each[0] > now] for board in warp.boards]
         kind = what.kind or what.pipe
-        if one.write != NO_BOARD:
-            warp.boards[one.write].append((done, kind))
-        if one.read != NO_BOARD:
-            warp.boards[one.read].append((read, f"operands read ({kind})"))
-        warp.issued, warp.stay, warp.ready = now, one.stay, now + max(1, one.stall)
-        core.free, core.latest = now + 1, warp
+        written, read_by = (done, f"wait: {kind}"), (read, f"wait: operands read ({kind})")
+        warp.boards[one.write] = max(warp.boards[one.write], written)
+        warp.boards[one.read] = max(warp.boards[one.read], read_by)
+        warp.issued, warp.ready = now, now + max(1, one.stall)
+        core.latest = warp
         opened = what.pipe == "barrier" and self.arrive(warp, now)
-        warp.at += 1
-        if warp.at == len(self.path):
-            warp.at = 0
+        warp.at = (warp.at + 1) % len(self.path)
+        if warp.at == 0:
             warp.ends.append(now)
-            warp.ready = max(warp.ready, now + self.sm.branch)
+            is_done = len(warp.ends) > TURNS
+            warp.ready = float("inf") if is_done else max(warp.ready, now + self.sm.branch)
         return opened
 
     def arrive(self, warp: _Warp, now: float) -> bool:
@@ -266,38 +245,29 @@ class _Sm:
 
 
 def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1) -> Prediction:
-    """Predicts the time of one step of a kernel of which an SM runs one program.
+    """Predicts the time of one step of a kernel of which an SM runs one program of some warps.
 
-    Args:
-        path: one turn of its loop, see :func:`trace`.
-        sm: the timings of the architecture.
-        warps: warps of the program.
-        steps: steps of the recurrence in one turn.
+    ``path`` is one turn of its loop, see :func:`trace`, which makes ``steps`` steps.
     """
     chip = _Sm(path, sm, warps)
     chip.run()
     begin, end = (max(warp.ends[turn] for warp in chip.team) for turn in (WARM, TURNS))
     counted = (TURNS - WARM) * steps
     spent: dict[str, float] = defaultdict(float)
-    lost: dict[str, dict[str, float]] = defaultdict(lambda: defaultdict(float))
+    waits: dict[tuple[str, str], float] = defaultdict(float)
     for span in chip.spans:
-        spent[span.cause] += span.end - span.begin
+        cycles = (span.end - span.begin) / counted / warps
+        spent[span.cause] += cycles
         if span.cause != "issuing":
-            lost[span.line][span.cause] += span.end - span.begin
-    share = 1 / counted / warps
-    waits = [
-        (sum(causes.values()) * share, max(causes, key=causes.__getitem__), line)
-        for line, causes in lost.items()
-    ]
+            waits[span.cause, span.line] += cycles
     return Prediction(
         cycles=(end - begin) / counted,
         mhz=sm.mhz,
         warps=warps,
-        steps=steps,
         instructions=len(path) / steps,
         barriers=sum(each.pipe == "barrier" for each in chip.costs) / steps,
-        spent={cause: cycles * share for cause, cycles in spent.items()},
-        waits=sorted(waits, key=lambda each: (-each[0], each[2])),
+        spent=sorted(((n, cause) for cause, n in spent.items()), reverse=True),
+        waits=sorted(((n, *where) for where, n in waits.items()), reverse=True),
         spans=chip.spans,
         begin=begin,
     )
