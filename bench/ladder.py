@@ -115,7 +115,7 @@ def compiled(rung: Rung) -> Iterator[str]:
         yield f"{kernel.predict(ARCH).us:.2f} p"
     else:
         path = kernel.instructions
-        yield f"{floor_us(rung.name, problem, chip, plan.forward, True):.2f} m"
+        yield f"{floor_us(plan, problem, chip, kernel.direction):.2f} m"
     sm, kinds = TIMINGS[ARCH], sass.count_kinds(path)
     costs = [steptime.cost(one, sm) for one in path]
     beats = sum(cost.unit for cost in costs if cost.kind == "shared memory")

@@ -60,11 +60,12 @@ def run(options: Namespace) -> Iterator[str]:
         "memory each. Compiled for an absent GPU: nothing here is measured.\n"
     )
     yield _paragraph("1. Plan (kernels/plan.py)", _plan_lines(problem, chip, plans))
-    kernels = {
-        _name(plan, kernel, i, plans): (kernel, plan)
-        for plan in plans
-        for i, kernel in enumerate(compile_plan(problem._replace(layers=plan.layers), plan, chip))
-    }
+    kernels = {}
+    for plan in plans:
+        made = compile_plan(problem._replace(layers=plan.layers), plan, chip)
+        for number, kernel in enumerate(made):  # schedule stepwise has several a direction
+            name = f"{plan.layers}-layers-" * (len(plans) > 1) + kernel.direction
+            kernels[f"{name}-{number}" if plan.schedule == "stepwise" else name] = kernel, plan
     yield _paragraph("2. Resources, by the compiler", _resource_lines(kernels, chip))
     yield _paragraph("3. Instructions of one warp, each once", _mix_lines(kernels))
     times = _time_lines(kernels, problem, chip, folder)
@@ -82,21 +83,19 @@ def _paragraph(title: str, lines: Iterable[str]) -> str:
     return "\n".join([title, *lines, ""])
 
 
-def _plans(problem: Problem, chip: Chip, schedule: str | None) -> list[Plan]:
+def _plans(problem: Problem, chip: Chip, schedule: str | None) -> tuple[Plan, ...]:
     """The different plans of the stack, from the first layer up."""
     if schedule is None:
-        return list(dict.fromkeys(planning.plan_stack(problem, chip)))
+        return tuple(dict.fromkeys(planning.plan_stack(problem, chip)))
     if schedule != "cooperative" or problem.directions > 1:
         problem = problem._replace(layers=1)
-    return [planning.SCHEDULES[schedule](problem, chip)]
+    return (planning.SCHEDULES[schedule](problem, chip),)
 
 
 def _plan_lines(problem: Problem, chip: Chip, plans: Sequence[Plan]) -> Iterator[str]:
-    def fill(text: str) -> str:
-        return textwrap.fill(text, 100, initial_indent="   ", subsequent_indent=" " * 6)
-
+    wrapper = textwrap.TextWrapper(100, initial_indent="   ", subsequent_indent=" " * 6)
     for plan in plans:
-        yield fill(plan.describe())
+        yield wrapper.fill(plan.describe())
         for schedule, choose in planning.SCHEDULES.items():
             if schedule == plan.schedule:
                 continue
@@ -104,13 +103,7 @@ def _plan_lines(problem: Problem, chip: Chip, plans: Sequence[Plan]) -> Iterator
                 reason = f"possible, {choose(problem._replace(layers=1), chip).forward}"
             except NoPlan as refusal:
                 reason = str(refusal)
-            yield fill(f"why not {schedule}: {reason}")
-
-
-def _name(plan: Plan, kernel: Any, number: int, plans: Sequence[Plan]) -> str:
-    """Returns the name of a kernel and its files; schedule stepwise has several a direction."""
-    name = f"{plan.layers}-layers-{kernel.direction}" if len(plans) > 1 else kernel.direction
-    return f"{name}-{number}" if plan.schedule == "stepwise" else name
+            yield wrapper.fill(f"why not {schedule}: {reason}")
 
 
 def _resource_lines(kernels: dict[str, Any], chip: Chip) -> Iterator[str]:
@@ -138,20 +131,18 @@ def _time_lines(
     """The floor of each kernel beside a simulation of its loop over T (steptime.json)."""
     rows, reports, values = [("", "floor", "predicted", "measured")], [], {}
     for name, (kernel, plan) in kernels.items():
-        of, forward = problem._replace(layers=plan.layers), kernel.direction == "forward"
-        found = kernel.predict(chip.arch) if kernel.turn else None
-        floor = floor_us(plan.schedule, of, chip, kernel.tiles, forward)
-        rows.append((name, f"{floor:.2f}", f"{found.us:.2f}" if found else "-", "-"))
-        if found:
-            reports.append(textwrap.indent(f"{name}: {found.report(3)}", "   "))
+        floor, predicted = floor_us(plan, problem, chip, kernel.direction), "-"
+        if kernel.turn:
+            found = kernel.predict(chip.arch)
+            predicted = f"{found.us:.2f}"
+            reports.append(textwrap.indent(f"{name}: {found.report()}", "   "))
             times = {"cycles": round(found.cycles, 1), "us": round(found.us, 4)}
-            values[name] = times | {"warps": found.warps, "steps": found.steps}
+            values[name] = times | {"warps": found.warps, "steps": kernel.steps}
+        rows.append((name, f"{floor:.2f}", predicted, "-"))
     yield from _table(rows)
-    yield from reports
+    yield from reports or ["   no kernel has the loop over T: the host runs it"]
     if values:
         (folder / "steptime.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
-    else:
-        yield "   no kernel has the loop over T: the host runs it"
 
 
 def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:

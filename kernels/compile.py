@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -82,7 +83,7 @@ def compile_plan(
     layers, grads, rows = _tensors(problem, plan)
     found = []
     for direction in directions:
-        tiles = plan.forward if direction == "forward" else plan.backward
+        tiles = getattr(plan, direction)
         if tiles is None:
             continue
         module = import_module(f".{plan.schedule}", __package__)
@@ -95,27 +96,17 @@ def compile_plan(
     return found
 
 
-class _Driver:
-    """The part of a driver that Triton calls before it loads a binary."""
-
-    def __init__(self, arch: str):
-        self.capability = int(arch.removeprefix("sm_"))
-
-    def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self.capability, 32)
-
-    def get_current_device(self) -> int:
-        return self.capability  # Triton keeps the binaries of each device apart
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-
 @contextmanager
 def recording(module: Any, chip: Chip) -> Iterator[list[tuple[Any, tuple]]]:
     """Within the context the module's kernels are compiled, and listed instead of launched."""
     kernels = [k for name, k in vars(module).items() if name.endswith("_kernel")]
     launches: list[tuple[Any, tuple]] = []  # binary and grid
+    capability = int(chip.arch.removeprefix("sm_"))
+    calls = {  # of a driver, before it loads a binary
+        "get_current_target": lambda: GPUTarget("cuda", capability, 32),
+        "get_current_device": lambda: capability,  # Triton keeps the binaries of each apart
+        "get_current_stream": lambda device: 0,
+    }
 
     def compiler(run: Callable) -> Callable:
         return lambda *args, grid, **kwargs: launches.append(
@@ -126,7 +117,7 @@ def recording(module: Any, chip: Chip) -> Iterator[list[tuple[Any, tuple]]]:
         kernel.run = compiler(kernel.run)
     driver = triton.runtime.driver
     before = driver._active  # None until the first launch
-    driver.set_active(_Driver(chip.arch))
+    driver.set_active(SimpleNamespace(**calls))
     try:
         yield launches
     finally:
@@ -143,10 +134,8 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    rows = Rows(1, B)
-    if p.ragged:
-        origins, starts = empty(D, 1, B, dtype=torch.int8), empty(1, dtype=torch.int64)
-        rows = Rows(1, B, origins, torch.tensor([B]), starts)
+    origins, starts = empty(D, 1, B, dtype=torch.int8), empty(1, dtype=torch.int64)
+    rows = Rows(1, B, *((origins, torch.tensor([B]), starts) if p.ragged else ()))
     h, y = empty(Z, B, H), empty(B, D * H)
     c, bias = h if spec.states == 2 else None, (empty(G * H),) * Z
     gates = empty(Z, B, spec.saved * H) if spec.saved and p.needs_grad else None

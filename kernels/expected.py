@@ -5,6 +5,7 @@
 """
 
 import csv
+from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -24,7 +25,7 @@ FAMILIES = {"sm_80": "sm_80"}
 FAMILIES |= dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86")
 RAGGED = 1.2  # times a dense step; as compiled 1.0 to 1.5, most in small steps of RNNs
 HOST_US = (75.0, 90.0)  # to the launch, both passes: assumed; `python -m bench host` measures
-LAUNCH_US = 5.0  # of a kernel, with the load of W_hh
+START_US = 5.0  # of a kernel: its launch and the load of W_hh
 MEMORY = 1.5e6  # bytes a microsecond, an A100's
 
 
@@ -43,6 +44,11 @@ class Verdict(NamedTuple):
         times = (f"{us / 1000:.3g} ms" if us else "no figure" for us in self[:2])
         ours, theirs = (f"{us}, {source}" for us, source in zip(times, self.sources, strict=True))
         return f"the kernels {ours}; torch's operator {theirs}"
+
+
+def lines_of(path: Path, **values: str) -> Iterator[dict[str, Any]]:
+    """Yields the lines of a table that have these values."""
+    return (line for line in read(path) if values.items() <= line.items())
 
 
 @lru_cache
@@ -76,16 +82,10 @@ def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int)
 def find_line(p: Problem, plan: Plan, chip: Chip) -> dict[str, Any] | None:
     """Returns the line of the next larger H of the same schedule, None if there is none."""
     family = FAMILIES.get(chip.arch, "sm_90" if chip.warp_size == 32 else chip.arch)
-    wanted = {"chip": family, "schedule": plan.schedule, "products": p.kind(chip)}
-    wanted["cell"] = "rnn_tanh" if p.cell == "rnn_relu" else p.cell
-    fitting = [
-        line
-        for line in read(PREDICTED)
-        if wanted.items() <= line.items()
-        and p.hidden_size <= line["H"]
-        and line["layers"] <= plan.layers
-    ]
-    return min(fitting, key=lambda line: (line["H"], -line["layers"]), default=None)
+    cell, products = "rnn_tanh" if p.cell == "rnn_relu" else p.cell, p.kind(chip)
+    found = lines_of(PREDICTED, chip=family, cell=cell, products=products, schedule=plan.schedule)
+    larger = (n for n in found if p.hidden_size <= n["H"] and n["layers"] <= plan.layers)
+    return min(larger, key=lambda line: (line["H"], -line["layers"]), default=None)
 
 
 def _launch_us(p: Problem, plan: Plan, chip: Chip, line: dict[str, Any], T: int) -> float:
@@ -103,7 +103,7 @@ def _launch_us(p: Problem, plan: Plan, chip: Chip, line: dict[str, Any], T: int)
         groups = -(-p.batch // tiles.block_b)
         waves = -(-groups // tiles.at_once) if together else -(-groups * p.directions // chip.sms)
         us = hop_us + (line[f"{side}_cycles"] - hop_us * sm.mhz) / chip.mhz * larger
-        total += waves * ((T + plan.layers - 1) * us + LAUNCH_US)
+        total += waves * ((T + plan.layers - 1) * us + START_US)
     return total
 
 
@@ -136,12 +136,6 @@ def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
             algorithm = "small"
         elif alone and H % 128 == I % 128 == p.batch % 8 == 0 and H <= 1024 and p.batch <= 128:
             algorithm = "static"
-    wanted = {"cell": cell, "algorithm": algorithm}
-    found = [
-        line
-        for line in read(PUBLISHED)
-        if wanted.items() <= line.items()
-        and line["precision"] in (precision, "any")
-        and line["H"] <= H
-    ]
-    return max(found, key=lambda line: line["H"], default=None)
+    found = lines_of(PUBLISHED, cell=cell, algorithm=algorithm)
+    smaller = (n for n in found if n["precision"] in (precision, "any") and n["H"] <= H)
+    return max(smaller, key=lambda line: line["H"], default=None)

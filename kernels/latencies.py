@@ -27,8 +27,7 @@ class Timings(NamedTuple):
     *latency*: from issue to the first use of the result.
     """
 
-    chip: str
-    mhz: float  # the default clock in MHz
+    mhz: float  # the clock that predictions assume where torch tells none
     sms: int
     shared: int  # the most bytes of one program
     fma_pipes: int = 2  # of 16 lanes, but one on sm_80 (G)
@@ -63,12 +62,12 @@ class Timings(NamedTuple):
 #: Only sm_90 was compared with measurements. Peaks of GeForce chips with 32-bit accumulators: 64
 #: products a cycle and sub-core, a quarter of an A100's.
 TIMINGS = {
-    "sm_80": Timings("A100", 1410.0, 108, 166_912, fma_pipes=1, l2=262.0),
-    "sm_86": Timings("RTX 3090", 1695.0, 84, 101_376, hmma=32.0),  # SMs of an A40
-    "sm_89": Timings("RTX 4090", 2520.0, 142, 101_376, hmma=32.0, l2=280.0),  # SMs of an L40
-    # mma.sync reaches 63 % of the peak, 6.5 cycles for 4 (A); ptxas keeps 6 or 7 apart (H).
-    "sm_90": Timings("H100 SXM", 1755.0, 132, 232_448, hmma=6.5, hmma_latency=24.1),
+    "sm_80": Timings(1410.0, 108, 166_912, fma_pipes=1, l2=262.0),  # A100
+    "sm_86": Timings(1695.0, 84, 101_376, hmma=32.0),  # RTX 3090, SMs of an A40
+    "sm_89": Timings(2520.0, 142, 101_376, hmma=32.0, l2=280.0),  # RTX 4090, SMs of an L40
+    # H100 SXM: mma.sync reaches 63 % of the peak, 6.5 cycles for 4 (A); 6 or 7 apart by ptxas (H).
+    "sm_90": Timings(1755.0, 132, 232_448, hmma=6.5, hmma_latency=24.1),
     # No figures were found: those of sm_90 at the clock of a B200 (X).
-    "sm_100": Timings("B200", 1965.0, 148, 232_448, hmma=6.5, hmma_latency=24.1),
-    "sm_120": Timings("RTX 5090", 2407.0, 170, 101_376, hmma=32.0, l2=300.0),
+    "sm_100": Timings(1965.0, 148, 232_448, hmma=6.5, hmma_latency=24.1),
+    "sm_120": Timings(2407.0, 170, 101_376, hmma=32.0, l2=300.0),  # RTX 5090
 }

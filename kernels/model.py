@@ -6,7 +6,7 @@ operands through shared memory, activations, and the hop from one program's stor
 """
 
 from .latencies import Timings
-from .problem import Chip, Problem, Tiles
+from .problem import Chip, Plan, Problem
 
 ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
 ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
@@ -14,8 +14,9 @@ L2_BYTES = 24  # a cycle and SM: 5.5 TB/s of an H100
 LAUNCH_US = 1.3  # from kernel to kernel in a CUDA graph, on an H100
 
 
-def floor_us(schedule: str, p: Problem, chip: Chip, tiles: Tiles, forward: bool) -> float:
-    """Returns the floor of one step of the whole batch, all its rounds together."""
+def floor_us(plan: Plan, p: Problem, chip: Chip, direction: str) -> float:
+    """Returns the floor of one step of the whole batch in a launch, all its rounds together."""
+    tiles, forward = getattr(plan, direction), direction == "forward"
     sm, spec, itemsize = chip.timings, p.spec, p.dtype.itemsize
     phases, rows, units, H = len(spec.phases), tiles.block_b, tiles.block_h, p.hidden_size
 
@@ -27,26 +28,23 @@ def floor_us(schedule: str, p: Problem, chip: Chip, tiles: Tiles, forward: bool)
             from_l2 / L2_BYTES,
         )
 
-    if schedule == "stepwise":  # all SMs read the weights from L2
+    if plan.schedule == "stepwise":  # all SMs read the weights from L2
         weights, elements = spec.gates * H * H * p.directions, p.batch * H * p.directions
         cycles = slowest(p.batch * weights, elements, 0, weights * itemsize) / chip.sms
         return cycles / sm.mhz + LAUNCH_US * phases * (p.directions + 1)
     # Programs keep their weights; they exchange h or dgates if units are cut.
-    cut, portable = schedule == "cooperative", schedule == "resident"
-    columns = H if cut else units
-    weights = spec.gates * units * columns * (2 if p.layers > 1 else 1)
-    groups = min(-(-p.batch // rows), tiles.at_once) * p.directions * p.layers
-    busy = groups * -(-H // units) / chip.sms  # the share of SMs
-    read = busy * rows * columns * itemsize * (1 if forward else spec.gates)
+    cut, portable = plan.schedule == "cooperative", plan.schedule == "resident"
+    weights = spec.gates * units * (H if cut else units) * min(plan.layers, 2)
     products = (max(rows, 16) if portable else rows) * weights
-    cycles = slowest(
-        products, rows * units, weights * itemsize if portable else 0, read if cut else 0
-    )
-    cycles += ROUND_TRIP * phases + ACTIVATIONS
-    if not cut:
-        return cycles / sm.mhz
-    hops = phases * (sm.hop_us + sm.l2 / sm.mhz)
-    return -(-p.batch // rows // tiles.at_once) * (cycles / sm.mhz + hops)
+    read, hops, rounds = 0.0, 0.0, 1
+    if cut:
+        rounds = -(-p.batch // rows // tiles.at_once)
+        groups = min(-(-p.batch // rows), tiles.at_once) * p.directions * plan.layers
+        busy = groups * -(-H // units) / chip.sms  # the share of SMs
+        read = busy * rows * H * itemsize * (1 if forward else spec.gates)
+        hops = phases * (sm.hop_us + sm.l2 / sm.mhz)
+    cycles = slowest(products, rows * units, weights * itemsize if portable else 0, read)
+    return rounds * ((cycles + ROUND_TRIP * phases + ACTIVATIONS) / sm.mhz + hops)
 
 
 def flops_a_cycle(kind: str, sm: Timings) -> float:

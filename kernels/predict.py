@@ -10,6 +10,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
+from functools import partial
 from itertools import groupby, product
 from typing import Any
 
@@ -73,6 +74,11 @@ def predict(key: Key, chosen: Plan) -> Line:
     return line
 
 
+def shipped() -> dict[Key, Line]:
+    """Returns the lines of ``predicted.csv``."""
+    return {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
+
+
 def text(line: Line) -> str:
     """Returns a line of ``predicted.csv``."""
     values = (line[name] for name in COLUMNS)
@@ -82,7 +88,7 @@ def text(line: Line) -> str:
 def tables() -> Iterator[str]:
     """Yields the lines of the tables of ``docs/predicted.md``."""
     yield from _heads("one layer", *(f"H {H}" for H in SIZES))
-    lines = {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
+    lines = shipped()
     for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
         found = (lines.get((name, cell, products, H, 1)) for H in SIZES)
         mhz = CHIPS[name].mhz
@@ -121,9 +127,8 @@ def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
 
     found = []
     for cell in CELLS:
-        runs = groupby(SIZES, lambda H, cell=cell: takes(cell, H))  # type: ignore[misc]
-        ends = [(sizes[0], sizes[-1]) for ours, run in runs if ours for sizes in [list(run)]]
-        said = (f"{a} to {b}" if a < b else f"{a}" for a, b in ends)
+        runs = [list(run) for ours, run in groupby(SIZES, partial(takes, cell)) if ours]
+        said = (f"{run[0]} to {run[-1]}" if run[1:] else f"{run[0]}" for run in runs)
         found.append(f"{CELLS[cell]} {', '.join(said) or 'none'}")
     return "; ".join(found)
 
@@ -131,19 +136,13 @@ def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m fusedrnn.kernels.predict", description=__doc__)
     parser.add_argument("--again", metavar="TEXT", help="make the lines with this text again")
-    parser.add_argument("--line", help="print this line made anew, as sm_90,lstm,tf32,64,1")
-    options = parser.parse_args()
-    plans = grid()
-    if options.line:
-        (key,) = (key for key in plans if ",".join(map(str, key)) == options.line)
-        sys.stdout.write(text(predict(key, plans[key])) + "\n")
-        return
+    again, plans = parser.parse_args().again, grid()
     lines = {
         key: line
-        for key, chosen in plans.items()
-        for line in read(PREDICTED)
-        if planned(key, chosen).items() <= line.items()
-        and not (options.again and options.again in text(line))
+        for key, line in shipped().items()
+        if key in plans
+        and planned(key, plans[key]).items() <= line.items()
+        and not (again and again in text(line))
     }
     wanted = [key for key in plans if key not in lines]
     with ProcessPoolExecutor() as processes:

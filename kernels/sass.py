@@ -3,6 +3,7 @@
 import re
 import subprocess
 import tempfile
+from collections import Counter
 from collections.abc import Sequence
 from functools import cache
 from pathlib import Path
@@ -61,10 +62,8 @@ def kind_of(name: str) -> str:
 
 def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
     """Counts the instructions of each kind, of no kind ("other"), and all ("total")."""
-    counts = dict.fromkeys((*KINDS, "other"), 0)
-    for one in instructions:
-        counts[kind_of(one.name)] += 1
-    return counts | {"total": len(instructions)}
+    found = Counter(kind_of(one.name) for one in instructions)
+    return {kind: found[kind] for kind in (*KINDS, "other")} | {"total": len(instructions)}
 
 
 def decode(high: int) -> dict[str, Any]:
