@@ -50,12 +50,12 @@ def _run(options: argparse.Namespace) -> None:
 def _add_study(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
     add("--cell", choices=list(SPECS), default="lstm")
-    add("--hidden", type=_positive, required=True, metavar="H", help="units")
-    add("--input", type=_positive, metavar="I", help="columns; no kernel depends on them")
-    add("--batch", type=_positive, default=16, metavar="B", help="sequences (16)")
+    add("--hidden", type=positive, required=True, metavar="H", help="units")
+    add("--input", type=positive, metavar="I", help="columns; no kernel depends on them")
+    add("--batch", type=positive, default=16, metavar="B", help="sequences (16)")
     add("--directions", type=int, choices=(1, 2), default=1)
     add("--bidirectional", dest="directions", action="store_const", const=2)
-    add("--layers", type=_positive, default=1, metavar="L", help="(1)")
+    add("--layers", type=positive, default=1, metavar="L", help="(1)")
     add("--dtype", choices=list(study.DTYPES), default="bf16", help="(bf16)")
     add("--precision", choices=dispatch.PRECISIONS, default="tf32", help="of fp32 products (tf32)")
     add("--arch", choices=list(CHIPS), default="sm_90", help="(sm_90)")
@@ -63,7 +63,7 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--out", type=Path, metavar="DIR", help="(study/, and a folder named after the rest)")
 
 
-def _positive(text: str) -> int:
+def positive(text: str) -> int:
     if int(text) < 1:
         raise argparse.ArgumentTypeError(f"{text} is not positive")
     return int(text)

@@ -34,9 +34,8 @@ def consider(call: Any, run: _Run) -> bool:
     Returns False if it will be possible later, so that the present choice is not the last one.
     """
     facts = call.facts
-    if not dispatch._is_gpu(facts.device):
-        return True
-    if not (torch._C._get_cudnn_benchmark() if _FORCED is None else _FORCED == "1"):
+    is_wanted = torch._C._get_cudnn_benchmark() if _FORCED is None else _FORCED == "1"
+    if not is_wanted or not dispatch._is_gpu(facts.device):
         return True
     kind, is_auto = dispatch.kind_of(facts), dispatch.requested_backend()[0] == "auto"
     is_plain = facts.eager and not facts.transformed and facts.steps > 1
