@@ -44,7 +44,7 @@ def test_what_does_not_compile(monkeypatch):
 
 def test_a_chip_that_is_too_old(monkeypatch):
     monkeypatch.setattr(check, "CHIPS", {"sm_90": CHIPS["sm_90"]._replace(arch="sm_75")})
-    assert "\n".join(check.run()).count("Triton has no tensor-core products below sm_80") == 3
+    assert "\n".join(check.run()).count("no tensor-core products below") == len(check.SCHEDULES)
 
 
 def test_a_triton_that_cannot_be_imported(monkeypatch):

@@ -11,7 +11,7 @@ from compile_all import run_script
 from compiling import COMPILED_CHIPS, SHAPE, Job, combined, faults, job_of
 
 from fusedrnn.kernels.plan import CHIPS, SCHEDULES, Problem, plan_stack
-from fusedrnn.kernels.sass import Instruction, count_kinds
+from fusedrnn.kernels.sass import Instruction
 from fusedrnn.kernels.spec import SPECS
 
 
@@ -101,11 +101,3 @@ def test_faults_of_an_exchange_are_seen():
     assert {"no red.release.gpu", "no ld.acquire.gpu"} <= set(
         faults(job, kernel(tiles=job.plan.forward, instructions=loop))
     )
-
-
-def test_counts_of_kinds():
-    names = ["LDG.E.128", "LD.E.STRONG", "BRA", "HMMA.16816", "MUFU.EX2", "FFMA", "BRA"]
-    counts = count_kinds([Instruction(i, name) for i, name in enumerate(names)])
-    assert {kind: n for kind, n in counts.items() if n} == {
-        "tensor core": 1, "MUFU": 1, "global load": 2, "FMA unit": 1, "control": 2, "total": 7,
-    }  # fmt: skip

@@ -106,21 +106,19 @@ ELSEWHERE = ("forbidden", "capture", "compiler", "transform", "mode", "named", "
 
 @pytest.mark.parametrize("where", ELSEWHERE)
 def test_elsewhere_nothing_is_measured(clock, where, monkeypatch):
-    x, module, options, context = batch().float(), fusedrnn.GRU(I, H), {}, nullcontext()
-    if where == "forbidden":
-        monkeypatch.setattr(measured, "_FORCED", "0")
-    elif where == "capture":
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    elif where == "compiler":
-        monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    elif where == "transform":
+    x, module = batch().float(), fusedrnn.GRU(I, H)
+    patches = {
+        "forbidden": (measured, "_FORCED", "0"),
+        "capture": (torch.cuda, "is_current_stream_capturing", lambda: True),
+        "compiler": (torch.compiler, "is_compiling", lambda: True),
+    }
+    contexts = {"named": fusedrnn.use_backend("aten"), "mode": FlopCounterMode(display=False)}
+    options = {"lengths": LENGTHS} if where == "lengths" else {}
+    if where in patches:
+        monkeypatch.setattr(*patches[where])
+    if where == "transform":
         x, module = x.unsqueeze(0), torch.func.vmap(module)
-    elif where == "lengths":
-        options = {"lengths": LENGTHS}
-    else:
-        contexts = {"named": fusedrnn.use_backend("aten"), "mode": FlopCounterMode(display=False)}
-        context = contexts.get(where, context)
-    with context:
+    with contexts.get(where, nullcontext()):
         module(x[:1] if where == "step" else x, **options)
     assert not clock.times
     assert list(dispatch.MEASURED.values()) == [None] * (where == "lengths")

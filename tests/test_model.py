@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from fusedrnn.kernels.model import floor_us
-from fusedrnn.kernels.problem import CHIPS, Problem, Tiles
+from fusedrnn.kernels.problem import CHIPS, Plan, Problem, Tiles
 
 CHIP = CHIPS["sm_90"]
 LSTM = Problem("lstm", 1024, 16, 1, torch.bfloat16, "ieee", True)
@@ -13,7 +13,8 @@ MMA = 4 * 4096 / 6.5  # operations of a cycle
 
 def floor(schedule="cooperative", problem=LSTM, forward=True, units=16, rows=16) -> float:
     tiles = Tiles(rows, units, 8, None, "ieee", 0, at_once=2)
-    return floor_us(schedule, problem, CHIP, tiles, forward)
+    plan = Plan(schedule, tiles, tiles, problem.layers)
+    return floor_us(plan, problem, CHIP, "forward" if forward else "backward")
 
 
 def test_a_step_of_an_lstm_worked_out_by_hand():

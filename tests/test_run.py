@@ -6,8 +6,6 @@ from pathlib import Path
 import pytest
 from processes import python
 
-from fusedrnn import __main__ as command_line
-
 FACTS = """
 import __main__, os, sys, torch, fusedrnn
 import beside  # only in the script's folder
@@ -76,18 +74,3 @@ def test_modules_are_counted_compiled_ones_too(tmp_path):
     done = run("script.py", cwd=tmp_path)
     expected = "fusedrnn: 4 modules ran: 2 on torch, 1 on aten, 1 on aten and torch\n"
     assert done.stderr == expected
-
-
-@pytest.mark.parametrize(
-    ("arguments", "sentence"),
-    [
-        (("walk",), "invalid choice: 'walk'"),
-        (("run", "-m"), "the following arguments are required: script.py"),
-        (("run", "nowhere.py", "-m"), "cannot read the file 'nowhere.py'"),
-    ],
-)
-def test_a_wrong_command_line_ends_with_a_sentence(arguments, sentence, capsys):
-    with pytest.raises(SystemExit) as ended:
-        command_line.main(arguments)
-    assert ended.value.code == 2
-    assert sentence in capsys.readouterr().err
