@@ -20,35 +20,17 @@ computes what torch.nn does, and what auto chooses. Ends with code 1 if somethin
 
 
 def main(arguments: Sequence[str]) -> None:
-    """Runs a command line (without ``python -m fusedrnn``).
-
-    Raises:
-        SystemExit: it is wrong (code 2) or asks for help, or the command ends so.
-    """
+    """Runs a command line (without ``python -m fusedrnn``); code 2 if it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    add = commands.add_parser("run", help="run a program with torch.nn patched", description=_RUN)
-    add.add_argument("-m", dest="as_module", action="store_true", help="run a module by name")
-    add.add_argument("target", metavar="script.py", help="the program, or with -m its name")
-    add.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
-    add.set_defaults(command=_run, fail=add.error)
-    add = commands.add_parser("study", help="show a layer's kernels", description=_STUDY)
-    _add_study(add)
-    add.set_defaults(command=lambda options: _print(study.run(options)), fail=add.error)
-    add = commands.add_parser("check", help="check this machine", description=_CHECK)
-    add.set_defaults(command=lambda _: _print(check.run()))
-    options = parser.parse_args(arguments)
-    options.command(options)
-
-
-def _run(options: argparse.Namespace) -> None:
-    if not options.as_module and not os.access(options.target, os.R_OK):
-        options.fail(f"cannot read the file {options.target!r}")
-    run.run(options.target, options.arguments, options.as_module)
-
-
-def _add_study(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
+    one = commands.add_parser("run", help="run a program with torch.nn patched", description=_RUN)
+    one.set_defaults(command=_run, fail=one.error)
+    one.add_argument("-m", dest="as_module", action="store_true", help="run a module by name")
+    one.add_argument("target", metavar="script.py", help="the program, or with -m its name")
+    one.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
+    one = commands.add_parser("study", help="show a layer's kernels", description=_STUDY)
+    one.set_defaults(command=lambda options: _print(study.run(options)), fail=one.error)
+    add = one.add_argument
     add("--cell", choices=list(SPECS), default="lstm")
     add("--hidden", type=positive, required=True, metavar="H", help="units")
     add("--input", type=positive, metavar="I", help="columns; no kernel depends on them")
@@ -61,6 +43,16 @@ def _add_study(parser: argparse.ArgumentParser) -> None:
     add("--arch", choices=list(CHIPS), default="sm_90", help="(sm_90)")
     add("--schedule", choices=list(SCHEDULES), help="instead of the one the plan chooses")
     add("--out", type=Path, metavar="DIR", help="(study/, and a folder named after the rest)")
+    one = commands.add_parser("check", help="check this machine", description=_CHECK)
+    one.set_defaults(command=lambda _: _print(check.run()))
+    options = parser.parse_args(arguments)
+    options.command(options)
+
+
+def _run(options: argparse.Namespace) -> None:
+    if not options.as_module and not os.access(options.target, os.R_OK):
+        options.fail(f"cannot read the file {options.target!r}")
+    run.run(options.target, options.arguments, options.as_module)
 
 
 def positive(text: str) -> int:

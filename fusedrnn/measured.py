@@ -76,9 +76,8 @@ def _detached(call: Any, dtype: torch.dtype | None = None) -> Any:
         needs_grad = facts.needs_grad and tensor.requires_grad
         return tensor.detach().to(dtype or tensor.dtype).requires_grad_(needs_grad)
 
-    states, params = tuple(map(own, call.states)), list(map(own, call.params))
-    call = call._replace(facts=facts, kind=None, input=own(call.input))
-    return call._replace(states=states, params=params)
+    tensors = {"states": tuple(map(own, call.states)), "params": list(map(own, call.params))}
+    return call._replace(facts=facts, kind=None, input=own(call.input), **tensors)
 
 
 def _results(call: Any, run: _Run, backend: str) -> Sequence[Tensor]:

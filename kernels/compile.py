@@ -45,7 +45,7 @@ class Kernel:
 
     @cached_property
     def _usage(self) -> dict[str, int]:
-        listing = run_tool("cuobjdump", "-res-usage", cubin=self.binary.asm["cubin"])
+        listing = run_tool(self.binary.asm["cubin"], "cuobjdump", "-res-usage")
         return {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
 
     @property

@@ -109,21 +109,21 @@ def read_listing(text: str) -> list[Instruction]:
     return found
 
 
-def run_tool(name: str, *arguments: str, cubin: bytes = b"") -> str:
-    """Runs a program that Triton ships (ptxas, cuobjdump, nvdisasm), at the end on a binary."""
+def run_tool(cubin: bytes, name: str, *options: str) -> str:
+    """Runs a program that Triton ships (cuobjdump, nvdisasm) on a binary."""
     import triton
 
     program = Path(triton.__file__).parent / "backends" / "nvidia" / "bin" / name
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()
-        command: list[Any] = [program, *arguments, *([file.name] if cubin else [])]
+        command = [str(program), *options, file.name]
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
 def read(cubin: bytes) -> list[Instruction]:
     """Returns the instructions of a binary of one kernel."""
-    return read_listing(run_tool("nvdisasm", "-c", "-hex", "-g", cubin=cubin))
+    return read_listing(run_tool(cubin, "nvdisasm", "-c", "-hex", "-g"))
 
 
 def trace(instructions: Sequence[Instruction]) -> list[Instruction]:

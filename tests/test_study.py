@@ -54,13 +54,13 @@ def test_the_report_names_plan_and_files(reports, schedule):
 
 def test_numbers_are_those_of_the_binary(reports):
     parts, folder = reports("resident_nvidia")
-    cubin = folder / "forward.cubin"
-    usage = run_tool("cuobjdump", "-res-usage", str(cubin))
+    cubin = (folder / "forward.cubin").read_bytes()
+    usage = run_tool(cubin, "cuobjdump", "-res-usage")
     warps, registers, spilled, shared, *_ = table(parts["2"], "forward")
     assert (warps, spilled) == (4, 0)
     assert registers == int(re.search(r"REG:(\d+)", usage)[1])
     assert shared == 2 * 8 * 64 * 2, "two tiles of h in bf16"
-    names = [one.name for one in trace(read(cubin.read_bytes()))]
+    names = [one.name for one in trace(read(cubin))]
     assert table(parts["3"], "tensor core")[0] == sum(name.startswith("HMMA") for name in names)
     predicted = json.loads((folder / "steptime.json").read_text())
     assert predicted.keys() == {"forward", "backward"}
