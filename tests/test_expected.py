@@ -32,7 +32,8 @@ def tables(monkeypatch):
     monkeypatch.setattr(expected, "HOST_US", (0.0, 0.0))
 
 
-def ours(problem=LSTM, chip=H100, T=100):
+def ours(chip=H100, T=100, **changes):
+    problem = LSTM._replace(**changes)
     return judge(problem, plan_stack(problem, chip), chip, T, 0).ours
 
 
@@ -40,16 +41,13 @@ def test_a_call_worked_out_by_hand(tables, monkeypatch):
     gradient_of_w_hh = expected._products_us(LSTM, H100, 100, 0)
     assert gradient_of_w_hh == pytest.approx(2 * 800 * 256 * 64 / (4 * 4096 / 6.5 * 132 * 1755))
     monkeypatch.setattr(expected, "_products_us", lambda *_: 0.0)
-    assert ours() == pytest.approx(100 * 3)
-    assert ours(LSTM._replace(needs_grad=False)) == pytest.approx(100)
-    assert ours(T=1) == pytest.approx(3)
-    assert ours(LSTM._replace(layers=2)) == pytest.approx(600)
-    assert ours(LSTM._replace(ragged=True)) == pytest.approx(360)
-    assert ours(LSTM._replace(batch=8 * 132)) == pytest.approx(300)
-    assert ours(LSTM._replace(batch=8 * 132 + 1)) == pytest.approx(600)  # a second wave
-    assert ours(LSTM._replace(batch=8 * 66 + 1, directions=2)) == pytest.approx(600)
-    assert ours(LSTM._replace(hidden_size=40)) == pytest.approx(300)  # padded to 64
-    assert ours(LSTM._replace(cell="rnn_relu")) == pytest.approx(300)
+    for us, changes in (
+        (300, {}), (3, {"T": 1}), (100, {"needs_grad": False}), (600, {"layers": 2}),
+        (360, {"ragged": True}), (300, {"cell": "rnn_relu"}), (300, {"hidden_size": 40}),  # as 64
+        (300, {"batch": 8 * 132}), (600, {"batch": 8 * 132 + 1}),  # a second wave
+        (600, {"batch": 8 * 66 + 1, "directions": 2}),
+    ):  # fmt: skip
+        assert ours(**changes) == pytest.approx(us), changes
     monkeypatch.setattr(expected, "HOST_US", (10.0, 20.0))
     monkeypatch.setattr(expected, "START_US", 1.0)
     assert ours() == pytest.approx(300 + 30 + 2)
@@ -73,7 +71,7 @@ def test_a_cooperative_step_is_a_hop_and_what_a_program_computes(tables, monkeyp
         tiles = plan.forward
         us = 0.65 + larger * 0.35 * (tiles.block_b / 8) * (tiles.block_h / 8)
         rounds = -(-problem.batch // (tiles.block_b * tiles.at_once))
-        assert ours(problem) == pytest.approx(rounds * T * us)
+        assert ours(**problem._asdict()) == pytest.approx(rounds * T * us)
 
 
 def test_theirs_and_the_margin(tables):
