@@ -27,7 +27,7 @@ class Timings(NamedTuple):
     *latency*: from issue to the first use of the result.
     """
 
-    mhz: float  # the clock that predictions assume where torch tells none
+    mhz: float  # the clock, where torch does not name that of the chip
     sms: int
     shared: int  # the most bytes of one program
     fma_pipes: int = 2  # of 16 lanes, but one on sm_80 (G)

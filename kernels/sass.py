@@ -127,7 +127,7 @@ def read(cubin: bytes) -> list[Instruction]:
 
 
 def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
-    """Returns one turn of the longest loop in the order of execution; nothing if there is none.
+    """Returns one turn of the longest loop in the order of execution; empty if there is none.
 
     Branches depend on data that is not there: those with a predicate are not taken, so a polling
     loop is left after one round. Nor are those that lead out of the loop.

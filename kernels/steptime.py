@@ -178,7 +178,7 @@ class _Sm:
                 self.choose(each)
 
     def choose(self, core: _Core) -> None:
-        """Chooses when a scheduler issues next, and from which warp: the latest or the last."""
+        """Chooses when a scheduler issues next and from which warp, the latest or the youngest."""
         stay = core.latest if self.path[core.latest.at - 1].stay else None
         core.due, _, _, core.next = min(
             (max(self.limits(core, warp))[0], warp is not stay, -warp.number, warp)
@@ -186,7 +186,7 @@ class _Sm:
         )
 
     def limits(self, core: _Core, warp: _Warp) -> Iterator[tuple[float, str]]:
-        """Yields what a warp waits for before its next instruction, and how long."""
+        """Yields until when a warp waits before its next instruction, and what for."""
         what = self.costs[warp.at]
         yield warp.issued + 1, "issuing"
         yield warp.ready, "fixed latency"
@@ -249,13 +249,13 @@ def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1
 
     ``path`` is one turn of its loop, see :func:`trace`, which makes ``steps`` steps.
     """
-    chip = _Sm(path, sm, warps)
-    chip.run()
-    begin, end = (max(warp.ends[turn] for warp in chip.team) for turn in (WARM, TURNS))
+    replay = _Sm(path, sm, warps)
+    replay.run()
+    begin, end = (max(warp.ends[turn] for warp in replay.team) for turn in (WARM, TURNS))
     counted = (TURNS - WARM) * steps
     spent: dict[str, float] = defaultdict(float)
     waits: dict[tuple[str, str], float] = defaultdict(float)
-    for span in chip.spans:
+    for span in replay.spans:
         cycles = (span.end - span.begin) / counted / warps
         spent[span.cause] += cycles
         if span.cause != "issuing":
@@ -265,9 +265,9 @@ def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1
         mhz=sm.mhz,
         warps=warps,
         instructions=len(path) / steps,
-        barriers=sum(each.pipe == "barrier" for each in chip.costs) / steps,
+        barriers=sum(each.pipe == "barrier" for each in replay.costs) / steps,
         spent=sorted(((n, cause) for cause, n in spent.items()), reverse=True),
         waits=sorted(((n, *where) for where, n in waits.items()), reverse=True),
-        spans=chip.spans,
+        spans=replay.spans,
         begin=begin,
     )
