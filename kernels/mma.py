@@ -289,7 +289,7 @@ def squash(tiles, KINDS: tl.constexpr):
     """The sigmoid of up to four tiles, or tanh where KINDS says so, with one reciprocal for all.
 
     ``sigmoid(x) = 1 / (1 + 2^(-x log2 e))`` and ``tanh(x) = 1 - 2 / (1 + 2^(2 x log2 e))``, to an
-    absolute error of 3e-7. With ``r = 1 / (a b)``, ``1 / a = r b``.
+    absolute error of 4e-7. With ``r = 1 / (a b)``, ``1 / a = r b``.
     """
     N: tl.constexpr = len(tiles)
     d = ()

@@ -4,7 +4,6 @@ import pytest
 import torch
 from models import CELLS, make_inputs, torch_module
 
-from fusedrnn.kernels.tensors import Weights
 from fusedrnn.records import StackConfig
 from fusedrnn.reference import differentiable_stack
 from fusedrnn.testing import run_module
@@ -39,14 +38,3 @@ def test_equals_torch_in_fp64(cell, T, B, layers, directions, bias):
     given = make_inputs(cell, T, B, 4, 6, layers, directions, torch.float64)
     found = (run_module(m, *given) for m in (Reference(module, cell), module))
     torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)
-
-
-def test_weights_are_grouped_in_torchs_order():
-    params = list(torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2).parameters())
-    config = StackConfig("lstm", "torch", True, 2, True, "ieee")
-    (first, second), above = config.group(params)
-    assert second == Weights(*params[5:10])
-    assert first.w_hr is params[4]
-    assert above[1].w_ih is params[15]
-    without = config._replace(has_bias=False, num_layers=1).group(params[:4])
-    assert without[0][1] == Weights(*params[2:4], None, None)
