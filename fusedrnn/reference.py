@@ -31,23 +31,16 @@ def _lstm_step(gx: Tensor, h: Tensor, c: State, w: Weights):
     return o * c.tanh(), c, (i, f, g, o)
 
 
-def _gru_step(gx: Tensor, h: Tensor, c: State, w: Weights):
-    """r, z = sigmoid(.); n = tanh(gx_n + r (W_hn h + b_hn)); h' = (1 - z) n + z h."""
-    xr, xz, xn = gx.chunk(3, -1)
-    hr, hz, hn = _linear_hh(h, w).chunk(3, -1)
-    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    n = (xn + r * hn).tanh()
-    return (1 - z) * n + z * h, None, (r, z, n, hn)
+def _gru_step(gx: Tensor, h: Tensor, c: State, w: Weights, reset_after: bool = True):
+    """r, z = sigmoid(.); n = tanh(gx_n + r (W_hn h + b_hn)); h' = (1 - z) n + z h.
 
-
-def _gru_reset_before_step(gx: Tensor, h: Tensor, c: State, w: Weights):
-    """r, z = sigmoid(.); n = tanh(gx_n + W_hn (r h) + b_hn); h' = (1 - z) n + z h."""
+    Without ``reset_after`` n = tanh(gx_n + W_hn (r h) + b_hn).
+    """
     H = h.shape[-1]
-    xr, xz, xn = gx.chunk(3, -1)
-    hr, hz = _linear_hh(h, w, slice(0, 2 * H)).chunk(2, -1)
-    r, z = (xr + hr).sigmoid(), (xz + hz).sigmoid()
-    n = (xn + _linear_hh(r * h, w, slice(2 * H, 3 * H))).tanh()
-    return (1 - z) * n + z * h, None, (r, z, n)
+    r, z = (gx[..., : 2 * H] + _linear_hh(h, w, slice(2 * H))).sigmoid().chunk(2, -1)
+    hn = _linear_hh(h if reset_after else r * h, w, slice(2 * H, None))
+    n = (gx[..., 2 * H :] + (r * hn if reset_after else hn)).tanh()
+    return (1 - z) * n + z * h, None, (r, z, n, hn)
 
 
 def _rnn_step(function: Callable, gx: Tensor, h: Tensor, c: State, w: Weights):
@@ -59,7 +52,7 @@ def _rnn_step(function: Callable, gx: Tensor, h: Tensor, c: State, w: Weights):
 CELLS: dict[str, Callable] = {
     "lstm": _lstm_step,
     "gru": _gru_step,
-    "gru_reset_before": _gru_reset_before_step,
+    "gru_reset_before": partial(_gru_step, reset_after=False),
     "rnn_tanh": partial(_rnn_step, torch.tanh),
     "rnn_relu": partial(_rnn_step, torch.relu),
 }
@@ -85,13 +78,12 @@ def differentiable_stack(
     """
     B, sizes = h_0.shape[1], sequences.batch_sizes
     T = input.shape[0] if sizes is None else len(sizes)
-    steps = _Steps(sequences, T, B, input.device)
+    there, cuts = _masks(sequences, T, B, input.device)
     if sizes is not None:
-        is_there = torch.arange(B, device=sizes.device) < sizes.unsqueeze(1)
-        index = is_there.flatten().nonzero().squeeze(1).to(input.device)
+        index = there.flatten().nonzero().squeeze(1)
         input, *dropout_masks = (to_grid(x, index, T, B) for x in (input, *dropout_masks))
     # Padding may be NaN, and 0 * NaN would reach the gradient of W_ih.
-    input = torch.where(steps.there.unsqueeze(-1), input, 0.0)
+    input = torch.where(there.unsqueeze(-1), input, 0.0)
     h_n: list[Tensor] = []
     c_n: list[State] = []
     cs: list[Tensor] = []
@@ -100,7 +92,7 @@ def differentiable_stack(
         for d, w in enumerate(directions):
             row = layer * len(directions) + d
             first = h_0[row], None if c_0 is None else c_0[row]
-            out, h, c, every_c = _one_direction(CELLS[cell], input, *first, w, d, steps)
+            out, h, c, every_c = _one_direction(CELLS[cell], input, *first, w, d, there, cuts[d])
             outputs.append(out)
             h_n.append(h)
             c_n.append(c)
@@ -115,37 +107,39 @@ def differentiable_stack(
     return input, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)
 
 
-class _Steps:
-    """The steps that are there, and those before which the state is cut, ``[T, B]`` each."""
+def _masks(
+    sequences: Sequences, T: int, B: int, device: torch.device
+) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+    """Returns the steps that are there, and for each direction those before which h is cut.
 
-    def __init__(self, sequences: Sequences, T: int, B: int, device: torch.device):
-        lengths, reset = sequences.lengths, sequences.reset
-        if sequences.batch_sizes is not None:
-            sizes = sequences.batch_sizes.unsqueeze(1)
-            lengths = (sizes > torch.arange(B, device=sizes.device)).sum(0)
-        every = torch.ones(T, B, dtype=torch.bool, device=device)
-        times = torch.arange(T, device=device).unsqueeze(1)
-        self.there = every if lengths is None else every & (times < lengths.to(device))
-        begins = torch.zeros_like(every) if reset is None else reset.to(device) & self.there
-        # Backwards the state crosses the same border the other way, from t + 1 to t.
-        self.cut = begins, torch.cat((begins[1:], torch.zeros_like(begins[:1])))
+    They are bool ``[T, B]``.
+    """
+    lengths, reset, sizes, _ = sequences
+    if sizes is not None:
+        lengths = (sizes.unsqueeze(1) > torch.arange(B, device=sizes.device)).sum(0)
+    every = torch.ones(T, B, dtype=torch.bool, device=device)
+    times = torch.arange(T, device=device).unsqueeze(1)
+    there = every if lengths is None else every & (times < lengths.to(device))
+    begins = torch.zeros_like(every) if reset is None else reset.to(device) & there
+    # Backwards the state crosses the same border the other way, from t + 1 to t.
+    return there, (begins, torch.cat((begins[1:], torch.zeros_like(begins[:1]))))
 
 
 def _one_direction(
-    step: Callable, x: Tensor, h: Tensor, c: State, w: Weights, d: int, steps: _Steps
+    step: Callable, x: Tensor, h: Tensor, c: State, w: Weights, d: int, there: Tensor, cut: Tensor
 ):
     """Runs one direction of a layer: h of every step, the final states, c of every step or None."""
     gx = F.linear(x, w.w_ih, w.b_ih)
     hs: list[Tensor] = [h] * len(gx)
     cs: list[State] = [c] * len(gx)
     for t in range(len(gx)) if d == 0 else range(len(gx) - 1, -1, -1):
-        there, cut = steps.there[t].unsqueeze(-1), steps.cut[d][t].unsqueeze(-1)
-        h_in = torch.where(cut, 0.0, h)
-        c_in = None if c is None else torch.where(cut, 0.0, c)
+        is_there, is_cut = there[t].unsqueeze(-1), cut[t].unsqueeze(-1)
+        h_in = torch.where(is_cut, 0.0, h)
+        c_in = None if c is None else torch.where(is_cut, 0.0, c)
         h_out, c_out, _ = step(gx[t], h_in, c_in, w)
-        h = torch.where(there, h_out if w.w_hr is None else F.linear(h_out, w.w_hr), h)
-        hs[t] = torch.where(there, h, 0.0)
+        h = torch.where(is_there, h_out if w.w_hr is None else F.linear(h_out, w.w_hr), h)
+        hs[t] = torch.where(is_there, h, 0.0)
         if c is not None:
-            c = torch.where(there, c_out, c)
-            cs[t] = torch.where(there, c, 0.0)
+            c = torch.where(is_there, c_out, c)
+            cs[t] = torch.where(is_there, c, 0.0)
     return torch.stack(hs), h, c, None if c is None else torch.stack(cs)

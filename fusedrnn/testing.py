@@ -12,7 +12,7 @@ from torch import Tensor
 
 FACTOR = 4.0  # the allowed error, in units of torch's own maximal error against fp64
 FLOOR_EPS = 8.0  # the least error that is allowed, in units of eps * rms(truth)
-RMS_FP32 = 5e-6  # the largest relative RMS error in fp32
+RMS_FP32, RMS_FP64 = 5e-6, 1e-12  # the largest relative RMS errors
 
 
 class Budget(NamedTuple):
@@ -63,15 +63,12 @@ def error_budget(
     size = max(scale, torch.finfo(torch.float64).tiny)  # a truth of zeros allows no error
     max_err, ref_err, rms = error.max().item(), ref_error.max().item(), rms / size
     allowed = FACTOR * ref_err + FLOOR_EPS * eps * scale
-    if eps <= torch.finfo(torch.float64).eps:
-        rms_allowed = 1e-12
-    elif eps <= torch.finfo(torch.float32).eps:
-        rms_allowed = RMS_FP32
-    else:
-        rms_allowed = FACTOR * ref_rms / size + eps
+    rms_allowed = FACTOR * ref_rms / size + eps
+    if eps <= torch.finfo(torch.float32).eps:
+        rms_allowed = RMS_FP32 if eps > torch.finfo(torch.float64).eps else RMS_FP64
     ok = bool(error.isfinite().all()) and max_err <= allowed and rms <= rms_allowed
     worst = int(error.nan_to_num(nan=float("inf")).argmax())
-    index = tuple(int(i) for i in torch.unravel_index(torch.tensor(worst), error.shape))
+    index = tuple(map(int, torch.unravel_index(torch.tensor(worst), error.shape)))
     where = f"{index}: {got.flatten()[worst].item():.9g} for {truth.flatten()[worst].item():.9g}"
     return Budget(name, ok, max_err, allowed, rms, rms_allowed, ref_err, where)
 
