@@ -16,7 +16,7 @@ from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
-from fusedrnn import arguments, loop_cells
+from fusedrnn import arguments
 from fusedrnn.arguments import as_hx
 from fusedrnn.kernels.rows import origins_of
 from fusedrnn.testing import assert_budget
@@ -155,14 +155,9 @@ def test_loop(cell, form):
 
 @every_cell
 def test_other_ways_of_the_loop(cell, monkeypatch):
-    """In one direction; with two products a step, as a GRU has beyond some H; and with padding.
-
-    Rows have padding under a compiler, where lengths may not be read.
-    """
+    """In one direction, without biases, and with padding, as under a compiler."""
     check(build(cell), "both", "torch")
-    with monkeypatch.context() as patch:
-        patch.setattr(loop_cells, "_ONE_PRODUCT", 0)
-        check(build(cell, bias=False), "packed", "torch")
+    check(build(cell, bias=False), "packed", "torch")
     keep_padding(monkeypatch)
     check(build(cell, 2, 2), "both", "torch")
 

@@ -4,9 +4,27 @@ import pytest
 import torch
 from models import CELLS, make_inputs, torch_module
 
-from fusedrnn.records import StackConfig
+from fusedrnn.records import Sequences, StackConfig
 from fusedrnn.reference import differentiable_stack
 from fusedrnn.testing import run_module
+
+
+def reference_of(module, cell):
+    """Returns ``call(params, x, hx)`` of the reference in the place of a module."""
+    config = StackConfig(
+        cell, "torch", module.bias, module.num_layers, module.bidirectional, "ieee"
+    )
+
+    def call(p, x, hx=None, lengths=None, reset=None):
+        rows, H = config.num_layers * config.directions, module.hidden_size
+        sizes = (module.proj_size or H, H)[: config.spec.states]
+        zeros = [x.new_zeros(rows, x.shape[1], size) for size in sizes]
+        states = zeros if hx is None else [hx] if isinstance(hx, torch.Tensor) else hx
+        given = *(*states, None)[:2], config.group(list(p.values())), (), Sequences(lengths, reset)
+        output, h_n, c_n, _ = differentiable_stack(cell, x, *given)
+        return output, h_n if c_n is None else (h_n, c_n)
+
+    return call
 
 
 class Reference(torch.nn.Module):
@@ -14,19 +32,10 @@ class Reference(torch.nn.Module):
 
     def __init__(self, module, cell):
         super().__init__()
-        self.__dict__["module"] = module
-        self.config = StackConfig(
-            cell, "torch", module.bias, module.num_layers, module.bidirectional, "ieee"
-        )
-
-    def named_parameters(self, *args, **kwargs):
-        return self.module.named_parameters(*args, **kwargs)
+        self.named_parameters, self.call = module.named_parameters, reference_of(module, cell)
 
     def forward(self, input, hx):
-        h_0, c_0 = (hx, None) if isinstance(hx, torch.Tensor) else hx
-        weights = self.config.group(list(self.module.parameters()))
-        output, h_n, c_n, _ = differentiable_stack(self.config.cell, input, h_0, c_0, weights, ())
-        return output, h_n if c_n is None else (h_n, c_n)
+        return self.call(dict(self.named_parameters()), input, hx)
 
 
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])

@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from test_reference import reference_of
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp
 from torch.func import vmap as map_over
@@ -15,8 +16,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 
 import fusedrnn
 from fusedrnn import stack, vmap
-from fusedrnn.records import Sequences, StackConfig
-from fusedrnn.reference import differentiable_stack
 
 # torch itself imports it for forward-mode derivatives, and inductor.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.* is deprecated")
@@ -36,25 +35,6 @@ def inputs(*shape):
 def call_of(module):
     """Returns ``call(params, x, hx)`` of a module."""
     return lambda p, x, hx=None, **options: functional_call(module, p, (x, hx), options)
-
-
-def reference_of(module):
-    """Returns the same of the reference."""
-    config = StackConfig(
-        module._cell, "torch", True, module.num_layers, module.bidirectional, "ieee"
-    )
-
-    def call(p, x, hx=None, lengths=None, reset=None):
-        rows = config.num_layers * config.directions
-        sizes = (module.proj_size or H, H)[: config.spec.states]
-        zeros = [x.new_zeros(rows, x.shape[1], size) for size in sizes]
-        states = zeros if hx is None else [hx] if isinstance(hx, torch.Tensor) else hx
-        h_0, c_0 = (*states, None)[:2]
-        weights, sequences = config.group(list(p.values())), Sequences(lengths, reset)
-        output, h_n, c_n, _ = differentiable_stack(config.cell, x, h_0, c_0, weights, (), sequences)
-        return output, h_n if c_n is None else (h_n, c_n)
-
-    return call
 
 
 def loss(call):
@@ -129,7 +109,7 @@ def check(module, kind, backend="torch", tolerance=1e-10, compiled=False):
         run = TRANSFORMS[kind]
         run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
         got = run(call_of(module), *given)
-    assert_alike(got, TRANSFORMS[kind](reference_of(module), *given), tolerance)
+    assert_alike(got, TRANSFORMS[kind](reference_of(module, module._cell), *given), tolerance)
     return got
 
 
@@ -163,7 +143,7 @@ def test_plain_autograd_of_a_map():
     sources, p = (leaf, *module.parameters()), dict(module.named_parameters())
     of_map, want = (
         map_over(f, EACH)(p, leaf)[0].square().sum()
-        for f in (call_of(module), reference_of(module))
+        for f in (call_of(module), reference_of(module, module._cell))
     )
     assert_alike(torch.autograd.grad(of_map, sources), torch.autograd.grad(want, sources))
 
@@ -204,7 +184,7 @@ def test_lengths_and_resets(mapped):
     given = (lengths, reset) if mapped else (lengths[0], reset[0])
     ours, reference = (
         lambda p, x, l, r, f=f: loss(f)(p, x, lengths=l, reset=r)
-        for f in (call_of(module), reference_of(module))
+        for f in (call_of(module), reference_of(module, module._cell))
     )
     calls = list(zip(xs, *(given if mapped else ([g] * N for g in given)), strict=True))
     for argnums in (0, 1):
