@@ -84,26 +84,25 @@ def differentiable_stack(
         input, *dropout_masks = (to_grid(x, index, T, B) for x in (input, *dropout_masks))
     # Padding may be NaN, and 0 * NaN would reach the gradient of W_ih.
     input = torch.where(there.unsqueeze(-1), input, 0.0)
-    h_n: list[Tensor] = []
-    c_n: list[State] = []
-    cs: list[Tensor] = []
+    finals: list[tuple[Tensor, State]] = []
+    cs: list[State] = []
     for layer, directions in enumerate(weights):
         outputs = []
         for d, w in enumerate(directions):
             row = layer * len(directions) + d
             first = h_0[row], None if c_0 is None else c_0[row]
-            out, h, c, every_c = _one_direction(CELLS[cell], input, *first, w, d, there, cuts[d])
+            out, *final, every_c = _one_direction(CELLS[cell], input, *first, w, d, there, cuts[d])
             outputs.append(out)
-            h_n.append(h)
-            c_n.append(c)
-            cs += [every_c] if every_c is not None else []
+            finals.append(final)
+            cs.append(every_c)
         input = torch.cat(outputs, -1)
         if dropout_masks and layer < len(weights) - 1:
             input = input * dropout_masks[layer]
-    if sizes is not None:
-        input, cs = input.flatten(0, 1)[index], [c.flatten(0, 1)[index] for c in cs]
+    h_n, c_n = zip(*finals, strict=True)
+    input = input if sizes is None else input.flatten(0, 1)[index]
     if c_0 is None:
         return input, torch.stack(h_n), None, None
+    cs = cs if sizes is None else [c.flatten(0, 1)[index] for c in cs]
     return input, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)
 
 

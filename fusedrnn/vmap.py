@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import is_functorch_wrapped_tensor
 from torch.autograd import forward_ad
+from torch.utils._pytree import tree_map
 
 
 def has_tangents() -> bool:
@@ -102,16 +103,9 @@ def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any)
 def _one_by_one(op: Callable, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
     """Runs the calls one after the other and stacks their results."""
 
-    def nth(argument: Any, dims: Any, n: int) -> Any:
-        if isinstance(argument, (list, tuple)):
-            return [nth(each, dim, n) for each, dim in zip(argument, dims, strict=True)]
-        return argument if dims is None else argument.select(dims, n)
+    def call(n: int) -> Any:
+        nth = tree_map(lambda t, dim: t if dim is None else t.select(dim, n), arguments, dims)
+        return op(*nth)
 
-    def stacked(each: Any) -> Any:
-        if isinstance(each[0], list):
-            return [torch.stack(parts) for parts in zip(*each, strict=True)]
-        return torch.stack(each)
-
-    calls = [op(*nth(arguments, dims, n)) for n in range(N)]
-    results = tuple(stacked(each) for each in zip(*calls, strict=True))
-    return results, tuple([0] * len(r) if isinstance(r, list) else 0 for r in results)
+    results = tree_map(lambda *parts: torch.stack(parts), *map(call, range(N)))
+    return results, tree_map(lambda _: 0, results)
