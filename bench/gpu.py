@@ -30,7 +30,7 @@ ROOT = Path(__file__).resolve().parents[1]
 OURS = "fusedrnn,fusedrnn triton,fusedrnn resident,fusedrnn cooperative,fusedrnn stepwise"
 #: Without the compiled loop, which takes minutes to compile.
 PEERS = f"{OURS},eager loop,flashrnn,haste,torchrl"
-KERNEL_TESTS = "tests/test_resident.py tests/test_cooperative.py tests/test_stepwise.py"
+KERNEL_TESTS = "tests/test_resident.py tests/test_stepwise.py tests/test_on_cuda.py"
 
 
 class Step(NamedTuple):
