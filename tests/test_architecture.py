@@ -69,6 +69,11 @@ def test_imports_have_no_circle_and_no_long_chain():
     assert len(longest) <= LONGEST_CHAIN, " -> ".join(longest)
 
 
+def test_every_file_has_a_file_of_tests():
+    names = {Path(path).stem.strip("_") for path in PACKAGE} - {"init"}
+    assert names <= {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
+
+
 @pytest.mark.parametrize("path", sorted(PACKAGE))
 def test_only_kernels_import_triton(path):
     allowed = {"torch", "fusedrnn", *sys.stdlib_module_names}
