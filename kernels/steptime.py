@@ -256,18 +256,18 @@ def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1
     spent: dict[str, float] = defaultdict(float)
     waits: dict[tuple[str, str], float] = defaultdict(float)
     for span in replay.spans:
-        cycles = (span.end - span.begin) / counted / warps
-        spent[span.cause] += cycles
+        spent[span.cause] += span.end - span.begin
         if span.cause != "issuing":
-            waits[span.cause, span.line] += cycles
+            waits[span.cause, span.line] += span.end - span.begin
+    share = 1 / counted / warps
     return Prediction(
         cycles=(end - begin) / counted,
         mhz=sm.mhz,
         warps=warps,
         instructions=len(path) / steps,
         barriers=sum(each.pipe == "barrier" for each in replay.costs) / steps,
-        spent=sorted(((n, cause) for cause, n in spent.items()), reverse=True),
-        waits=sorted(((n, *where) for where, n in waits.items()), reverse=True),
+        spent=sorted(((n * share, cause) for cause, n in spent.items()), reverse=True),
+        waits=sorted(((n * share, *where) for where, n in waits.items()), reverse=True),
         spans=replay.spans,
         begin=begin,
     )
