@@ -5,6 +5,7 @@ argument, what came and what was expected.
 """
 
 from collections.abc import Sequence
+from operator import attrgetter
 from typing import Any, NamedTuple
 
 import torch
@@ -14,44 +15,22 @@ from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch
 from .kernels.problem import CACHES
+from .kernels.rows import Rows
 from .kernels.spec import SPECS
-from .layer import Known
+from .layer import Kind
 from .layout import pack, pack_nested, to_grid
-from .records import Facts, Layers, Sequences, StackConfig, StackInputs
+from .records import Facts, Layers, Sequences, StackInputs
 from .vmap import is_eager, is_transformed, needs_grad
 
-
-class Kind:
-    """A kind of call whose checks have passed, and what was decided about it since."""
-
-    def __init__(self, facts: Facts, batched: bool, states: Sequence[Tensor]) -> None:
-        self.facts, self.batched = facts, batched
-        # The tensors of direct ones need no more preparation than ``functional.run_stack`` does.
-        self.is_direct = batched and not facts.ragged and not facts.drops_out
-        self.is_direct = self.is_direct and all(s.shape[1] == facts.batch for s in states)
-        self.choice: tuple[str, StackConfig] | None = None
-        self.known = Known(starts_at_zero=len(states) == 0)
-        self.needs_operator = facts.transformed or facts.proj_size > 0
-        rows, columns = facts.layers.num_layers * facts.layers.directions, facts.columns
-        self._shapes = [(rows, facts.batch, n) for n in dict.fromkeys(columns)]
-        self._times = len(columns) // len(self._shapes)
-
-    def zeros(self, like: Tensor) -> list[Tensor]:
-        """Returns the initial states; equal ones are one tensor, for nothing writes to them."""
-        options: dict[str, Any] = {}
-        if like.dtype != self.facts.dtype and self.choice and self.choice[0] != "aten":
-            options = {"dtype": self.facts.dtype}  # autocast's, else they would be cast
-        return [like.new_zeros(*shape, **options) for shape in self._shapes] * self._times
-
-
-NO_SEQUENCES = Sequences()
+_SIZES = attrgetter("shape", "dtype", "device")
+_NO_SEQUENCES = Sequences()
 #: The record of each kind of call by ``key_of``.
 KINDS: dict[tuple, Kind] = {}
 
 
 def _forget() -> None:
     for kind in KINDS.values():
-        kind.known.launches = ()  # graphs that wait for their backward have it, too
+        kind.launches, kind.plan = (), None  # graphs that wait for their backward have it
     KINDS.clear()
 
 
@@ -68,18 +47,15 @@ def key_of(
     """
     if not is_eager(input):
         return None
+    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
     try:
-        if hx is None:
-            tensors = input, *params
-        else:
-            tensors = (input, hx, *params) if isinstance(hx, Tensor) else (input, *hx, *params)
-        is_recorded = needs_grad(*tensors)
-        sizes = [(t.shape, t.dtype, t.device) for t in tensors]
+        tensors = input, *states, *params
+        is_recorded, sizes = needs_grad(*tensors), map(_SIZES, tensors)
+        autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
+        modes = is_recorded, autocast, forward_ad._current_level, dispatch.switches(input)
+        return cell, layers, form, type(hx), modes, *sizes
     except (AttributeError, RuntimeError, TypeError):
         return None
-    autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
-    modes = is_recorded, autocast, forward_ad._current_level, dispatch.settings(sizes[0][2])
-    return cell, layers, form, type(hx), modes, *sizes
 
 
 class Call(NamedTuple):
@@ -113,6 +89,7 @@ class Call(NamedTuple):
             states=tuple(state.index_select(1, packing.order) for state in self.states),
             sequences=Sequences(None, reset, packing.batch_sizes),
             unsort=packing.order.argsort(),
+            kind=None,  # its rows are others
         )
 
     def gather(self, grid: Tensor) -> Tensor:
@@ -124,7 +101,7 @@ class Call(NamedTuple):
 
     def stack_inputs(self) -> StackInputs:
         """Returns the tensors with dropout's masks, before a cast."""
-        states, masks = self.states, dropout_masks(self) if self.facts.drops_out else []
+        states, masks = self.states, _dropout_masks(self) if self.facts.drops_out else ()
         c_0 = states[1] if len(states) > 1 else None
         return StackInputs(self.input, states[0], c_0, self.params, masks)
 
@@ -153,7 +130,7 @@ class Call(NamedTuple):
         return as_hx(states)
 
 
-def dropout_masks(call: Call) -> list[Tensor]:
+def _dropout_masks(call: Call) -> list[Tensor]:
     """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``."""
     facts, layers = call.facts, call.facts.layers
     p, columns = layers.dropout, (facts.proj_size or facts.hidden_size) * layers.directions
@@ -179,8 +156,7 @@ def prepare(
     Checks of anything but values are made once for each kind of call, since they take as long as
     the smallest layers.
     """
-    packing: PackedSequence | None = None
-    nested: tuple[Tensor, Tensor] | None = None
+    packing = nested = order = unsort = None
     ragged: tuple[str, ...] = ()
     form: tuple = ()
     if isinstance(input, Tensor) and input.is_nested:
@@ -201,7 +177,7 @@ def prepare(
             if len(KINDS) >= 4096:
                 _forget()
             KINDS[key] = kind
-    facts, batched, sequences, order, unsort = kind.facts, kind.batched, NO_SEQUENCES, None, None
+    facts, batched, sequences = kind.facts, kind.batched, _NO_SEQUENCES
     if packing is not None:
         _, sizes, order, unsort = packing
         sequences = Sequences(batch_sizes=sizes)
@@ -209,10 +185,10 @@ def prepare(
         input = input.unsqueeze(1)
     elif layers.batch_first:
         input = input.transpose(0, 1)
-    if ragged and packing is None:
+    if lengths is not None or reset is not None:
         sequences = _checked_sequences(facts, lengths, reset, batched)
     if hx is None:
-        states: Sequence[Tensor] = kind.zeros(input)
+        states: Sequence[Tensor] = _zeros(kind, input)
     else:
         states = (hx,) if isinstance(hx, Tensor) else hx
         states = [_in_full(s if batched else s.unsqueeze(1), facts.batch, order) for s in states]
@@ -220,6 +196,16 @@ def prepare(
     return Call(
         facts, input, states, params, batched, sequences, packing, nested, unsort, None, kept
     )
+
+
+def _zeros(kind: Kind, like: Tensor) -> list[Tensor]:
+    """Returns the initial states; equal ones are one tensor, for nothing writes to them."""
+    options: Any = {}
+    if kind.facts.autocast and kind.choice and kind.choice[0] != "aten":
+        options = {"dtype": kind.facts.dtype}  # else they would be cast
+    # By columns: a compiler would guard on what it has to hash.
+    found = {shape[-1]: like.new_zeros(*shape, **options) for shape in kind.zeros}
+    return [found[shape[-1]] for shape in kind.zeros]
 
 
 def _in_full(state: Tensor, batch: int, order: Tensor | None) -> Tensor:
@@ -277,7 +263,8 @@ def _checked(
         compiled, is_transformed(), is_eager(data),
     )  # fmt: skip
     _check_states_and_dtypes(facts, states, params, batched)
-    return Kind(facts, batched, states)
+    Z, rows = layers.num_layers * layers.directions, None if ragged else Rows(steps, batch)
+    return Kind(facts, batched, () if states else [(Z, batch, n) for n in facts.columns], rows)
 
 
 def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> tuple[int, int, int]:

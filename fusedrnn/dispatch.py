@@ -40,7 +40,6 @@ class _Chosen(threading.local):
 
 
 _local = _Chosen()
-_CPU = torch.device("cpu")
 # A look-up in os.environ raises and catches two exceptions when a variable is not set.
 _environ: Any = getattr(os.environ, "_data", {})
 _KEY: Any = os.environ.encodekey("FUSEDRNN_BACKEND")
@@ -97,16 +96,10 @@ def requested_backend() -> tuple[str, str]:
     return name, "FUSEDRNN_BACKEND"
 
 
-def precision(compiled: bool = False) -> str:
+def precision() -> str:
     """Returns how triton multiplies fp32, by ``use_precision`` or the switch of torch's RNNs."""
-    name = _local.precision
-    if name is not None:
-        return name
-    if compiled:
-        switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
-    else:
-        switch = torch._C._get_fp32_precision_getter("cuda", "rnn")  # the same, sooner
-    return "tf32" if switch == "tf32" else "ieee"
+    switch = torch.backends.cudnn.rnn.fp32_precision  # type: ignore[attr-defined]
+    return _local.precision or ("tf32" if switch == "tf32" else "ieee")
 
 
 @contextmanager
@@ -147,21 +140,27 @@ class Settings(NamedTuple):
     benchmark: bool = False  # cuDNN was asked to measure
 
 
+def switches(like: torch.Tensor) -> Any:
+    """Returns what ``settings`` for such a tensor are made of, which takes less time."""
+    backend, variable = _local.backend, _environ.get(_KEY)
+    if variable is None and backend != "triton" and not like.is_cuda:
+        return backend
+    precise = torch._C._get_fp32_precision_getter("cuda", "rnn")
+    grouped = _HAS_GROUPS and distributed.is_initialized()
+    others = _environ.get(_INTERPRET), precise, grouped, torch._C._get_cudnn_benchmark()
+    return backend, variable, _local.precision, *others
+
+
 def settings(device: torch.device, compiled: bool = False) -> Settings:
     """Returns the present settings for calls on a device."""
-    requested = _local.backend
-    if requested is None:
-        requested = requested_backend()[0] if compiled or _KEY in _environ else "auto"
+    requested = requested_backend()[0]
     if not _HAS_TRITON or not (_is_gpu(device) or requested == "triton"):
-        return _PLAIN[requested]
+        return Settings(requested)
+    given = requested, precision(), _interpreting()
     if compiled:  # it keeps the answer of the planner
-        return Settings(requested, precision(compiled), _interpreting())
-    interpreted = _INTERPRET in _environ and _interpreting()
+        return Settings(*given)
     shares = _HAS_GROUPS and distributed.is_initialized()
-    return Settings(requested, precision(), interpreted, shares, torch._C._get_cudnn_benchmark())
-
-
-_PLAIN = {name: Settings(name) for name in BACKENDS}
+    return Settings(*given, shares, torch._C._get_cudnn_benchmark())
 
 
 def decide(facts: Facts) -> tuple[str, StackConfig]:
@@ -249,7 +248,7 @@ def runs_as_one_node(facts: Facts) -> bool:
 
 
 def _is_gpu(device: torch.device) -> bool:
-    return device != _CPU and device.type == "cuda"  # a string is made of the type
+    return device.type == "cuda"
 
 
 def _decide(
@@ -269,7 +268,7 @@ def _decide(
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
             layers, by_kernels = facts.layers, backend == "triton"
-            how = (requested, _products(facts, given)) if by_kernels else (backend, "ieee")
+            how = (requested, _problem(facts, given).precision) if by_kernels else (backend, "ieee")
             sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
             config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
             return (backend, config), tuple(refused)
@@ -279,11 +278,6 @@ def _decide(
 
 _decided = lru_cache(maxsize=4096)(_decide)
 CACHES.append(_decided.cache_clear)
-
-
-def _products(facts: Facts, given: Settings) -> str:
-    """Returns the precision of the kernels' products."""
-    return given.precision or "ieee" if facts.dtype == torch.float32 else "ieee"
 
 
 def _triton_refusal(facts: Facts, given: Settings) -> str | None:
@@ -376,8 +370,9 @@ def _problem(facts: Facts, given: Settings) -> Problem:
     batch = _COMPILED_BATCH if facts.compiled else facts.batch
     layers = 1 if facts.states else facts.layers.num_layers
     sizes = facts.hidden_size, batch, facts.layers.directions, facts.dtype
+    precision = given.precision if facts.dtype == torch.float32 else None
     needs = facts.needs_grad, layers, bool(facts.ragged), facts.recompute
-    return Problem(facts.cell, *sizes, _products(facts, given), *needs)
+    return Problem(facts.cell, *sizes, precision or "ieee", *needs)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

@@ -12,9 +12,9 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from . import dispatch, measured
-from .arguments import KINDS, NO_SEQUENCES, Call, Kind, as_hx, dropout_masks, key_of, prepare
-from .ops import ATEN, rnn_stack, run_eager
-from .records import Facts, Layers, Sequences, StackConfig, StackInputs
+from .arguments import Call, prepare
+from .ops import ATEN, rnn_stack
+from .records import Layers, StackConfig
 
 # cuDNN's advice to call flatten_parameters(), which helps no function and no computed weight. Only
 # warnings raised by this package are silenced, so that nn.LSTM's remain.
@@ -184,38 +184,31 @@ def run_stack(
     cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers,
     lengths: Any = None, reset: Any = None,
 ) -> Any:  # fmt: skip
-    """Prepares and runs a stack; dense input of a known kind goes to its backend at once.
-
-    Preparations take as long as the smallest layers.
-    """
-    key = None
-    if lengths is reset is None and type(input) is Tensor:
-        key = key_of(cell, input, hx, params, layers)
-    kind = None if key is None else KINDS.get(key)
-    if kind is None or kind.choice is None or not kind.is_direct:
-        return run(prepare(cell, input, hx, params, layers, lengths, reset))
-    input = input.transpose(0, 1) if layers.batch_first else input
-    if hx is None:
-        states: Sequence[Tensor] = kind.zeros(input)
-    else:
-        states = [s.contiguous() for s in ((hx,) if isinstance(hx, Tensor) else hx)]
-    output, states = _run(kind.choice, kind, kind.facts, input, states, params)
-    if layers.batch_first:
-        is_own = _owns_output(kind.choice[0], kind.facts)
-        output = output.transpose_(0, 1) if is_own else output.transpose(0, 1)
-    return output, as_hx(states)
+    """Prepares and runs a stack."""
+    return run(prepare(cell, input, hx, params, layers, lengths, reset))
 
 
 def run(call: Call) -> Any:
     """Runs a prepared stack; returns output and states in the form of its input."""
     facts, kind = call.facts, call.kind
-    choice = kind.choice if kind is not None and kind.choice else _choose(call)
-    if choice[0] == "torch" and facts.eager and "lengths" in facts.ragged:
-        call = call.compact()
-    tensors = call.input, call.states, call.params
-    masks = dropout_masks(call) if choice[0] != "aten" and facts.drops_out else ()
-    output, states = _run(choice, kind, facts, *tensors, call.sequences, masks)
-    return call.in_form(output, _owns_output(choice[0], facts)), call.states_in_form(states)
+    backend, config = (kind and kind.choice) or _choose(call)
+    is_aten = backend == "aten"
+    if is_aten and not (facts.compiled and dispatch.runs_as_one_node(facts)):
+        output, *states = _run_aten(call)
+    else:
+        if backend == "torch" and "lengths" in facts.ragged and facts.eager:
+            call = call.compact()
+        given, kind = (call.stack_inputs(), call.sequences, config, facts.cast), call.kind
+        if kind and (
+            facts.proj_size or facts.transformed or torch._C._autograd._profiler_enabled()
+        ):
+            kind = None
+        output, states, _ = rnn_stack(*given, kind=kind)
+    # Transposed in place it is no view, as torch's, and ``detach_()`` takes it. Not where it is
+    # saved for backward.
+    is_own = backend == "torch" or (is_aten and facts.cell != "lstm")
+    is_own = is_own and not (facts.compiled or facts.transformed)
+    return call.in_form(output, is_own), call.states_in_form(states)
 
 
 def _choose(call: Call) -> tuple[str, StackConfig]:
@@ -228,34 +221,13 @@ def _choose(call: Call) -> tuple[str, StackConfig]:
     return choice
 
 
-def _run(
-    choice: tuple[str, StackConfig], kind: Kind | None, facts: Facts, input: Tensor,
-    states: Sequence[Tensor], params: Sequence[Tensor], sequences: Sequences = NO_SEQUENCES,
-    masks: Sequence[Tensor] = (),
-) -> tuple[Tensor, Sequence[Tensor]]:  # fmt: skip
-    """Runs torch's operator, or ours: past the dispatcher where nothing else must see the call."""
-    backend, config = choice
-    if backend == "aten" and not (facts.compiled and dispatch.runs_as_one_node(facts)):
-        layers, sizes, run = facts.layers, sequences.batch_sizes, ATEN[facts.cell]
-        dropout = layers.dropout if layers.training else 0.0
-        is_training = layers.training or facts.needs_grad  # cuDNN has no backward in eval()
-        flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
-        hx = states if facts.cell == "lstm" else states[0]
-        if sizes is None:
-            output, *states = run(input, hx, params, *flags, False)
-        else:
-            output, *states = run(input, sizes, hx, params, *flags)
-        return output, states
-    inputs = StackInputs(input, states[0], states[1] if len(states) > 1 else None, params, masks)
-    if kind is None or kind.needs_operator or torch._C._autograd._profiler_enabled():
-        return rnn_stack(inputs, sequences, config, facts.cast)[:2]
-    return run_eager(inputs, sequences, config, facts.needs_grad, facts.cast, known=kind.known)[:2]
-
-
-def _owns_output(backend: str, facts: Facts) -> bool:
-    """Returns whether the output may be transposed in place; others save it for backward.
-
-    As torch's it is then no view, and ``detach_()`` takes it.
-    """
-    is_own = backend == "torch" or (backend == "aten" and facts.cell != "lstm")
-    return is_own and not (facts.compiled or facts.transformed)
+def _run_aten(call: Call) -> Sequence[Tensor]:
+    """Runs torch's operator."""
+    facts, layers, sizes = call.facts, call.facts.layers, call.sequences.batch_sizes
+    dropout = layers.dropout if layers.training else 0.0
+    is_training = layers.training or facts.needs_grad  # cuDNN has no backward in eval()
+    flags = layers.bias, layers.num_layers, dropout, is_training, layers.bidirectional
+    hx = call.states if facts.cell == "lstm" else call.states[0]
+    if sizes is None:
+        return ATEN[facts.cell](call.input, hx, call.params, *flags, False)
+    return ATEN[facts.cell](call.input, sizes, hx, call.params, *flags)

@@ -19,7 +19,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, distributed
 from torch.nn import functional as F
-from torch.utils._pytree import tree_leaves, tree_map
 
 from . import loop
 from .grads import input_grad, weight_grads
@@ -49,12 +48,18 @@ class Launch(NamedTuple):
     plan: Plan | None
 
 
-@dataclass
-class Known:
-    """The facts that the calls of a kind share beside their configuration."""
+@dataclass(slots=True)
+class Kind:
+    """A kind of call whose checks have passed, and what was decided about it since."""
 
-    starts_at_zero: bool = False  # h_0 and c_0 are zeros that nothing writes to
+    facts: Any = None  # ``Facts``
+    batched: bool = True
+    zeros: Sequence[tuple[int, ...]] = ()  # the shapes of initial states that are not given
+    rows: Rows | None = None  # of calls without sequences of their own
+    choice: tuple[str, StackConfig] | None = None
     launches: Sequence[Launch] = ()  # () until they are planned, and again after ``forget``
+    shapes: Sequence[Any] = ()  # of the results, planned with them
+    plan: Any = None  # of the kernels where one launch of one layer is all
 
 
 def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> Sequence[Launch]:
@@ -97,7 +102,7 @@ def _launch(
     """Runs a schedule on Layers and, backward, Grads; its own failures become KernelFailed."""
     # A stack's own tensors are aligned, but not the parts of some layers or steps.
     is_cut = plan.layers < config.num_layers or config.recompute
-    given = _aligned(tensors) if is_cut and not _are_aligned(tensors) else tensors
+    given = _aligned(tensors) if is_cut else tensors
     try:
         getattr(_schedule(plan.schedule), direction)(config.cell, plan, *given, rows)
     except (LaunchRefused, torch.OutOfMemoryError, torch.AcceleratorError):
@@ -107,40 +112,30 @@ def _launch(
             raise
         lines = [line.strip() for line in str(error).splitlines() if line.strip()]
         raise KernelFailed(f"{type(error).__name__}: {lines[0] if lines else ''}") from error
-    if given is not tensors:
-        pairs = ([getattr(each[-1], n) for n in _WRITTEN[direction]] for each in (tensors, given))
-        for tensor, copy in zip(*map(tree_leaves, pairs), strict=True):
+    for name in _WRITTEN[direction] if is_cut else ():
+        pairs: Any = [getattr(each[-1], name) for each in (tensors, given)]
+        pairs = zip(*pairs, strict=True) if type(pairs[0]) is tuple else [pairs]
+        for tensor, copy in pairs:
             if copy is not tensor:
                 tensor.copy_(copy)
 
 
-def _are_aligned(tensors: Sequence[Any]) -> bool:
-    """Returns whether all tensors begin at multiples of 16 bytes."""
-    addresses = 0
-    for fields in tensors:
-        for value in fields:
-            for tensor in value if type(value) is tuple else (value,):
-                if tensor is not None:
-                    addresses |= tensor.data_ptr()
-    return addresses % 16 == 0
-
-
-def _aligned(tensors: Any) -> Any:
-    """Copies tensors that begin elsewhere, each once.
+def _aligned(tensors: Sequence[Any]) -> list[Any]:
+    """Copies tensors that begin elsewhere than at a multiple of 16 bytes, each once.
 
     A kernel is compiled again for every mixture of aligned and other pointers, as which the parts
     of a buffer, one for each layer, would come.
     """
     copies: dict[int, Tensor] = {}
 
-    def own(tensor: Tensor | None) -> Tensor | None:
-        if tensor is None or tensor.data_ptr() % 16 == 0:
-            return tensor
-        if id(tensor) not in copies:
-            copies[id(tensor)] = tensor.clone()
-        return copies[id(tensor)]
+    def own(value: Any) -> Any:
+        if type(value) is tuple:
+            return tuple(map(own, value))
+        if value is None or value.data_ptr() % 16 == 0:
+            return value
+        return copies.setdefault(id(value), value.clone())
 
-    return tree_map(own, tensors)
+    return [fields._make(map(own, fields)) for fields in tensors]
 
 
 def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, rows: Rows) -> None:
@@ -149,22 +144,22 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     ``x [R, I]``, or dense ``[T, B, I]`` of any strides, is the input of the first layer. ``layers``
     has no gx yet.
     """
-    D, (columns, H) = config.directions, layers.w_hh[0].shape
+    D = 2 if config.bidirectional else 1
     biases: Sequence[Any] = layers.b_ih or (None,) * D
-    if plan is not None:
-        with gemm_precision(config.precision, x):
-            gx = _input_products(x, layers.w_ih[:D], biases[:D], None)
-            read = Layers(gx, *layers[1:-2], rows.origins, rows.starts)  # sooner than ``_replace``
-            _launch(config, plan, "forward", (read,), rows)
+    if plan is None:
+        room, (columns, H) = layers.gates, layers.w_hh[0].shape
+        if room is None or not room.shape[-1]:
+            room = x.new_empty(D, rows.total, loop.workspace_tiles(config.cell) * H)
+        if layers.b_hh is not None:
+            pairs = zip(biases, layers.b_hh, strict=True)
+            biases = [loop.folded_bias(config.cell, *pair) for pair in pairs]
+        _input_products(x, layers.w_ih, biases, room[..., :columns])
+        loop.forward(config.cell, layers._replace(gx=room), rows)
         return
-    room = layers.gates
-    if room is None or not room.shape[-1]:
-        room = x.new_empty(D, rows.total, loop.workspace_tiles(config.cell) * H)
-    if layers.b_hh is not None:
-        pairs = zip(biases, layers.b_hh, strict=True)
-        biases = [loop.folded_bias(config.cell, *pair) for pair in pairs]
-    _input_products(x, layers.w_ih, biases, room[..., :columns])
-    loop.forward(config.cell, layers._replace(gx=room), rows)
+    with gemm_precision(config.precision, x):
+        gx = _input_products(x, layers.w_ih[:D], biases[:D], None)
+        read = layers.read(plan.layers, rows.origins, rows.starts, gx)
+        _launch(config, plan, "forward", (read,), rows)
 
 
 def _input_products(
@@ -208,14 +203,14 @@ def backward(
     for own, part, part_grads, part_rows in parts:
         dgates = layers.h_0.new_empty(Z, part_rows.total, config.spec.grad_tiles * H)
         d_out, d_cs, d_h_n, d_c_n, _, d_h_0, d_c_0 = part_grads
-        part_grads, found = Grads(d_out, d_cs, d_h_n, d_c_n, dgates, d_h_0, d_c_0), []
+        part_grads = Grads(d_out, d_cs, d_h_n, d_c_n, dgates, d_h_0, d_c_0)
         with gemm_precision(config.precision, dgates):
             if plan is None:
                 loop.backward(config.cell, part, part_grads, part_rows)
             else:
-                if rows.origins is not None:
-                    part = part._replace(origins=rows.origins, starts=rows.starts)
-                _launch(config, plan, "backward", (part, part_grads), part_rows)
+                read = part.read(plan.layers, part_rows.origins, part_rows.starts)
+                _launch(config, plan, "backward", (read, part_grads), part_rows)
+            found: list[Tensor] = []
             if dx is not None:
                 input_grad(dgates[:D], layers.w_ih[:D], dx if own is None else dx[own])
             if needs_params:
@@ -298,8 +293,10 @@ def _gates(config: StackConfig, x: Tensor, layers: Layers, states: Sequence[Tens
 
 def gemm_precision(precision: str, like: Tensor) -> AbstractContextManager[None]:
     """Makes the library's fp32 products on CUDA as exact as the kernels' (tf32x3: ieee)."""
-    return _switched(precision) if like.is_cuda and like.dtype == torch.float32 else nullcontext()
+    return _switched(precision) if like.is_cuda and like.dtype == torch.float32 else _NOTHING
 
+
+_NOTHING = nullcontext()
 
 _switch = threading.Lock()
 _users: list[str] = []  # what the switch was, once for each thread within ``_switched``

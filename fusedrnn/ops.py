@@ -19,7 +19,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
 from .kernels.rows import Rows
-from .layer import Known
+from .layer import Kind
 from .layout import rows_of, with_table
 from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
 from .reference import differentiable_stack
@@ -78,53 +78,40 @@ torch.library.define(
 
 def rnn_stack(
     inputs: StackInputs, sequences: Sequences, config: StackConfig,
-    dtype: torch.dtype | None = None, *, keep_states: bool = False,
+    dtype: torch.dtype | None = None, *, keep_states: bool = False, kind: Kind | None = None,
 ) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
     """Runs a stack of layers, differentiably; with ``dtype``, autocast's, in that dtype.
+
+    It goes past the dispatcher where nothing but autograd must see the call, as one of a ``kind``.
 
     Returns:
         output ``[T, B, D*H]`` or packed ``[R, D*H]``; the final states, h_n and for an LSTM c_n,
         ``[L*D, B, H]`` each; and with ``keep_states`` c of every step, ``[L*D, T, B, H]``.
     """
-    is_special = vmap.has_tangents() or _has_projection(inputs, config)
-    if not is_special and not _needs_dispatcher(inputs.input):
-        needs_grad = vmap.needs_grad(*inputs[:3], *inputs.params)
-        return run_eager(inputs, sequences, config, needs_grad, dtype, keep_states)
-    inputs = inputs.cast(dtype)
-    if sequences.batch_sizes is not None or vmap.is_eager(inputs.input):
-        sequences = with_table(sequences, inputs.input, inputs.h_0.shape[1], config.directions)
-    if is_special:
-        results = _by_reference(inputs, sequences, config)
+    input, h_0, c_0, params, masks = inputs
+    is_special = kind is None and (vmap.has_tangents() or _has_projection(inputs, config))
+    is_seen = kind is None and (is_special or _needs_dispatcher(input))
+    rows = None if kind is None else kind.rows
+    if rows is None and (not is_seen or sequences.batch_sizes is not None or vmap.is_eager(input)):
+        sequences = with_table(sequences, input, h_0.shape[1], config.directions)
+    if not is_seen:
+        rows = rows or rows_of(input, h_0.shape[1], config.directions, sequences)
+        if vmap.needs_grad(input, h_0, c_0, *params) if kind is None else kind.facts.needs_grad:
+            call = _Forward(masks, sequences, config, rows, dtype, keep_states, kind)
+            results = _apply(call, input, h_0, c_0, *params)
+        else:
+            results = stack.forward(inputs.cast(dtype), rows, config, keep_states, kind=kind)
+    elif is_special:
+        results = _by_reference(inputs.cast(dtype), sequences, config)
     else:
         if not torch.compiler.is_compiling():
             _register_flops()
-        arguments = _flat(inputs, sequences, config, keep_states)
+        arguments = _flat(inputs.cast(dtype), sequences, config, keep_states)
         results = torch.ops.fusedrnn.rnn_forward(*arguments)
-    return _returned(results, inputs, keep_states)
-
-
-def run_eager(
-    inputs: StackInputs, sequences: Sequences, config: StackConfig, needs_grad: bool,
-    dtype: torch.dtype | None = None, keep_states: bool = False, known: Any = None,
-) -> tuple[Tensor, list[Tensor], Tensor | None]:  # fmt: skip
-    """Runs ``rnn_stack`` where nothing but autograd is active, and h has the columns of c."""
-    input, h_0, c_0, params, masks = inputs
-    sequences = with_table(sequences, input, h_0.shape[1], config.directions)
-    rows = rows_of(input, h_0.shape[1], config.directions, sequences)
-    if needs_grad:
-        call = _Forward(masks, sequences, config, rows, dtype, keep_states, known)
-        results = _apply(call, input, h_0, c_0, *params)
-    else:
-        results = stack.forward(inputs.cast(dtype), rows, config, keep_states, known=known)
-    return _returned(results, inputs, keep_states)
-
-
-def _returned(results: Sequence[Any], inputs: StackInputs, keep_states: bool) -> Any:
-    """Returns the results of a stack as those of ``rnn_stack``."""
     output, h_n, c_n, _, cs, _ = results
-    if inputs.c_0 is None:
+    if c_0 is None:
         return output, [h_n], None
-    return output, [h_n, c_n], cs.unflatten(1, inputs.input.shape[:-1]) if keep_states else None
+    return output, [h_n, c_n], cs.unflatten(1, input.shape[:-1]) if keep_states else None
 
 
 def _needs_dispatcher(*tensors: Tensor) -> bool:
@@ -176,7 +163,7 @@ class _Node(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, call, *tensors):
-        results, kept, constant = call.run(*tensors)
+        results, kept, constant, ctx.own = call.run(*tensors)
         every = *tensors, *kept
         ctx.call, ctx.count = call, len(tensors)
         ctx.set_materialize_grads(False)
@@ -193,7 +180,7 @@ class _Node(torch.autograd.Function):
         for place in ctx.missing:
             saved.insert(place, None)
         parts, needs = (saved[: ctx.count], saved[ctx.count :]), ctx.needs_input_grad[1:]
-        return None, *ctx.call.pull_back(*parts, grads, needs)
+        return None, *ctx.call.pull_back(*parts, ctx.own, grads, needs)
 
 
 #: ``_Node.apply`` without its checks for ``torch.func``, which the operators' keys take care of.
@@ -218,31 +205,34 @@ class _Forward:
     rows: Rows | None = None
     dtype: torch.dtype | None = None
     keep_states: bool = False
-    known: Known | None = None
+    kind: Kind | None = None
 
     def run(self, input, h_0, c_0, *params):
-        config = self.config
-        inputs = StackInputs(input, h_0, c_0, params, self.masks).cast(self.dtype)
-        # The values that backward multiplies by remain those of forward when p.data is replaced.
-        values = [p.detach() if p.dim() == 2 or config.recompute else p for p in inputs.params]
-        constant: tuple[Tensor, ...] = ()
-        if self.rows is None:
-            self.own = *inputs[1:3], values, self.masks
+        config, kind, rows, constant = self.config, self.kind, self.rows, ()
+        inputs = StackInputs(input, h_0, c_0, params, self.masks)
+        inputs = inputs if self.dtype is None else inputs.cast(self.dtype)
+        if kind is not None and kind.plan is not None:
+            own, found = stack.forward_alone(inputs, rows, config, kind)
+        else:
+            # The values that backward multiplies by remain those of now when p.data is replaced.
+            values = [p.detach() if p.dim() == 2 or config.recompute else p for p in inputs.params]
+            own, found = (*inputs[1:3], values, self.masks), None
+        if rows is None:
             arguments = _flat(inputs, self.sequences, config, True)
             results = tuple(_below_autograd(torch.ops.fusedrnn.rnn_forward, *arguments))
             constant = results[3], results[5]
             output, _, _, *saved = _empty_to_none(results)
         else:
-            self.own = *inputs[1:3], stack.weights_of(values, config), self.masks
-            inputs = StackInputs(inputs.input, *self.own)
-            found = stack.forward(inputs, self.rows, config, True, known=self.known)
+            if found is None:
+                _, *own = inputs = stack.ready(StackInputs(inputs.input, *own), config)
+                found = stack.forward(inputs, rows, config, True, kind=kind)
             output, h_n, c_n, *saved = found
             results = output, h_n, c_n, None, saved[1] if self.keep_states else None, None
         # Else the output may be modified in place.
         output = output if config.hidden_layers < config.num_layers else None
-        return results, (output, *saved), constant
+        return results, (output, *saved), constant, own
 
-    def pull_back(self, tensors, kept, grads, needs):
+    def pull_back(self, tensors, kept, own, grads, needs):
         """Returns the gradients of input, h_0, c_0 and params."""
         (input, h_0, c_0, *params), (output, *saved) = tensors, kept
         d_output, d_h_n, d_c_n, _, d_cs, _ = grads
@@ -256,7 +246,7 @@ class _Forward:
             forward_ad.unpack_dual(d).tangent is not None for d in present
         ):
             _refuse_tangents()  # they would be lost
-        run, how, own = stack.backward, self.rows, self.own
+        run, how = stack.backward, self.rows
         if torch.is_grad_enabled() or _needs_dispatcher(*present):
             run, how = _run_backward, self.sequences
             input, *own = StackInputs(input, h_0, c_0, params, self.masks).cast(self.dtype)
@@ -264,12 +254,12 @@ class _Forward:
             how = rows_of(input, h_0.shape[1], self.config.directions, self.sequences)
         outputs, needs_params = StackOutputs(output, None, None, *saved), True in needs[3:]
         given = StackInputs(input, *own), outputs, given, how, self.config, needs[0], needs_params
-        d_input, d_h_0, d_c_0, d_params = run(*given, known=self.known)
+        d_input, d_h_0, d_c_0, d_params = run(*given, kind=self.kind)
         d_input, d_c_0 = d_input if needs[0] else None, None if c_0 is None else d_c_0
         return d_input, d_h_0, d_c_0, *(d_params or [None] * len(params))
 
 
-def _run_backward(inputs, outputs, grads, *arguments, known=None):
+def _run_backward(inputs, outputs, grads, *arguments, kind=None):
     """Calls ``rnn_backward`` with the arguments of ``stack.backward``, but sequences for rows."""
     return torch.ops.fusedrnn.rnn_backward(*_flat(grads, inputs, outputs, *arguments))
 
@@ -322,8 +312,8 @@ def _forward_autograd(*flat):
 @torch.library.register_fake("fusedrnn::rnn_forward")
 def _forward_fake(*flat):
     inputs, _, config, save = _records(flat, _FORWARD)
-    results = stack.empty_outputs(inputs, config, save and config.backend != "aten")
-    return _none_to_empty(inputs.input, results)
+    shapes = stack.shapes_of(inputs, config, save and config.backend != "aten")
+    return _none_to_empty(inputs.input, stack.empty_outputs(inputs.input, shapes))
 
 
 def _backward_kernel(*flat):
@@ -360,9 +350,9 @@ class _Backward(NamedTuple):
         inputs = StackInputs(*tensors[4:7], tensors[7:], self.inputs.dropout_masks)
         arguments = inputs, self.outputs, tensors[:4], *self[3:]
         *results, d_params = _below_autograd(_run_backward, *arguments)
-        return (*results, *d_params), (), ()
+        return (*results, *d_params), (), (), None
 
-    def pull_back(self, tensors, kept, directions, needs):
+    def pull_back(self, tensors, kept, _, directions, needs):
         """Pulls ``directions`` back through the gradients of a stack.
 
         The gradients are a pullback of the stack's results, so theirs are a pullback of that one.

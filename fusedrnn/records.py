@@ -1,7 +1,7 @@
 """The records of a call and of its stack: facts, tensors, sequences and configuration."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -96,7 +96,7 @@ class StackInputs(NamedTuple):
     input: Tensor  # [T, B, I] of any strides, packed [R, I]
     h_0: Tensor  # [L*D, B, H]
     c_0: Tensor | None  # [L*D, B, H], None for a cell without c
-    params: Sequence[Tensor]  # in torch's order
+    params: Any  # tensors in torch's order; of launches ``Weights`` of tuples
     dropout_masks: Sequence[Tensor]  # empty, or of each layer but the last [T, B, D*H], scaled
 
     def cast(self, dtype: torch.dtype | None) -> "StackInputs":

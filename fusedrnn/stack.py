@@ -9,7 +9,7 @@ import math
 import warnings
 from collections.abc import Callable, Sequence
 from functools import wraps
-from typing import Any, TypeVar, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -18,13 +18,11 @@ from . import layer
 from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up
 from .kernels.rows import Rows
 from .kernels.tensors import Grads, Layers, Weights
-from .layer import Known, Launch, launches_of
+from .layer import Kind, Launch, launches_of
 from .records import StackConfig, StackGrads, StackInputs, StackOutputs
 
-_Run = TypeVar("_Run", bound=Callable)
 
-
-def _fail_safe(run: _Run) -> _Run:
+def _fail_safe(run: Callable[..., Any]) -> Callable[..., Any]:
     """Makes ``run`` answer where its kernels do not.
 
     A refused cooperative launch is planned again, since another process may own a part of the
@@ -33,9 +31,9 @@ def _fail_safe(run: _Run) -> _Run:
     """
 
     @wraps(run)
-    def call(inputs: StackInputs, *arguments: Any, known: Known | None = None) -> Any:
+    def call(inputs: StackInputs, *arguments: Any, kind: Kind | None = None) -> Any:
         try:
-            return run(inputs, *arguments, known or Known())
+            return run(inputs, *arguments, kind or Kind())
         except (LaunchRefused, NoPlan, KernelFailed) as error:
             cause = error
         config = next(a for a in arguments if isinstance(a, StackConfig))
@@ -56,42 +54,56 @@ def _fail_safe(run: _Run) -> _Run:
             warnings.warn(f"{text} will run such layers from now on", RuntimeWarning, stacklevel=3)
         return call(inputs, *(other if a is config else a for a in arguments))
 
-    return cast(_Run, call)
+    return call
 
 
-def empty_outputs(inputs: StackInputs, config: StackConfig, save: bool) -> StackOutputs:
-    """Allocates the results of a stack and, with ``save``, what backward needs."""
+def shapes_of(inputs: StackInputs, config: StackConfig, save: bool) -> Sequence[Any]:
+    """Returns the shapes of ``StackOutputs`` with, if it is to ``save``, what backward needs."""
     input, h_0, c_0, *_ = inputs
-    rows, empty, tiles = input.shape[:-1], input.new_empty, config.spec.saved
+    rows, tiles, is_lstm = input.shape[:-1], config.spec.saved, c_0 is not None
     (Z, _, P), R, D = h_0.shape, math.prod(rows), config.directions
     H, below = P if c_0 is None else c_0.shape[-1], config.hidden_layers if save else 0
-    return StackOutputs(
-        output=empty(*rows, D * P),
-        h_n=empty(*h_0.shape),
-        c_n=None if c_0 is None else empty(*c_0.shape),
-        gates=empty(Z, R, tiles * H) if save and not (config.recompute and tiles) else None,
-        cs=empty(Z, R, H) if save and c_0 is not None else None,
-        hidden=empty(below, R, D * H) if below else None,
+    keeps_gates = save and not (config.recompute and tiles)
+    return (
+        (*rows, D * P),
+        tuple(h_0.shape),
+        None if c_0 is None else tuple(c_0.shape),
+        (Z, R, tiles * H) if keeps_gates else None,
+        (Z, R, H) if save and is_lstm else None,
+        (below, R, D * H) if below else None,
     )
+
+
+def empty_outputs(like: Tensor, shapes: Sequence[Any]) -> StackOutputs:
+    """Allocates the results of a stack."""
+    empty = like.new_empty  # with a tuple for the shape it takes half as long again
+    results: Any = [None if shape is None else empty(*shape) for shape in shapes]
+    return StackOutputs(*results)
 
 
 @_fail_safe
 def forward(
-    inputs: StackInputs, rows: Rows, config: StackConfig, save: bool, known: Known
+    inputs: StackInputs, rows: Rows, config: StackConfig, save: bool, kind: Kind
 ) -> StackOutputs:  # fmt: skip
     """Runs all layers; with ``save`` keeps what backward needs."""
+    if type(inputs.params) is not Weights:
+        inputs = ready(inputs, config)
     input, h_0, _, _, masks = inputs
-    L, columns = config.num_layers, config.directions * h_0.shape[-1]
-    known.launches = launches = known.launches or launches_of(config, h_0, save, rows)
-    results = empty_outputs(inputs, config, save)
+    L = config.num_layers
+    if not kind.launches:
+        kind.launches = launches_of(config, h_0, save, rows)
+        kind.shapes = shapes_of(inputs, config, save)
+        kind.plan = kind.launches[0].plan if L == 1 and not config.recompute else None
+    launches, results = kind.launches, empty_outputs(input, kind.shapes)
     outs = [_as_rows(results.output, config)]
     if results.hidden is not None:
         outs = [*results.hidden, *outs]
     elif L > 1:  # two are enough if layers do not run together
         rooms = [torch.empty_like(outs[0]) for _ in range(2 if len(launches) == L else L)]
         outs = [rooms[n % len(rooms)] for n in range(L - 1)] + outs
-    masks = [mask.reshape(-1, columns) for mask in masks] if masks else []
-    whole, x = _layers(inputs, results, outs[:L], masks, config), input
+    masks = [mask.reshape(-1, mask.shape[-1]) for mask in masks] if masks else []
+    _, h_n, c_n, gates, cs, _ = results
+    whole, x = _layers(inputs, (h_n, c_n), outs[:L], (gates, cs), masks, config), input
     for launch in launches:
         layer.forward(config, launch.plan, x, _part(whole, launch, config), rows)
         end = launch.layers[-1]
@@ -104,30 +116,37 @@ def forward(
 @_fail_safe
 def backward(
     inputs: StackInputs, outputs: StackOutputs, grads: StackGrads, rows: Rows, config: StackConfig,
-    needs_input: bool, needs_params: bool, known: Known,
+    needs_input: bool, needs_params: bool, kind: Kind,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
     """Runs all layers backwards.
 
     Returns:
         d_input or None, d_h_0, d_c_0 or None, and the gradients of the parameters or [].
     """
+    if type(inputs.params) is not Weights:
+        inputs = ready(inputs, config)
     input, h_0, c_0, _, masks = inputs
-    L, columns = config.num_layers, config.directions * h_0.shape[-1]
-    launches = known.launches or launches_of(config, h_0, True, rows)
-    masks = [mask.reshape(-1, columns) for mask in masks] if masks else []
+    L = config.num_layers
+    launches = kind.launches or launches_of(config, h_0, True, rows)
+    masks = [mask.reshape(-1, mask.shape[-1]) for mask in masks] if masks else []
     outs = [] if outputs.hidden is None else list(outputs.hidden.contiguous())
     if len(outs) < L:
-        outs.append(_ready(_as_rows(outputs.output, config)))
-    whole = _layers(inputs, outputs, outs, masks, config)
-    zeros = None
-    if grads.h_n is None or (grads.c_n is None and c_0 is not None):
-        zeros = whole.h_0 if known.starts_at_zero else torch.zeros_like(whole.h_0)
-    d_out: Any = None if grads.output is None else _ready(_as_rows(grads.output, config))
-    d_h_n = zeros if grads.h_n is None else _ready(grads.h_n)
-    d_c_n = None if c_0 is None else zeros if grads.c_n is None else _ready(grads.c_n)
+        outs.append(_as_rows(outputs.output, config))
+    d_out: Any = grads.output
+    _, d_h_n, d_c_n, d_cs = grads
+    if d_h_n is None or (d_c_n is None and c_0 is not None):
+        zeros = h_0 if kind.zeros else torch.zeros_like(h_0)
+        d_h_n = zeros if d_h_n is None else d_h_n
+        d_c_n = zeros if d_c_n is None and c_0 is not None else d_c_n
+    if d_out is not None:
+        d_out = _as_rows(d_out, config)
+    saved = outs[-1], *outputs[3:5]
+    given = _ready(config, *saved, d_out, d_cs, d_h_n, d_c_n)
+    outs[-1], gates, cs, d_out, d_cs, d_h_n, d_c_n = given
+    whole = _layers(inputs, (None, None), outs, (gates, cs), masks, config)
     d_h_0 = h_0.new_empty(*h_0.shape)
     d_c_0 = None if c_0 is None else h_0.new_empty(*h_0.shape)
-    whole_grads = Grads(d_out, _ready(grads.cs), d_h_n, d_c_n, None, d_h_0, d_c_0)
+    whole_grads = Grads(d_out, d_cs, d_h_n, d_c_n, None, d_h_0, d_c_0)
     d_params: list[Tensor] = []
     for launch in reversed(launches):
         first, own = launch.layers[0], _part(whole_grads, launch, config)
@@ -145,30 +164,55 @@ def backward(
     return d_input, d_h_0, d_c_0, d_params
 
 
+def forward_alone(
+    inputs: StackInputs, rows: Rows, config: StackConfig, kind: Kind
+) -> tuple[Sequence[Any], Sequence[Any]]:  # fmt: skip
+    """Runs and keeps the only launch of one layer, as ``ready`` and ``forward`` would, but sooner.
+
+    The host's time is all that a small layer takes.
+    """
+    input, h_0, c_0, params, _ = inputs
+    for t in params if kind.zeros else (h_0, c_0, *params):
+        if t is not None and not (t.is_contiguous() and t.data_ptr() % 16 == 0):
+            h_0, c_0, *params = _ready(config, h_0, c_0, *params)
+            break
+    empty, each, b_ih, b_hh = input.new_empty, 2, None, None
+    output, h_n, c_n, gates, cs, _ = results = [s and empty(*s) for s in kind.shapes]
+    if config.has_bias:
+        each, b_ih, b_hh = 4, tuple(params[2::4]), tuple(params[3::4])
+    w_ih, w_hh = [tuple([p.detach() for p in params[n::each]]) for n in range(2)]
+    outs, weights = (output,) * len(w_ih), Weights(w_ih, w_hh, b_ih, b_hh)
+    layers = Layers(None, w_ih, b_ih, w_hh, b_hh, None, h_0, c_0, h_n, c_n, outs, gates, cs)
+    own = h_0, c_0, weights, ()
+    try:
+        layer.forward(config, kind.plan, input, layers, rows)
+    except (LaunchRefused, KernelFailed):
+        results = forward(StackInputs(input, *own), rows, config, True)  # which meets it again
+    return own, results
+
+
 def _layers(
-    inputs: StackInputs, outputs: StackOutputs, outs: Sequence[Tensor], masks: Sequence[Tensor],
-    config: StackConfig,
+    inputs: StackInputs, finals: Sequence[Any], outs: Sequence[Tensor], saved: Sequence[Any],
+    masks: Sequence[Tensor], config: StackConfig,
 ) -> Layers:  # fmt: skip
     """Returns the tensors of all layers as those of one launch."""
-    _, h_0, c_0, params, _ = inputs
-    weights: Any = params if type(params) is Weights else weights_of(params, config)
-    w_ih, w_hh, b_ih, b_hh, _ = weights
-    (_, h_n, c_n, gates, cs, _), D = outputs, config.directions
-    of_inputs = tuple([m for m in (masks[0], *masks) for _ in range(D)]) if masks else None
-    outs = tuple(outs) if D == 1 else tuple([out for out in outs for _ in range(D)])
-    return Layers(
-        None, w_ih, b_ih, w_hh, b_hh, of_inputs, _ready(h_0), _ready(c_0), h_n, c_n, outs,
-        _ready(gates), _ready(cs),
-    )  # fmt: skip
+    _, h_0, c_0, (w_ih, w_hh, b_ih, b_hh, _), _ = inputs
+    if config.bidirectional:
+        outs, masks = ([t for t in of_layers for _ in range(2)] for of_layers in (outs, masks))
+    of_inputs = (*masks[: len(outs) // config.num_layers], *masks) if masks else None
+    (h_n, c_n), (gates, cs) = finals, saved
+    states = h_0, c_0, h_n, c_n
+    return Layers(None, w_ih, b_ih, w_hh, b_hh, of_inputs, *states, tuple(outs), gates, cs)
 
 
-def weights_of(params: Sequence[Tensor], config: StackConfig) -> Any:
-    """Returns the flat parameters as tuples of each kind, as a launch takes them."""
+def ready(inputs: StackInputs, config: StackConfig) -> StackInputs:
+    """Returns the tensors as launches take them, the parameters as tuples of each kind."""
+    input, h_0, c_0, params, masks = inputs
     # The weights that a parametrisation computes may have any strides.
-    ready: Any = tuple([_ready(p) for p in params])
-    if config.has_bias:
-        return Weights(ready[::4], ready[1::4], ready[2::4], ready[3::4])
-    return Weights(ready[::2], ready[1::2], None, None)
+    h_0, c_0, *params = _ready(config, h_0, c_0, *params)
+    each = 4 if config.has_bias else 2
+    weights: Any = [tuple(params[n::each]) for n in range(each)]
+    return StackInputs(input, h_0, c_0, Weights(*weights, *(None,) * (4 - each)), masks)
 
 
 def _as_rows(output: Tensor, config: StackConfig) -> Tensor:
@@ -178,11 +222,18 @@ def _as_rows(output: Tensor, config: StackConfig) -> Tensor:
     return output.reshape(-1, output.shape[-1])
 
 
-def _ready(tensor: Any) -> Any:
-    """Returns a tensor or None contiguous and aligned, else kernels would be compiled for it."""
-    if tensor is None or (tensor.is_contiguous() and tensor.data_ptr() % 16 == 0):
-        return tensor
-    return tensor.clone(memory_format=torch.contiguous_format)
+def _ready(config: StackConfig, *tensors: Any) -> list[Any]:
+    """Returns tensors or None contiguous and, for kernels, aligned.
+
+    A kernel would be compiled again for another pointer.
+    """
+    unit = 1 if config.is_loop else 16
+    return [
+        t
+        if t is None or (t.is_contiguous() and t.data_ptr() % unit == 0)
+        else t.clone(memory_format=torch.contiguous_format)
+        for t in tensors
+    ]
 
 
 def _part(tensors: Any, launch: Launch, config: StackConfig) -> Any:

@@ -87,7 +87,8 @@ def compile_plan(
         if tiles is None:
             continue
         module = import_module(f".{plan.schedule}", __package__)
-        given = (layers,) if direction == "forward" else (layers, grads)
+        gx, others = (layers.gx, ()) if direction == "forward" else (None, (grads,))
+        given = layers.read(plan.layers, *layers[-2:], gx), *others
         with recording(module, chip) as launches:
             getattr(module, direction)(problem.cell, plan, *given, rows)
         grids, steps = dict(reversed(launches)), getattr(module, "STEPS", 1)

@@ -33,7 +33,7 @@ from triton.experimental import gluon
 
 from . import exchange, slices, steps, tiles
 from .cells import CELLS, Cell
-from .launch import layers_backward, layers_forward, run_together, sizes_of
+from .launch import run_together, sizes_of
 from .layouts import Slice, slice_of
 from .mma import load_bias, squash, widened
 from .problem import Plan, Tiles
@@ -256,14 +256,16 @@ def tile_of(cell: Cell, layers: Layers, tiles: Tiles, is_forward: bool = True) -
     return slice_of(*sizes, tiles.num_warps, itemsize, columns, not is_forward, tiles.halved)
 
 
+_tile_of_backward = partial(tile_of, is_forward=False)
+
+
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs the layers of one launch: writes out, h_n, c_n and what is to be saved.
 
     Raises:
         LaunchRefused: the device does not hold all programs of a launch at once.
     """
-    tensors = (layers_forward(layers, plan.layers),)
-    run_together(_cooperative_fwd_kernel, CELLS[cell], tensors, rows, plan.forward, tile_of)
+    run_together(_cooperative_fwd_kernel, CELLS[cell], (layers,), rows, plan.forward, tile_of)
 
 
 def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
@@ -272,6 +274,7 @@ def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) ->
     Raises:
         LaunchRefused: the device does not hold all programs of a launch at once.
     """
-    tensors = layers_backward(layers, plan.layers), grads
-    tile = partial(tile_of, is_forward=False)
-    run_together(_cooperative_bwd_kernel, CELLS[cell], tensors, rows, plan.backward, tile)
+    tensors = layers, grads
+    run_together(
+        _cooperative_bwd_kernel, CELLS[cell], tensors, rows, plan.backward, _tile_of_backward
+    )

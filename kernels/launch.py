@@ -36,7 +36,12 @@ def cdiv(a: int, b: int) -> int:
 
 def on_device(tensor: torch.Tensor) -> AbstractContextManager:
     """Makes the tensor's device the current one, on which Triton launches."""
-    return torch.cuda.device(tensor.device) if tensor.is_cuda else nullcontext()
+    if not tensor.is_cuda or tensor.device.index == torch.cuda.current_device():
+        return _NOTHING
+    return torch.cuda.device(tensor.device)
+
+
+_NOTHING = nullcontext()
 
 
 def in_rounds(launch: Callable[[int, int], None], B: int, tiles: Tiles) -> None:
@@ -86,14 +91,26 @@ def tile_of(cell: Any, layers: Layers, tiles: Tiles) -> Tile:
     return Tile(*sizes_of(layers, tiles), tiles.precision)
 
 
-#: The argument TILE and the options of a launch, by what they depend on.
-_CONSTANTS: dict[tuple, tuple[Any, dict[str, Any]]] = {}
+#: The argument TILE and the options of a launch, by what they depend on, with that.
+_CONSTANTS: dict[tuple, tuple[Any, dict[str, Any], tuple]] = {}
 CACHES.append(_CONSTANTS.clear)
 
 
-def run(
-    kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Tiles | None, tile_of: Callable
-) -> None:
+def _constants(
+    kernel: Any, cell: Any, layers: Layers, tiles: Tiles, tile_of: Callable
+) -> tuple[Any, dict[str, Any]]:
+    # None of the first three has a quick hash.
+    Z, _, H = layers.h_0.shape
+    key = id(kernel), id(cell), id(tiles), Z, H, layers.out[0].shape[-1], layers.h_0.dtype
+    found = _CONSTANTS.get(key)
+    if found is None:
+        assert tiles is not None, "the plan has no backward"
+        kept = kernel, cell, tiles
+        found = _CONSTANTS[key] = tile_of(cell, layers, tiles), options_of(tiles), kept
+    return found[:2]
+
+
+def run(kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Any, tile_of: Callable) -> None:
     """Launches a program for each batch tile and direction of one layer.
 
     Args:
@@ -101,51 +118,29 @@ def run(
         tensors: the ``Layers``, and backward the ``Grads``.
         tile_of: makes the argument TILE of cell, layers and tiles.
     """
-    assert tiles is not None, "the plan has no backward"
-    h_0 = tensors[0].h_0
-    D, B, H = h_0.shape
-    key = tile_of, id(cell), tiles, D, H, h_0.dtype  # cells have no quick hash
-    if key not in _CONSTANTS:
-        _CONSTANTS[key] = tile_of(cell, tensors[0], tiles), options_of(tiles)
-    tile, options = _CONSTANTS[key]
+    tile, options = _constants(kernel, cell, tensors[0], tiles, tile_of)
+    h_0, T, B = tensors[0].h_0, rows.T, rows.B
+    grid = cdiv(B, tiles.block_b), h_0.shape[0]
     with on_device(h_0):
-        kernel[cdiv(B, tiles.block_b), D](*tensors, rows.T, B, rows.total, cell, tile, **options)
+        kernel[grid](*tensors, T, B, rows.total, cell, tile, **options)
 
 
 def run_together(
-    kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Tiles | None, tile_of: Callable
+    kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Any, tile_of: Callable
 ) -> None:
     """Launches programs that wait for each other, as ``run`` does; TILE is a ``Slice``.
 
     Raises:
         LaunchRefused: the device does not hold all programs of a round at once.
     """
-    assert tiles is not None, "the plan has no backward"
-    h_0, tile = tensors[0].h_0, tile_of(cell, tensors[0], tiles)
+    tile, options = _constants(kernel, cell, tensors[0], tiles, tile_of)
+    h_0, sizes = tensors[0].h_0, (rows.T, rows.B, rows.total)
     Z, B, H = h_0.shape
     shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
-    options = options_of(tiles) | TOGETHER
 
     def launch(first_tile: int, count: int) -> None:
-        kernel[cdiv(H, tile.block_h), count, Z](
-            *tensors, shared, rows.T, B, rows.total, first_tile, PATIENCE, cell, tile, **options
-        )
+        grid, constants = (cdiv(H, tile.block_h), count, Z), (first_tile, PATIENCE, cell, tile)
+        kernel[grid](*tensors, shared, *sizes, *constants, **options, **TOGETHER)
 
     with on_device(h_0):
         in_rounds(launch, B, tiles)
-
-
-def layers_forward(layers: Layers, L: int = 1) -> Layers:
-    """The tensors that a kernel of L layers reads; the others are None, and cost no time."""
-    if L > 1:
-        return layers
-    gx, _, _, w_hh, b_hh, _, *others = layers
-    return Layers(gx, None, None, w_hh, b_hh, None, *others)  # sooner than ``_replace``
-
-
-def layers_backward(layers: Layers, L: int = 1) -> Layers:
-    """The tensors that its backward reads."""
-    _, w_ih, _, w_hh, _, masks, h_0, c_0, _, _, *others = layers
-    if L == 1:
-        w_ih = masks = None
-    return Layers(None, w_ih, None, w_hh, None, masks, h_0, c_0, None, None, *others)

@@ -18,7 +18,7 @@ import triton.language as tl
 
 from . import steps, tiles
 from .cells import CELLS
-from .launch import layers_backward, layers_forward, run, tile_of
+from .launch import run, tile_of
 from .problem import Plan
 from .rows import Rows
 from .tensors import Grads, Layers
@@ -104,11 +104,9 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs one layer in all its directions: writes out, h_n, c_n and what is to be saved."""
-    tensors = (layers_forward(layers),)
-    run(_resident_fwd_kernel, CELLS[cell], tensors, rows, plan.forward, tile_of)
+    run(_resident_fwd_kernel, CELLS[cell], (layers,), rows, plan.forward, tile_of)
 
 
 def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
     """Runs the layer backwards: writes the gradients of its gates, h_0 and c_0."""
-    tensors = layers_backward(layers), grads
-    run(_resident_bwd_kernel, CELLS[cell], tensors, rows, plan.backward, tile_of)
+    run(_resident_bwd_kernel, CELLS[cell], (layers, grads), rows, plan.backward, tile_of)

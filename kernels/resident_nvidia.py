@@ -15,7 +15,7 @@ from triton.experimental import gluon
 
 from . import mma, steps, tiles
 from .cells import CELLS, Cell
-from .launch import layers_backward, layers_forward, run, sizes_of
+from .launch import run, sizes_of
 from .problem import Plan, Tiles
 from .rows import Rows
 from .tensors import Grads, Layers
@@ -193,11 +193,9 @@ def _tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> mma.Tile:
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:
     """Runs one layer in all its directions: writes out, h_n, c_n and what is to be saved."""
-    tensors = (layers_forward(layers),)
-    run(_resident_fwd_kernel, CELLS[cell], tensors, rows, plan.forward, _tile_of)
+    run(_resident_fwd_kernel, CELLS[cell], (layers,), rows, plan.forward, _tile_of)
 
 
 def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) -> None:
     """Runs the layer backwards: writes the gradients of its gates, h_0 and c_0."""
-    tensors = layers_backward(layers), grads
-    run(_resident_bwd_kernel, CELLS[cell], tensors, rows, plan.backward, _tile_of)
+    run(_resident_bwd_kernel, CELLS[cell], (layers, grads), rows, plan.backward, _tile_of)

@@ -26,7 +26,7 @@ import triton.language as tl
 
 from . import steps, tiles
 from .cells import CELLS
-from .launch import cdiv, layers_backward, on_device, options_of, tile_of
+from .launch import cdiv, on_device, options_of, tile_of
 from .problem import Plan, Tiles
 from .rows import Rows
 from .spec import SPECS, runs_of
@@ -164,7 +164,7 @@ def backward(cell: str, plan: Plan, layers: Layers, grads: Grads, rows: Rows) ->
     spec, like = SPECS[cell], layers.h_0
     du = like.new_zeros(len(spec.phases), D, B, H)
     carried = Carried(_carry(grads.h_n, grads.h_0), _carry(grads.c_n, grads.c_0), du, None)
-    read = layers_backward(layers)._replace(w_hh=None)
+    read = layers._replace(w_hh=None)
     launch = _launcher(_stepwise_bwd_kernel, cell, (read, grads, carried), rows, plan.backward)
     runs = [list(runs_of(gates, spec.recurrent)) for gates in spec.phases]
     spans = rows.spans()

@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn.utils.rnn import pack_sequence
 from triton.runtime.interpreter import GridExecutor
 
-from fusedrnn import dispatch, functional, ops, stack
+from fusedrnn import dispatch, functional, stack
 from fusedrnn.arguments import as_hx
 
 T, B = 3, 4
@@ -95,7 +95,7 @@ PLANTED = {
     "mask": lambda t: t[t > 0],
     "repeat": lambda t: torch.repeat_interleave(t.flatten().long().abs()),
 }
-WHERE = [(functional, "run_eager"), (ops, "rows_of"), (stack, "backward")]
+WHERE = [(functional, "rnn_stack"), (stack, "forward_alone"), (stack, "backward")]
 
 
 @pytest.mark.parametrize("look", PLANTED)
