@@ -40,6 +40,22 @@ def _entering(layers, state, origins):
 
 
 @gluon.jit
+def _carried(layers, state, before, origins, following):
+    """The state that a step leaves to the next one, given what it computed and what it had before.
+
+    A step that is skipped leaves what it had; where a sequence begins behind it, that is zero.
+    ``following`` are the origins of the step behind it, of a gradient its own. The second choice
+    alone depends on what the step computed.
+    """
+    if layers.origins is not None:
+        there = origins != tiles.SKIPPED
+        before = tiles.zero_where(there, before)
+        return tiles.where(there & (following != tiles.ZERO), state, before)
+    else:
+        return state
+
+
+@gluon.jit
 def _forward_step(
     layers, program, step, weights, state, gx, places, read, write, inner,
     CELL: tl.constexpr, TILE: tl.constexpr,
@@ -60,12 +76,11 @@ def _forward_step(
         for i in tl.static_range(len(CELL.phases[p])):
             start = mma.start_of(CELL.phases[p][i], gx, b, CELL, TILE)
             gh = gh + (mma.to_tile(mma.multiply(w[CELL.phases[p][i]], u, start), TILE),)
-    state, saved = CELL.forward(gx, gh, entering, mma.squash)
-    result = tiles.leaving_state(layers, state, entering, origins)
+    result, saved = CELL.forward(gx, gh, entering, mma.squash)
+    following = steps.origins_at(program, places[1])
     if layers.origins is not None:  # behind the last step no sequence begins
-        next_origins = steps.origins_at(program, places[1])
-        origins = tl.where(step + 1 < program.T, next_origins, tiles.PREVIOUS)
-    state = _entering(layers, result, origins)
+        following = tl.where(step + 1 < program.T, following, tiles.PREVIOUS)
+    state = _carried(layers, result, entering, origins, following)
     mma.share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
@@ -144,7 +159,7 @@ def _backward_step(
         du = mma.to_tile(mma.sum_of(terms), TILE)
         steps.store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
     d_state = tiles.add_to(d_state, 0, du)
-    d_state = _entering(layers, tiles.leaving_state(layers, d_state, d_leaving, origins), origins)
+    d_state = _carried(layers, d_state, d_leaving, origins, origins)
     return d_state, left_before, loaded[1:] + (later,), places[1:] + (new_place,)
 
 

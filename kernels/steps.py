@@ -61,11 +61,19 @@ def _inside(masks, mask_h):
 
 
 @triton.jit
+def _pointers(base, program, rows, W):
+    """Pointers to the first tile of rows of W values."""
+    if rows.dtype == tl.int32:
+        rows = rows.to(tl.uint32)  # multiplied to 64 bits in one instruction
+    return (base + program.cols)[None, :] + (rows.to(tl.int64) * W)[:, None]
+
+
+@triton.jit
 def load(base, program, rows, masks, N: tl.constexpr, W, TILE: tl.constexpr):
     """N tiles from rows of W values, side by side; zero where a mask is not, and beyond H."""
     H: tl.constexpr = TILE.H
     mask_h = program.mask_h if H % TILE.block_h > 0 else ()
-    ptrs = (base + program.cols)[None, :] + (rows.to(tl.uint32).to(tl.int64) * W)[:, None]
+    ptrs = _pointers(base, program, rows, W)
     tiles = ()
     for n in tl.static_range(N):
         if len(masks) + len(mask_h) == 0:
@@ -79,7 +87,7 @@ def load(base, program, rows, masks, N: tl.constexpr, W, TILE: tl.constexpr):
 @triton.jit
 def store(base, program, rows, masks, tiles, W: tl.constexpr, TILE: tl.constexpr):
     """Stores tiles into rows of W values."""
-    ptrs = (base + program.cols)[None, :] + (rows.to(tl.uint32).to(tl.int64) * W)[:, None]
+    ptrs = _pointers(base, program, rows, W)
     for n in tl.static_range(len(tiles)):
         tile = tiles[n].to(base.dtype.element_ty)
         if len(masks) + len(program.mask_h) == 0:
@@ -104,13 +112,14 @@ def place_of(layers, program, step):
     place = ()
     if layers.origins is not None:
         t = time_of(tl.maximum(tl.minimum(step, program.T - 1), 0), program)
-        first = layers.origins + program.d.to(tl.int64) * program.T * program.B
-        origins = tl.load(first + _dense(program, t))
+        first = program.d.to(tl.int64) * program.T * program.B
+        row = t.to(tl.uint32).to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
+        origins = tl.load(layers.origins + first + program.offs_b + row)
         if len(program.mask_b) > 0:
             origins = tl.where(program.mask_b[0], origins, SKIPPED)
         place = (origins,)
         if layers.starts is not None:
-            place = place + (tl.load(layers.starts + t),)
+            place = place + (tl.load(layers.starts + t.to(tl.int64)),)
     return place
 
 
@@ -120,18 +129,12 @@ def origins_at(program, place):
 
 
 @triton.jit
-def _dense(program, t):
-    """The rows of a time, where each has one for every sequence."""
-    return t.to(program.R.dtype) * program.B + program.offs_b
-
-
-@triton.jit
 def rows_of(program, step, place):
     """The rows of the sequences. Of those that skip the step it is any row, to be read in vain."""
     if len(place) > 1:
         return tl.minimum(place[1].to(program.R.dtype) + program.offs_b, program.R - 1)
     else:
-        return _dense(program, time_of(step, program))
+        return time_of(step, program).to(program.R.dtype) * program.B + program.offs_b
 
 
 @triton.jit
@@ -180,7 +183,7 @@ def load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr
 def store_h(layers, program, step, place, state, TILE: tl.constexpr):
     """Stores the output of a step, given the state that leaves it."""
     here, h = _written(layers, program, place, (state[0],))
-    rows, base = rows_of(program, step, place), program.out + program.d * TILE.H
+    rows, base = rows_of(program, step, place), program.out + program.d.to(tl.int64) * TILE.H
     store(base, program, rows, here, h, TILE.D * TILE.H, TILE)
 
 
@@ -202,11 +205,10 @@ def store_saved(layers, program, step, place, state, saved, CELL: tl.constexpr, 
 @triton.jit
 def _left(ptr, initial, program, rows, is_first, W: tl.constexpr, TILE: tl.constexpr):
     """A tile of rows of W values, or where ``is_first``, if given, of an initial state."""
-    ptrs = (ptr + program.cols)[None, :] + (rows.to(tl.uint32).to(tl.int64) * W)[:, None]
+    ptrs = _pointers(ptr, program, rows, W)
     if len(is_first) > 0:
         rows = program.z.to(tl.int64) * program.B + program.offs_b
-        others = (initial + program.cols)[None, :] + (rows * TILE.H)[:, None]
-        ptrs = tl.where(is_first[0], others, ptrs)
+        ptrs = tl.where(is_first[0], _pointers(initial, program, rows, TILE.H), ptrs)
     if len(program.mask_h) > 0 and TILE.H % TILE.block_h > 0:
         return tl.load(ptrs, mask=program.mask_h[0][None, :], other=0.0)
     else:
@@ -218,7 +220,7 @@ def load_left(layers, program, step, place, is_first, TILE: tl.constexpr):
     """The state that left a step, or h_0 and c_0 where ``is_first``, if given."""
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
-    rows, h = rows_of(program, tl.maximum(step, 0), place), program.out + program.d * H
+    rows, h = rows_of(program, tl.maximum(step, 0), place), program.out + program.d.to(tl.int64) * H
     state = (_left(h, layers.h_0, program, rows, is_first, D * H, TILE),)
     if layers.cs is not None:
         c = layers.cs + program.z.to(tl.int64) * program.R * H
@@ -247,7 +249,7 @@ def load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl
         shown = ()
         if TILE.L > 1:  # it is the output of the last layer
             shown = (program.offs_b < tl.where(program.z == TILE.L - 1, program.B, 0),)
-        d_out = load(grads.out + program.d * H, program, rows, shown, 1, D * H, TILE)
+        d_out = load(grads.out + program.d.to(tl.int64) * H, program, rows, shown, 1, D * H, TILE)
     if grads.cs is not None:
         d_cs = load(grads.cs + first * H, program, rows, (), 1, H, TILE)
     return saved, left, d_out, d_cs
@@ -261,5 +263,5 @@ def store_dgates(
     """Stores the gradients of a phase's gates in a step."""
     W: tl.constexpr = len(CELL.tiles) * TILE.H
     here, dgates = _written(layers, program, place, dgates)
-    base = grads.gates + program.z.to(tl.int64) * program.R * W + CELL.grads[PHASE][0] * TILE.H
-    store(base, program, rows_of(program, step, place), here, dgates, W, TILE)
+    first = program.z.to(tl.int64) * program.R * W + CELL.grads[PHASE][0] * TILE.H
+    store(grads.gates + first, program, rows_of(program, step, place), here, dgates, W, TILE)
