@@ -2,8 +2,9 @@
 
 Plain Triton that also serves the Gluon kernels, because indices come with their layouts: a program
 makes them once for its ``Part``, and every pointer follows from them. TILE has L, D, H, ``block_b``
-and ``block_h``. Addresses of a step are a scalar, which the uniform datapath computes, plus offsets
-that no step changes. Reads of rows beyond B see the last row instead, which is cheaper than a mask.
+and ``block_h``. An address is a pointer that no step changes plus a row times its width. A row that
+a sequence does not have, beyond B or where it skips a step, is another one that exists, which is
+cheaper than a mask of the read; what follows from it is left out.
 """
 
 from typing import Any, NamedTuple
@@ -130,7 +131,7 @@ def origins_at(program, place):
 
 @triton.jit
 def rows_of(program, step, place):
-    """The rows of the sequences. Of those that skip the step it is any row, to be read in vain."""
+    """The rows of the sequences; of those that have none, if rows are packed, any others."""
     if len(place) > 1:
         return tl.minimum(place[1].to(program.R.dtype) + program.offs_b, program.R - 1)
     else:
