@@ -135,7 +135,7 @@ def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:
     def empty(*shape: int, dtype: torch.dtype = p.dtype) -> torch.Tensor:
         return torch.empty(*shape, dtype=dtype, device="meta")
 
-    origins, starts = empty(D, 1, B, dtype=torch.int8), empty(1, dtype=torch.int64)
+    origins, starts = empty(D, 1, B, dtype=torch.int32), empty(1, dtype=torch.int32)
     rows = Rows(1, B, *((origins, torch.tensor([B]), starts) if p.ragged else ()))
     h, y = empty(Z, B, H), empty(B, D * H)
     c, bias = h if spec.states == 2 else None, (empty(G * H),) * Z

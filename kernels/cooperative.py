@@ -145,13 +145,13 @@ def _cooperative_fwd_kernel(
 
 
 @gluon.jit
-def _gradient_above(layers, program, place, sums, drop, TILE: tl.constexpr):
+def _gradient_above(program, sums, drop, TILE: tl.constexpr):
     """The gradient of this layer's output, given its product or none; zero for the last layer."""
     dy = ()
     for n in tl.static_range(len(sums)):
         total = sums[n] * widened(drop)[n] if len(drop) > 0 else sums[n]
         dy = dy + (tl.where(program.z < TILE.L - 1, total, 0.0),)
-    return tiles.visible(layers, dy, steps.origins_at(program, place))
+    return dy
 
 
 @gluon.jit
@@ -160,9 +160,8 @@ def _load_next(layers, grads, program, step, places, CELL: tl.constexpr, TILE: t
     drop = ()
     if layers.masks is not None:
         masks = choose(layers.masks, tl.minimum(program.z + 1, TILE.L - 1))
-        rows = masks + steps.row_of(program, tl.maximum(step, 0), places[0]) * TILE.H
-        here = steps.readable(layers, program, places[0])
-        drop = steps.load(rows, program, here, 1, TILE.H, TILE)
+        rows = steps.rows_of(program, tl.maximum(step, 0), places[0])
+        drop = steps.load(masks, program, rows, (), 1, TILE.H, TILE)
     now = steps.load_step(layers, grads, program, step, (places[0], places[1]), CELL, TILE)
     later = steps.place_of(layers, program, step - 2)
     return now + (drop,), (places[0], places[1], later)
@@ -198,9 +197,8 @@ def _cooperative_bwd_kernel(
     w_hh = slices.load_slices(choose(layers.w_hh, z), 0, P, CELL, TILE)
 
     places = (steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2))
-    initial = widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
-    left = widened(steps.load_left(layers, program, T - 1, places[0], TILE))
+    left = widened(steps.load_left(layers, program, T - 1, places[0], (), TILE))
     now, places = _load_next(layers, grads, program, T - 1, places, CELL, TILE)
     dy = ()
     if TILE.L > 1:
@@ -212,16 +210,16 @@ def _cooperative_bwd_kernel(
         exchange.wait(above, per_step, patience)
         x = slices.fetch_rows(rows_above, None, program, T - 1, places[0], W, TILE)
         dy = slices.multiply(w_ih, x, slices.zero_accs(1, TILE), 0, TILE)
-        dy = _gradient_above(layers, program, places[0], slices.add_up(dy, TILE), now[4], TILE)
+        dy = _gradient_above(program, slices.add_up(dy, TILE), now[4], TILE)
 
     for back in range(T):
         step = T - 1 - back
         saved, left_before = widened(now[0]), widened(now[1])
         origins = steps.origins_at(program, places[0])
-        before = steps.entered(layers, origins, left_before, initial)
+        before = tiles.entering_state(layers, left_before, origins)
+        d_leaving, carry = d_state, ()  # a step that is skipped adds nothing
         d_state = tiles.add_gradients(d_state, widened(now[2]), widened(now[3]))
         d_state = tiles.add_gradients(d_state, dy, ())
-        d_leaving, carry = d_state, ()
         du = d_state[0]  # not read by the last phase
         for p in tl.static_range(P - 1, -1, -1):
             dgates, d_state, carry = CELL.adjoint(
@@ -242,7 +240,7 @@ def _cooperative_bwd_kernel(
             if p == 0 and TILE.L > 1:
                 accs = accs + slices.multiply(w_ih, x, slices.zero_accs(1, TILE), 0, TILE)
             sums = slices.add_up(accs, TILE)
-            du, dy = sums[0], _gradient_above(layers, program, places[0], sums[1:], now[4], TILE)
+            du, dy = sums[0], _gradient_above(program, sums[1:], now[4], TILE)
         d_state = tiles.gradient_before(layers, add_to(d_state, 0, du), d_leaving, origins)
         left = left_before
     steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)

@@ -70,13 +70,12 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     d, cols = program.d, program.cols
 
     w_hh = tiles.load_matrix(tiles.choose(layers.w_hh, d), cols, False, CELL, TILE)
-    initial = tiles.widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = tiles.widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
     places = (
         steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2),
         steps.place_of(layers, program, T - 3),
     )  # fmt: skip
-    after = tiles.widened(steps.load_left(layers, program, T - 1, places[0], TILE))
+    after = tiles.widened(steps.load_left(layers, program, T - 1, places[0], (), TILE))
     loaded = steps.load_step(layers, grads, program, T - 1, places, CELL, TILE)
 
     for back in range(T):
@@ -86,9 +85,9 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
         loaded = steps.load_step(layers, grads, program, step - 1, places[1:], CELL, TILE)
 
         origins = steps.origins_at(program, places[0])
-        before = steps.entered(layers, origins, left_before, initial)
+        before = tiles.entering_state(layers, left_before, origins)
+        d_leaving, carry = d_state, ()  # a step that is skipped adds nothing
         d_state = tiles.add_gradients(d_state, d_out, d_cs)
-        d_leaving, carry = d_state, ()
         du = tl.zeros_like(d_state[0])
         for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
             dgates, d_state, carry = CELL.adjoint(p, d_state, du, saved, before, after, carry)

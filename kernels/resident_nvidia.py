@@ -40,6 +40,22 @@ def _entering(layers, state, origins):
 
 
 @gluon.jit
+def _carried(layers, state, before, origins, following):
+    """The state that a step leaves to the next one, given what it computed and what it had before.
+
+    A step that is skipped leaves what it had; where a sequence begins behind it, that is zero.
+    ``following`` are the origins of the step behind it, of a gradient its own. The second choice
+    alone depends on what the step computed.
+    """
+    if layers.origins is not None:
+        there = origins != tiles.SKIPPED
+        before = tiles.zero_where(there, before)
+        return tiles.where(there & (following != tiles.ZERO), state, before)
+    else:
+        return state
+
+
+@gluon.jit
 def _forward_step(
     layers, program, step, weights, state, gx, places, read, write, inner,
     CELL: tl.constexpr, TILE: tl.constexpr,
@@ -60,12 +76,11 @@ def _forward_step(
         for i in tl.static_range(len(CELL.phases[p])):
             start = mma.start_of(CELL.phases[p][i], gx, b, CELL, TILE)
             gh = gh + (mma.to_tile(mma.multiply(w[CELL.phases[p][i]], u, start), TILE),)
-    state, saved = CELL.forward(gx, gh, entering, mma.squash)
-    result = tiles.leaving_state(layers, state, entering, origins)
+    result, saved = CELL.forward(gx, gh, entering, mma.squash)
+    following = steps.origins_at(program, places[1])
     if layers.origins is not None:  # behind the last step no sequence begins
-        next_origins = steps.origins_at(program, places[1])
-        origins = tl.where(step + 1 < program.T, next_origins, tiles.PREVIOUS)
-    state = _entering(layers, result, origins)
+        following = tl.where(step + 1 < program.T, following, tiles.PREVIOUS)
+    state = _carried(layers, result, entering, origins, following)
     mma.share(write, state[0])
 
     # Behind the exchange, which the next step waits for.
@@ -108,7 +123,7 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
 
 @gluon.jit
 def _backward_step(
-    layers, grads, program, step, fixed, d_state, left, loaded, places, buffers,
+    layers, grads, program, step, w, d_state, left, loaded, places, buffers,
     CELL: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     """One step: dgates go through the buffers, one for each gate.
@@ -118,16 +133,13 @@ def _backward_step(
     entered, the state that left the step before, and ``loaded`` and ``places`` of that step.
     """
     AHEAD: tl.constexpr = len(loaded)
-    w, initial = fixed
     saved, left_before = mma.widened(loaded[0][0]), mma.widened(loaded[0][1])
     d_out, d_cs = loaded[0][2], loaded[0][3]
     origins = steps.origins_at(program, places[0])
-    if not TILE.is_full:
-        later = steps.load_step(layers, grads, program, step - AHEAD, places[AHEAD:], CELL, TILE)
     new_place = steps.place_of(layers, program, step - AHEAD - 2)
-    before = steps.entered(layers, origins, left_before, mma.widened(initial))
+    before = _entering(layers, left_before, origins)
+    d_leaving, carry = d_state, ()  # a step that is skipped adds nothing
     d_state = tiles.add_gradients(d_state, mma.widened(d_out), mma.widened(d_cs))
-    d_leaving, carry = d_state, ()
     du = d_state[0]  # not read by the last phase
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
         dgates, d_state, carry = CELL.adjoint(
@@ -135,7 +147,7 @@ def _backward_step(
         )
         for i in tl.static_range(len(CELL.phases[p])):
             mma.share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
-        if p == 0 and TILE.is_full:  # what this step has loaded is used by now
+        if p == 0:  # what this step has loaded is used by now
             later = steps.load_step(
                 layers, grads, program, step - AHEAD, places[AHEAD:], CELL, TILE
             )
@@ -147,7 +159,7 @@ def _backward_step(
         du = mma.to_tile(mma.sum_of(terms), TILE)
         steps.store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
     d_state = tiles.add_to(d_state, 0, du)
-    d_state = _entering(layers, tiles.leaving_state(layers, d_state, d_leaving, origins), origins)
+    d_state = _carried(layers, d_state, d_leaving, origins, origins)
     return d_state, left_before, loaded[1:] + (later,), places[1:] + (new_place,)
 
 
@@ -162,9 +174,8 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     places = ()
     for n in tl.static_range(3 if TILE.is_full else 4):
         places = places + (steps.place_of(layers, program, T - 1 - n),)
-    fixed = (w, steps.load_ends(layers.h_0, layers.c_0, program, TILE))
     d_state = mma.widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
-    left = mma.widened(steps.load_left(layers, program, T - 1, places[0], TILE))
+    left = mma.widened(steps.load_left(layers, program, T - 1, places[0], (), TILE))
     loaded = ()
     for n in tl.static_range(1 if TILE.is_full else 2):
         loaded = loaded + (
@@ -173,14 +184,14 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
         d_state, left, loaded, places = _backward_step(
-            layers, grads, program, step, fixed, d_state, left, loaded, places, even, CELL, TILE
+            layers, grads, program, step, w, d_state, left, loaded, places, even, CELL, TILE
         )
         d_state, left, loaded, places = _backward_step(
-            layers, grads, program, step - 1, fixed, d_state, left, loaded, places, odd, CELL, TILE
+            layers, grads, program, step - 1, w, d_state, left, loaded, places, odd, CELL, TILE
         )
     if T % 2 == 1:
         d_state, left, loaded, places = _backward_step(
-            layers, grads, program, 0, fixed, d_state, left, loaded, places, even, CELL, TILE
+            layers, grads, program, 0, w, d_state, left, loaded, places, even, CELL, TILE
         )
     steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
 

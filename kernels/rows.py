@@ -35,11 +35,11 @@ class Rows(NamedTuple):
 
     T: int
     B: int
-    #: int8 ``[D, T, B]`` on the tensors' device, or None where only step 0 is not ``PREVIOUS``.
+    #: int32 ``[D, T, B]`` on the tensors' device, or None where only step 0 is not ``PREVIOUS``.
     origins: Tensor | None = None
     #: Packed: int64 ``[T]`` on the CPU, how many sequences have step t; else None.
     sizes: Tensor | None = None
-    #: Packed: int64 ``[T]`` on the tensors' device, the row of step t of sequence 0; else None.
+    #: Packed: int32 ``[T]`` on the tensors' device, the row of step t of sequence 0; else None.
     starts: Tensor | None = None
 
     @property
@@ -72,7 +72,7 @@ def origins_of(
     else:
         present = torch.arange(T, device=device).unsqueeze(1) < lengths.to(device)
     begins = None if reset is None else reset.to(device) & present
-    found = [present.view(torch.int8)]  # SKIPPED or PREVIOUS
+    found = [present.to(torch.int32)]  # SKIPPED or PREVIOUS
     if D == 2:
         found.append(found[0] * INITIAL)
         found[1][: T - 1].masked_fill_(present[1:], PREVIOUS)
@@ -88,7 +88,8 @@ def origins_of(
 def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:
     """Returns of packed input the first row of each step and the steps of each sequence.
 
-    int64 ``[T + B]`` on the device. It is one copy, for which the host does not wait.
+    int32 ``[T + B]`` on the device, int64 if the rows need that. It is one copy, for which the
+    host does not wait.
 
     Args:
         batch_sizes: int64 ``[T]`` on the CPU, as in torch.
@@ -96,7 +97,10 @@ def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:
     """
     lengths = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
     starts = batch_sizes.cumsum(0) - batch_sizes
-    return torch.cat([starts, lengths]).to(device, non_blocking=True)
+    table = torch.cat([starts, lengths])
+    if int(batch_sizes.sum()) < 2**31:
+        table = table.int()
+    return table.to(device, non_blocking=True)
 
 
 def packed_rows(batch_sizes: Tensor, table: Tensor, D: int, reset: Tensor | None = None) -> Rows:

@@ -18,7 +18,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.ampere import mma_v2
 
 from .mma import barrier, round_operand
-from .steps import row_of
+from .steps import time_of
 
 
 @gluon.jit
@@ -179,7 +179,10 @@ def products(w, slot, accs, PHASE: tl.constexpr, TILE: tl.constexpr):
 def fetch_rows(base, factors, program, step, place, WIDTH: tl.constexpr, TILE: tl.constexpr):
     """The operand of the last part: rows of a step that another layer wrote, times the factors."""
     PART: tl.constexpr = len(TILE.rounds) - 1
-    first = row_of(program, tl.maximum(step, 0), place) + program.first_b
+    if len(place) > 1:
+        first = place[1].to(tl.int64) + program.first_b
+    else:
+        first = time_of(tl.maximum(step, 0), program).to(tl.int64) * program.B + program.first_b
     last = (program.R - 1 - first).to(tl.int32)
     COLUMNS: tl.constexpr = TILE.columns[PART]
     u, x = (), _fetch(base + first * WIDTH, last, WIDTH, COLUMNS, PART, 0, TILE)

@@ -2,8 +2,9 @@
 
 Plain Triton that also serves the Gluon kernels, because indices come with their layouts: a program
 makes them once for its ``Part``, and every pointer follows from them. TILE has L, D, H, ``block_b``
-and ``block_h``. Addresses of a step are a scalar, which the uniform datapath computes, plus offsets
-that no step changes. Reads of rows beyond B see the last row instead, which is cheaper than a mask.
+and ``block_h``. An address is a pointer that no step changes plus a row times its width. A row that
+a sequence does not have, beyond B or where it skips a step, is another one that exists, which is
+cheaper than a mask of the read; what follows from it is left out.
 """
 
 from typing import Any, NamedTuple
@@ -11,7 +12,7 @@ from typing import Any, NamedTuple
 import triton
 import triton.language as tl
 
-from .tiles import INITIAL, PREVIOUS, SKIPPED, choose, visible, where, zero_where
+from .tiles import INITIAL, SKIPPED, choose, visible
 
 
 class Part(NamedTuple):
@@ -50,16 +51,6 @@ def part_of(
 
 
 @triton.jit
-def _pointers(base, program, cols, W):
-    """Pointers to the first tile of rows of W values, the row of sequence 0 at base.
-
-    Inside of a program offsets have 32 bits, up to its first row 64.
-    """
-    base += program.first_b.to(tl.int64) * W
-    return base + (((program.offs_b - program.first_b) * W)[:, None] + cols[None, :])
-
-
-@triton.jit
 def _inside(masks, mask_h):
     """The mask of a tile, given none or one of its sequences and none or one of its units."""
     if len(masks) == 0:
@@ -71,32 +62,33 @@ def _inside(masks, mask_h):
 
 
 @triton.jit
-def load(base, program, masks, N: tl.constexpr, W, TILE: tl.constexpr, ZERO: tl.constexpr = True):
-    """N tiles from rows of W values; zero where a mask is not, and beyond H.
+def _pointers(base, program, rows, W):
+    """Pointers to the first tile of rows of W values."""
+    if rows.dtype == tl.int32:
+        rows = rows.to(tl.uint32)  # multiplied to 64 bits in one instruction
+    return (base + program.cols)[None, :] + (rows.to(tl.int64) * W)[:, None]
 
-    Without ZERO they are anything where a mask is not, and beyond H those of the first units again,
-    which takes fewer instructions.
-    """
+
+@triton.jit
+def load(base, program, rows, masks, N: tl.constexpr, W, TILE: tl.constexpr):
+    """N tiles from rows of W values, side by side; zero where a mask is not, and beyond H."""
     H: tl.constexpr = TILE.H
-    mask_h = program.mask_h if ZERO and H % TILE.block_h > 0 else ()
-    again: tl.constexpr = len(program.mask_h) > 0 and not ZERO
-    ptrs = _pointers(base, program, program.cols % H if again else program.cols, W)
+    mask_h = program.mask_h if H % TILE.block_h > 0 else ()
+    ptrs = _pointers(base, program, rows, W)
     tiles = ()
     for n in tl.static_range(N):
         if len(masks) + len(mask_h) == 0:
             tile = tl.load(ptrs + n * H)
-        elif ZERO:
-            tile = tl.load(ptrs + n * H, mask=_inside(masks, mask_h), other=0.0)
         else:
-            tile = tl.load(ptrs + n * H, mask=_inside(masks, mask_h))
+            tile = tl.load(ptrs + n * H, mask=_inside(masks, mask_h), other=0.0)
         tiles = tiles + (tile,)
     return tiles
 
 
 @triton.jit
-def store(base, program, masks, tiles, W: tl.constexpr, TILE: tl.constexpr):
+def store(base, program, rows, masks, tiles, W: tl.constexpr, TILE: tl.constexpr):
     """Stores tiles into rows of W values."""
-    ptrs = _pointers(base, program, program.cols, W)
+    ptrs = _pointers(base, program, rows, W)
     for n in tl.static_range(len(tiles)):
         tile = tiles[n].to(base.dtype.element_ty)
         if len(masks) + len(program.mask_h) == 0:
@@ -115,21 +107,20 @@ def time_of(step, program):
 def place_of(layers, program, step):
     """The origins of a step, and the row of sequence 0 if rows are packed; nothing if dense.
 
-    What a step reads depends on it, so it is loaded one step before that.
+    What a step reads depends on it, so it is loaded one step before that. Beyond the first and the
+    last step it is theirs.
     """
     place = ()
     if layers.origins is not None:
-        step = tl.where(step < program.T, step, program.T - 1)
-        t = time_of(tl.where(step < 0, 0, step), program).to(tl.uint32)
-        row = (program.d * program.T).to(tl.int64) + t.to(tl.int64)
-        row *= program.B.to(tl.uint32).to(tl.int64)
-        ptrs = layers.origins + row + program.offs_b
-        if len(program.mask_b) == 0:
-            place = (tl.load(ptrs).to(tl.int32),)
-        else:
-            place = (tl.load(ptrs, mask=program.mask_b[0], other=SKIPPED).to(tl.int32),)
+        t = time_of(tl.maximum(tl.minimum(step, program.T - 1), 0), program)
+        first = program.d.to(tl.int64) * program.T * program.B
+        row = t.to(tl.uint32).to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
+        origins = tl.load(layers.origins + first + program.offs_b + row)
+        if len(program.mask_b) > 0:
+            origins = tl.where(program.mask_b[0], origins, SKIPPED)
+        place = (origins,)
         if layers.starts is not None:
-            place = place + (tl.load(layers.starts + t),)
+            place = place + (tl.load(layers.starts + t.to(tl.int64)),)
     return place
 
 
@@ -139,23 +130,12 @@ def origins_at(program, place):
 
 
 @triton.jit
-def row_of(program, step, place):
-    """The row of sequence 0."""
+def rows_of(program, step, place):
+    """The rows of the sequences; of those that have none, if rows are packed, any others."""
     if len(place) > 1:
-        return place[1]
+        return tl.minimum(place[1].to(program.R.dtype) + program.offs_b, program.R - 1)
     else:
-        # Unsigned numbers of 32 bits are multiplied to 64 in one instruction.
-        t = time_of(step, program).to(tl.uint32)
-        return t.to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
-
-
-@triton.jit
-def readable(layers, program, place):
-    """A mask of the sequences whose row may be read, or nothing where all may."""
-    if len(place) > 0:
-        return (place[0] != SKIPPED,)
-    else:
-        return ()
+        return time_of(step, program).to(program.R.dtype) * program.B + program.offs_b
 
 
 @triton.jit
@@ -164,50 +144,48 @@ def _written(layers, program, place, tiles):
 
     If rows are packed, a skipped step has none.
     """
-    if layers.starts is not None:
-        return (place[0] != SKIPPED,), tiles
-    else:
+    if layers.starts is None:
         return program.mask_b, visible(layers, tiles, origins_at(program, place))
+    else:
+        return (place[0] != SKIPPED,), tiles
 
 
 @triton.jit
 def load_ends(h_ptr, c_ptr, program, TILE: tl.constexpr):
     """h_0 and c_0, or what is like them."""
-    first = (program.z * program.B).to(tl.int64) * TILE.H
-    state = load(h_ptr + first, program, (), 1, TILE.H, TILE)
+    rows = program.z.to(tl.int64) * program.B + program.offs_b
+    state = load(h_ptr, program, rows, (), 1, TILE.H, TILE)
     if c_ptr is not None:
-        state = state + load(c_ptr + first, program, (), 1, TILE.H, TILE)
+        state = state + load(c_ptr, program, rows, (), 1, TILE.H, TILE)
     return state
 
 
 @triton.jit
 def store_ends(h_ptr, c_ptr, program, state, TILE: tl.constexpr):
-    first = (program.z * program.B).to(tl.int64) * TILE.H
-    store(h_ptr + first, program, program.mask_b, (state[0],), TILE.H, TILE)
+    rows = program.z.to(tl.int64) * program.B + program.offs_b
+    store(h_ptr, program, rows, program.mask_b, (state[0],), TILE.H, TILE)
     if c_ptr is not None:
-        store(c_ptr + first, program, program.mask_b, (state[1],), TILE.H, TILE)
+        store(c_ptr, program, rows, program.mask_b, (state[1],), TILE.H, TILE)
 
 
 @triton.jit
 def load_gx(layers, program, step, place, CELL: tl.constexpr, TILE: tl.constexpr):
     """The projected input of a step, a tile for each gate, in the dtype of the tensors."""
     G: tl.constexpr = len(CELL.gates)
-    row = program.d.to(tl.int64) * program.R
-    row += row_of(program, tl.minimum(step, program.T - 1), place)
-    masks = readable(layers, program, place)
+    masks = ()
     if TILE.L > 1:  # the layers above the first have none, and see zeros
-        is_first = program.offs_b < tl.where(program.z == 0, program.B, 0)
-        masks = (masks[0] & is_first if len(masks) > 0 else is_first,)
-    rows = layers.gx + row * (G * TILE.H)
-    return load(rows, program, masks, G, G * TILE.H, TILE, TILE.block_h < TILE.H)
+        masks = (program.offs_b < tl.where(program.z == 0, program.B, 0),)
+    rows = rows_of(program, tl.minimum(step, program.T - 1), place)
+    base = layers.gx + program.d.to(tl.int64) * program.R * (G * TILE.H)
+    return load(base, program, rows, masks, G, G * TILE.H, TILE)
 
 
 @triton.jit
 def store_h(layers, program, step, place, state, TILE: tl.constexpr):
     """Stores the output of a step, given the state that leaves it."""
     here, h = _written(layers, program, place, (state[0],))
-    row = row_of(program, step, place) * TILE.D + program.d
-    store(program.out + row * TILE.H, program, here, h, TILE.D * TILE.H, TILE)
+    rows, base = rows_of(program, step, place), program.out + program.d.to(tl.int64) * TILE.H
+    store(base, program, rows, here, h, TILE.D * TILE.H, TILE)
 
 
 @triton.jit
@@ -216,39 +194,38 @@ def store_saved(layers, program, step, place, state, saved, CELL: tl.constexpr, 
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
     here, c = _written(layers, program, place, state[1:])
-    row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
+    if len(CELL.phases) > 1:  # the gradient of W_hh multiplies them, too
+        _, saved = _written(layers, program, place, saved)
+    rows, first = rows_of(program, step, place), program.z.to(tl.int64) * program.R
     if layers.gates is not None:
-        store(layers.gates + row * (S * H), program, here, saved, S * H, TILE)
+        store(layers.gates + first * (S * H), program, rows, here, saved, S * H, TILE)
     if layers.cs is not None:
-        store(layers.cs + row * H, program, here, c, H, TILE)
+        store(layers.cs + first * H, program, rows, here, c, H, TILE)
 
 
 @triton.jit
-def load_left(layers, program, step, place, TILE: tl.constexpr):
-    """The state that left a step, the one before the first if the rows are dense.
+def _left(ptr, initial, program, rows, is_first, W: tl.constexpr, TILE: tl.constexpr):
+    """A tile of rows of W values, or where ``is_first``, if given, of an initial state."""
+    ptrs = _pointers(ptr, program, rows, W)
+    if len(is_first) > 0:
+        rows = program.z.to(tl.int64) * program.B + program.offs_b
+        ptrs = tl.where(is_first[0], _pointers(initial, program, rows, TILE.H), ptrs)
+    if len(program.mask_h) > 0 and TILE.H % TILE.block_h > 0:
+        return tl.load(ptrs, mask=program.mask_h[0][None, :], other=0.0)
+    else:
+        return tl.load(ptrs)
 
-    It is anything where the step was skipped.
-    """
+
+@triton.jit
+def load_left(layers, program, step, place, is_first, TILE: tl.constexpr):
+    """The state that left a step, or h_0 and c_0 where ``is_first``, if given."""
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
-    masks = readable(layers, program, place)
-    row = row_of(program, tl.maximum(step, 0), place)
-    h_rows = program.out + (row * D + program.d) * H
-    c_rows = layers.cs
+    rows, h = rows_of(program, tl.maximum(step, 0), place), program.out + program.d.to(tl.int64) * H
+    state = (_left(h, layers.h_0, program, rows, is_first, D * H, TILE),)
     if layers.cs is not None:
-        c_rows = layers.cs + (program.z.to(tl.int64) * program.R + row) * H
-    W = D * H
-    if layers.origins is None:
-        first = (program.z * program.B).to(tl.int64) * H
-        h_rows = tl.where(step >= 0, h_rows, layers.h_0 + first)
-        if D > 1:
-            W = tl.where(step >= 0, D * H, H)
-        if layers.cs is not None:
-            c_rows = tl.where(step >= 0, c_rows, layers.c_0 + first)
-    is_part: tl.constexpr = TILE.block_h < H
-    state = load(h_rows, program, masks, 1, W, TILE, is_part)
-    if layers.cs is not None:
-        state = state + load(c_rows, program, masks, 1, H, TILE, is_part)
+        c = layers.cs + program.z.to(tl.int64) * program.R * H
+        state = state + (_left(c, layers.c_0, program, rows, is_first, H, TILE),)
     return state
 
 
@@ -260,34 +237,23 @@ def load_step(layers, grads, program, step, places, CELL: tl.constexpr, TILE: tl
     D: tl.constexpr = TILE.D
     H: tl.constexpr = TILE.H
     S: tl.constexpr = len(CELL.saved)
-    left = load_left(layers, program, step - 1, places[1], TILE)
-    masks = readable(layers, program, places[0])
-    row = row_of(program, tl.maximum(step, 0), places[0])
-    d_row = program.z.to(tl.int64) * program.R + row
+    is_first = step < 1
+    if layers.origins is not None:
+        is_first = (places[0][0] == INITIAL)[:, None]
+    left = load_left(layers, program, step - 1, places[1], (is_first,), TILE)
+    rows = rows_of(program, tl.maximum(step, 0), places[0])
+    first = program.z.to(tl.int64) * program.R
     saved, d_out, d_cs = (), (), ()
     if S > 0:
-        rows = layers.gates + d_row * (S * H)
-        saved = load(rows, program, masks, S, S * H, TILE, TILE.block_h < H)
+        saved = load(layers.gates + first * (S * H), program, rows, (), S, S * H, TILE)
     if grads.out is not None:
-        base = grads.out + (row * D + program.d) * H
-        shown = masks
+        shown = ()
         if TILE.L > 1:  # it is the output of the last layer
-            is_last = program.offs_b < tl.where(program.z == TILE.L - 1, program.B, 0)
-            shown = (masks[0] & is_last if len(masks) > 0 else is_last,)
-        d_out = load(base, program, shown, 1, D * H, TILE)
+            shown = (program.offs_b < tl.where(program.z == TILE.L - 1, program.B, 0),)
+        d_out = load(grads.out + program.d.to(tl.int64) * H, program, rows, shown, 1, D * H, TILE)
     if grads.cs is not None:
-        d_cs = load(grads.cs + d_row * H, program, masks, 1, H, TILE)
+        d_cs = load(grads.cs + first * H, program, rows, (), 1, H, TILE)
     return saved, left, d_out, d_cs
-
-
-@triton.jit
-def entered(layers, origins, left_before, initial):
-    """The state that entered a step, given the one that left the step before and h_0 and c_0."""
-    if layers.origins is not None:
-        first = zero_where(origins != INITIAL, initial)
-        return where(origins == PREVIOUS, left_before, first)
-    else:
-        return left_before
 
 
 @triton.jit
@@ -298,6 +264,5 @@ def store_dgates(
     """Stores the gradients of a phase's gates in a step."""
     W: tl.constexpr = len(CELL.tiles) * TILE.H
     here, dgates = _written(layers, program, place, dgates)
-    row = program.z.to(tl.int64) * program.R + row_of(program, step, place)
-    base = grads.gates + (row * W + CELL.grads[PHASE][0] * TILE.H)
-    store(base, program, here, dgates, W, TILE)
+    first = program.z.to(tl.int64) * program.R * W + CELL.grads[PHASE][0] * TILE.H
+    store(grads.gates + first, program, rows_of(program, step, place), here, dgates, W, TILE)

@@ -59,7 +59,7 @@ def _stepwise_fwd_kernel(
     H: tl.constexpr = TILE.H
     G: tl.constexpr = len(CELL.gates)
     program = _part(layers, T, B, R, TILE)
-    first = program.d.to(tl.int64) * B  # of the direction's rows in what is carried
+    rows = program.d.to(tl.int64) * B + program.offs_b  # of what is carried
     state = steps.load_ends(carried.h, carried.c, program, TILE)
     place = steps.place_of(layers, program, step)
     origins = steps.origins_at(program, place)
@@ -69,7 +69,7 @@ def _stepwise_fwd_kernel(
     if PHASE > 0:
         READY: tl.constexpr = CELL.phases[PHASE - 1][-1] + 1  # gates whose products are made
         gx = tiles.widened(steps.load_gx(layers, program, step, place, CELL, TILE))
-        made = steps.load(carried.gh + first * (G * H), program, (), READY, G * H, TILE)
+        made = steps.load(carried.gh, program, rows, (), READY, G * H, TILE)
         bias = tiles.load_bias(tiles.choose(layers.b_hh, program.d), program.cols, CELL, H)
         gh = ()
         for g in tl.static_range(READY):
@@ -85,7 +85,7 @@ def _stepwise_fwd_kernel(
             steps.store_saved(layers, program, step, place, state, saved, CELL, TILE)
             origins = steps.origins_at(program, steps.place_of(layers, program, step + 1))
             u = tiles.entering_state(layers, state, origins)[0]
-    steps.store(carried.u + first * H, program, program.mask_b, (u,), H, TILE)
+    steps.store(carried.u, program, rows, program.mask_b, (u,), H, TILE)
 
 
 @triton.jit(do_not_specialize=["step", "T", "B", "R"])
@@ -110,12 +110,11 @@ def _stepwise_bwd_kernel(
         loaded = steps.load_step(layers, grads, program, step, places, CELL, TILE)
         saved, left_before = tiles.widened(loaded[0]), tiles.widened(loaded[1])
         d_out, d_cs = tiles.widened(loaded[2]), tiles.widened(loaded[3])
-        after = tiles.widened(steps.load_left(layers, program, step, places[0], TILE))
-        initial = tiles.widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
+        after = tiles.widened(steps.load_left(layers, program, step, places[0], (), TILE))
         origins = steps.origins_at(program, places[0])
-        before = steps.entered(layers, origins, left_before, initial)
+        before = tiles.entering_state(layers, left_before, origins)
+        d_leaving, carry = d_state, ()  # a step that is skipped adds nothing
         d_state = tiles.add_gradients(d_state, d_out, d_cs)
-        d_leaving, carry = d_state, ()
         for p in tl.static_range(P - 1, PHASE - 1, -1):
             if p < P - 1:
                 du = _load_du(carried, program, p + 1, TILE)
@@ -131,8 +130,8 @@ def _stepwise_bwd_kernel(
 @triton.jit
 def _load_du(carried, program, PHASE: tl.constexpr, TILE: tl.constexpr):
     """The gradient of a phase's operand."""
-    first = (PHASE * TILE.D + program.d.to(tl.int64)) * program.B
-    return tiles.widened(steps.load(carried.u + first * TILE.H, program, (), 1, TILE.H, TILE))[0]
+    rows = (PHASE * TILE.D + program.d.to(tl.int64)) * program.B + program.offs_b
+    return tiles.widened(steps.load(carried.u, program, rows, (), 1, TILE.H, TILE))[0]
 
 
 def forward(cell: str, plan: Plan, layers: Layers, rows: Rows) -> None:

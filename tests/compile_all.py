@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from concurrent.futures import ProcessPoolExecutor
+from itertools import zip_longest
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,7 @@ class Row(NamedTuple):
     registers: int
     spills: int
     shared: int
+    times: float  # those of a dense step, where rows are ragged; else 0
     faults: list[str]
     name: str
 
@@ -39,11 +41,14 @@ def compile_job(job: Job) -> list[Row]:
     kernels = compile_plan(job.problem, job.plan, chip)
     other = compile_plan(job.problem._replace(batch=1), job.plan, chip)
     assert [k.binary for k in kernels] == [k.binary for k in other], "a binary depends on B"
-    rows = []
-    for kernel in kernels:
-        usage = kernel.registers, kernel.spills, kernel.shared_bytes
+    rows, dense = [], []
+    if job.plan.schedule == "resident_nvidia" and job.problem.ragged:
+        dense = compile_plan(job.problem._replace(ragged=False), job.plan, chip)
+    for kernel, like in zip_longest(kernels, dense):
+        times = kernel.predict(chip.arch).cycles / like.predict(chip.arch).cycles if like else 0.0
+        usage = kernel.registers, kernel.spills, kernel.shared_bytes, round(times, 2)
         about = job.chip, job.plan.schedule, job.problem.cell, kernel.direction
-        rows.append(Row(*about, *usage, list(faults(job, kernel)), str(job.problem)))
+        rows.append(Row(*about, *usage, list(faults(job, kernel, times)), str(job.problem)))
     return rows
 
 
@@ -56,6 +61,7 @@ def summary(rows: list[Row]) -> str:
         "registers": ("registers", lambda used: f"{min(used)}-{max(used)}"),
         "spilling": ("spills", lambda bytes: (bytes > 0).sum()),
         "most bytes spilled": ("spills", "max"),
+        "ragged / dense": ("times", "max"),
         "shared KiB": ("shared", lambda bytes: round(bytes.max() / 1024)),
     }
     groups = pandas.DataFrame(rows).groupby(["chip", "schedule", "direction"])

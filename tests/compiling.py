@@ -14,6 +14,7 @@ from fusedrnn.kernels.sass import count_kinds, trace
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread, but none in schedule resident_nvidia
+MOST_RAGGED = 1.6  # times the predicted cycles of a dense step
 COMPILED_CHIPS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PRODUCTS = ((BF16, "ieee"), (FP16, "ieee"), (FP64, "ieee"))
@@ -124,8 +125,8 @@ def every_plan(chip: str = "sm_90") -> list[Job]:
     return list(found)
 
 
-def faults(found: Job, kernel: Any) -> list[str]:
-    """The faults of a kernel of a job, in words."""
+def faults(found: Job, kernel: Any, times: float = 0.0) -> list[str]:
+    """The faults of a kernel of a job, in words; a step takes so many ``times`` a dense one."""
     chip, chosen = CHIPS[found.chip], found.plan
     allowed, asm = min(chip.shared_bytes, kernel.tiles.shared_bytes), kernel.binary.asm
     wrong = []
@@ -133,6 +134,8 @@ def faults(found: Job, kernel: Any) -> list[str]:
         wrong.append(f"{kernel.spills} bytes spilled")
     if kernel.shared_bytes > allowed:
         wrong.append(f"{kernel.shared_bytes} bytes shared, {allowed} allowed")
+    if times > MOST_RAGGED:
+        wrong.append(f"a ragged step takes {times:.2f} times a dense one")
     if chosen.schedule == "resident_nvidia":
         return wrong + list(_gluon_faults(found.problem, kernel))
     if chosen.schedule == "cooperative":

@@ -9,7 +9,7 @@ import pytest
 import torch
 from kernel_cases import Shape, differences, resident_plan, rows_of, tensors
 
-from fusedrnn.kernels import resident_nvidia, steps, tiles
+from fusedrnn.kernels import resident_nvidia, steps
 from fusedrnn.kernels.spec import SPECS
 
 pytestmark = pytest.mark.skipif(
@@ -54,10 +54,10 @@ def test_equals_the_reference(cell, shape, dtype, block_b):
     ("name", "fault"),
     [
         ("visible", lambda layers, tiles, origins: tiles),
-        ("leaving_state", lambda layers, state, entering, origins: state),
+        ("_carried", lambda layers, state, before, origins, following: state),
     ],
 )
 def test_planted_faults_are_found(name, fault, monkeypatch):
-    for module in (steps, tiles):
+    for module in (resident_nvidia, steps):
         monkeypatch.setattr(module, name, fault, raising=False)
     assert differences("lstm", RAGGED, run("lstm", RAGGED))

@@ -15,11 +15,11 @@ def copy_kernel(layers, y_ptr, B, TILE: tl.constexpr, AGAIN: tl.constexpr):
     x_ptr, offs_b = layers.out[0], tl.arange(0, TILE.block_b)
     cols, W = tl.arange(0, TILE.block_h), 2 * TILE.H
     program = steps.part_of(layers, 0, tl.program_id(0), offs_b, cols, 1, B, B, TILE, AGAIN)
-    x = steps.load(x_ptr, program, (), 2, W, TILE)
+    x = steps.load(x_ptr, program, program.offs_b, (), 2, W, TILE)
     x = tiles.zero_where(offs_b == 1, x)
     x = tiles.where(offs_b == 2, (x[1], x[0]), x)
     x = tiles.add_to(x, 1, tl.sum(x[0]) * 0.0 + 1.0)
-    steps.store(y_ptr, program, program.mask_b, x, W, TILE)
+    steps.store(y_ptr, program, program.offs_b, program.mask_b, x, W, TILE)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -40,26 +40,28 @@ def test_tiles_are_loaded_masked_and_stored(again, device):
 
 
 @triton.jit
-def places_kernel(layers, row_ptr, origin_ptr, T, B, TILE: tl.constexpr):
+def places_kernel(layers, row_ptr, origin_ptr, T, B, R, TILE: tl.constexpr):
     rows = tl.arange(0, TILE.block_b)
-    program = steps.part_of(layers, tl.program_id(0), 0, rows, rows, T, B, T * B, TILE)
+    program = steps.part_of(layers, tl.program_id(0), 0, rows, rows, T, B, R, TILE)
     for step in range(T):
-        place, first = steps.place_of(layers, program, step), program.z * T + step
-        tl.store(row_ptr + first, steps.row_of(program, step, place))
+        place, offs = steps.place_of(layers, program, step), (program.z * T + step) * B + rows
+        tl.store(row_ptr + offs, steps.rows_of(program, step, place), mask=program.mask_b[0])
         if layers.origins is not None:
-            ptrs = origin_ptr + first * B + program.offs_b
-            tl.store(ptrs, steps.origins_at(program, place), mask=program.mask_b[0])
+            origins = steps.origins_at(program, place)
+            tl.store(origin_ptr + offs, origins, mask=program.mask_b[0])
 
 
 @pytest.mark.parametrize("form", ["dense", "ragged", "packed"])
 def test_direction_1_has_the_places_of_direction_0_backwards(form, device):
     T, B, D = 5, 3, 2
     rows = rows_of(Shape(T, B, 4, D=D, rows=form), device)
-    found = [torch.full(shape, -1, device=device) for shape in ((D, T), (D, T, B))]
+    found = [torch.full((D, T, B), -1, device=device) for _ in range(2)]
     layers = Layers(out=(found[0],), origins=rows.origins, starts=rows.starts)
-    places_kernel[D,](layers, *found, T, B, tiles.Tile(1, D, 4, 4, 4, "ieee"))
-    forward = [span.start for span in rows.spans()]
-    assert found[0].tolist() == [forward, forward[::-1]]
+    places_kernel[D,](layers, *found, T, B, rows.total, tiles.Tile(1, D, 4, 4, 4, "ieee"))
+    starts = torch.tensor([span.start for span in rows.spans()], device=device).unsqueeze(1)
+    # A packed row that a sequence does not have is another one that exists.
+    forward = (starts + torch.arange(B, device=device)).clamp(max=rows.total - 1)
+    assert torch.equal(found[0], torch.stack((forward, forward.flip(0))))
     if form != "dense":
         first, second = rows.origins.long()
         assert torch.equal(found[1], torch.stack((first, second.flip(0))))
