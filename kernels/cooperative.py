@@ -7,7 +7,8 @@ protocol of ``exchange.py``. A step forward is: wait for h, load all of it into 
 product (``slices.py``), multiply, sum over the warps, apply the cell, put h into the next slot,
 publish. A step backward begins with the adjoint of the cell and ends with the product, the gradient
 of its units' h. What no program waits for lies between publishing and waiting: the stores of
-results, and the loads of the next step.
+results, and the loads of the next step. Where these would spill registers (``is_full``, backward),
+they are behind the product.
 
 What forward publishes is the state that *enters* the next step: zero where a sequence begins. So
 rows may be ragged or packed, and the product knows nothing of it. The first publication is h_0.
@@ -228,7 +229,7 @@ def _cooperative_bwd_kernel(
             published = P * (back + 1) - p
             slot = exchange.slot_of(slots, published, TILE)
             _publish(layers, grads, program, step, places[0], slot, counter, dgates, p, CELL, TILE)
-            if p == 0:
+            if p == 0 and not TILE.is_full:
                 now, places = _load_next(layers, grads, program, step - 1, places[1:], CELL, TILE)
             if p == 0 and TILE.L > 1:
                 end = tl.minimum(back + 2, T) * per_step
@@ -239,6 +240,8 @@ def _cooperative_bwd_kernel(
             accs = slices.products(w_hh[p], slot, slices.zero_accs(1, TILE), p, TILE)
             if p == 0 and TILE.L > 1:
                 accs = accs + slices.multiply(w_ih, x, slices.zero_accs(1, TILE), 0, TILE)
+            if p == 0 and TILE.is_full:  # the operand has left its registers
+                now, places = _load_next(layers, grads, program, step - 1, places[1:], CELL, TILE)
             sums = slices.add_up(accs, TILE)
             du, dy = sums[0], _gradient_above(program, sums[1:], now[4], TILE)
         d_state = tiles.gradient_before(layers, add_to(d_state, 0, du), d_leaving, origins)
@@ -251,7 +254,11 @@ def tile_of(cell: Cell, layers: Layers, tiles: Tiles, is_forward: bool = True) -
     sizes, itemsize = sizes_of(layers, tiles), layers.h_0.element_size()
     parts = cell.parts if sizes[0] > 1 else cell.phases
     columns = tuple(sizes[2] * (1 if is_forward else len(gates)) for gates in parts)
-    return slice_of(*sizes, tiles.num_warps, itemsize, columns, not is_forward, tiles.halved)
+    elements = len(cell.gates) * tiles.elements  # more leave no registers for the next step
+    is_full = sizes[0] == 1 and not is_forward and elements > 16
+    return slice_of(
+        *sizes, tiles.num_warps, itemsize, columns, not is_forward, tiles.halved, is_full
+    )
 
 
 _tile_of_backward = partial(tile_of, is_forward=False)

@@ -34,6 +34,7 @@ class Slice(NamedTuple):
     parts: Any  # the same as a thread reads them
     tile: Any  # [BLOCK_B, BLOCK_H], of one gate
     store: Any  # a chunk of the first operand in shared memory
+    is_full: bool  # a step is loaded behind the product, whose operand has left its registers
 
 
 def chunks_of(columns: int, groups: int, itemsize: int, start: int = 0) -> tuple:
@@ -78,6 +79,7 @@ def _sums_in_memory(groups: int, block_b: int, rows: int) -> Any:
 def slice_of(
     L: int, D: int, H: int, block_b: int, block_h: int, groups: int, itemsize: int,
     columns: tuple[int, ...], transposed: bool = False, halved: bool = False,
+    is_full: bool = False,
 ) -> Slice:  # fmt: skip
     """Returns the sizes and layouts for elements of 2 or 4 bytes, and columns of each phase."""
     rows, vector = max(block_h, 16), 16 // itemsize
@@ -100,5 +102,5 @@ def slice_of(
     store = gl.SwizzledSharedLayout(vector, 1, 8, [2, 1, 0])
     return Slice(
         L, D, H, block_b, block_h, rows, gates, groups, transposed, columns, rounds, pitch,
-        slice, wide, acc, weight, operand, shared, parts, tile, store,
+        slice, wide, acc, weight, operand, shared, parts, tile, store, is_full,
     )  # fmt: skip

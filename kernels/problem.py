@@ -138,6 +138,11 @@ class Tiles:
     at_once: int = 1  # batch tiles in a launch
     halved: bool = False  # half of the weights is in shared memory
 
+    @property
+    def elements(self) -> int:
+        """The sequences and units of a thread."""
+        return self.block_b * self.block_h // (32 * self.num_warps)
+
     def __str__(self) -> str:
         return f"{self.block_b} rows x {self.block_h} units, {self.num_warps} warps"
 
