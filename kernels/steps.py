@@ -64,9 +64,10 @@ def _inside(masks, mask_h):
 @triton.jit
 def _pointers(base, program, rows, W):
     """Pointers to the first tile of rows of W values."""
-    if rows.dtype == tl.int32:
-        rows = rows.to(tl.uint32)  # multiplied to 64 bits in one instruction
-    return (base + program.cols)[None, :] + (rows.to(tl.int64) * W)[:, None]
+    first, each = rows
+    if each.dtype == tl.int32:
+        each = each.to(tl.uint32)  # multiplied to 64 bits in one instruction
+    return (base + first * W + program.cols)[None, :] + (each.to(tl.int64) * W)[:, None]
 
 
 @triton.jit
@@ -131,11 +132,15 @@ def origins_at(program, place):
 
 @triton.jit
 def rows_of(program, step, place):
-    """The rows of the sequences; of those that have none, if rows are packed, any others."""
+    """The row of a step, and those of its sequences from there.
+
+    If rows are packed, sequences that have none get any others.
+    """
     if len(place) > 1:
-        return tl.minimum(place[1].to(program.R.dtype) + program.offs_b, program.R - 1)
+        return 0, tl.minimum(place[1].to(program.R.dtype) + program.offs_b, program.R - 1)
     else:
-        return time_of(step, program).to(program.R.dtype) * program.B + program.offs_b
+        t = time_of(step, program).to(tl.uint32)
+        return t.to(tl.int64) * program.B.to(tl.uint32).to(tl.int64), program.offs_b
 
 
 @triton.jit
@@ -153,7 +158,7 @@ def _written(layers, program, place, tiles):
 @triton.jit
 def load_ends(h_ptr, c_ptr, program, TILE: tl.constexpr):
     """h_0 and c_0, or what is like them."""
-    rows = program.z.to(tl.int64) * program.B + program.offs_b
+    rows = program.z.to(tl.int64) * program.B, program.offs_b
     state = load(h_ptr, program, rows, (), 1, TILE.H, TILE)
     if c_ptr is not None:
         state = state + load(c_ptr, program, rows, (), 1, TILE.H, TILE)
@@ -162,7 +167,7 @@ def load_ends(h_ptr, c_ptr, program, TILE: tl.constexpr):
 
 @triton.jit
 def store_ends(h_ptr, c_ptr, program, state, TILE: tl.constexpr):
-    rows = program.z.to(tl.int64) * program.B + program.offs_b
+    rows = program.z.to(tl.int64) * program.B, program.offs_b
     store(h_ptr, program, rows, program.mask_b, (state[0],), TILE.H, TILE)
     if c_ptr is not None:
         store(c_ptr, program, rows, program.mask_b, (state[1],), TILE.H, TILE)
@@ -208,7 +213,7 @@ def _left(ptr, initial, program, rows, is_first, W: tl.constexpr, TILE: tl.const
     """A tile of rows of W values, or where ``is_first``, if given, of an initial state."""
     ptrs = _pointers(ptr, program, rows, W)
     if len(is_first) > 0:
-        rows = program.z.to(tl.int64) * program.B + program.offs_b
+        rows = program.z.to(tl.int64) * program.B, program.offs_b
         ptrs = tl.where(is_first[0], _pointers(initial, program, rows, TILE.H), ptrs)
     if len(program.mask_h) > 0 and TILE.H % TILE.block_h > 0:
         return tl.load(ptrs, mask=program.mask_h[0][None, :], other=0.0)
