@@ -59,7 +59,7 @@ def _stepwise_fwd_kernel(
     H: tl.constexpr = TILE.H
     G: tl.constexpr = len(CELL.gates)
     program = _part(layers, T, B, R, TILE)
-    rows = program.d.to(tl.int64) * B + program.offs_b  # of what is carried
+    rows = program.d.to(tl.int64) * B, program.offs_b  # of what is carried
     state = steps.load_ends(carried.h, carried.c, program, TILE)
     place = steps.place_of(layers, program, step)
     origins = steps.origins_at(program, place)
@@ -130,7 +130,7 @@ def _stepwise_bwd_kernel(
 @triton.jit
 def _load_du(carried, program, PHASE: tl.constexpr, TILE: tl.constexpr):
     """The gradient of a phase's operand."""
-    rows = (PHASE * TILE.D + program.d.to(tl.int64)) * program.B + program.offs_b
+    rows = (PHASE * TILE.D + program.d.to(tl.int64)) * program.B, program.offs_b
     return tiles.widened(steps.load(carried.u, program, rows, (), 1, TILE.H, TILE))[0]
 
 

@@ -15,11 +15,11 @@ def copy_kernel(layers, y_ptr, B, TILE: tl.constexpr, AGAIN: tl.constexpr):
     x_ptr, offs_b = layers.out[0], tl.arange(0, TILE.block_b)
     cols, W = tl.arange(0, TILE.block_h), 2 * TILE.H
     program = steps.part_of(layers, 0, tl.program_id(0), offs_b, cols, 1, B, B, TILE, AGAIN)
-    x = steps.load(x_ptr, program, program.offs_b, (), 2, W, TILE)
+    x = steps.load(x_ptr, program, (0, program.offs_b), (), 2, W, TILE)
     x = tiles.zero_where(offs_b == 1, x)
     x = tiles.where(offs_b == 2, (x[1], x[0]), x)
     x = tiles.add_to(x, 1, tl.sum(x[0]) * 0.0 + 1.0)
-    steps.store(y_ptr, program, program.offs_b, program.mask_b, x, W, TILE)
+    steps.store(y_ptr, program, (0, program.offs_b), program.mask_b, x, W, TILE)
 
 
 @pytest.mark.parametrize("again", [False, True])
@@ -45,7 +45,8 @@ def places_kernel(layers, row_ptr, origin_ptr, T, B, R, TILE: tl.constexpr):
     program = steps.part_of(layers, tl.program_id(0), 0, rows, rows, T, B, R, TILE)
     for step in range(T):
         place, offs = steps.place_of(layers, program, step), (program.z * T + step) * B + rows
-        tl.store(row_ptr + offs, steps.rows_of(program, step, place), mask=program.mask_b[0])
+        first, each = steps.rows_of(program, step, place)
+        tl.store(row_ptr + offs, first + each, mask=program.mask_b[0])
         if layers.origins is not None:
             origins = steps.origins_at(program, place)
             tl.store(origin_ptr + offs, origins, mask=program.mask_b[0])
