@@ -45,10 +45,12 @@ def compile_job(job: Job) -> list[Row]:
     if job.plan.schedule == "resident_nvidia" and job.problem.ragged:
         dense = compile_plan(job.problem._replace(ragged=False), job.plan, chip)
     for kernel, like in zip_longest(kernels, dense):
-        times = kernel.predict(chip.arch).cycles / like.predict(chip.arch).cycles if like else 0.0
-        usage = kernel.registers, kernel.spills, kernel.shared_bytes, round(times, 2)
+        pair = (kernel, like) if like else ()
+        cycles = [each.predict(chip.arch).cycles for each in pair]
+        times = round(cycles[0] / cycles[1], 2) if cycles else 0.0
+        usage = kernel.registers, kernel.spills, kernel.shared_bytes, times
         about = job.chip, job.plan.schedule, job.problem.cell, kernel.direction
-        rows.append(Row(*about, *usage, list(faults(job, kernel, times)), str(job.problem)))
+        rows.append(Row(*about, *usage, faults(job, kernel, *cycles), str(job.problem)))
     return rows
 
 

@@ -14,7 +14,8 @@ from fusedrnn.kernels.sass import count_kinds, trace
 from fusedrnn.kernels.spec import SPECS
 
 MOST_SPILLED = 64  # bytes of a thread, but none in schedule resident_nvidia
-MOST_RAGGED = 1.6  # times the predicted cycles of a dense step
+#: A ragged step's predicted cycles: so many times a dense one's, and for its loads so many more.
+MOST_RAGGED = 1.15, 160
 COMPILED_CHIPS = ("sm_90", "sm_80", "sm_86", "sm_89", "sm_100", "sm_120")
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 PRODUCTS = ((BF16, "ieee"), (FP16, "ieee"), (FP64, "ieee"))
@@ -125,8 +126,8 @@ def every_plan(chip: str = "sm_90") -> list[Job]:
     return list(found)
 
 
-def faults(found: Job, kernel: Any, times: float = 0.0) -> list[str]:
-    """The faults of a kernel of a job, in words; a step takes so many ``times`` a dense one."""
+def faults(found: Job, kernel: Any, ragged: float = 0.0, dense: float = 0.0) -> list[str]:
+    """The faults of a kernel of a job, in words, given cycles of its steps and of dense ones."""
     chip, chosen = CHIPS[found.chip], found.plan
     allowed, asm = min(chip.shared_bytes, kernel.tiles.shared_bytes), kernel.binary.asm
     wrong = []
@@ -134,8 +135,8 @@ def faults(found: Job, kernel: Any, times: float = 0.0) -> list[str]:
         wrong.append(f"{kernel.spills} bytes spilled")
     if kernel.shared_bytes > allowed:
         wrong.append(f"{kernel.shared_bytes} bytes shared, {allowed} allowed")
-    if times > MOST_RAGGED:
-        wrong.append(f"a ragged step takes {times:.2f} times a dense one")
+    if ragged > MOST_RAGGED[0] * dense + MOST_RAGGED[1]:
+        wrong.append(f"a ragged step takes {ragged:.0f} cycles, a dense one {dense:.0f}")
     if chosen.schedule == "resident_nvidia":
         return wrong + list(_gluon_faults(found.problem, kernel))
     if chosen.schedule == "cooperative":
