@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
@@ -24,13 +25,7 @@ builder = interpreter.interpreter_builder
 
 def shared(tree: Any) -> Any:
     """Moves every tensor of a tuple, list or dict into shared memory, seen by all processes."""
-    if isinstance(tree, torch.Tensor):
-        return tree.contiguous().share_memory_()
-    if isinstance(tree, dict):
-        return {key: shared(value) for key, value in tree.items()}
-    if hasattr(tree, "_fields"):
-        return type(tree)(*map(shared, tree))
-    return type(tree)(map(shared, tree)) if isinstance(tree, (tuple, list)) else tree
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.contiguous().share_memory_(), tree)
 
 
 def run_concurrently(
