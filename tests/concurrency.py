@@ -38,15 +38,9 @@ def run_concurrently(
 ) -> list[str]:
     """Makes all calls at once, each in ``programs`` processes that run one program of its grids.
 
-    Args:
-        launches: each calls launchers on shared tensors.
-        programs: how many programs each grid has.
-        delay: the longest random pause before each store, atomic and load past L1, in seconds.
-        seed: of the pauses.
-        slow: the one program that pauses, always as long as ``delay``; by default all do.
-
-    Returns:
-        what each failed program raised; empty if all came to their end.
+    The launches call launchers on shared tensors. Every program pauses for a random time, up to
+    ``delay`` seconds, before each store, atomic and load past L1; or the program ``slow`` alone
+    does, always for so long. Returns what each failed program raised, nothing if all ended.
     """
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()

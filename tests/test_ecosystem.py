@@ -152,11 +152,7 @@ def test_safetensors_of_tied_weights(tmp_path):
     assert_alike(models[0](x), models[1](x))
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
-@pytest.mark.filterwarnings("ignore:You are using the legacy TorchScript:DeprecationWarning")
-@pytest.mark.filterwarnings("ignore:The feature will be removed:DeprecationWarning:torch.onnx")
-@pytest.mark.filterwarnings("ignore:Exporting a model to ONNX with a batch_size:UserWarning")
+@pytest.mark.filterwarnings("ignore")  # of the exporter, and of the tracer below it
 @pytest.mark.parametrize("cell", ["LSTM", "GRU", "RNN"])
 def test_onnx_by_the_older_exporter(cell, tmp_path):
     """One operator of ONNX for each layer, for all T and B."""
