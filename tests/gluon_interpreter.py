@@ -82,20 +82,12 @@ def _number(value: Any) -> int:
     return int(value.handle.data.item() if hasattr(value, "handle") else value)
 
 
-def split(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    return tl.split(x)  # which the interpreter replaces later
-
-
 def round_to_tf32(x: tl.tensor) -> tl.tensor:
     """To the nearest of 11 significant bits."""
     bits = x.handle.data.view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
     finite = np.isfinite(x.handle.data)
     return tensor(np.where(finite, rounded, x.handle.data), tl.float32)
-
-
-def convert_layout(x: tl.tensor, layout: Any, assert_trivial: bool = False) -> tl.tensor:
-    return x
 
 
 def full(shape: list[int], value: float, dtype: tl.dtype, layout: Any = None) -> tl.tensor:
@@ -110,7 +102,8 @@ def mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: str = ""
 def install() -> None:
     """Replaces Gluon's language for all kernels imported from now on; layouts stay Gluon's."""
     gluon.jit, ampere.mma_v2 = triton.jit, mma_v2
-    gl.arange, gl.full, gl.split, gl.convert_layout = arange, full, split, convert_layout
-    gl.join, gl.set_auto_layout = lambda a, b: tl.join(a, b), lambda x, layout: x
+    gl.arange, gl.full = arange, full
+    gl.split, gl.join = lambda x: tl.split(x), lambda a, b: tl.join(a, b)  # replaced later in tl
+    gl.convert_layout = gl.set_auto_layout = lambda x, *_, **__: x
     gl.allocate_shared_memory, gl.inline_asm_elementwise = Buffer, assembly
     gl.barrier = lambda: None
