@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_map_only
 from triton._C.libtriton import ir
 from triton.runtime import interpreter
 
@@ -24,13 +25,7 @@ builder = interpreter.interpreter_builder
 
 def shared(tree: Any) -> Any:
     """Moves every tensor of a tuple, list or dict into shared memory, seen by all processes."""
-    if isinstance(tree, torch.Tensor):
-        return tree.contiguous().share_memory_()
-    if isinstance(tree, dict):
-        return {key: shared(value) for key, value in tree.items()}
-    if hasattr(tree, "_fields"):
-        return type(tree)(*map(shared, tree))
-    return type(tree)(map(shared, tree)) if isinstance(tree, (tuple, list)) else tree
+    return tree_map_only(torch.Tensor, lambda tensor: tensor.contiguous().share_memory_(), tree)
 
 
 def run_concurrently(
@@ -43,15 +38,9 @@ def run_concurrently(
 ) -> list[str]:
     """Makes all calls at once, each in ``programs`` processes that run one program of its grids.
 
-    Args:
-        launches: each calls launchers on shared tensors.
-        programs: how many programs each grid has.
-        delay: the longest random pause before each store, atomic and load past L1, in seconds.
-        seed: of the pauses.
-        slow: the one program that pauses, always as long as ``delay``; by default all do.
-
-    Returns:
-        what each failed program raised; empty if all came to their end.
+    The launches call launchers on shared tensors. Every program pauses for a random time, up to
+    ``delay`` seconds, before each store, atomic and load past L1; or the program ``slow`` alone
+    does, always for so long. Returns what each failed program raised, nothing if all ended.
     """
     context = multiprocessing.get_context("fork")
     failures = context.SimpleQueue()

@@ -7,6 +7,7 @@ the other, and each as if all of its threads ran in step.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -22,7 +23,7 @@ class Buffer:
     """A tile in shared memory, or a transposed view of one."""
 
     def __init__(
-        self, dtype: tl.dtype, shape: list[int], layout: Any = None, tile: Any = None
+        self, dtype: tl.dtype, shape: Sequence[int], layout: Any = None, tile: Any = None
     ) -> None:
         self.dtype, self.shape = dtype, [int(size) for size in shape]
         self.tile: tl.tensor | None = tile  # if nothing was written a read fails
@@ -33,25 +34,24 @@ class Buffer:
         self.tile = tile
 
     def permute(self, order: tuple[int, ...]) -> Buffer:
-        view = Buffer(self.dtype, [self.shape[axis] for axis in order])
-        view.tile = tl.permute(self.tile, order)
-        return view
+        shape = [self.shape[axis] for axis in order]
+        return Buffer(self.dtype, shape, tile=tl.permute(self.tile, order))
 
     def slice(self, start: int, length: int, dim: int = 0) -> Buffer:
-        shape = [int(length) if n == int(dim) else size for n, size in enumerate(self.shape)]
-        view = Buffer(self.dtype, shape)
         data = self.tile.handle.data.take(range(int(start), int(start + length)), int(dim))
-        view.tile = tl.tensor(TensorHandle(data, self.dtype), tl.block_type(self.dtype, view.shape))
-        return view
+        return Buffer(self.dtype, data.shape, tile=tensor(data, self.dtype))
 
     def load(self, layout: Any) -> tl.tensor:
         return self.tile
 
 
+def tensor(data: np.ndarray, dtype: tl.dtype) -> tl.tensor:
+    return tl.tensor(TensorHandle(data, dtype), tl.block_type(dtype, list(data.shape)))
+
+
 def arange(start: int, stop: int, layout: Any = None) -> tl.tensor:
     """Unlike ``tl.arange``, for a single number too."""
-    data = np.arange(int(start), int(stop), dtype=np.int32)
-    return tl.tensor(TensorHandle(data, tl.int32), tl.block_type(tl.int32, list(data.shape)))
+    return tensor(np.arange(int(start), int(stop), dtype=np.int32), tl.int32)
 
 
 def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) -> tl.tensor:
@@ -61,12 +61,10 @@ def assembly(code: str, constraints: str, args: list, dtype: tl.dtype, *_: Any) 
         return poll(*args)
     if "red.release" in code:
         return tl.atomic_add(x, 1, sem="release", scope="gpu")
-    name = code.partition(".")[0]
-    if name == "cvt":
-        return round_to_tf32(x)
-    if name == "and":
+    if code.startswith("and"):
         return tl.where(args[1] == 0, 0.0, x)
-    return {"ex2": tl.exp2, "rcp": lambda value: 1.0 / value, "bar": lambda value: value}[name](x)
+    unary = {"ex2": tl.exp2, "rcp": lambda x: 1.0 / x, "bar": lambda x: x, "cvt": round_to_tf32}
+    return unary[code.partition(".")[0]](x)
 
 
 def poll(one: Any, other: Any, target: Any, others: Any, patience: Any, count: Any) -> tl.tensor:
@@ -84,20 +82,12 @@ def _number(value: Any) -> int:
     return int(value.handle.data.item() if hasattr(value, "handle") else value)
 
 
-def split(x: tl.tensor) -> tuple[tl.tensor, tl.tensor]:
-    return tl.split(x)  # which the interpreter replaces later
-
-
 def round_to_tf32(x: tl.tensor) -> tl.tensor:
     """To the nearest of 11 significant bits."""
     bits = x.handle.data.view(np.uint32)
     rounded = ((bits + np.uint32(0x1000)) & np.uint32(0xFFFFE000)).view(np.float32)
     finite = np.isfinite(x.handle.data)
-    return tl.tensor(TensorHandle(np.where(finite, rounded, x.handle.data), tl.float32), x.type)
-
-
-def convert_layout(x: tl.tensor, layout: Any, assert_trivial: bool = False) -> tl.tensor:
-    return x
+    return tensor(np.where(finite, rounded, x.handle.data), tl.float32)
 
 
 def full(shape: list[int], value: float, dtype: tl.dtype, layout: Any = None) -> tl.tensor:
@@ -112,7 +102,8 @@ def mma_v2(a: tl.tensor, b: tl.tensor, acc: tl.tensor, input_precision: str = ""
 def install() -> None:
     """Replaces Gluon's language for all kernels imported from now on; layouts stay Gluon's."""
     gluon.jit, ampere.mma_v2 = triton.jit, mma_v2
-    gl.arange, gl.full, gl.split, gl.convert_layout = arange, full, split, convert_layout
-    gl.join, gl.set_auto_layout = lambda a, b: tl.join(a, b), lambda x, layout: x
+    gl.arange, gl.full = arange, full
+    gl.split, gl.join = lambda x: tl.split(x), lambda a, b: tl.join(a, b)  # replaced later in tl
+    gl.convert_layout = gl.set_auto_layout = lambda x, *_, **__: x
     gl.allocate_shared_memory, gl.inline_asm_elementwise = Buffer, assembly
     gl.barrier = lambda: None

@@ -56,11 +56,9 @@ def packed(enforce_sorted: bool = False, lengths=(3, 4, 1), dtype=torch.float64)
 def states_for(module: nn.Module, *middle: int) -> Tensor | tuple[Tensor, Tensor]:
     """Returns a random hx, with ``middle`` between layers and columns."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    dtype = module.weight_hh_l0.dtype
-    h = torch.randn(rows, *middle, module.proj_size or module.hidden_size, dtype=dtype)
-    if module.mode != "LSTM":
-        return h
-    return h, torch.randn(rows, *middle, module.hidden_size, dtype=dtype)
+    sizes = (module.proj_size or module.hidden_size, module.hidden_size)
+    h, c = (torch.randn(rows, *middle, n, dtype=module.weight_hh_l0.dtype) for n in sizes)
+    return (h, c) if module.mode == "LSTM" else h
 
 
 def leaves(tree) -> list[Tensor]:

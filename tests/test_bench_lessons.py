@@ -36,15 +36,11 @@ def test_a_forecast_that_is_fed_back_sees_one_window_of_the_test_part():
 
 
 @torch.no_grad()
-def test_the_steps_by_hand_are_those_of_the_cells():
-    lstm, gru = fusedrnn.LSTMCell(3, 5), fusedrnn.GRUCell(3, 5, reset_after=False)
-    x, h, c = torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 5)
+def test_the_step_by_hand_is_that_of_the_lstm():
+    """That of the GRU is the one that all GRUs are compared with, in ``models.py``."""
+    lstm, x, h, c = fusedrnn.LSTMCell(3, 5), torch.randn(2, 3), torch.randn(2, 5), torch.randn(2, 5)
     *_, h_1, c_1 = by_hand.lstm_step(x, h, c, *lstm.parameters())
     torch.testing.assert_close((h_1, c_1), lstm(x, (h, c)))
-    got = by_hand.gru_step(x, h, *gru.parameters())
-    torch.testing.assert_close(got, gru(x, h))
-    gru.reset_after = True
-    assert (got - gru(x, h)).abs().max() > 1e-3
 
 
 @pytest.mark.parametrize("cell", ["RNN", "GRU", "LSTM"])

@@ -33,11 +33,19 @@ def test_help(command, capsys):
         (("study",), "the following arguments are required: --hidden"),
         (("study", "--hidden", "0"), "--hidden: 0 is not positive"),
         (("study", "--hidden", "x"), "--hidden: invalid positive value: 'x'"),
+        (("study", "--hidden", "4096", "--schedule", "resident"), "no plan: schedule resident"),
+        (("study", "--hidden", "99999999"), "no GPU has memory for the weights"),
+        (("study", "--hidden", "64", "--batch", "999999999999"), "no GPU has memory"),
+        (("study", "--hidden", "64", "--out", "/dev/null/x"), "x cannot be made: Not a directory"),
+        (("study", "--hidden", "64", "--cell", "gru"), "TRITON_INTERPRET is set"),
     ],
 )
-def test_a_wrong_command_line_ends_with_a_sentence(arguments, sentence, capsys):
+def test_a_wrong_command_line_ends_with_a_sentence(arguments, sentence, monkeypatch, capsys):
+    monkeypatch.setenv("TRITON_INTERPRET", str(int("INTERPRET" in sentence)))
     assert ends(*arguments) == 2
-    assert sentence in capsys.readouterr().err
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert sentence in printed.err.splitlines()[-1]
 
 
 @pytest.mark.parametrize(("text", "code"), [("WRONG resident", 1), ("a line: WRONG", 0)])

@@ -84,34 +84,24 @@ def test_forward_and_backward(name):
     assert sent == [False] * count
 
 
-PLANTED = {
-    "item": lambda t: t.sum().item(),
-    "truth": lambda t: bool(t.any()),
-    "list": lambda t: t.tolist(),
-    "copy": lambda t: t.cpu(),
-    "array": lambda t: t.numpy(),
-    "nonzero": lambda t: torch.nonzero(t),
-    "where": lambda t: torch.where(t > 0),
-    "mask": lambda t: t[t > 0],
-    "repeat": lambda t: torch.repeat_interleave(t.flatten().long().abs()),
-}
-WHERE = [(functional, "rnn_stack"), (stack, "forward_alone"), (stack, "backward")]
-
-
-@pytest.mark.parametrize("look", PLANTED)
-def test_a_planted_look_is_found(look, monkeypatch):
-    where = WHERE[list(PLANTED).index(look) % 3]
-    real, looks = getattr(*where), []
+@pytest.mark.parametrize(
+    ("module", "name", "look"),
+    [
+        (functional, "rnn_stack", lambda t: t.cpu()),
+        (stack, "forward_alone", lambda t: t.sum().item()),
+        (stack, "backward", torch.nonzero),
+    ],
+)
+def test_a_planted_look_is_found(module, name, look, monkeypatch):
+    real = getattr(module, name)
 
     def curious(input, *args, **options):
-        looks.append(look)
-        PLANTED[look](getattr(input, "input", input).detach())
+        look(getattr(input, "input", input).detach())
         return real(input, *args, **options)
 
-    module, x = build("rnn_tanh", dtype=FP32).to("meta"), torch.randn(T, B, 3, device="meta")
+    rnn, x = build("rnn_tanh", dtype=FP32).to("meta"), torch.randn(T, B, 3, device="meta")
     with on_device():
-        module(x)[0].sum().backward()
-        monkeypatch.setattr(*where, curious)
-        with pytest.raises((RuntimeError, TypeError)):  # NotImplementedError is a RuntimeError
-            module(x)[0].sum().backward()
-    assert looks
+        rnn(x)[0].sum().backward()  # from now on its plan is known
+        monkeypatch.setattr(module, name, curious)
+        with pytest.raises(RuntimeError, match="meta"):
+            rnn(x)[0].sum().backward()

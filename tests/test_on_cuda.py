@@ -26,11 +26,6 @@ ROUTES = {
     "stepwise": (16, torch.float64, "triton"),
     "loop": (16, torch.float32, "torch"),
 }
-OPTIONS = ("dense", "lengths", "reset", "both")
-
-routes = pytest.mark.parametrize("route", ROUTES)
-#: The loop reads lengths on the host.
-kernels = pytest.mark.parametrize("route", [r for r in ROUTES if r != "loop"])
 
 
 @pytest.fixture(autouse=True)
@@ -56,9 +51,8 @@ def given(module, device, option="dense"):
     hx = as_hx(states_for(module, B, dtype))
     lengths = torch.tensor([70, 0, 33, 1, 64, 2], device=device)
     reset = torch.rand(T, B, device=device) < 0.3
-    options = {"lengths": lengths} if option in ("lengths", "both") else {}
-    options |= {"reset": reset} if option in ("reset", "both") else {}
-    return x, hx, options
+    options = {"lengths": lengths, "reset": reset}
+    return x, hx, {name: value for name, value in options.items() if option in (name, "both")}
 
 
 def train(module, x, hx, options):
@@ -77,19 +71,8 @@ def on_route(route):
         yield
 
 
-def warmed_up(run):
-    """The results of a run, after others on a side stream, as capture asks for."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(3):  # kernels compile, cuBLAS makes its handles
-            results = run()
-    torch.cuda.current_stream().wait_stream(stream)
-    return results
-
-
-@kernels
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("route", [r for r in ROUTES if r != "loop"])  # lengths are on the device
+@pytest.mark.parametrize("option", ["dense", "lengths", "reset", "both"])
 @pytest.mark.parametrize("recompute", [False, True])
 def test_a_users_graph_of_a_training_step(route, option, recompute, device):
     """A wait for the device, too, would end the capture."""
@@ -97,8 +80,12 @@ def test_a_users_graph_of_a_training_step(route, option, recompute, device):
     x, hx, options = given(module, device, option)
     with on_route(route):
         run = lambda: train(module, x, hx, options)  # noqa: E731
-        warmed_up(run)
-        graph = torch.cuda.CUDAGraph()
+        stream, graph = torch.cuda.Stream(), torch.cuda.CUDAGraph()
+        stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(stream):
+            for _ in range(3):  # kernels compile, cuBLAS makes its handles
+                run()
+        torch.cuda.current_stream().wait_stream(stream)
         with torch.cuda.graph(graph):
             results = run()
         for _ in range(2):
@@ -125,7 +112,7 @@ def test_a_restored_generator_gives_the_same_masks(route, device):
         assert torch.equal(module(x)[0], other)
 
 
-@routes
+@pytest.mark.parametrize("route", ROUTES)
 def test_a_side_stream(route, device):
     """Work of a stream waits for that stream alone, and backward runs where forward ran."""
     module = make(route, device)

@@ -2,21 +2,17 @@
 
 import os
 import shutil
-import subprocess
-import sys
 import sysconfig
 import tarfile
-import venv
 import zipfile
 from email.parser import HeaderParser
 from pathlib import Path
 
 import pytest
-from processes import ROOT
+from processes import ROOT, python
 
 import fusedrnn
 
-PACKAGE = ROOT / "fusedrnn"
 # Under pytest-xdist one group runs in one process, which builds once.
 pytestmark = pytest.mark.xdist_group("packaging")
 BUILD = "import sys; from setuptools import build_meta; build_meta.build_{}(sys.argv[1])"
@@ -30,52 +26,39 @@ print(tuple(fusedrnn.LSTM(3, 4)(torch.zeros(5, 2, 3))[0].shape))
 """
 
 
-def run(*command: object, cwd: Path) -> str:
-    """Runs without this process's PYTHONPATH, which would find the checkout."""
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
-    words = [str(word) for word in command]
-    done = subprocess.run(words, cwd=cwd, env=environment, capture_output=True, text=True)
+def run(*arguments: object, cwd: Path, path: str | None = None) -> str:
+    """Runs Python without this process's PYTHONPATH, which would find the checkout."""
+    done = python(*arguments, cwd=cwd, PYTHONPATH=path)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
 
-def build(kind: str, source: Path, target: Path) -> Path:
-    """Builds "wheel" or "sdist" of a source tree with setuptools."""
-    target.mkdir()
-    run(sys.executable, "-c", BUILD.format(kind), target, cwd=source)
-    (made,) = target.iterdir()
-    return made
-
-
 @pytest.fixture(scope="module")
-def sdist(tmp_path_factory) -> Path:
-    folder = tmp_path_factory.mktemp("sdist")
+def built(tmp_path_factory) -> tuple[Path, Path]:
+    """The sdist, and the wheel that is built from it."""
+    folder = tmp_path_factory.mktemp("build")
+
+    def build(kind: str, source: Path) -> Path:
+        (folder / kind).mkdir()
+        run("-c", BUILD.format(kind), folder / kind, cwd=source)
+        (made,) = (folder / kind).iterdir()
+        return made
+
     ignore = shutil.ignore_patterns(".*", "__pycache__", "*.egg-info", "build", "dist", "results")
     shutil.copytree(ROOT, folder / "checkout", symlinks=True, ignore=ignore)
-    return build("sdist", folder / "checkout", folder / "dist")
+    sdist = build("sdist", folder / "checkout")
+    shutil.unpack_archive(sdist, folder, filter="data")
+    return sdist, build("wheel", folder / sdist.name.removesuffix(".tar.gz"))
 
 
-@pytest.fixture(scope="module")
-def wheel(sdist, tmp_path_factory) -> Path:
-    """The wheel that is built from the sdist."""
-    folder = tmp_path_factory.mktemp("wheel")
-    with tarfile.open(sdist) as archive:
-        archive.extractall(folder, filter="data")
-    return build("wheel", folder / sdist.name.removesuffix(".tar.gz"), folder / "dist")
-
-
-def modules() -> set[str]:
-    """Returns every module and table of the checkout by the path it has in a wheel."""
-    paths = [p for kind in ("*.py", "kernels/*.py", "kernels/*.csv") for p in PACKAGE.glob(kind)]
-    return {path.relative_to(ROOT).as_posix() for path in paths}
-
-
-def test_wheel_holds_the_package_and_needs_torch_alone(wheel):
+def test_wheel_holds_the_package_and_needs_torch_alone(built):
+    _, wheel = built
     with zipfile.ZipFile(wheel) as archive:
         texts = {name: archive.read(name) for name in archive.namelist()}
     package = {name: text for name, text in texts.items() if ".dist-info/" not in name}
-    assert package.keys() == modules() | {"fusedrnn/py.typed"}
-    assert package == {name: (ROOT / name).read_bytes() for name in package}
+    kinds = ("*.py", "kernels/*.py", "kernels/*.csv", "py.typed")
+    paths = [path for kind in kinds for path in (ROOT / "fusedrnn").glob(kind)]
+    assert package == {path.relative_to(ROOT).as_posix(): path.read_bytes() for path in paths}
     assert wheel.name == f"fusedrnn-{fusedrnn.__version__}-py3-none-any.whl"
     assert any(name.endswith("/licenses/LICENSE") for name in texts)
     (name,) = [name for name in texts if name.endswith(".dist-info/METADATA")]
@@ -84,25 +67,19 @@ def test_wheel_holds_the_package_and_needs_torch_alone(wheel):
     assert [need.partition(">=")[0] for need in always] == ["torch"]
 
 
-def test_sdist_holds_kernels_as_files_and_no_tests(sdist):
-    with tarfile.open(sdist) as archive:
+def test_sdist_holds_kernels_as_files_and_no_tests(built):
+    with tarfile.open(built[0]) as archive:
         members = {member.name.partition("/")[2]: member for member in archive.getmembers()}
-    files = {name for name, member in members.items() if member.isfile()}
     assert not [name for name, member in members.items() if member.issym() or member.islnk()]
-    assert files >= modules() | {"LICENSE", "README.md", "CHANGELOG.md", "pyproject.toml"}
-    assert not [name for name in files if name.startswith(("tests/", "bench/", "kernels/"))]
+    assert members.keys() >= {"fusedrnn/kernels/plan.py", "README.md", "CHANGELOG.md"}
+    assert not [name for name in members if name.startswith(("tests", "bench", "kernels"))]
 
 
-def test_wheel_installs_into_an_empty_environment(wheel, tmp_path):
-    """The new environment borrows torch, but nothing of this one's fusedrnn."""
-    venv.create(tmp_path / "venv", with_pip=False)
-    python = tmp_path / "venv" / "bin" / "python"
-    where = "import site; print(site.getsitepackages()[0])"
-    site = Path(run(python, "-c", where, cwd=tmp_path).strip())
-    pip = [sys.executable, "-m", "pip", "--python", python]
-    run(*pip, "install", "--no-index", "--no-deps", wheel, cwd=tmp_path)
-    # A line in a .pth file adds the folder, but not what the .pth files in that folder add.
-    (site / "borrowed.pth").write_text(sysconfig.get_path("purelib") + "\n")
-    place, version, shape = run(python, "-c", USE, cwd=tmp_path).splitlines()
-    assert place == str(site / "fusedrnn" / "__init__.py")
+def test_wheel_installs_and_runs(built, tmp_path):
+    """Beside torch, but without the .pth files that lead to the checkout."""
+    pip = ("-m", "pip", "install", "--no-index", "--no-deps", "--target", tmp_path)
+    run(*pip, built[1], cwd=tmp_path)
+    path = os.pathsep.join([str(tmp_path), sysconfig.get_path("purelib")])
+    place, version, shape = run("-S", "-c", USE, cwd=tmp_path, path=path).splitlines()
+    assert place == str(tmp_path / "fusedrnn" / "__init__.py")
     assert (version, shape) == (fusedrnn.__version__, "(5, 2, 4)")

@@ -10,24 +10,17 @@ from fusedrnn.kernels.plan import cooperative, plan, plan_stack
 from fusedrnn.kernels.problem import Chip, NoPlan, _chip_of, chip_of, give_up
 
 GPU = {"name": "GPU", "multi_processor_count": 9, "shared_memory_per_block": 49_152}
+TOLD = {"major": 9, "shared_memory_per_block_optin": 99_328, "clock_rate": 1_500_000}
+TOLD_BY_AMD = {"major": 9, "warp_size": 64, "gcnArchName": "gfx942:sramecc+:xnack-"}
 
 
 @pytest.mark.parametrize(
     ("found", "hip", "want"),
     [
-        (
-            {"major": 9, "shared_memory_per_block_optin": 99_328, "clock_rate": 1_500_000},
-            None,
-            Chip("GPU", "sm_90", 9, 99_328, mhz=1500.0),
-        ),
+        (TOLD, None, Chip("GPU", "sm_90", 9, 99_328, mhz=1500.0)),
         ({"major": 8}, None, Chip("GPU", "sm_80", 9, 49_152, mhz=1410.0)),
-        (
-            {"major": 9, "warp_size": 64, "gcnArchName": "gfx942:sramecc+:xnack-"},
-            "6.4",
-            Chip("GPU", "gfx942", 9, 49_152, 64),
-        ),
+        (TOLD_BY_AMD, "6.4", Chip("GPU", "gfx942", 9, 49_152, 64)),
     ],
-    ids=["all that torch may tell", "less", "AMD"],
 )
 def test_a_chip_as_torch_describes_it(found, hip, want, monkeypatch):
     properties = SimpleNamespace(**{"minor": 0, "warp_size": 32} | GPU | found)
@@ -43,27 +36,22 @@ def test_kinds_of_products():
     assert problem(dtype=FP32).kind(AMD) == "ieee"  # AMD's have no tf32
 
 
-def test_a_device_that_refused_is_not_asked_again(monkeypatch):
+def test_what_failed_on_a_device_is_planned_no_more(monkeypatch):
+    """A schedule, or the kernels of a cell, H and dtype."""
     monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
-    device = torch.device("cpu")
-    give_up(device, "cooperative", "too many programs")
-    refusing = H100._replace(failed=chip_of(device).failed)
-    with pytest.raises(NoPlan, match=r"^too many programs$"):
-        cooperative(problem(), refusing)
-    assert plan(problem(hidden_size=256), refusing).schedule == "stepwise"
-
-
-def test_a_layer_whose_kernels_failed_is_planned_no_more(monkeypatch):
-    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
-    device, asked, forgotten = torch.device("cpu"), problem(), []
+    devices, asked, forgotten = (torch.device("cpu"), torch.device("meta")), problem(), []
     monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
-    give_up(device, (asked.cell, asked.hidden_size, asked.dtype), "no compiler")
-    with pytest.raises(NoPlan, match=r"^no compiler$"):
-        plan_stack(asked, chip_of(device))
-    assert plan_stack(asked._replace(hidden_size=32), chip_of(device))
-    give_up(torch.device("meta"), "cooperative", "too many programs")
+    give_up(devices[0], (asked.cell, asked.hidden_size, asked.dtype), "no compiler")
+    give_up(devices[1], "cooperative", "too many programs")
     assert len(forgotten) == 2  # what was decided before
-    assert plan_stack(asked, chip_of(torch.device("meta")))
+    uncompiled, refusing = (H100._replace(failed=chip_of(device).failed) for device in devices)
+    with pytest.raises(NoPlan, match=r"^no compiler$"):
+        plan_stack(asked, uncompiled)
+    assert plan_stack(asked._replace(hidden_size=32), uncompiled)
+    with pytest.raises(NoPlan, match=r"^too many programs$"):
+        cooperative(asked, refusing)
+    assert plan(asked._replace(hidden_size=256), refusing).schedule == "stepwise"
+    assert plan_stack(asked, refusing)
 
 
 @pytest.mark.parametrize(("backend", "sms"), [("gloo", 132), ("cpu:gloo,cuda:nccl", 100)])

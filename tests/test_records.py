@@ -5,8 +5,7 @@ import torch
 from test_dispatch import facts
 from test_stack import config_of, inputs_of
 
-from fusedrnn.kernels.tensors import Weights
-from fusedrnn.records import Layers, StackConfig
+from fusedrnn.records import Layers
 
 
 def test_facts_that_follow_from_others():
@@ -38,14 +37,3 @@ def test_inputs_are_cast_all_alike_and_only_where_they_differ(cell):
     assert {tensor.dtype for tensor in tensors} == {torch.float16}
     assert half.dropout_masks is inputs.dropout_masks
     assert half.cast(torch.float16).h_0 is half.h_0
-
-
-def test_weights_are_grouped_in_torchs_order():
-    params = list(torch.nn.LSTM(3, 5, 2, bidirectional=True, proj_size=2).parameters())
-    config = StackConfig("lstm", "torch", True, 2, True, "ieee")
-    (first, second), above = config.group(params)
-    assert second == Weights(*params[5:10])
-    assert first.w_hr is params[4]
-    assert above[1].w_ih is params[15]
-    without = config._replace(has_bias=False, num_layers=1).group(params[:4])
-    assert without[0][1] == Weights(*params[2:4], None, None)

@@ -7,7 +7,6 @@ from functools import cache
 import pytest
 from processes import python
 
-from fusedrnn.__main__ import main
 from fusedrnn.kernels.sass import read, run_tool, trace
 
 # One process makes the reports for all tests.
@@ -79,25 +78,3 @@ def test_the_protocol_is_compiled_as_its_proof_has_it(reports, direction):
     assert polls
     assert len(re.findall(r"MEMBAR\.\w+\.GPU(?s:.{1,200}?)REDG\.E\.ADD\.STRONG\.GPU", sass)) == adds
     assert len(re.findall(r" LDG\.E\.STRONG\.GPU[^\n]*\n[^\n]*CCTL\.IVALL", sass)) == polls
-
-
-@pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (("--hidden", "4096", "--schedule", "resident"), "no plan: "),
-        (("--hidden", "99999999"), "no GPU has memory for the weights"),
-        (("--hidden", "64", "--batch", "999999999999"), "no GPU has memory for the weights"),
-        (("--hidden", "64"), "below cannot be made: Not a directory"),
-        (("--hidden", "64", "--cell", "gru"), "TRITON_INTERPRET is set"),
-    ],
-)
-def test_a_study_that_is_impossible_is_one_sentence(
-    options, message, tmp_path, monkeypatch, capsys
-):
-    monkeypatch.setenv("TRITON_INTERPRET", str(int("INTERPRET" in message)))
-    (tmp_path / "file").write_text("")
-    with pytest.raises(SystemExit) as ended:
-        main(["study", *options, "--out", str(tmp_path / "file" / "below")])
-    out, err = capsys.readouterr()
-    assert (ended.value.code, out) == (2, "")
-    assert message in err.splitlines()[-1]

@@ -7,7 +7,7 @@ import ctypes
 import os
 import shutil
 import subprocess
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ REFUSED, ILLEGAL_ACCESS, STREAM = 720, 700, 7
 _INTEGER, _POINTER = (1 << 32) - 1, (1 << 64) - 1  # the bits that count
 
 
-def environment(folder: Path, **variables: str) -> dict[str, str]:
+def environment(folder: Path) -> dict[str, str]:
     """Builds the driver in a folder; returns the environment of a process that uses it."""
     import triton
 
@@ -35,12 +35,12 @@ def environment(folder: Path, **variables: str) -> dict[str, str]:
         "PYTHONPATH": os.pathsep.join(filter(None, paths)),
     }
     rest = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    return rest | own | variables
+    return rest | own
 
 
-def compiler_of(environment: Mapping[str, str] = os.environ) -> str | None:
+def compiler_of() -> str | None:
     """Returns the C compiler that Triton would use, which the driver needs too."""
-    names = (environment.get("CC"), "clang", "gcc", "cc")
+    names = (os.environ.get("CC"), "clang", "gcc", "cc")
     return next(filter(None, (shutil.which(name) for name in names if name)), None)
 
 
