@@ -191,11 +191,10 @@ def _cooperative_bwd_kernel(
     W: tl.constexpr = len(CELL.tiles) * TILE.H  # of a row of dgates
     LAST: tl.constexpr = TILE.L * TILE.D - 1
     # Numbered from the last layer down, so that a program is scheduled after those it waits for.
-    z = LAST - tl.program_id(2)
-    program = exchange.program_of(layers, z, T, B, R, first_tile, TILE)
+    program = exchange.program_of(layers, LAST - tl.program_id(2), T, B, R, first_tile, TILE)
     partners = tl.num_programs(0)
-    counter, slots = exchange.group_of(shared, z, B, first_tile, TILE)
-    w_hh = slices.load_slices(choose(layers.w_hh, z), 0, P, CELL, TILE)
+    counter, slots = exchange.group_of(shared, program.z, B, first_tile, TILE)
+    w_hh = slices.load_slices(choose(layers.w_hh, program.z), 0, P, CELL, TILE)
 
     places = (steps.place_of(layers, program, T - 1), steps.place_of(layers, program, T - 2))
     d_state = widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
@@ -203,11 +202,11 @@ def _cooperative_bwd_kernel(
     now, places = _load_next(layers, grads, program, T - 1, places, CELL, TILE)
     dy = ()
     if TILE.L > 1:
-        z_above = tl.minimum(z + 1, LAST)
+        z_above = tl.minimum(program.z + 1, LAST)
         (w_ih,) = slices.load_slices(choose(layers.w_ih, z_above), P, P + 1, CELL, TILE)
         above, _ = exchange.group_of(shared, z_above, B, first_tile, TILE)
         rows_above = grads.gates + z_above.to(tl.int64) * R * W
-        per_step = tl.where(z < LAST, partners * P, 0)  # publications to wait for
+        per_step = tl.where(program.z < LAST, partners * P, 0)  # publications to wait for
         exchange.wait(above, per_step, patience)
         x = slices.fetch_rows(rows_above, None, program, T - 1, places[0], W, TILE)
         dy = slices.multiply(w_ih, x, slices.zero_accs(1, TILE), 0, TILE)
