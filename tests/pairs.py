@@ -1,13 +1,19 @@
-"""Pairs of torch's module and ours with the same weights, and runs that are compared."""
+"""Pairs of torch's module and ours with the same weights, of one size; runs that are compared."""
 
 import io
 
 import torch
-from sizes import B, H, I, T
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
 import fusedrnn
+
+T, B, I, H = 4, 3, 3, 5
+NAMES = ("LSTM", "GRU", "RNN")
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+LENGTHS = torch.tensor([4, 1, 3])
+RESET = torch.zeros(T, B, dtype=torch.bool)
+RESET[[0, 1, 2], [1, 0, 2]] = True
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, **kwargs) -> tuple[nn.Module, nn.Module]:
@@ -56,8 +62,8 @@ def packed(enforce_sorted: bool = False, lengths=(3, 4, 1), dtype=torch.float64)
 def states_for(module: nn.Module, *middle: int) -> Tensor | tuple[Tensor, Tensor]:
     """Returns a random hx, with ``middle`` between layers and columns."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    sizes = (module.proj_size or module.hidden_size, module.hidden_size)
-    h, c = (torch.randn(rows, *middle, n, dtype=module.weight_hh_l0.dtype) for n in sizes)
+    H, P, weight = module.hidden_size, module.proj_size, module.weight_hh_l0
+    h, c = (torch.randn(rows, *middle, n, dtype=torch.float64).to(weight) for n in (P or H, H))
     return (h, c) if module.mode == "LSTM" else h
 
 

@@ -8,8 +8,7 @@ import re
 
 import pytest
 import torch
-from pairs import packed
-from sizes import LENGTHS, RESET
+from pairs import LENGTHS, RESET, packed
 from torch import Tensor, nn, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 

@@ -8,8 +8,7 @@ import copy
 
 import pytest
 import torch
-from pairs import build, gradients, leaves, states_for
-from sizes import B, H, I, T
+from pairs import B, H, I, T, build, gradients, leaves, states_for
 
 import fusedrnn
 from fusedrnn import dispatch

@@ -5,8 +5,7 @@ On `auto` the CPU runs torch's operator; the loop and the kernels draw their mas
 
 import pytest
 import torch
-from pairs import assert_close, batch, build, leaves, packed
-from sizes import LENGTHS, NAMES, RESET
+from pairs import LENGTHS, NAMES, RESET, assert_close, batch, build, leaves, packed
 from torch import Tensor, nn
 
 import fusedrnn

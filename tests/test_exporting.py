@@ -6,8 +6,8 @@ import io
 import pytest
 import test_torch_compile
 import torch
+from pairs import H, I
 from processes import python
-from sizes import H, I
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn

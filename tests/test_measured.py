@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pairs import batch, packed
-from sizes import LENGTHS, H, I
+from pairs import LENGTHS, H, I, batch, packed
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn

@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 import torch
-from pairs import input_of, output_of, reloaded
-from sizes import CELLS, NAMES
+from pairs import CELLS, NAMES, input_of, output_of, reloaded
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 

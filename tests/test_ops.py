@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from pairs import assert_close, batch, build, leaves, states_for
-from sizes import LENGTHS, NAMES, RESET, B, H, I, T
+from pairs import LENGTHS, NAMES, RESET, B, H, I, T, assert_close, batch, build, leaves, states_for
 from test_stack import config_of, inputs_of
 from torch import nn
 from torch.autograd import forward_ad

@@ -7,8 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from pairs import input_of, output_of, reloaded, saved
-from sizes import CELLS, NAMES
+from pairs import CELLS, NAMES, input_of, output_of, reloaded, saved
 from test_modules import WRAPS
 from torch import nn
 from torch.nn.utils import parametrize

@@ -15,7 +15,7 @@ def compare(cell, form, backend, dtype, tolerance, shape=(2, 2), **options):
     """Compares a module with the same one that computes its gates again."""
     plain, again = (build(cell, *shape, dtype, recompute=r, **options) for r in (False, True))
     again.load_state_dict(plain.state_dict())
-    x, hx, found = torch.randn(T, B, I), states_for(plain, B, dtype), []
+    x, hx, found = torch.randn(T, B, I), states_for(plain, B), []
     for module in (again, plain):
         torch.manual_seed(1)  # the dropout masks
         found.append(everything(runner(backend, form), module, x, hx, dtype))

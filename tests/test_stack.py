@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from sizes import B, H, I, T
+from pairs import B, H, I, T
 from torch.utils._pytree import tree_map
 
 from fusedrnn import layer, stack

@@ -9,10 +9,8 @@ from test_equivalence import LAYOUTS, LENGTHS, MODULES, RESET, build, states_for
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence, pad_sequence
 
 import fusedrnn
-from fusedrnn import reference
 from fusedrnn import states as states_module
 from fusedrnn.arguments import as_hx
-from fusedrnn.kernels.tensors import Weights
 from fusedrnn.testing import assert_budget
 
 T, B, I, H = *RESET.shape, 3, 5
@@ -29,14 +27,35 @@ def inputs_of(module):
     return x, tuple(state.requires_grad_() for state in states_for(module, B))
 
 
+def step(cell, x, h, c, weights):
+    """Returns h, c and the gates after one step, from the equations of the textbook."""
+    w_ih, w_hh, b_ih, b_hh = weights
+    of_x, of_h = F.linear(x, w_ih, b_ih), F.linear(h, w_hh, b_hh)
+    if cell == "lstm":
+        i, f, g, o = (of_x + of_h).chunk(4)
+        gates = {"i": i.sigmoid(), "f": f.sigmoid(), "g": g.tanh(), "o": o.sigmoid()}
+        c = gates["f"] * c + gates["i"] * gates["g"]
+        return gates["o"] * c.tanh(), c, gates
+    if cell.startswith("rnn"):
+        return getattr(torch, cell[4:])(of_x + of_h), None, {}
+    (x_r, x_z, x_n), (h_r, h_z, h_n) = of_x.chunk(3), of_h.chunk(3)
+    r, z = (x_r + h_r).sigmoid(), (x_z + h_z).sigmoid()
+    if cell == "gru_reset_before":
+        h_n, r_n = F.linear(r * h, w_hh.chunk(3)[2], b_hh.chunk(3)[2]), 1.0
+    else:
+        r_n = r
+    n = (x_n + r_n * h_n).tanh()
+    return (1 - z) * n + z * h, None, {"r": r, "z": z, "n": n}
+
+
 def stepped(module, x, hx, lengths=None, reset=None):
     """Returns every state and gate by name, such as ``f[0][1]``, each sequence by itself."""
     cell, zero, named = module._cell, x.new_zeros(H), {}
     for layer in range(module.num_layers):
         for d in range(1 + module.bidirectional):
             suffix = f"_l{layer}" + ("_reverse" if d else "")
-            names = "weight_ih", "weight_hh", "bias_ih", "bias_hh"
-            weights = Weights(*(getattr(module, name + suffix) for name in names))
+            names = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")
+            weights = [getattr(module, name + suffix) for name in names]
             row = layer * (1 + module.bidirectional) + d
             parts = ["h", *(["c"] if cell == "lstm" else []), *GATES.get(cell, "")]
             found = {part: [[zero] * x.shape[1] for _ in range(len(x))] for part in parts}
@@ -47,11 +66,10 @@ def stepped(module, x, hx, lengths=None, reset=None):
                     border = t if d == 0 else t + 1
                     if reset is not None and border < n and reset[border, b]:
                         h, c = zero, zero
-                    gx = F.linear(x[t, b], weights.w_ih, weights.b_ih)
-                    h, c, gates = reference.CELLS[cell](gx, h, c, weights)
-                    of_step = {"h": h, "c": c} | dict(zip(GATES.get(cell, ""), gates, strict=False))
-                    for part in found:
-                        found[part][t][b] = of_step[part]
+                    h, c, gates = step(cell, x[t, b], h, c, weights)
+                    for part, value in ({"h": h, "c": c} | gates).items():
+                        if part in found:
+                            found[part][t][b] = value
             for part, rows in found.items():
                 named[f"{part}[{layer}][{d}]"] = torch.stack([torch.stack(row) for row in rows])
         x = torch.cat([named[f"h[{layer}][{d}]"] for d in range(1 + module.bidirectional)], -1)

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from sizes import H, I
+from pairs import H, I
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils.rnn import pack_padded_sequence
 from torch.utils._pytree import tree_leaves
