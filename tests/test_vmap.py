@@ -7,6 +7,7 @@ from itertools import product
 
 import pytest
 import torch
+from pairs import assert_close
 from test_reference import reference_of
 from torch.autograd import forward_ad
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, jvp, vjp
@@ -54,11 +55,6 @@ def stacked(trees):
     return tree_map(lambda *tensors: torch.stack(tensors), *trees)
 
 
-def assert_alike(got, want, tolerance=1e-10):
-    for left, right in zip(tree_leaves(got), tree_leaves(want), strict=True):
-        torch.testing.assert_close(left, right, atol=tolerance, rtol=tolerance)
-
-
 def members(p):
     """Returns the weights of an ensemble."""
     return {name: torch.stack([t, 2 * t, -t]) for name, t in p.items()}
@@ -100,7 +96,7 @@ TRANSFORMS = {
 }
 
 
-def check(module, kind, backend="torch", tolerance=1e-10, compiled=False):
+def check(module, kind, backend="torch", tolerance=1e-12, compiled=False):
     """Compares a transform; returns the result."""
     p, xs = weights_of(module), inputs(N, T).to(module.weight_hh_l0)
     states = call_of(module)(p, xs[0])[1]
@@ -109,7 +105,7 @@ def check(module, kind, backend="torch", tolerance=1e-10, compiled=False):
         run = TRANSFORMS[kind]
         run = torch.compile(run, fullgraph=True, backend="aot_eager") if compiled else run
         got = run(call_of(module), *given)
-    assert_alike(got, TRANSFORMS[kind](reference_of(module, module._cell), *given), tolerance)
+    assert_close(got, TRANSFORMS[kind](reference_of(module, module._cell), *given), tolerance)
     return got
 
 
@@ -145,7 +141,7 @@ def test_plain_autograd_of_a_map():
         map_over(f, EACH)(p, leaf)[0].square().sum()
         for f in (call_of(module), reference_of(module, module._cell))
     )
-    assert_alike(torch.autograd.grad(of_map, sources), torch.autograd.grad(want, sources))
+    assert_close(torch.autograd.grad(of_map, sources), torch.autograd.grad(want, sources))
 
 
 def test_vmap_over_inputs_is_one_call(monkeypatch):
@@ -189,7 +185,7 @@ def test_lengths_and_resets(mapped):
     calls = list(zip(xs, *(given if mapped else ([g] * N for g in given)), strict=True))
     for argnums in (0, 1):
         got = map_over(grad(ours, argnums), in_dims=dims)(p, xs, *given)
-        assert_alike(got, stacked([grad(reference, argnums)(p, *each) for each in calls]))
+        assert_close(got, stacked([grad(reference, argnums)(p, *each) for each in calls]))
 
 
 @pytest.mark.parametrize("form", ["packed", "recompute"])
@@ -203,14 +199,14 @@ def test_packed_rows_and_recomputed_gates(form):
         return loss(call_of(module))(p, x)
 
     got = map_over(grad(own), EACH)(p, xs)
-    assert_alike(got, stacked([grad(own)(p, x) for x in xs]))
+    assert_close(got, stacked([grad(own)(p, x) for x in xs]))
 
 
 def test_cells_and_single_sequences():
     cell, gru = fusedrnn.LSTMCell(I, H).double(), fusedrnn.GRU(I, H).double()
     xs = inputs(N)
-    assert_alike(map_over(cell)(xs), stacked([cell(x) for x in xs]))
-    assert_alike(map_over(gru)(xs), stacked([gru(x) for x in xs]))  # unbatched: [T, I] each
+    assert_close(map_over(cell)(xs), stacked([cell(x) for x in xs]))
+    assert_close(map_over(gru)(xs), stacked([gru(x) for x in xs]))  # unbatched: [T, I] each
 
 
 def test_random_masks_follow_vmaps_rule():
@@ -228,14 +224,14 @@ def test_programs_take_transforms_and_refuse_tangents():
     exported = torch.export.export(ours, (x,)).module()
     for program in (exported, torch.compile(ours, backend="aot_eager")):
         f = lambda x, program=program: program(x)[0]  # noqa: E731
-        assert_alike(f(x), ours(x)[0])
+        assert_close(f(x), ours(x)[0])
         with (
             forward_ad.dual_level(),
             pytest.raises(NotImplementedError, match="carry no tangents; call the module itself"),
         ):
             f(forward_ad.make_dual(x, tangent))
     f = lambda x: exported(x)[0]  # noqa: E731
-    assert_alike(map_over(f)(torch.stack([x, 2 * x])), stacked([ours(x)[0], ours(2 * x)[0]]))
+    assert_close(map_over(f)(torch.stack([x, 2 * x])), stacked([ours(x)[0], ours(2 * x)[0]]))
     leaf = x.clone().requires_grad_()
     ours(leaf)[0].square().sum().backward()
-    assert_alike(grad(lambda x: f(x).square().sum())(x), leaf.grad)
+    assert_close(grad(lambda x: f(x).square().sum())(x), leaf.grad)
