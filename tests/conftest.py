@@ -53,12 +53,13 @@ def fresh_dynamo():
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
-    """Begins each test from one seed, without the decisions of another."""
-    from fusedrnn.kernels.problem import forget
+def _same_start(monkeypatch):
+    """Begins each test from one seed, without the decisions and failures of another."""
+    from fusedrnn.kernels import problem
 
     torch.manual_seed(0)
-    forget()
+    problem.forget()
+    monkeypatch.setattr(problem, "_FAILED", {})
 
 
 def poisoning(make):

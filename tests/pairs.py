@@ -78,10 +78,13 @@ def leaves(tree) -> list[Tensor]:
 
 
 def gradients(results, sources) -> list[Tensor]:
-    """Pulls random gradients back, the same for every dtype."""
-    generator = torch.Generator().manual_seed(4)
-    arriving = [torch.randn(r.shape, generator=generator).to(r) for r in results]
-    return list(torch.autograd.grad(results, sources, arriving, allow_unused=True))
+    """Pulls random gradients back, the same for every dtype, from results that have a history."""
+    numbers = {"generator": torch.Generator().manual_seed(4), "dtype": torch.float64}
+    arriving = [torch.randn(r.shape, **numbers).to(r) for r in results]
+    pairs = [(r, grad) for r, grad in zip(results, arriving, strict=True) if r.requires_grad]
+    outs, given = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outs, sources, given, allow_unused=True, materialize_grads=True)
+    return list(grads)
 
 
 def run(module: nn.Module, input, hx=None, **options) -> list[Tensor]:

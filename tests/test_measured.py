@@ -96,7 +96,6 @@ def test_kernels_that_fail_are_reported_by_the_call_itself(clock, monkeypatch):
     def launch(*_):
         raise KernelFailed("no")
 
-    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
     monkeypatch.setattr(layer, "_launch", launch)
     monkeypatch.setattr(dispatch, "_planned_refusal", lambda *_: None)
     with pytest.warns(RuntimeWarning, match="failed"):

@@ -14,9 +14,6 @@ import fusedrnn
 from fusedrnn import reference
 from fusedrnn.records import Sequences
 
-# torch itself imports it for forward-mode derivatives.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated")
-
 CELLS = ("lstm", "gru", "gru_reset_before", "rnn_tanh")
 FORMS = {
     "dense": Sequences(),
@@ -195,7 +192,6 @@ def test_outputs_may_be_modified_in_place(name, steps, options):
         output.detach_(), h_n.detach_()
 
 
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize(
     ("name", "kwargs"), [("GRU", {}), ("LSTM", {"num_layers": 2}), ("LSTM", {"proj_size": 2})]
 )

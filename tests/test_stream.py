@@ -11,9 +11,6 @@ from torch.nn.utils import parametrizations, prune
 import fusedrnn
 from fusedrnn import Stream
 
-# torch warns once per process when the module itself runs a projection in fp32.
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
-
 T, B, I, H = 9, 3, 5, 6
 MODULES = {
     "lstm-3": ("LSTM", {"num_layers": 3}),

@@ -18,9 +18,6 @@ from torch.utils._pytree import tree_leaves, tree_map
 import fusedrnn
 from fusedrnn import stack, vmap
 
-# torch itself imports it for forward-mode derivatives, and inductor.
-pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit.script.* is deprecated")
-
 N, T, B, I, H = 3, 4, 3, 2, 3
 MODULES = {
     "lstm": lambda: fusedrnn.LSTM(I, H, num_layers=2),
@@ -71,6 +68,12 @@ def trained(f, p, xs):
     return p
 
 
+def differentiated(f, p, xs):
+    """Returns the gradients of a map by plain autograd."""
+    p, xs = tree_map(lambda t: t.clone().requires_grad_(), (p, xs))
+    return torch.autograd.grad(map_over(loss(f), EACH)(p, xs).sum(), [xs, *p.values()])
+
+
 def of_x(f, p):
     return lambda x: f(p, x)[0]
 
@@ -84,6 +87,7 @@ TRANSFORMS = {
     "per-sample": lambda f, p, xs, hxs: map_over(grad(loss(f)), EACH)(p, xs),
     "of inputs": lambda f, p, xs, hxs: map_over(grad(loss(f), argnums=1), EACH)(p, xs),
     "of a map": lambda f, p, xs, hxs: grad(lambda p: map_over(loss(f), EACH)(p, xs).sum())(p),
+    "plain autograd": lambda f, p, xs, hxs: differentiated(f, p, xs),
     "their own": lambda f, p, xs, hxs: map_over(grad(loss(f)))(members(p), xs),
     "both": lambda f, p, xs, hxs: map_over(map_over(grad(loss(f)), EACH), MEMBERS)(members(p), xs),
     "vjp": lambda f, p, xs, hxs: vjp(of_x(f, p), xs[0])[1](of_x(f, p)(xs[1])),
@@ -133,17 +137,6 @@ def test_compiled_transforms(kind):
     assert all(t.count_nonzero() for t in tree_leaves(got))
 
 
-def test_plain_autograd_of_a_map():
-    module, xs = MODULES["gru"]().double(), inputs(N, T)
-    leaf = xs.clone().requires_grad_()
-    sources, p = (leaf, *module.parameters()), dict(module.named_parameters())
-    of_map, want = (
-        map_over(f, EACH)(p, leaf)[0].square().sum()
-        for f in (call_of(module), reference_of(module, module._cell))
-    )
-    assert_close(torch.autograd.grad(of_map, sources), torch.autograd.grad(want, sources))
-
-
 def test_vmap_over_inputs_is_one_call(monkeypatch):
     """N calls of B sequences run as one of N * B, forward and backward."""
     batches = []
@@ -171,35 +164,26 @@ def test_rows_mapped_to_the_wrong_sequence_are_found(monkeypatch):
         check(MODULES["gru"]().double(), "inputs")
 
 
-@pytest.mark.parametrize("mapped", [True, False])
-def test_lengths_and_resets(mapped):
-    module = fusedrnn.GRU(I, H, 2, bidirectional=True, reset_after=False).double()
-    xs, reset, p = inputs(N, T), torch.rand(N, T, B) < 0.3, weights_of(module)
-    lengths = torch.tensor([[4, 1, 3], [2, 4, 1], [3, 3, 0]])
-    dims = (None, 0, 0, 0) if mapped else (None, 0, None, None)
-    given = (lengths, reset) if mapped else (lengths[0], reset[0])
-    ours, reference = (
-        lambda p, x, l, r, f=f: loss(f)(p, x, lengths=l, reset=r)
-        for f in (call_of(module), reference_of(module, module._cell))
+@pytest.mark.parametrize("form", ["mapped", "shared", "packed", "recompute"])
+def test_other_forms_of_a_call(form):
+    """With lengths and resets; packed rows and recomputed gates run call by call."""
+    recompute = {"recompute": form == "recompute", "reset_after": form == "recompute"}
+    module = fusedrnn.GRU(I, H, 2, bidirectional=True, **recompute).double()
+    xs, p, sizes = inputs(N, T), weights_of(module), torch.tensor([3, 2, 1])
+    lengths, reset = torch.tensor([[4, 1, 3], [2, 4, 1], [3, 3, 0]]), torch.rand(N, T, B) < 0.3
+    given, dim = {"mapped": ((lengths, reset), 0), "shared": ((lengths[0], reset[0]), None)}.get(
+        form, ((None, None), None)
     )
-    calls = list(zip(xs, *(given if mapped else ([g] * N for g in given)), strict=True))
-    for argnums in (0, 1):
-        got = map_over(grad(ours, argnums), in_dims=dims)(p, xs, *given)
-        assert_close(got, stacked([grad(reference, argnums)(p, *each) for each in calls]))
 
-
-@pytest.mark.parametrize("form", ["packed", "recompute"])
-def test_packed_rows_and_recomputed_gates(form):
-    """These run call by call."""
-    module = fusedrnn.LSTM(I, H, 2, recompute=form == "recompute").double()
-    sizes, p, xs = torch.tensor([3, 2, 1]), weights_of(module), inputs(N, T)
-
-    def own(p, x):
+    def own(p, x, lengths, reset):
         x = PackedSequence(x.flatten(0, 1)[: sizes.sum()], sizes) if form == "packed" else x
-        return loss(call_of(module))(p, x)
+        return loss(call_of(module))(p, x, lengths=lengths, reset=reset)
 
-    got = map_over(grad(own), EACH)(p, xs)
-    assert_close(got, stacked([grad(own)(p, x) for x in xs]))
+    of_each = zip(*given, strict=True) if form == "mapped" else [given] * N
+    calls = [(p, x, *each) for x, each in zip(xs, of_each, strict=True)]
+    for argnums in (0, 1):
+        got = map_over(grad(own, argnums), (None, 0, dim, dim))(p, xs, *given)
+        assert_close(got, stacked([grad(own, argnums)(*call) for call in calls]))
 
 
 def test_cells_and_single_sequences():
