@@ -174,7 +174,7 @@ def test_a_weight_of_another_shape(name, backend):
             module(x)
 
 
-def test_weights_of_functions():
+def test_weights_and_options_of_functions():
     params = list(nn.LSTM(3, 4).parameters())
     for function, given, options, error, message in (
         (fusedrnn.lstm, [*params[:3], None], {}, TypeError, "bias_hh_l0 is a NoneType; expected a"),
@@ -183,6 +183,8 @@ def test_weights_of_functions():
         (fusedrnn.gru, params, {"bias": False}, ValueError, "params has 4 tensors; expected 2"),
         (fusedrnn.lstm, [], {}, ValueError, "params has 0 tensors"),
         (fusedrnn.lstm, params, {"dropout": 1.5}, ValueError, r"is 1\.5; expected a probability"),
+        (fusedrnn.rnn, params, {"nonlinearity": "gelu"}, ValueError, "Unknown nonlinearity 'gelu'"),
+        (fusedrnn.gru, params, {"no_such": 1}, TypeError, "no_such"),
     ):
         with pytest.raises(error, match=message):
             function(zeros(5, 2, 3), None, given, **options)

@@ -93,13 +93,6 @@ def test_functions_are_the_modules(function, kind, equations):
     assert all(map(torch.equal, leaves(got), leaves(module(x))))
 
 
-def test_options_that_functions_do_not_know():
-    with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
-        fusedrnn.rnn(batch(), None, [], nonlinearity="gelu")
-    with pytest.raises(TypeError, match="no_such"):
-        fusedrnn.gru(batch(), None, [], no_such=1)
-
-
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("name", [*pairs.CELLS, "RNNCell relu"])

@@ -61,12 +61,19 @@ def test_by_inductor():
         check(fusedrnn.LSTM(I, H, num_layers=2), make, backend="inductor")
 
 
+def packed(T, B):
+    lengths = [T, *torch.randint(1, T + 1, (B - 1,)).tolist()]
+    return pack_padded_sequence(torch.randn(T, B, I), lengths, enforce_sorted=False)
+
+
 def test_all_forms_of_input():
-    first = fusedrnn.LSTM(I, H, batch_first=True)
+    """Rows are packed outside of the graph."""
+    first = fusedrnn.LSTM(I, H, 2, batch_first=True)
     for module, make in (
-        (first, lambda T, B: ((torch.randn(B, T, I), (torch.randn(1, B, H),) * 2), {})),
+        (first, lambda T, B: ((torch.randn(B, T, I), (torch.randn(2, B, H),) * 2), {})),
         (first, lambda T, B: ((torch.randn(T, I),), {})),
         (fusedrnn.GRUCell(I, H), lambda T, B: ((torch.randn(B, I), torch.randn(B, H)), {})),
+        (fusedrnn.LSTM(I, H, 2, bidirectional=True), lambda T, B: ((packed(T, B),), {})),
     ):
         torch._dynamo.reset()
         check(module, make)
@@ -83,15 +90,6 @@ def test_a_projection_runs():
         torch.testing.assert_close(compiled(x), module(x))
 
 
-def test_packed_outside_of_the_graph():
-    def make(T, B):
-        lengths = [T, *torch.randint(1, T + 1, (B - 1,)).tolist()]
-        return (pack_padded_sequence(torch.randn(T, B, I), lengths, enforce_sorted=False),), {}
-
-    counter = check(fusedrnn.LSTM(I, H, num_layers=2, bidirectional=True), make)
-    assert operators(counter) == ["fusedrnn.rnn_forward"] * 2
-
-
 class Mixed(torch.nn.Module):
     """A module under autocast, with every state and gate."""
 
@@ -99,9 +97,9 @@ class Mixed(torch.nn.Module):
         super().__init__()
         self.rnn = fusedrnn.GRU(I, H, num_layers=2)
 
-    def forward(self, x):
+    def forward(self, x, hx=None):
         with torch.autocast("cpu", torch.bfloat16):
-            states = self.rnn.states(x, gates=True)
+            states = self.rnn.states(x, hx, gates=True)
         return states.output, states.h, [gate for g in states.gates for gate in g[0].values()]
 
 
