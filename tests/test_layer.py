@@ -13,21 +13,12 @@ T, B, H = 4, 3, 4
 CONFIG = StackConfig("lstm", "triton", True, 3, False, "tf32")
 
 
-def plan(layers=1):
-    return Plan("recorded", None, None, layers)
-
-
 def test_launches_follow_the_plan(monkeypatch):
-    asked = []
-
-    def plan_stack(problem, chip):
-        asked.append(problem)
-        return [plan(2), plan(1)]
-
-    monkeypatch.setattr(layer.planning, "plan_stack", plan_stack)
+    asked, plans = [], [Plan("recorded", None, None, layers) for layers in (2, 1)]
+    monkeypatch.setattr(layer.planning, "plan_stack", lambda *of: asked.append(of[0]) or plans)
     h_0 = torch.zeros(3, B, H)
     monkeypatch.setattr(layer, "_launches", layer._launches.__wrapped__)
-    launches = Launch(range(2), plan(2)), Launch(range(2, 3), plan(1))
+    launches = Launch(range(2), plans[0]), Launch(range(2, 3), plans[1])
     assert launches_of(CONFIG, h_0, True, Rows(T, B)) == launches
     launches_of(CONFIG._replace(recompute=True), h_0, False, Rows(T, B, torch.zeros(1, T, B)))
     first, second = asked

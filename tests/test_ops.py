@@ -92,8 +92,7 @@ def loss_of(results):
     return sum(result.sin().sum() for result in leaves(results))
 
 
-def plain(module, x):
-    return module(x)
+plain = nn.Module.__call__
 
 
 def carried(module, x):

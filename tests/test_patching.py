@@ -8,7 +8,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 import torch
 from pairs import CELLS, NAMES, input_of, output_of, reloaded, saved
-from test_modules import WRAPS
+from test_modules import WRAPS, every_class
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -19,7 +19,6 @@ PLACES = (nn, nn.modules, nn.modules.rnn)
 TORCHS = {name: getattr(nn, name) for name in CLASSES}
 OURS = {name: getattr(fusedrnn, name) for name in CLASSES}
 BOTH_WAYS = (fusedrnn.replace_modules, OURS), (fusedrnn.to_torch, TORCHS)
-every_class = pytest.mark.parametrize("name", CLASSES)
 
 
 def named():
