@@ -98,7 +98,8 @@ def packed_table(batch_sizes: Tensor, B: int, device: torch.device) -> Tensor:
     lengths = (batch_sizes.unsqueeze(1) > torch.arange(B, device="cpu")).sum(0)
     starts = batch_sizes.cumsum(0) - batch_sizes
     table = torch.cat([starts, lengths])
-    if int(batch_sizes.sum()) < 2**31:
+    # A compiler has no values, by which it could choose.
+    if not torch.compiler.is_compiling() and int(batch_sizes.sum()) < 2**31:
         table = table.int()
     return table.to(device, non_blocking=True)
 

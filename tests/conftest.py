@@ -53,34 +53,32 @@ def fresh_dynamo():
 
 
 @pytest.fixture(autouse=True)
-def _same_start():
-    """Begins each test from one seed, without the decisions of another."""
-    from fusedrnn.kernels.problem import forget
+def _same_start(monkeypatch):
+    """Begins each test from one seed, without the decisions and failures of another."""
+    from fusedrnn.kernels import problem
 
     torch.manual_seed(0)
-    forget()
+    problem.forget()
+    monkeypatch.setattr(problem, "_FAILED", {})
+
+
+def poisoning(make):
+    """Returns a function that fills the float tensors of another with NaN."""
+
+    def run(*args, **kwargs):
+        tensor = make(*args, **kwargs)
+        has_values = isinstance(tensor, torch.Tensor) and tensor.device.type in ("cpu", "cuda")
+        return tensor.fill_(torch.nan) if has_values and tensor.is_floating_point() else tensor
+
+    return run
 
 
 class PoisonedTorch:
     """The namespace ``torch``, in which every uninitialised float tensor holds NaN."""
 
     def __getattr__(self, name):
-        return getattr(torch, name)
-
-    @staticmethod
-    def empty(*args, **kwargs):
-        return poisoned(torch.empty(*args, **kwargs))
-
-    @staticmethod
-    def empty_like(*args, **kwargs):
-        return poisoned(torch.empty_like(*args, **kwargs))
-
-
-def poisoned(tensor):
-    """Fills a float tensor on a device that has values with NaN."""
-    if isinstance(tensor, torch.Tensor) and tensor.is_floating_point():
-        return tensor.fill_(float("nan")) if tensor.device.type in ("cpu", "cuda") else tensor
-    return tensor
+        found = getattr(torch, name)
+        return poisoning(found) if name in ("empty", "empty_like") else found
 
 
 @pytest.fixture(autouse=True)
@@ -88,8 +86,7 @@ def _nan_poisoned_allocations(monkeypatch):
     """Makes every element that a kernel or loop forgets to write a NaN in the result."""
     import fusedrnn  # noqa: F401
 
-    new_empty = torch.Tensor.new_empty
-    monkeypatch.setattr(torch.Tensor, "new_empty", lambda *a, **k: poisoned(new_empty(*a, **k)))
+    monkeypatch.setattr(torch.Tensor, "new_empty", poisoning(torch.Tensor.new_empty))
     for name in ALLOCATING:
         module = sys.modules.get(f"fusedrnn.{name}")
         if hasattr(module, "torch"):

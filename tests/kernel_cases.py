@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from fusedrnn import layout
 from fusedrnn.kernels.plan import Plan, Tiles
-from fusedrnn.kernels.rows import SKIPPED, Rows, origins_of, packed_rows, packed_table
+from fusedrnn.kernels.rows import SKIPPED, Rows
 from fusedrnn.kernels.spec import SPECS
 from fusedrnn.kernels.tensors import Grads, Layers, Weights
 from fusedrnn.records import Sequences
@@ -78,13 +79,8 @@ def sequences_of(shape: Shape) -> Sequences:
 
 
 def rows_of(shape: Shape, device: torch.device = CPU) -> Rows:
-    T, B, D = shape.T, shape.B, shape.D
-    lengths, reset, sizes, *_ = sequences_of(shape)
-    if shape.rows == "packed":
-        return packed_rows(sizes, packed_table(sizes, B, device), D, reset)
-    if shape.rows == "ragged":
-        return Rows(T, B, origins_of(T, B, D, device, lengths, reset))
-    return Rows(T, B)
+    steps = torch.empty(shape.T, device=device)
+    return layout.rows_of(steps, shape.B, shape.D, sequences_of(shape))
 
 
 def tensors(
@@ -154,17 +150,16 @@ def expected(cell: str, shape: Shape, data: Data, dtype: torch.dtype) -> dict[st
             return None
         return tensor.nan_to_num(0.0).detach().cpu().to(dtype).clone().requires_grad_()
 
-    assert layers.h_0 is not None
     one = torch.eye(D * of.gates * H, dtype=dtype).chunk(D)
-    weights = []
-    for z in range(L * D):
-        w = Weights(
+    weights = [
+        Weights(
             one[z] if z < D else leaf(layers.w_ih[z]),
             leaf(layers.w_hh[z]),
             leaf(layers.b_ih[z]) if layers.b_ih and z >= D else None,
             leaf(layers.b_hh[z]) if layers.b_hh else None,
         )
-        weights.append(w)
+        for z in range(L * D)
+    ]
     gx, h_0, c_0 = leaf(layers.gx), leaf(layers.h_0), leaf(layers.c_0)
     x = torch.cat(gx.unbind(), -1)
     masks = [leaf(mask) for mask in (layers.masks or ())[1:]]

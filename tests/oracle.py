@@ -3,8 +3,28 @@
 from itertools import pairwise
 
 import torch
-from models import torch_module
-from torch import Tensor
+from torch import Tensor, nn
+
+from bench.lessons.by_hand import gru_step
+
+
+class LoopGRU(nn.GRU):
+    """The textbook's GRU of one layer and direction, since torch has no operator for it."""
+
+    def forward(self, input, hx):
+        weights = [*self.parameters()]
+        weights += [input.new_zeros(3 * self.hidden_size)] * (4 - len(weights))
+        hs = [hx[0]]
+        for x in input:
+            hs.append(gru_step(x, hs[-1], *weights))
+        return torch.stack(hs[1:]), hs[-1].unsqueeze(0)
+
+
+def torch_module(cell: str, input_size: int, hidden_size: int, **kwargs) -> nn.RNNBase:
+    if cell.startswith("rnn"):
+        return nn.RNN(input_size, hidden_size, nonlinearity=cell[4:], **kwargs)
+    classes = {"lstm": nn.LSTM, "gru": nn.GRU, "gru_reset_before": LoopGRU}
+    return classes[cell](input_size, hidden_size, **kwargs)
 
 
 def one_by_one(module, x, hx, lengths=None, reset=None):

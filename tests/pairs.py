@@ -1,13 +1,20 @@
-"""Pairs of torch's module and ours with the same weights, and runs that are compared."""
+"""Pairs of torch's module and ours with the same weights, of one size; runs that are compared."""
 
 import io
 
 import torch
-from sizes import B, H, I, T
 from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
+from torch.utils._pytree import tree_leaves
 
 import fusedrnn
+
+T, B, I, H = 4, 3, 3, 5
+NAMES = ("LSTM", "GRU", "RNN")
+CELLS = ("LSTMCell", "GRUCell", "RNNCell")
+LENGTHS = torch.tensor([4, 1, 3])
+RESET = torch.zeros(T, B, dtype=torch.bool)
+RESET[[0, 1, 2], [1, 0, 2]] = True
 
 
 def build(name: str, dtype: torch.dtype = torch.float64, **kwargs) -> tuple[nn.Module, nn.Module]:
@@ -56,8 +63,8 @@ def packed(enforce_sorted: bool = False, lengths=(3, 4, 1), dtype=torch.float64)
 def states_for(module: nn.Module, *middle: int) -> Tensor | tuple[Tensor, Tensor]:
     """Returns a random hx, with ``middle`` between layers and columns."""
     rows = module.num_layers * (2 if module.bidirectional else 1)
-    sizes = (module.proj_size or module.hidden_size, module.hidden_size)
-    h, c = (torch.randn(rows, *middle, n, dtype=module.weight_hh_l0.dtype) for n in sizes)
+    H, P, weight = module.hidden_size, module.proj_size, module.weight_hh_l0
+    h, c = (torch.randn(rows, *middle, n, dtype=torch.float64).to(weight) for n in (P or H, H))
     return (h, c) if module.mode == "LSTM" else h
 
 
@@ -71,10 +78,13 @@ def leaves(tree) -> list[Tensor]:
 
 
 def gradients(results, sources) -> list[Tensor]:
-    """Pulls random gradients back, the same for every dtype."""
-    generator = torch.Generator().manual_seed(4)
-    arriving = [torch.randn(r.shape, generator=generator).to(r) for r in results]
-    return list(torch.autograd.grad(results, sources, arriving, allow_unused=True))
+    """Pulls random gradients back, the same for every dtype, from results that have a history."""
+    numbers = {"generator": torch.Generator().manual_seed(4), "dtype": torch.float64}
+    arriving = [torch.randn(r.shape, **numbers).to(r) for r in results]
+    pairs = [(r, grad) for r, grad in zip(results, arriving, strict=True) if r.requires_grad]
+    outs, given = zip(*pairs, strict=True)
+    grads = torch.autograd.grad(outs, sources, given, allow_unused=True, materialize_grads=True)
+    return list(grads)
 
 
 def run(module: nn.Module, input, hx=None, **options) -> list[Tensor]:
@@ -89,8 +99,9 @@ def run(module: nn.Module, input, hx=None, **options) -> list[Tensor]:
 
 
 def assert_close(got, want, tolerance: float = 1e-12) -> None:
-    for g, w in zip(got, want, strict=True):
-        torch.testing.assert_close(g, w, rtol=tolerance, atol=tolerance)
+    """Compares the tensors of two trees."""
+    trees = tree_leaves(got), tree_leaves(want)
+    torch.testing.assert_close(*trees, rtol=tolerance, atol=tolerance)
 
 
 def assert_same(backend: str, theirs: nn.Module, ours: nn.Module, input, hx=None) -> None:

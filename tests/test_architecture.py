@@ -10,14 +10,10 @@ from pathlib import Path
 import pytest
 from processes import ROOT, python
 
-PACKAGE, BENCH = (
-    {
-        path.relative_to(ROOT).as_posix(): path.read_text()
-        for pattern in patterns
-        for path in sorted(ROOT.glob(pattern))
-    }
-    for patterns in (("fusedrnn/*.py", "kernels/*.py"), ("bench/**/*.py",))
-)
+FOLDERS = ("fusedrnn", "kernels", "bench", "bench/lessons")
+PATHS = [path for folder in FOLDERS for path in sorted((ROOT / folder).glob("*.py"))]
+TEXTS = {path.relative_to(ROOT).as_posix(): path.read_text() for path in PATHS}
+PACKAGE = {path: text for path, text in TEXTS.items() if not path.startswith("bench/")}
 MODULES = ("resident", "resident_nvidia", "cooperative", "stepwise")
 SCHEDULES = {f"fusedrnn.kernels.{name}" for name in MODULES}
 #: The kernels of docs/kernels.md, each of which is read alone.
@@ -74,16 +70,16 @@ def test_every_file_has_a_file_of_tests():
     assert names <= {path.stem.removeprefix("test_") for path in (ROOT / "tests").glob("test_*.py")}
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE))
+@pytest.mark.parametrize("path", PACKAGE)
 def test_only_kernels_import_triton(path):
     allowed = {"torch", "fusedrnn", *sys.stdlib_module_names}
     allowed |= {"triton"} if path.startswith("kernels/") else set()
     assert {name.split(".")[0] for name in imported(path)} <= allowed
 
 
-@pytest.mark.parametrize("path", sorted(PACKAGE | BENCH))
+@pytest.mark.parametrize("path", TEXTS)
 def test_lengths_and_english(path):
-    text, found = (PACKAGE | BENCH)[path], []
+    text, found = TEXTS[path], []
     most = MOST_LINES_OF_A_RUNG if path in RUNGS else MOST_LINES
     if (lines := len(text.splitlines())) > most:
         found.append(f"{lines} lines")
@@ -106,7 +102,7 @@ def test_lengths_and_english(path):
     assert not found, f"{path}\n" + "\n".join(found)
 
 
-@pytest.mark.parametrize("path", sorted(path for path in PACKAGE if path.startswith("kernels/")))
+@pytest.mark.parametrize("path", [path for path in PACKAGE if path.startswith("kernels/")])
 def test_kernels_name_their_precision_and_compile_once_for_all_lengths(path):
     for node in ast.walk(ast.parse(PACKAGE[path])):
         if isinstance(node, ast.Call) and ast.unparse(node.func) == "tl.dot":

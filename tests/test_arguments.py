@@ -8,8 +8,7 @@ import re
 
 import pytest
 import torch
-from pairs import packed
-from sizes import LENGTHS, RESET
+from pairs import LENGTHS, RESET, packed
 from torch import Tensor, nn, zeros
 from torch.nn.utils.rnn import PackedSequence, pack_sequence
 
@@ -132,20 +131,17 @@ def test_bad_call_of_a_cell(name, case):
     assert not isinstance(raised, NotImplementedError)
 
 
-def test_states_of_an_lstm():
+def test_tuples_and_single_states():
     modules = nn.LSTM(3, 4, 2), fusedrnn.LSTM(3, 4, 2)
     for given in (X, pack_sequence([X[:3, 0], X[:2, 0]])):
         assert_same_error(*modules, (given, H), r"hx is a tensor; .* \(h_0, c_0\)")
     assert_same_error(*modules, (X, (H, zeros(2, 2, 5))), r"hx\[1\] has shape \(2, 2, 5\)")
     projected = nn.LSTM(3, 4, 2, proj_size=2), fusedrnn.LSTM(3, 4, 2, proj_size=2)
     assert_same_error(*projected, (X, (H, H)), r"hx\[0\] .* expected \(2, 2, 2\)")
-
-
-def test_a_tuple_for_one_state_of_a_shape_that_is_known():
-    theirs, ours, x, hx = nn.GRU(3, 4), fusedrnn.GRU(3, 4), zeros(5, 2, 3), zeros(1, 2, 4)
-    for _ in range(2):
-        assert_same_error(theirs, ours, (x, (hx,)), r"hx is a tuple; expected a tensor, h_0")
-        ours(x, hx)
+    modules = nn.GRU(3, 4, 2), fusedrnn.GRU(3, 4, 2)
+    for _ in range(2):  # the second time of a shape that is known
+        assert_same_error(*modules, (X, (H,)), r"hx is a tuple; expected a tensor, h_0")
+        modules[1](X, H)
 
 
 #: By name of a weight of ``LSTM(3, 4, 2, bidirectional)`` a replacement and our message.
@@ -175,7 +171,7 @@ def test_a_weight_of_another_shape(name, backend):
             module(x)
 
 
-def test_weights_of_functions():
+def test_weights_and_options_of_functions():
     params = list(nn.LSTM(3, 4).parameters())
     for function, given, options, error, message in (
         (fusedrnn.lstm, [*params[:3], None], {}, TypeError, "bias_hh_l0 is a NoneType; expected a"),
@@ -184,6 +180,8 @@ def test_weights_of_functions():
         (fusedrnn.gru, params, {"bias": False}, ValueError, "params has 4 tensors; expected 2"),
         (fusedrnn.lstm, [], {}, ValueError, "params has 0 tensors"),
         (fusedrnn.lstm, params, {"dropout": 1.5}, ValueError, r"is 1\.5; expected a probability"),
+        (fusedrnn.rnn, params, {"nonlinearity": "gelu"}, ValueError, "Unknown nonlinearity 'gelu'"),
+        (fusedrnn.gru, params, {"no_such": 1}, TypeError, "no_such"),
     ):
         with pytest.raises(error, match=message):
             function(zeros(5, 2, 3), None, given, **options)

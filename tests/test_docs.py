@@ -33,14 +33,10 @@ def test_links_resolve(page):
 
 
 @every_page
-def test_named_files_exist(page):
+def test_named_files_and_verbs_of_make_exist(page):
     named = FILE.findall(TEXTS[page])
     there = {file for file in named for folder in FOLDERS if (ROOT / folder / file).is_file()}
     assert set(named) <= there | {"setup.py", "script.py", "yourscript.py", "train.py", "NAME.py"}
-
-
-@every_page
-def test_verbs_of_make_exist(page):
     assert set(VERB.findall(TEXTS[page])) <= set(VERBS)
 
 

@@ -5,8 +5,7 @@ On `auto` the CPU runs torch's operator; the loop and the kernels draw their mas
 
 import pytest
 import torch
-from pairs import assert_close, batch, build, leaves, packed
-from sizes import LENGTHS, NAMES, RESET
+from pairs import LENGTHS, NAMES, RESET, assert_close, batch, build, gradients, leaves, packed
 from torch import Tensor, nn
 
 import fusedrnn
@@ -22,8 +21,7 @@ FORMS = {
 def train(module: nn.Module, x, **options) -> list[Tensor]:
     """Returns results and all gradients of one step of training."""
     results = leaves(module(x, **options))
-    loss = sum(result.square().sum() for result in results)
-    return [*results, *torch.autograd.grad(loss, list(module.parameters()))]
+    return results + gradients(results, list(module.parameters()))
 
 
 @pytest.mark.parametrize(

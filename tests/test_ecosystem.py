@@ -127,9 +127,8 @@ def test_opacus_takes_gradients_per_sample(backend, batch_first):
     model = opacus.GradSampleModule(ours, batch_first=batch_first, loss_reduction="sum")
     with fusedrnn.use_backend(backend):
         model(x).square().sum().backward()
-    of_each = zip(model.parameters(), zip(*want, strict=True), strict=True)
-    for parameter, grads in of_each:
-        assert_alike(parameter.grad_sample, torch.stack(grads))
+    got = [parameter.grad_sample for parameter in model.parameters()]
+    assert_alike(got, [torch.stack(grads) for grads in zip(*want, strict=True)])
 
 
 def test_opacus_replaces_what_to_torch_returns():

@@ -6,19 +6,17 @@ import io
 import pytest
 import test_torch_compile
 import torch
+from pairs import H, I
 from processes import python
-from sizes import H, I
 from torch.utils._pytree import tree_leaves
 
 import fusedrnn
 from fusedrnn.testing import assert_budget
 
-# torch.export and inductor use them although torch has deprecated them.
+# torch.export uses them although torch has deprecated them.
 pytestmark = [
     pytest.mark.filterwarnings("ignore:_check_is_size will be removed:FutureWarning"),
     pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.. is depr:FutureWarning"),
-    pytest.mark.filterwarnings("ignore:.torch.jit.script_method. is deprecated"),
-    pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN"),
 ]
 MODULES = test_torch_compile.MODULES | {
     "rnn": lambda: fusedrnn.RNN(I, H),
@@ -26,6 +24,7 @@ MODULES = test_torch_compile.MODULES | {
 }
 SHAPES = (5, 7), (11, 3), (10, 7)  # T, B; the first one is exported
 T, B = torch.export.Dim("T", min=2, max=4096), torch.export.Dim("B", min=2, max=2048)
+SIZES = {"input": {0: T, 1: B}, "hx": {1: B}, "lengths": {0: B}}
 
 
 def saved_and_loaded(program):
@@ -35,36 +34,27 @@ def saved_and_loaded(program):
     return torch.export.load(buffer)
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_dynamic_sizes(name):
+@pytest.mark.parametrize(
+    ("name", "names"), [*((name, ["input"]) for name in MODULES), ("gru-both-ways", SIZES)]
+)
+def test_dynamic_sizes(name, names):
     """Saved, loaded, and run with other T and B."""
-    module = MODULES[name]()
+
+    def given(T, B):
+        lengths = torch.randint(1, T + 1, (B,))
+        own = {"input": torch.randn(T, B, I), "hx": torch.randn(2, B, H), "lengths": lengths}
+        return {name: own[name] for name in names}
+
+    module, sizes = MODULES[name](), {name: SIZES[name] for name in names}
     # A projection trains by the reference, which is unrolled over T.
     with torch.set_grad_enabled(name != "lstm-projected"):
-        x = torch.randn(*SHAPES[0], I)
-        program = torch.export.export(module, (x,), dynamic_shapes=({0: T, 1: B},))
+        program = torch.export.export(module, (), given(*SHAPES[0]), dynamic_shapes=sizes)
     loaded = saved_and_loaded(program)
     called = [str(n.target) for n in loaded.graph.nodes if "fusedrnn" in str(n.target)]
     assert called == ["fusedrnn.rnn_forward.default"]
     for shape in SHAPES:
-        x = torch.randn(*shape, I)
-        torch.testing.assert_close(loaded.module()(x), module(x))
-
-
-def test_states_and_lengths():
-    module = fusedrnn.GRU(I, H).eval()
-
-    def given(T, B):
-        lengths = torch.randint(1, T + 1, (B,))
-        return (torch.randn(T, B, I), torch.randn(1, B, H)), {"lengths": lengths}
-
-    sizes = {"input": {0: T, 1: B}, "hx": {1: B}, "lengths": {0: B}}
-    arguments, options = given(*SHAPES[0])
-    program = torch.export.export(module, arguments, options, dynamic_shapes=sizes)
-    for shape in SHAPES:
-        arguments, options = given(*shape)
-        got = program.module()(*arguments, **options)
-        torch.testing.assert_close(got, module(*arguments, **options))
+        options = given(*shape)
+        torch.testing.assert_close(loaded.module()(**options), module(**options))
 
 
 def test_the_kernels_with_dynamic_sizes(device):

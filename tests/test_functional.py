@@ -5,10 +5,11 @@ import warnings
 from contextlib import contextmanager, nullcontext
 from itertools import pairwise
 
+import pairs
 import pytest
 import torch
-from pairs import assert_close, assert_same, batch, build, leaves, packed, run, states_for
-from sizes import CELLS, LENGTHS, NAMES, RESET, B, H, I, T
+from pairs import B, H, I, T, assert_close, assert_same, batch, build, leaves, packed, states_for
+from torch.nn.utils.rnn import pad_sequence
 
 import fusedrnn
 from fusedrnn import arguments, functional
@@ -22,7 +23,7 @@ STACKS = {
 }
 backends = pytest.mark.parametrize("backend", BACKENDS)
 stacks = pytest.mark.parametrize("stack", STACKS)
-names = pytest.mark.parametrize("name", [*NAMES, "RNN relu"])
+names = pytest.mark.parametrize("name", [*pairs.NAMES, "RNN relu"])
 
 
 @backends
@@ -54,26 +55,18 @@ def test_packed_input(backend, stack, name):
         assert output.unsorted_indices is input.unsorted_indices
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_jagged_input_is_each_sequence_alone(name):
+@pytest.mark.parametrize("name", pairs.NAMES)
+def test_jagged_input_is_that_with_lengths(name):
     _, ours = build(name, num_layers=2, bidirectional=True)
     sequences = [torch.randn(n, I, dtype=torch.float64) for n in (2, 4, 1)]
     hx = states_for(ours, 3)
     output, states = ours(torch.nested.nested_tensor(sequences, layout=torch.jagged), hx)
     assert output.is_nested
-    alone = [ours(s.unsqueeze(1), pick(hx, i)) for i, s in enumerate(sequences)]
-    assert_close(output.unbind(), [out.squeeze(1) for out, _ in alone])
-    for i, (_, want) in enumerate(alone):
-        assert_close(leaves(pick(states, i)), leaves(want))
+    want, finals = ours(pad_sequence(sequences), hx, lengths=[2, 4, 1])
+    assert_close(output.unbind(), [want[: len(s), i] for i, s in enumerate(sequences)])
+    assert_close(states, finals)
 
 
-def pick(states, i):
-    if isinstance(states, tuple):
-        return tuple(pick(state, i) for state in states)
-    return states[:, i : i + 1].contiguous()
-
-
-@pytest.mark.filterwarnings("ignore:LSTM with projections is not supported with oneDNN")
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
 @backends
 def test_projection(backend, bias):
@@ -82,18 +75,6 @@ def test_projection(backend, bias):
     for input in (packed(), batch()):
         assert_same(backend, theirs, ours, input)
         assert_same(backend, theirs, ours, input, states_for(ours, 3))
-
-
-def test_projection_with_lengths_and_reset():
-    _, ours = build("LSTM", num_layers=2, proj_size=2)
-    x = batch()
-    assert fusedrnn.explain(ours, x, lengths=LENGTHS).backend == "torch"
-    output, (h_n, c_n) = ours(x, lengths=LENGTHS)
-    for b, n in enumerate(LENGTHS):
-        want, states = ours(x[:n, b : b + 1])
-        assert_close((output[:n, b], h_n[:, b], c_n[:, b]), [t[:, 0] for t in (want, *states)])
-    cut, _ = ours(x, reset=RESET)
-    assert_close([cut[1:2, 0]], [ours(x[1:2, :1])[0][:, 0]])
 
 
 FUNCTIONS = [
@@ -112,16 +93,9 @@ def test_functions_are_the_modules(function, kind, equations):
     assert all(map(torch.equal, leaves(got), leaves(module(x))))
 
 
-def test_options_that_functions_do_not_know():
-    with pytest.raises(ValueError, match="Unknown nonlinearity 'gelu'"):
-        fusedrnn.rnn(batch(), None, [], nonlinearity="gelu")
-    with pytest.raises(TypeError, match="no_such"):
-        fusedrnn.gru(batch(), None, [], no_such=1)
-
-
 @pytest.mark.parametrize("backend", [*BACKENDS, "auto"])
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("name", [*CELLS, "RNNCell relu"])
+@pytest.mark.parametrize("name", [*pairs.CELLS, "RNNCell relu"])
 def test_cells(backend, bias, name):
     theirs, ours = build(name, bias=bias)
     for size in ((6,), (0,), ()):
@@ -129,7 +103,7 @@ def test_cells(backend, bias, name):
         for hx in (None, (h, c) if name == "LSTMCell" else h):
             assert_same("torch" if backend == "auto" else backend, theirs, ours, x, hx)
             if backend == "auto":
-                assert all(map(torch.equal, run(ours, x, hx), run(theirs, x, hx)))
+                assert all(map(torch.equal, pairs.run(ours, x, hx), pairs.run(theirs, x, hx)))
 
 
 def test_the_older_gru_cell_is_one_step_of_the_gru():
@@ -159,18 +133,18 @@ def cudnn(op):
 
 
 @pytest.mark.parametrize("is_packed", [False, True])
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", pairs.NAMES)
 def test_promises_are_kept_on_cudnn(name, is_packed, monkeypatch):
     """hx given once for all sequences, backward in eval(), and no advice about flat weights."""
     theirs, ours = build(name, num_layers=2, dropout=0.5)
     theirs.eval(), ours.eval()
     input, hx = packed() if is_packed else batch(), states_for(ours, 1)
     spread = tuple(state.expand(-1, B, -1).contiguous() for state in leaves(hx))
-    want = run(theirs, input, spread if len(spread) == 2 else spread[0])
+    want = pairs.run(theirs, input, spread if len(spread) == 2 else spread[0])
     ops = {key: cudnn(op) for key, op in functional.ATEN.items()}
     monkeypatch.setattr(functional, "ATEN", ops)
     with fusedrnn.use_backend("aten"):
-        got = run(ours, input, hx)
+        got = pairs.run(ours, input, hx)
     states = slice(len(leaves(hx)) + 2, 2 * len(leaves(hx)) + 2)  # their gradients are sums
     assert_close(got[: states.start], want[: states.start], 0)
     assert_close(got[states], [grad.sum(1, keepdim=True) for grad in want[states]])

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 import torch
-from models import torch_module
+from oracle import torch_module
 from test_equivalence import build, everything, runner, states_for
 
 import fusedrnn

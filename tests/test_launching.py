@@ -200,7 +200,7 @@ def test_no_call_compiles_again(gpu, schedule):
         count = binaries()
         assert count == 2
         for steps, batch in ((1, 1), (2, 5), (3, 8), (7, 16)):
-            x, hx = sequence_of(module, steps, batch), states_for(module, batch, dtype)
+            x, hx = sequence_of(module, steps, batch), states_for(module, batch)
             train(module, off(x), tuple(map(off, hx)))
         for weight in module.parameters():
             weight.data = off(weight.data)

@@ -5,8 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from pairs import batch, packed
-from sizes import LENGTHS, H, I
+from pairs import LENGTHS, H, I, batch, packed
 from torch.utils.flop_counter import FlopCounterMode
 
 import fusedrnn
@@ -97,7 +96,6 @@ def test_kernels_that_fail_are_reported_by_the_call_itself(clock, monkeypatch):
     def launch(*_):
         raise KernelFailed("no")
 
-    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
     monkeypatch.setattr(layer, "_launch", launch)
     monkeypatch.setattr(dispatch, "_planned_refusal", lambda *_: None)
     with pytest.warns(RuntimeWarning, match="failed"):

@@ -6,8 +6,7 @@ import pickle
 
 import pytest
 import torch
-from pairs import input_of, output_of, reloaded
-from sizes import CELLS, NAMES
+from pairs import CELLS, NAMES, input_of, output_of, reloaded
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
@@ -285,7 +284,6 @@ class Tagger(nn.Module):
         return nn.utils.rnn.pad_packed_sequence(output)[0], h[0] if isinstance(h, tuple) else h
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @every_stack
 def test_jit_trace_records_torchs_operators_for_all_sizes(name):

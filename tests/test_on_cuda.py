@@ -8,8 +8,8 @@ from contextlib import contextmanager
 import pytest
 import torch
 from kernel_cases import Shape, differences, rows_of, tensors
-from pairs import leaves
-from test_equivalence import build, states_for
+from pairs import leaves, states_for
+from test_equivalence import build
 
 import fusedrnn
 from fusedrnn import layer
@@ -48,7 +48,7 @@ def given(module, device, option="dense"):
     """x, hx and options, all on the device."""
     dtype = next(module.parameters()).dtype
     x = torch.randn(T, B, I, device=device).to(dtype)
-    hx = as_hx(states_for(module, B, dtype))
+    hx = states_for(module, B)
     lengths = torch.tensor([70, 0, 33, 1, 64, 2], device=device)
     reset = torch.rand(T, B, device=device) < 0.3
     options = {"lengths": lengths, "reset": reset}

@@ -7,9 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
-from pairs import input_of, output_of, reloaded, saved
-from sizes import CELLS, NAMES
-from test_modules import WRAPS
+from pairs import CELLS, NAMES, input_of, output_of, reloaded, saved
+from test_modules import WRAPS, every_class
 from torch import nn
 from torch.nn.utils import parametrize
 
@@ -20,7 +19,6 @@ PLACES = (nn, nn.modules, nn.modules.rnn)
 TORCHS = {name: getattr(nn, name) for name in CLASSES}
 OURS = {name: getattr(fusedrnn, name) for name in CLASSES}
 BOTH_WAYS = (fusedrnn.replace_modules, OURS), (fusedrnn.to_torch, TORCHS)
-every_class = pytest.mark.parametrize("name", CLASSES)
 
 
 def named():
@@ -122,38 +120,26 @@ def naming(name):
 
 
 @every_class
-def test_earlier_classes_and_modules_stay_torchs_and_later_ones_ours(name):
-    kind, x = naming(name), input_of(name)
-    plain, derived = TORCHS[name](3, 4), kind(3, 4)
-    derived.load_state_dict(plain.state_dict())
-    expected = output_of(plain, x)
+def test_modules_and_checkpoints_from_both_sides_of_a_patch(name):
+    """Earlier modules, and classes derived before, stay torch's; later and loaded ones are ours."""
+    kind, x, plain = naming(name), input_of(name), TORCHS[name](3, 4)
+    expected, derived, old = output_of(plain, x), kind(3, 4), copy.deepcopy(plain)
+    vars(old).pop("proj_size", None)  # as in a file of torch before 1.8
+    files = saved(plain), saved(old)
     with fusedrnn.patch():
-        later, built = naming(name)(3, 4), kind(3, 4)
-        later.load_state_dict(plain.state_dict())
-        built.load_state_dict(plain.state_dict())
-        for module in (plain, derived, built, later, copy.deepcopy(plain)):
+        fresh, later, built = getattr(nn, name)(3, 4), naming(name)(3, 4), kind(3, 4)
+        for module in (derived, fresh, later, built):
+            module.load_state_dict(plain.state_dict())
+        ours = [fresh, reloaded(fresh), *(torch.load(file, weights_only=False) for file in files)]
+        for module in (plain, copy.deepcopy(plain), derived, built, later, *ours):
             torch.testing.assert_close(output_of(module, x), expected)
-        assert not isinstance(built, getattr(nn, name))
+        assert not any("_flat_weights" in vars(module) for module in ours)
+        assert {type(module) for module in ours} == {OURS[name]}
+        assert isinstance(later, OURS[name])
+        assert not isinstance(built, OURS[name])
         with pytest.raises(pickle.PicklingError, match="not the same object"):
             pickle.dumps(plain)
-    assert isinstance(later, OURS[name])
-
-
-@every_class
-def test_checkpoints_cross_over(name):
-    x, theirs = input_of(name), TORCHS[name](3, 4)
-    expected, whole = output_of(theirs, x), saved(theirs)
-    vars(theirs).pop("proj_size", None)
-    old = saved(theirs)  # as by torch before 1.8
-    with fusedrnn.patch():
-        loaded, aged = (torch.load(file, weights_only=False) for file in (whole, old))
-        fresh = getattr(nn, name)(3, 4)
-        fresh.load_state_dict(theirs.state_dict())
-        for module in (loaded, aged, fresh, reloaded(fresh)):
-            assert type(module) is OURS[name]
-            assert "_flat_weights" not in vars(module)
-            torch.testing.assert_close(output_of(module, x), expected)
-    for module in (reloaded(fresh), copy.deepcopy(loaded), fusedrnn.to_torch(loaded)):
+    for module in (reloaded(fresh), copy.deepcopy(ours[2]), fusedrnn.to_torch(ours[2])):
         torch.testing.assert_close(output_of(module, x), expected)
 
 
@@ -252,7 +238,6 @@ def test_wrapped_weights_stay_wrapped(name, wrap):
         torch.testing.assert_close(output_of(module, x), expected)
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @pytest.mark.filterwarnings("ignore:torch.quantize_per_tensor:UserWarning")
 def test_other_classes_are_left_alone():
     model = nn.Sequential(
@@ -267,7 +252,6 @@ def test_other_classes_are_left_alone():
     assert [type(module) for module in model.modules()] == before
 
 
-@pytest.mark.filterwarnings("ignore:.torch.jit:DeprecationWarning")
 @every_class
 def test_scripts_run_torchs_operators(name):
     model, x = nn.Sequential(OURS[name](3, 4)), input_of(name)

@@ -38,7 +38,6 @@ def test_kinds_of_products():
 
 def test_what_failed_on_a_device_is_planned_no_more(monkeypatch):
     """A schedule, or the kernels of a cell, H and dtype."""
-    monkeypatch.setattr("fusedrnn.kernels.problem._FAILED", {})
     devices, asked, forgotten = (torch.device("cpu"), torch.device("meta")), problem(), []
     monkeypatch.setattr("fusedrnn.kernels.problem.CACHES", [lambda: forgotten.append(1)])
     give_up(devices[0], (asked.cell, asked.hidden_size, asked.dtype), "no compiler")

@@ -2,11 +2,10 @@
 
 import pytest
 import torch
-from models import CELLS, make_inputs, torch_module
+from test_equivalence import LAYOUTS, MODULES, T, build, everything, oracle, states_for
 
 from fusedrnn.records import Sequences, StackConfig
 from fusedrnn.reference import differentiable_stack
-from fusedrnn.testing import run_module
 
 
 def reference_of(module, cell):
@@ -38,12 +37,15 @@ class Reference(torch.nn.Module):
         return self.call(dict(self.named_parameters()), input, hx)
 
 
+@pytest.mark.parametrize("form", ["dense", "both"])
 @pytest.mark.parametrize("bias", [True, False], ids=["bias", "no-bias"])
-@pytest.mark.parametrize(("T", "B", "layers", "directions"), [(1, 1, 1, 1), (5, 3, 3, 2)])
-@pytest.mark.parametrize("cell", CELLS)
-def test_equals_torch_in_fp64(cell, T, B, layers, directions, bias):
-    options = {"num_layers": layers, "bidirectional": directions == 2, "bias": bias}
-    module = torch_module(cell, 4, 6, **options).double()
-    given = make_inputs(cell, T, B, 4, 6, layers, directions, torch.float64)
-    found = (run_module(m, *given) for m in (Reference(module, cell), module))
+@pytest.mark.parametrize("cell", MODULES)
+def test_equals_torch_in_fp64(cell, bias, form):
+    module, options = build(cell, 3, 2, bias=bias), LAYOUTS[form]
+
+    def run(module, x, hx):
+        return reference_of(module, cell)(dict(module.named_parameters()), x, hx, **options)
+
+    given = module, torch.randn(T, 5, 3), states_for(module, 5), torch.float64
+    found = (everything(each, *given) for each in (run, oracle(form)))
     torch.testing.assert_close(*found, atol=1e-12, rtol=1e-12)

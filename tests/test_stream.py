@@ -4,15 +4,12 @@ import copy
 
 import pytest
 import torch
-from pairs import leaves, states_for
+from pairs import assert_close, leaves, states_for
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import fusedrnn
 from fusedrnn import Stream
-
-# torch warns once per process when the module itself runs a projection in fp32.
-pytestmark = pytest.mark.filterwarnings("ignore:LSTM with projections:UserWarning")
 
 T, B, I, H = 9, 3, 5, 6
 MODULES = {
@@ -46,10 +43,6 @@ def streamed(stream, inputs):
     return torch.stack([stream(x) for x in inputs])
 
 
-def assert_same(got, expected, tolerance=1e-12):
-    torch.testing.assert_close(got, expected, rtol=tolerance, atol=tolerance)
-
-
 @pytest.mark.parametrize("name", MODULES)
 @pytest.mark.parametrize("backend", ["auto", "torch", "aten", "triton"])
 def test_steps_equal_one_call_over_the_sequence(name, backend):
@@ -63,12 +56,12 @@ def test_steps_equal_one_call_over_the_sequence(name, backend):
         if refused.get(backend) == name:
             with pytest.raises(NotImplementedError):
                 stream(inputs[0])
-            assert_same(stream.state, hx, 0)
+            assert_close(stream.state, hx, 0)
             return
         outputs = streamed(stream, inputs)
     expected, final = whole(module, inputs, hx)
-    assert_same(outputs, expected, tolerance)
-    assert_same(stream.state, final, tolerance)
+    assert_close(outputs, expected, tolerance)
+    assert_close(stream.state, final, tolerance)
 
 
 @pytest.mark.parametrize("name", ["lstm-3", "gru", "gru-reset-before"])
@@ -92,7 +85,7 @@ def test_no_dropout_and_no_history_in_training():
     stream = Stream(module, B, tuple(s.requires_grad_() for s in states_for(module, B)))
     state = stream.state
     outputs = streamed(stream, inputs)
-    assert_same(outputs, whole(module, inputs, state)[0])
+    assert_close(outputs, whole(module, inputs, state)[0])
     assert outputs.requires_grad is stream.state[0].requires_grad is False
     assert torch.is_grad_enabled()
 
@@ -106,7 +99,7 @@ def test_inference_mode_may_come_and_go():
             outputs.append(stream(x).clone())
             stream.state = stream.state
             stream.reset(torch.zeros(B, dtype=torch.bool))
-    assert_same(torch.stack([o.clone() for o in outputs]), whole(module, inputs)[0])
+    assert_close(torch.stack([o.clone() for o in outputs]), whole(module, inputs)[0])
 
 
 @pytest.mark.parametrize("name", ["lstm-3", "gru-reset-before"])
@@ -118,7 +111,7 @@ def test_weights_are_those_of_the_module_at_each_call(name):
     def follows(part, tolerance=1e-12):
         nonlocal hx
         expected, hx = whole(module, part, hx)
-        assert_same(streamed(stream, part), expected, tolerance)
+        assert_close(streamed(stream, part), expected, tolerance)
 
     follows(inputs[:2])
     module(inputs.transpose(0, 1) if module.batch_first else inputs)[0].sum().backward()
@@ -140,7 +133,7 @@ def test_computed_weights_are_computed_at_each_call(change):
     with torch.no_grad():
         for parameter in module.parameters():
             parameter.mul_(0.5)
-    assert_same(streamed(stream, inputs), whole(module, inputs)[0])
+    assert_close(streamed(stream, inputs), whole(module, inputs)[0])
     assert seen[:T] == [{}] * T
 
 
@@ -160,7 +153,7 @@ def test_state_and_output_are_copies(name, backend):
             output.fill_(float("nan"))
             hx = stream.state
             stream.state = hx
-    assert_same(torch.stack(outputs), expected)
+    assert_close(torch.stack(outputs), expected)
 
 
 @pytest.mark.parametrize(
@@ -177,9 +170,9 @@ def test_reset_rows_start_afresh(rows):
     before = stream.state
     stream.reset(rows)
     outputs = streamed(stream, inputs[4:])
-    assert_same(outputs[:, chosen], whole(module, inputs[4:])[0][:, chosen])
+    assert_close(outputs[:, chosen], whole(module, inputs[4:])[0][:, chosen])
     if rows is not None:
-        assert_same(outputs[:, 1], whole(module, inputs[4:], before)[0][:, 1])
+        assert_close(outputs[:, 1], whole(module, inputs[4:], before)[0][:, 1])
 
 
 def test_wrong_arguments_of_the_constructor():
@@ -218,4 +211,4 @@ def test_wrong_arguments_raise_one_sentence_and_leave_the_state(case):
     with pytest.raises(error, match=sentence) as caught:
         method(stream, argument)
     assert "\n" not in str(caught.value)
-    assert_same(stream.state, kept, 0)
+    assert_close(stream.state, kept, 0)
