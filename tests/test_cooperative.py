@@ -179,7 +179,7 @@ def break_wait_for_the_layer_below(patch):
 
 
 def break_wait_for_the_layer_above(patch):
-    per_step = "tl.where(z < LAST, partners * P, 0)"
+    per_step = "tl.where(program.z < LAST, partners * P, 0)"
     rewrite(patch, cooperative, "_cooperative_bwd_kernel", per_step, "0")
 
 
