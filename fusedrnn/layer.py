@@ -133,7 +133,9 @@ def _aligned(tensors: Sequence[Any]) -> list[Any]:
             return tuple(map(own, value))
         if value is None or value.data_ptr() % 16 == 0:
             return value
-        return copies.setdefault(id(value), value.clone())
+        if id(value) not in copies:
+            copies[id(value)] = value.clone()
+        return copies[id(value)]
 
     return [fields._make(map(own, fields)) for fields in tensors]
 

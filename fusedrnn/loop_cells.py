@@ -33,7 +33,7 @@ class Direction(NamedTuple):
     split: Split
     h: Sequence[Tensor]  # of each step [n, H], written; backward: its gradient, carried in place
     c: Any = None  # the same of c, in a cell that has it
-    # Of backward alone:
+    # Read by backward alone:
     dgates: Any = None  # [R, N*H], written
     left: Any = None  # [R, H], the c, or without one the h, that left each step
     entered: Any = None  # computes the one that entered each step

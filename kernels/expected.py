@@ -23,7 +23,7 @@ MARGIN = 0.8
 #: The chip of the table whose cycles stand for those of an architecture; others as sm_90.
 FAMILIES = {"sm_80": "sm_80"}
 FAMILIES |= dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86")
-RAGGED = 1.2  # times a dense step; as compiled 1.0 to 1.5, most in small steps of RNNs
+RAGGED = 1.2  # times a dense step, assumed; most in RNNs, whose steps are short
 HOST_US = (75.0, 90.0)  # to the launch, both passes: assumed; `python -m bench host` measures
 START_US = 5.0  # of a kernel: its launch and the load of W_hh
 MEMORY = 1.5e6  # bytes a microsecond, an A100's

@@ -35,7 +35,7 @@ class Counter(TorchDispatchMode):
     ("cell", "most"), [("lstm", 14), ("gru", 10), ("gru_reset_before", 13), ("rnn_tanh", 5)]
 )
 def test_calls_of_a_step(cell, most, packed):
-    """Of small batches the time is that of the calls: forward and backward, with d_out.
+    """In small batches the calls take most of the time: forward and backward, with d_out.
 
     Tables of packed rows are made of all steps at once.
     """

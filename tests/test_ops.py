@@ -122,7 +122,7 @@ def tied(module, x):
     ],
 )
 def test_derivatives_of_every_order_are_torchs(name, backend, compose, order):
-    """What reaches a weight through hx or the input is counted once."""
+    """A gradient that reaches a weight through hx or the input is counted once."""
     x, found = batch()[:2].requires_grad_(), []
     deep = {"num_layers": 2, "bidirectional": True} if compose is plain else {}
     for module in build(name, **deep):
