@@ -5,7 +5,6 @@
 """
 
 import csv
-from collections.abc import Iterator
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -46,11 +45,6 @@ class Verdict(NamedTuple):
         return f"the kernels {ours}; torch's operator {theirs}"
 
 
-def lines_of(path: Path, **values: str) -> Iterator[dict[str, Any]]:
-    """Yields the lines of a table that have these values."""
-    return (line for line in read(path) if values.items() <= line.items())
-
-
 @lru_cache
 def read(path: Path) -> list[dict[str, Any]]:
     """Returns the lines of a table, with numbers as such."""
@@ -82,8 +76,9 @@ def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int)
 def find_line(p: Problem, plan: Plan, chip: Chip) -> dict[str, Any] | None:
     """Returns the line of the next larger H of the same schedule, None if there is none."""
     family = FAMILIES.get(chip.arch, "sm_90" if chip.warp_size == 32 else chip.arch)
-    cell, products = "rnn_tanh" if p.cell == "rnn_relu" else p.cell, p.kind(chip)
-    found = lines_of(PREDICTED, chip=family, cell=cell, products=products, schedule=plan.schedule)
+    cell = "rnn_tanh" if p.cell == "rnn_relu" else p.cell
+    wanted = {"chip": family, "cell": cell, "products": p.kind(chip), "schedule": plan.schedule}
+    found = (n for n in read(PREDICTED) if wanted.items() <= n.items())
     larger = (n for n in found if p.hidden_size <= n["H"] and n["layers"] <= plan.layers)
     return min(larger, key=lambda line: (line["H"], -line["layers"]), default=None)
 
@@ -136,6 +131,6 @@ def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
             algorithm = "small"
         elif alone and H % 128 == I % 128 == p.batch % 8 == 0 and H <= 1024 and p.batch <= 128:
             algorithm = "static"
-    found = lines_of(PUBLISHED, cell=cell, algorithm=algorithm)
+    found = (n for n in read(PUBLISHED) if (n["cell"], n["algorithm"]) == (cell, algorithm))
     smaller = (n for n in found if n["precision"] in (precision, "any") and n["H"] <= H)
     return max(smaller, key=lambda line: line["H"], default=None)

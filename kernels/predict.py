@@ -1,25 +1,27 @@
-"""Compiles the kernels that the planner chooses and writes their predicted steps.
+"""Compiles the kernels that the planner chooses and predicts their steps; it needs no GPU.
 
 ``python -m fusedrnn.kernels.predict`` (or ``make predict``) adds the lines that ``predicted.csv``
-lacks, or that are of other tiles than the planner's, and prints the tables of
-``docs/predicted.md``, which follow from it. It needs no GPU.
+lacks, or that are of other tiles than the planner's, and writes the tables of
+``docs/predicted.md``, which follow from it.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import partial
+from functools import cache, partial
 from itertools import groupby, product
-from typing import Any
+from pathlib import Path
 
 import torch
 
 from .expected import PREDICTED, judge, read
 from .plan import cooperative, plan, plan_stack
-from .problem import CHIPS, NoPlan, Plan, Problem
+from .problem import CHIPS, Chip, NoPlan, Plan, Problem
 
+PAGE = Path(__file__).resolve().parents[1] / "docs" / "predicted.md"
 CHIP_NAMES = ("sm_90", "sm_80", "sm_86")  # the families, see expected.FAMILIES
 CELLS = {"lstm": "LSTM", "gru": "GRU", "rnn_tanh": "RNN"}
 DTYPES = {"16-bit": torch.bfloat16, "tf32": torch.float32}
@@ -29,92 +31,70 @@ KERNELBENCH = {
     35: ("lstm", 1, "16.9 to 29.4"), 38: ("lstm", 2, "32.0 to 56.9"),
     39: ("gru", 1, "21.7 to 39.1"), 41: ("gru", 2, "42.6 to 77.5"),
 }  # fmt: skip
-Key = tuple[str, str, str, int, int]
-Line = dict[str, Any]
-KEY = ("chip", "cell", "products", "H", "layers")
-#: Of each direction; instructions, barriers and cycles are of one step.
-SIDE = ("rows", "units", "warps", "instructions", "barriers", "cycles", "spills")
-COLUMNS = (*KEY, "schedule", *(f"{side}_{name}" for side in ("fw", "bw") for name in SIDE))
 
 
-def grid() -> dict[Key, Plan]:
-    """Returns the plan of every line; a wavefront is compiled with two layers."""
+@cache
+def grid() -> dict[str, tuple[Problem, Plan, Chip]]:
+    """Returns the plan of every line by how the line begins; a wavefront has two layers.
+
+    A line begins with what the planner decides. One that begins otherwise is stale.
+    """
     found = {}
-    for key in product(CHIP_NAMES, CELLS, DTYPES, SIZES, (1, 2)):
-        chip, cell, _, H, L = key
-        if L == 1 or (H in (256, 512) and cell != "rnn_tanh"):
-            with suppress(NoPlan):
-                found[key] = (plan if L == 1 else cooperative)(_problem(key), CHIPS[chip])
-    return {key: chosen for key, chosen in found.items() if chosen.schedule != "stepwise"}
+    for name, cell, products, H, L in product(CHIP_NAMES, CELLS, DTYPES, SIZES, (1, 2)):
+        if L == 2 and (H not in (256, 512) or cell == "rnn_tanh"):
+            continue
+        problem, chip = Problem(cell, H, 16, 1, DTYPES[products], "tf32", True, L), CHIPS[name]
+        with suppress(NoPlan):
+            chosen = (plan if L == 1 else cooperative)(problem, chip)
+            start = f"{name},{cell},{products},{H},{L},{chosen.schedule},"
+            for t in filter(None, (chosen.forward, chosen.backward)):
+                start += f"{t.block_b},{t.block_h},{t.num_warps},"
+            if chosen.schedule != "stepwise":
+                found[start] = problem, chosen, chip
+    return found
 
 
-def _problem(key: Key) -> Problem:
-    _, cell, products, H, layers = key
-    return Problem(cell, H, 16, 1, DTYPES[products], "tf32", True, layers)
-
-
-def planned(key: Key, chosen: Plan) -> Line:
-    """Returns the columns that the planner decides; a line with others is stale."""
-    line: Line = dict(zip(KEY, key, strict=True)) | {"schedule": chosen.schedule}
-    for side, t in (("fw", chosen.forward), ("bw", chosen.backward)):
-        sizes = (t.block_b, t.block_h, t.num_warps) if t else ()
-        line |= {f"{side}_{name}": n for name, n in zip(SIDE, sizes, strict=False)}
-    return line
-
-
-def predict(key: Key, chosen: Plan) -> Line:
-    """Compiles forward and backward of a line, and predicts their steps."""
+def predict(start: str) -> str:
+    """Compiles forward and backward of a line of ``grid``, and adds their predicted steps."""
     from .compile import compile_plan  # imports triton
 
-    line, kernels = planned(key, chosen), compile_plan(_problem(key), chosen, CHIPS[key[0]])
-    for side, kernel in zip(("fw", "bw"), kernels, strict=True):
-        found = kernel.predict(key[0])
-        counts = round(found.instructions), found.barriers, round(found.cycles), kernel.spills
-        line |= {f"{side}_{name}": n for name, n in zip(SIDE[3:], counts, strict=True)}
-    return line
-
-
-def shipped() -> dict[Key, Line]:
-    """Returns the lines of ``predicted.csv``."""
-    return {tuple(line[name] for name in KEY): line for line in read(PREDICTED)}
-
-
-def text(line: Line) -> str:
-    """Returns a line of ``predicted.csv``."""
-    values = (line[name] for name in COLUMNS)
-    return ",".join(v if isinstance(v, str) else f"{v:g}" for v in values)
+    problem, chosen, chip = grid()[start]
+    counts = []
+    for kernel in compile_plan(problem, chosen, chip):
+        found = kernel.predict(chip.arch)
+        counts += [round(found.instructions), found.barriers, round(found.cycles), kernel.spills]
+    return start + ",".join(f"{count:g}" for count in counts)
 
 
 def tables() -> Iterator[str]:
-    """Yields the lines of the tables of ``docs/predicted.md``."""
-    yield from _heads("one layer", *(f"H {H}" for H in SIZES))
-    lines = shipped()
+    """Yields the tables of ``docs/predicted.md``."""
+    lines = {tuple(line.values())[:5]: line for line in read(PREDICTED)}
+    rows = [["one layer", *(f"H {H}" for H in SIZES)]]
     for name, products, cell in product(CHIP_NAMES[:2], DTYPES, ("lstm", "gru")):
         found = (lines.get((name, cell, products, H, 1)) for H in SIZES)
         mhz = CHIPS[name].mhz
         times = (
             f"{f['fw_cycles'] / mhz:.2f} / {f['bw_cycles'] / mhz:.2f}" if f else "" for f in found
         )
-        yield _row(f"{name}, {products}, {CELLS[cell]}", *times)
+        rows.append([f"{name}, {products}, {CELLS[cell]}", *times])
+    yield _table(rows)
     cases = list(product(CHIP_NAMES[:2], ("inference", "training")))
-    yield from _heads("dtype", *map(", ".join, cases))
+    rows = [["dtype", *map(", ".join, cases)]]
     for dtype in ("bfloat16", "float16", "float32"):
-        yield _row(dtype, *(_chosen(dtype, name, use == "training") for name, use in cases))
-    yield from _heads("KernelBench", "predicted ms", "published ms, H100")
-    chip = CHIPS["sm_90"]
+        rows.append([dtype, *(_chosen(dtype, name, use == "training") for name, use in cases)])
+    yield _table(rows)
+    rows, chip = [["KernelBench", "predicted ms", "published ms, H100"]], CHIPS["sm_90"]
     for number, (cell, D, published) in KERNELBENCH.items():
         problem = Problem(cell, 256, 10, D, torch.float32, "tf32", False, 6)
         ours = judge(problem, plan_stack(problem, chip), chip, 512, 128).ours
         both = ", both directions" if D == 2 else ""
-        yield _row(f"{number}: {CELLS[cell]}{both}", f"{(ours or 0) / 1000:.2f}", published)
+        rows.append([f"{number}: {CELLS[cell]}{both}", f"{(ours or 0) / 1000:.2f}", published])
+    yield _table(rows)
 
 
-def _row(*cells: str) -> str:
-    return f"| {' | '.join(cells)} |"
-
-
-def _heads(*names: str) -> tuple[str, str]:
-    return _row(*names), "|---" * len(names) + "|"
+def _table(rows: list[list[str]]) -> str:
+    head, *others = (f"| {' | '.join(row)} |\n" for row in rows)
+    return "".join([head, "|---" * len(rows[0]) + "|\n", *others])
 
 
 def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
@@ -136,25 +116,24 @@ def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser("python -m fusedrnn.kernels.predict", description=__doc__)
     parser.add_argument("--again", metavar="TEXT", help="make the lines with this text again")
-    again, plans = parser.parse_args().again, grid()
-    lines = {
-        key: line
-        for key, line in shipped().items()
-        if key in plans
-        and planned(key, plans[key]).items() <= line.items()
-        and not (again and again in text(line))
-    }
-    wanted = [key for key in plans if key not in lines]
+    again = parser.parse_args().again
+    head, *lines = PREDICTED.read_text(encoding="utf-8").splitlines()
+    kept = [line for line in lines if not (again and again in line)]
+    made = {start: next((n for n in kept if n.startswith(start)), "") for start in grid()}
+    wanted = [start for start, line in made.items() if not line]
     with ProcessPoolExecutor() as processes:
-        made = processes.map(predict, wanted, [plans[key] for key in wanted])
-        for number, (key, line) in enumerate(zip(wanted, made, strict=True), 1):
-            lines[key] = line
-            sys.stderr.write(f"{number}/{len(wanted)} {text(line)}\n")
+        for number, line in enumerate(processes.map(predict, wanted)):
+            made[wanted[number]] = line
+            sys.stderr.write(f"{number + 1}/{len(wanted)} {line}\n")
             # Written after each, so that an interrupted run goes on where it ended.
-            found = [",".join(COLUMNS), *(text(lines[key]) for key in plans if key in lines)]
+            found = [head, *filter(None, made.values())]
             PREDICTED.write_text("\n".join(found) + "\n", encoding="utf-8")
     read.cache_clear()
-    sys.stdout.write("\n".join(tables()) + "\n")
+    page = PAGE.read_text(encoding="utf-8")
+    for table in tables():
+        head = re.escape(table.partition("\n")[0])
+        page = re.sub(rf"{head}\n(\|.*\n)*", table, page)
+    PAGE.write_text(page, encoding="utf-8")
 
 
 if __name__ == "__main__":
