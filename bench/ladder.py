@@ -107,7 +107,7 @@ def compiled(rung: Rung) -> Iterator[str]:
     else:
         from . import scan
 
-        with compile.recording(scan, chip) as made:
+        with compile.recording(chip) as made:
             scan.scan(*(torch.empty(64, 512, rung.H, device="meta"),) * 2)
         tiles = Tiles(scan.BLOCK_T, scan.BLOCK_H, 4, None, "ieee", 0)
         kernel = compile.Kernel("forward", tiles, made[0][1], made[0][0], scan.BLOCK_T)

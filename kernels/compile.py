@@ -7,17 +7,18 @@ does not compile under ``TRITON_INTERPRET``.
 
 import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import patch
 
 import torch
-import triton
 from triton.backends.compiler import GPUTarget
+from triton.runtime import JITFunction, driver
 
 from . import steptime
 from .latencies import TIMINGS
@@ -89,7 +90,7 @@ def compile_plan(
         module = import_module(f".{plan.schedule}", __package__)
         gx, others = (layers.gx, ()) if direction == "forward" else (None, (grads,))
         given = layers.read(plan.layers, *layers[-2:], gx), *others
-        with recording(module, chip) as launches:
+        with recording(chip) as launches:
             getattr(module, direction)(problem.cell, plan, *given, rows)
         grids, steps = dict(reversed(launches)), getattr(module, "STEPS", 1)
         for binary, count in Counter(binary for binary, _ in launches).items():
@@ -98,33 +99,21 @@ def compile_plan(
 
 
 @contextmanager
-def recording(module: Any, chip: Chip) -> Iterator[list[tuple[Any, tuple]]]:
-    """Within the context the module's kernels are compiled, and listed instead of launched."""
-    kernels = [k for name, k in vars(module).items() if name.endswith("_kernel")]
-    launches: list[tuple[Any, tuple]] = []  # binary and grid
-    capability = int(chip.arch.removeprefix("sm_"))
-    calls = {  # of a driver, before it loads a binary
-        "get_current_target": lambda: GPUTarget("cuda", capability, 32),
-        "get_current_device": lambda: capability,  # Triton keeps the binaries of each apart
-        "get_current_stream": lambda device: 0,
-    }
+def recording(chip: Chip) -> Iterator[list[tuple[Any, tuple]]]:
+    """Within the context kernels are compiled, and listed with their grids instead of launched."""
+    launches: list[tuple[Any, tuple]] = []
+    capability, run = int(chip.arch.removeprefix("sm_")), JITFunction.run
 
-    def compiler(run: Callable) -> Callable:
-        return lambda *args, grid, **kwargs: launches.append(
-            (run(*args, grid=grid, **kwargs | {"warmup": True}), grid)
-        )
+    def compiled(*args: Any, grid: tuple, **options: Any) -> None:
+        launches.append((run(*args, grid=grid, **options | {"warmup": True}), grid))
 
-    for kernel in kernels:
-        kernel.run = compiler(kernel.run)
-    driver = triton.runtime.driver
-    before = driver._active  # None until the first launch
-    driver.set_active(SimpleNamespace(**calls))
-    try:
+    absent = SimpleNamespace(  # a driver, before it loads a binary
+        get_current_target=lambda: GPUTarget("cuda", capability, 32),
+        get_current_device=lambda: capability,  # Triton keeps the binaries of each apart
+        get_current_stream=lambda device: 0,
+    )
+    with patch.object(JITFunction, "run", compiled), patch.object(driver, "_active", absent):
         yield launches
-    finally:
-        driver._active = before
-        for kernel in kernels:
-            del kernel.run
 
 
 def _tensors(problem: Problem, plan: Plan) -> tuple[Layers, Grads, Rows]:

@@ -11,7 +11,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from .latencies import Timings
 from .sass import NO_BOARD, Instruction, kind_of
@@ -95,28 +95,34 @@ class Prediction(NamedTuple):
     warps: int  # on the SM
     instructions: float  # of one warp in a step
     barriers: float  # in a step
-    spent: list[tuple[float, str]]  # cycles of a mean warp and their cause, most first
-    waits: list[tuple[float, str, str]]  # the same by cause and source line, without issuing
-    spans: list[Span]
-    begin: float  # of the turns that count, by the clock of the spans
+    steps: int  # in the turns that count
+    spans: list[Span]  # of these turns
+    begin: float  # of these turns, by the clock of the spans
 
     @property
     def us(self) -> float:  # microseconds
         return self.cycles / self.mhz
 
+    def spent(self, *by: str) -> list[tuple[Any, ...]]:
+        """Returns the cycles of a mean warp in a step by these fields of its spans, most first."""
+        found: dict[Any, float] = defaultdict(float)
+        for span in self.spans:
+            found[tuple(getattr(span, name) for name in by)] += span.end - span.begin
+        share = 1 / self.steps / self.warps
+        return sorted(((n * share, *key) for key, n in found.items()), reverse=True)
+
     def report(self) -> str:
         """Returns the prediction as text: where the cycles go, and the three longest waits."""
-        text = [
+        waits = [each for each in self.spent("cause", "line") if each[1] != "issuing"]
+        return "\n".join([
             f"predicted {self.cycles:.0f} cycles = {self.us:.3f} us a step at {self.mhz:.0f} MHz; "
             f"{self.warps} warps, {self.instructions:.0f} instructions, {self.barriers:g} barriers",
             "cycles of a mean warp:",
-        ]
-        for n, cause in self.spent:
-            if n >= 0.5:
-                text.append(f"  {n:7.0f} {100 * n / self.cycles:4.0f} %  {cause}")
-        text.append("longest waits by cause and source line, in cycles:")
-        text += [f"  {n:7.1f}  {cause:24}  {line}" for n, cause, line in self.waits[:3]]
-        return "\n".join(text)
+            *(f"  {n:7.0f} {100 * n / self.cycles:4.0f} %  {cause}"
+              for n, cause in self.spent("cause") if n >= 0.5),
+            "longest waits by cause and source line, in cycles:",
+            *(f"  {n:7.1f}  {cause:24}  {line}" for n, cause, line in waits[:3]),
+        ])  # fmt: skip
 
 
 @dataclass(eq=False)  # warps in the same state are still two
@@ -167,15 +173,8 @@ class _Sm:
         self.unit = self.gate = 0.0  # when the load/store and the barrier unit are free
         self.published = 0.0  # when the program last added to its counter
         self.spans: list[Span] = []
-
-    def run(self) -> None:
-        """Runs all warps, as often as ``TURNS`` says."""
         for core in self.cores:
             self.choose(core)
-        while (core := min(self.cores, key=attrgetter("due"))).due < float("inf"):
-            opened = self.issue(core, core.next, core.due)
-            for each in self.cores if opened else [core]:
-                self.choose(each)
 
     def choose(self, core: _Core) -> None:
         """Chooses when a scheduler issues next and from which warp, the latest or the youngest."""
@@ -195,8 +194,9 @@ class _Sm:
         yield core.pipe_of(what)[1], f"pipe: {what.pipe}"
         yield core.latest.issued + 1, "another warp issued"
 
-    def issue(self, core: _Core, warp: _Warp, now: float) -> bool:
-        """Issues the next instruction of a warp; returns True if that opened a barrier."""
+    def issue(self, core: _Core) -> None:
+        """Issues the instruction that a scheduler has chosen."""
+        warp, now = core.next, core.due
         one, what = self.path[warp.at], self.costs[warp.at]
         clock, line = warp.issued, one.line or f"{one.address:#06x}"
         for when, cause in self.limits(core, warp) if len(warp.ends) > WARM else ():
@@ -231,7 +231,8 @@ class _Sm:
             warp.ends.append(now)
             is_done = len(warp.ends) > TURNS
             warp.ready = float("inf") if is_done else max(warp.ready, now + self.sm.branch)
-        return opened
+        for each in self.cores if opened else [core]:
+            self.choose(each)
 
     def arrive(self, warp: _Warp, now: float) -> bool:
         """Lets a warp arrive at a barrier; returns True if it was the last one."""
@@ -250,24 +251,10 @@ def predict(path: Sequence[Instruction], sm: Timings, warps: int, steps: int = 1
     ``path`` is one turn of its loop, see :func:`trace`, which makes ``steps`` steps.
     """
     replay = _Sm(path, sm, warps)
-    replay.run()
+    while (core := min(replay.cores, key=attrgetter("due"))).due < float("inf"):
+        replay.issue(core)
     begin, end = (max(warp.ends[turn] for warp in replay.team) for turn in (WARM, TURNS))
     counted = (TURNS - WARM) * steps
-    spent: dict[str, float] = defaultdict(float)
-    waits: dict[tuple[str, str], float] = defaultdict(float)
-    for span in replay.spans:
-        spent[span.cause] += span.end - span.begin
-        if span.cause != "issuing":
-            waits[span.cause, span.line] += span.end - span.begin
-    share = 1 / counted / warps
-    return Prediction(
-        cycles=(end - begin) / counted,
-        mhz=sm.mhz,
-        warps=warps,
-        instructions=len(path) / steps,
-        barriers=sum(each.pipe == "barrier" for each in replay.costs) / steps,
-        spent=sorted(((n * share, cause) for cause, n in spent.items()), reverse=True),
-        waits=sorted(((n * share, *where) for where, n in waits.items()), reverse=True),
-        spans=replay.spans,
-        begin=begin,
-    )
+    barriers = sum(each.pipe == "barrier" for each in replay.costs) / steps
+    size = warps, len(path) / steps, barriers, counted
+    return Prediction((end - begin) / counted, sm.mhz, *size, replay.spans, begin)

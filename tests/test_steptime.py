@@ -50,8 +50,8 @@ def test_a_barrier_waits_for_the_last_warp():
     slower = cycles(path, 8, SM._replace(barrier=120.0)) - cycles(path, 8)
     assert slower == pytest.approx(100)
     found = predict(path, SM, 8)
-    assert sum(cycles for cycles, _ in found.spent) == pytest.approx(found.cycles)
-    assert found.waits[0][1] == "barrier"
+    assert sum(cycles for cycles, _ in found.spent("cause")) == pytest.approx(found.cycles)
+    assert found.spent("cause")[0][1] == "barrier"
 
 
 def test_a_hop_begins_when_the_program_publishes():
