@@ -52,7 +52,7 @@ def key_of(
         tensors = input, *states, *params
         is_recorded, sizes = needs_grad(*tensors), map(_SIZES, tensors)
         autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
-        modes = is_recorded, autocast, forward_ad._current_level, dispatch.switches(input)
+        modes = is_recorded, autocast, forward_ad._current_level, dispatch.switches(input.is_cuda)
         return cell, layers, form, type(hx), modes, *sizes
     except (AttributeError, RuntimeError, TypeError):
         return None
@@ -73,37 +73,41 @@ class Call(NamedTuple):
     places: Tensor | None = None  # [R], the place of each packed row in the padded input
     kind: Kind | None = None  # the record of a call that nothing but autograd has to see
 
-    def compact(self) -> "Call":
-        """Packs padded input on the CPU, so that missing steps cost nothing; reads lengths."""
-        lengths, reset = self.sequences[:2]
-        T, B, by_sequence = self.facts.steps, self.facts.batch, self.facts.layers.batch_first
-        assert lengths is not None
-        starts = torch.arange(B, device="cpu") * (T if by_sequence else 1)
-        lengths = lengths.cpu().clamp(0, T)
-        steps = max(1, int(lengths.max())) if B else T
-        packing = pack(lengths, steps, starts, 1 if by_sequence else B)
-        reset = None if reset is None else reset[:steps].cpu().index_select(1, packing.order)
-        call = self._replace(places=packing.rows)
-        return call._replace(
-            input=call.gather(self.input),
-            states=tuple(state.index_select(1, packing.order) for state in self.states),
-            sequences=Sequences(None, reset, packing.batch_sizes),
-            unsort=packing.order.argsort(),
-            kind=None,  # its rows are others
-        )
-
-    def gather(self, grid: Tensor) -> Tensor:
-        """Returns ``[T, B, ...]`` as the rows of the call."""
-        if self.places is None:
-            return grid
-        grid = grid.transpose(0, 1) if self.facts.layers.batch_first else grid
-        return grid.flatten(0, 1).index_select(0, self.places)
-
     def stack_inputs(self) -> StackInputs:
-        """Returns the tensors with dropout's masks, before a cast."""
-        states, masks = self.states, _dropout_masks(self) if self.facts.drops_out else ()
+        """Returns the tensors before a cast, with dropout's masks, scaled by 1/(1-p).
+
+        On the CPU the masks are bit for bit those of ``at::dropout``.
+        """
+        facts, states, masks = self.facts, self.states, []
+        if facts.drops_out:
+            p, columns = facts.layers.dropout, facts.columns[0] * facts.layers.directions
+            shape, count = (*self.input.shape[:-1], columns), facts.layers.num_layers - 1
+            masks = [self.input.new_zeros(shape, dtype=facts.dtype) for _ in range(count)]
+            if p < 1:  # else at::dropout draws nothing, and 1/(1-p) is infinite
+                masks = [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
         c_0 = states[1] if len(states) > 1 else None
         return StackInputs(self.input, states[0], c_0, self.params, masks)
+
+    def compact(self, inputs: StackInputs) -> tuple["Call", StackInputs]:
+        """Packs padded input on the CPU, so that missing steps cost nothing; reads lengths."""
+        given: Any = self.sequences
+        T, B, by_sequence = self.facts.steps, self.facts.batch, self.facts.layers.batch_first
+        starts = torch.arange(B, device="cpu") * (T if by_sequence else 1)
+        lengths = given.lengths.cpu().clamp(0, T)
+        steps = max(1, int(lengths.max())) if B else T
+        packing: Any = pack(lengths, steps, starts, 1 if by_sequence else B)
+        rows, sizes, order, unsort = packing
+        reset = None if given.reset is None else given.reset[:steps].cpu().index_select(1, order)
+
+        def packed(grid: Tensor) -> Tensor:
+            grid = grid.transpose(0, 1) if by_sequence else grid
+            return grid.flatten(0, 1).index_select(0, rows)
+
+        input, h_0, c_0, params, masks = inputs
+        h_0, c_0 = h_0.index_select(1, order), None if c_0 is None else c_0.index_select(1, order)
+        inputs = StackInputs(packed(input), h_0, c_0, params, [packed(mask) for mask in masks])
+        sequences = Sequences(None, reset, sizes)
+        return self._replace(sequences=sequences, unsort=unsort, places=rows, kind=None), inputs
 
     def in_form(self, rows: Tensor, in_place: bool = False) -> Any:
         """Returns ``[T, B, ...]``, or packed rows ``[R, ...]``, in the form of the input."""
@@ -128,18 +132,6 @@ class Call(NamedTuple):
         elif not self.batched:
             states = [s.squeeze(1) for s in states]
         return as_hx(states)
-
-
-def _dropout_masks(call: Call) -> list[Tensor]:
-    """Draws masks scaled by 1/(1-p), on the CPU bit for bit those of ``at::dropout``."""
-    facts, layers = call.facts, call.facts.layers
-    p, columns = layers.dropout, (facts.proj_size or facts.hidden_size) * layers.directions
-    rows = call.input.shape[:-1] if call.places is None else (facts.steps, facts.batch)
-    shape, count = (*rows, columns), layers.num_layers - 1
-    masks = [call.input.new_zeros(shape, dtype=facts.dtype) for _ in range(count)]
-    if p < 1:  # else at::dropout draws nothing, and 1/(1-p) is infinite
-        masks = [mask.bernoulli_(1 - p).div_(1 - p) for mask in masks]
-    return [call.gather(mask) for mask in masks]
 
 
 def prepare(

@@ -130,37 +130,15 @@ def kind_of(facts: Facts) -> tuple[Facts, str]:
     return facts._replace(steps=steps, batch=batch, layers=layers), precision()
 
 
-class Settings(NamedTuple):
-    """The settings that choices depend on beside a call; where no kernel can run the first."""
-
-    requested: str
-    precision: str | None = None  # of products in fp32
-    interpreted: bool = False  # Triton runs in its interpreter
-    shares: bool = False  # the collectives of a process group keep SMs
-    benchmark: bool = False  # cuDNN was asked to measure
-
-
-def switches(like: torch.Tensor) -> Any:
-    """Returns what ``settings`` for such a tensor are made of, which takes less time."""
+def switches(is_gpu: bool) -> Any:
+    """Returns all settings that choices depend on beside a call, of which caches need a key."""
     backend, variable = _local.backend, _environ.get(_KEY)
-    if variable is None and backend != "triton" and not like.is_cuda:
+    if variable is None and backend != "triton" and not is_gpu:
         return backend
     precise = torch._C._get_fp32_precision_getter("cuda", "rnn")
-    grouped = _HAS_GROUPS and distributed.is_initialized()
+    grouped = _HAS_GROUPS and distributed.is_initialized()  # its collectives keep SMs
     others = _environ.get(_INTERPRET), precise, grouped, torch._C._get_cudnn_benchmark()
     return backend, variable, _local.precision, *others
-
-
-def settings(device: torch.device, compiled: bool = False) -> Settings:
-    """Returns the present settings for calls on a device."""
-    requested = requested_backend()[0]
-    if not _HAS_TRITON or not (_is_gpu(device) or requested == "triton"):
-        return Settings(requested)
-    given = requested, precision(), _interpreting()
-    if compiled:  # it keeps the answer of the planner
-        return Settings(*given)
-    shares = _HAS_GROUPS and distributed.is_initialized()
-    return Settings(*given, shares, torch._C._get_cudnn_benchmark())
 
 
 def decide(facts: Facts) -> tuple[str, StackConfig]:
@@ -171,8 +149,8 @@ def decide(facts: Facts) -> tuple[str, StackConfig]:
         ValueError: ``FUSEDRNN_BACKEND`` names no backend.
     """
     # A compiler has symbols for sizes, which have no hash.
-    make = _decide if facts.compiled else _decided
-    choice, refused = make(facts, settings(facts.device, facts.compiled))
+    found = _decide(facts) if facts.compiled else _decided(facts, switches(_is_gpu(facts.device)))
+    choice, refused = found
     if choice is None:
         raise NotImplementedError("; ".join(f"backend {name!r}: {why}" for name, why in refused))
     return choice
@@ -213,15 +191,15 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
         kind = f"{type(module).__module__}.{type(module).__qualname__}"
         raise TypeError(f"explain takes one of fusedrnn's modules or cells; got {kind}")
     facts = prepare(*inputs, **options).facts
-    (requested, source), given = requested_backend(), settings(facts.device)
-    choice, refused = _decide(facts, given)
-    compiled, _ = _decide(facts._replace(compiled=True, eager=False), given)
+    requested, source = requested_backend()
+    choice, refused = _decide(facts)
+    compiled, _ = _decide(facts._replace(compiled=True, eager=False))
     backend, inside = (found[0] if found else None for found in (choice, compiled))
-    layers = tuple(_launches(facts, given)) if backend == "triton" else ()
+    layers = tuple(_launches(facts)) if backend == "triton" else ()
     chosen = backend or "none, the call would raise"
     lines = [f"{facts}\nbackend: {chosen} (asked for: {requested}, {source})"]
     if layers and facts.dtype == torch.float32:
-        lines.append(f"precision: {given.precision}")
+        lines.append(f"precision: {precision()}")
     lines += [*layers, *(f"not {name}: {reason}" for name, reason in refused)]
     if times := MEASURED.get(kind_of(facts)):
         lines.append(f"measured: the kernels {times[0]:.3g} ms, torch's operator {times[1]:.3g} ms")
@@ -230,9 +208,9 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     return Explanation(backend, requested, source, layers, refused, "\n".join(lines))
 
 
-def _launches(facts: Facts, given: Settings) -> Iterator[str]:
+def _launches(facts: Facts) -> Iterator[str]:
     """Describes the launches of a call and its expected times."""
-    problem, chip, first = _problem(facts, given), chip_of(facts.device), 0
+    problem, chip, first = _problem(facts), chip_of(facts.device), 0
     plans = planning.plan_stack(problem, chip)
     for plan in plans:
         last = first + plan.layers - 1
@@ -252,14 +230,14 @@ def _is_gpu(device: torch.device) -> bool:
 
 
 def _decide(
-    facts: Facts, given: Settings
+    facts: Facts, _switches: Any = None
 ) -> tuple[tuple[str, StackConfig] | None, tuple[tuple[str, str], ...]]:
     """Returns the first backend that does not refuse, and those before it with their reasons."""
-    requested = given.requested
+    requested = requested_backend()[0]
     refused: list[tuple[str, str]] = []
     for backend in BACKENDS[1:] if requested == "auto" else (requested,):
         if backend == "triton":
-            reason = _triton_refusal(facts, given)
+            reason = _triton_refusal(facts, requested)
         elif backend == "aten":
             reason = _aten_refusal(facts, requested)
         elif facts.device.type in ("cpu", "cuda", "meta"):
@@ -267,10 +245,11 @@ def _decide(
         else:
             reason = f"the operators are registered for the CPU and CUDA, not for {facts.device}"
         if reason is None:
-            layers, by_kernels = facts.layers, backend == "triton"
-            how = (requested, _problem(facts, given).precision) if by_kernels else (backend, "ieee")
+            layers, name, products = facts.layers, backend, "ieee"
+            if backend == "triton":
+                name, products = requested, _problem(facts).precision
             sizes = layers.bias, layers.num_layers, bool(layers.bidirectional)
-            config = StackConfig(facts.cell, how[0], *sizes, how[1], facts.recompute)
+            config = StackConfig(facts.cell, name, *sizes, products, facts.recompute)
             return (backend, config), tuple(refused)
         refused.append((backend, reason))
     return None, tuple(refused)
@@ -280,16 +259,16 @@ _decided = lru_cache(maxsize=4096)(_decide)
 CACHES.append(_decided.cache_clear)
 
 
-def _triton_refusal(facts: Facts, given: Settings) -> str | None:
+def _triton_refusal(facts: Facts, requested: str) -> str | None:
     """Returns why triton cannot run the call, or under ``auto`` should not, or None."""
-    device, requested = facts.device, given.requested
+    device = facts.device
     if not _HAS_TRITON:
         return "the package triton is not installed"
-    if not (_is_gpu(device) or (device.type == "cpu" and given.interpreted)):
+    if not (_is_gpu(device) or (device.type == "cpu" and requested != "auto" and _interpreting())):
         hint = " (TRITON_INTERPRET=1 and a named backend run CPU tensors)"
         hint = hint if device.type == "cpu" else ""
         return f"the kernels need CUDA tensors, these are on {device}{hint}"
-    if facts.dtype == torch.bfloat16 and given.interpreted:
+    if facts.dtype == torch.bfloat16 and _interpreting():
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
     if facts.proj_size:
         return "the kernels have no projection"
@@ -301,7 +280,7 @@ def _triton_refusal(facts: Facts, given: Settings) -> str | None:
     times = MEASURED and judged and not facts.compiled and MEASURED.get(kind_of(facts))
     steps = _COMPILED_STEPS if facts.compiled else facts.steps
     sizes = (steps, facts.input_size) if judged and not times else None
-    refusal = _planned_refusal(tuple(_problem(facts, given)), device, sizes)
+    refusal = _planned_refusal(tuple(_problem(facts)), device, sizes)
     if times and times[0] > times[1]:
         return refusal or "it was slower when both were measured"
     return refusal
@@ -366,13 +345,13 @@ def _loop_is_faster(facts: Facts) -> str | None:
     return "torch's operator trains so many steps more slowly" if least <= T else None
 
 
-def _problem(facts: Facts, given: Settings) -> Problem:
+def _problem(facts: Facts) -> Problem:
     batch = _COMPILED_BATCH if facts.compiled else facts.batch
     layers = 1 if facts.states else facts.layers.num_layers
     sizes = facts.hidden_size, batch, facts.layers.directions, facts.dtype
-    precision = given.precision if facts.dtype == torch.float32 else None
+    products = precision() if facts.dtype == torch.float32 else "ieee"
     needs = facts.needs_grad, layers, bool(facts.ragged), facts.recompute
-    return Problem(facts.cell, *sizes, precision or "ieee", *needs)
+    return Problem(facts.cell, *sizes, products, *needs)
 
 
 def _onednn_takes(dtype: torch.dtype) -> bool:

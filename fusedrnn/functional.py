@@ -196,9 +196,10 @@ def run(call: Call) -> Any:
     if is_aten and not (facts.compiled and dispatch.runs_as_one_node(facts)):
         output, *states = _run_aten(call)
     else:
+        inputs = call.stack_inputs()
         if backend == "torch" and "lengths" in facts.ragged and facts.eager:
-            call = call.compact()
-        given, kind = (call.stack_inputs(), call.sequences, config, facts.cast), call.kind
+            call, inputs = call.compact(inputs)
+        given, kind = (inputs, call.sequences, config, facts.cast), call.kind
         if kind and (
             facts.proj_size or facts.transformed or torch._C._autograd._profiler_enabled()
         ):

@@ -4,38 +4,25 @@
 ``batch_sizes`` of packed rows; without these the rows are dense.
 """
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
-from .kernels.rows import (
-    INITIAL,
-    PREVIOUS,
-    SKIPPED,
-    Rows,
-    origins_of,
-    packed_rows,
-    packed_table,
-)
+from .kernels.rows import INITIAL, PREVIOUS, SKIPPED, Rows, origins_of, packed_rows, packed_table
 from .records import Sequences
 
 
-class Packing(NamedTuple):
-    """Packed rows of sequences that came in another form."""
+def pack(lengths: Tensor, T: int, starts: Tensor, stride: int) -> PackedSequence:
+    """Packs the numbers of rows, where step t of sequence b is row ``starts[b] + t * stride``.
 
-    batch_sizes: Tensor  # int64 [T] on the CPU
-    rows: Tensor  # [R], the row of the grid or of the nested tensor behind each packed row
-    order: Tensor  # [B], the sequences by falling length
-
-
-def pack(lengths: Tensor, T: int, starts: Tensor, stride: int) -> Packing:
-    """Packs sequences whose step t is row ``starts[b] + t * stride``; all tensors on the CPU."""
+    A sequence may have no step, which torch's own function refuses. All tensors are on the CPU.
+    """
     lengths, order = lengths.sort(descending=True, stable=True)
     times = torch.arange(T, device="cpu").unsqueeze(1)
     is_there = times < lengths  # [T, B]
-    return Packing(is_there.sum(1), (starts[order] + times * stride)[is_there], order)
+    return PackedSequence((starts[order] + times * stride)[is_there], is_there.sum(1), order)
 
 
 def pack_nested(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
@@ -51,12 +38,8 @@ def pack_nested(nested: Any) -> tuple[PackedSequence, tuple[Tensor, Tensor]]:
     lengths = offsets.cpu().diff()
     if not len(lengths) or not lengths.min():
         raise ValueError("input is a nested tensor with an empty sequence; expected none")
-    packing = pack(lengths, int(lengths.max()), offsets.cpu()[:-1], 1)
-    rows, order = packing.rows.to(values.device), packing.order.to(values.device)
-    packed = PackedSequence(
-        values.index_select(0, rows), packing.batch_sizes, order, order.argsort()
-    )
-    return packed, (offsets, rows.argsort())
+    rows, *order = pack(lengths, int(lengths.max()), offsets.cpu()[:-1], 1).to(values.device)
+    return PackedSequence(values.index_select(0, rows), *order), (offsets, rows.argsort())
 
 
 def to_grid(rows: Tensor, index: Tensor, T: int, B: int) -> Tensor:

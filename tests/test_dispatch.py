@@ -138,7 +138,7 @@ def test_auto_on_cuda(changes, backend, without_triton, cuda, monkeypatch):
 
 
 def test_no_plan_is_a_reason(cuda, monkeypatch):
-    reason = dict(dispatch._decide(facts(cuda), dispatch.settings(cuda))[1])["triton"]
+    reason = dict(dispatch._decide(facts(cuda))[1])["triton"]
     assert "the kernels 0.0" in reason
     assert "cycles at 1755 MHz" in reason
     assert "torch's operator 0.00" in reason

@@ -15,13 +15,13 @@ def test_dense_rows_have_no_tables():
 
 def test_rows_are_packed_by_falling_length_and_return_to_their_places():
     grid, lengths = torch.randn(T, B, 5), torch.tensor([2, 0, 3])
-    packing = pack(lengths, T, torch.arange(B), B)
-    assert packing.order.tolist() == [2, 0, 1]
-    assert packing.batch_sizes.tolist() == [2, 2, 1, 0]
-    rows = grid.flatten(0, 1)[packing.rows]
+    places, sizes, order, _ = pack(lengths, T, torch.arange(B), B)
+    assert order.tolist() == [2, 0, 1]
+    assert sizes.tolist() == [2, 2, 1, 0]
+    rows = grid.flatten(0, 1)[places]
     assert torch.equal(rows[:2], grid[0, [2, 0]])
     grid[torch.arange(T).unsqueeze(1) >= lengths] = 0
-    assert torch.equal(to_grid(rows, packing.rows, T, B), grid)
+    assert torch.equal(to_grid(rows, places, T, B), grid)
 
 
 def test_rows_by_sequence_of_wide_batch_first_input():
