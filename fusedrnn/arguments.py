@@ -51,7 +51,7 @@ def key_of(
     try:
         tensors = input, *states, *params
         is_recorded, sizes = needs_grad(*tensors), map(_SIZES, tensors)
-        autocast = torch._C._is_any_autocast_enabled() and _autocast_dtype(input)
+        autocast = torch._C._is_any_autocast_enabled() and autocast_dtype(input)
         modes = is_recorded, autocast, forward_ad._current_level, dispatch.switches(input.is_cuda)
         return cell, layers, form, type(hx), modes, *sizes
     except (AttributeError, RuntimeError, TypeError):
@@ -232,7 +232,7 @@ def _checked(
     states: Sequence[Tensor] = ()
     if hx is not None:
         states = _as_tensors(hx, SPECS[cell].states, indexed=not is_packed)
-    tensors, autocast = (data, *states, *params), _autocast_dtype(data)
+    tensors, autocast = (data, *states, *params), autocast_dtype(data)
     if not 0 <= layers.dropout <= 1:
         raise ValueError(f"dropout is {layers.dropout}; expected a probability, 0 to 1")
     I, H, P = _sizes(cell, params, layers)
@@ -413,7 +413,7 @@ def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
     return tuple(hx)
 
 
-def _autocast_dtype(data: Tensor) -> torch.dtype | None:
+def autocast_dtype(data: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast asks for on the input's device, or None."""
     if not torch._C._is_any_autocast_enabled():
         return None

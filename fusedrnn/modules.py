@@ -59,7 +59,7 @@ class _Stack(torch.nn.RNNBase):
     # Class attributes, for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
-    _run = staticmethod(functional.run_stack)
+    _run = staticmethod(functional.run_stack)  # of a ``Stream``
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(mode, *args, **kwargs)
@@ -104,13 +104,9 @@ class _Stack(torch.nn.RNNBase):
         """Does nothing: there is no list to update."""
 
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
-        return arguments.prepare(*self._given(input, hx), lengths, reset)
-
-    def _given(self, input: Any, hx: Any) -> tuple[str, Any, Any, list[Tensor], Layers]:
-        """Returns the first arguments of ``prepare`` and ``run_stack``."""
         sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
         layers = Layers(*sizes, bool(self.bidirectional), self.recompute)
-        return self._cell, input, hx, self._params(), layers
+        return arguments.prepare(self._cell, input, hx, self._params(), layers, lengths, reset)
 
     def _params(self) -> list[Tensor]:
         """Returns the weights as they are now, computed ones too, in torch's order."""
@@ -126,7 +122,7 @@ class _Stack(torch.nn.RNNBase):
         is_traced = torch._C._get_tracing_state() and lengths is reset is None
         if is_traced and self._cell in ATEN and dispatch.requested_backend()[0] == "auto":
             return self._torchs.forward(self, input, hx)  # tracers know it at all sizes
-        return functional.run_stack(*self._given(input, hx), lengths, reset)
+        return functional.run(self._prepare(input, hx, lengths=lengths, reset=reset))
 
     def states(
         self, input: Any, hx: Any = None, *, lengths: Any = None, reset: Any = None,

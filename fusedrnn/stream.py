@@ -1,14 +1,14 @@
 """``Stream``: one step per call with the state carried along, for decoding and live data."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map
 
 from . import arguments, dispatch
 from .ops import ATEN_CELL
-
-_States = list[list[Tensor]]  # of h and, in an LSTM, of c: for each layer [B, H]
 
 
 class Stream:
@@ -30,7 +30,7 @@ class Stream:
     """
 
     _facts: arguments.Facts
-    _states: _States
+    _states: list[Any]  # of each layer, as torch's operators for single steps take it
 
     def __init__(self, module: Any, batch_size: int = 1, hx: Any = None) -> None:
         if module.bidirectional:
@@ -40,8 +40,7 @@ class Stream:
             )
         if isinstance(batch_size, bool) or not isinstance(batch_size, int) or batch_size < 1:
             raise ValueError(f"batch_size is {batch_size!r}; expected a positive integer")
-        self._module = module
-        self._shape = (batch_size, module.input_size)
+        self._module, self._shape = module, (batch_size, module.input_size)
         self._layers = arguments.Layers(module.num_layers, module.bias)
         self._set(hx)
 
@@ -61,16 +60,18 @@ class Stream:
             AttributeError, ValueError, RuntimeError: the input is wrong, as for the module.
             NotImplementedError: the requested backend does not support this call.
         """
+        module = self._module
         with torch.no_grad():
-            weights = self._weights(input)
-            first, held = weights[0], self._states[0][0]
-            autocast = first.device.type != "meta" and torch.is_autocast_enabled(first.device.type)
+            for key, hook in module._forward_pre_hooks.items():  # they may compute weights
+                hook(module, (input,), *[{}] * (key in module._forward_pre_hooks_with_kwargs))
+            weights, facts = module._params(), self._facts
+            first = weights[0]
+            autocast = arguments.autocast_dtype(first) is not None
             self._check_input(input, first, autocast)
-            if held.dtype != first.dtype or held.device != first.device:
-                self._states = [[s.to(first) for s in layers] for layers in self._states]
-                self._facts = self._facts._replace(dtype=first.dtype, device=first.device)
-            needs_stack = autocast or self._facts.proj_size
-            if needs_stack or dispatch.decide(self._facts)[0] != "aten":
+            if facts.dtype != first.dtype or facts.device != first.device:
+                self._states = tree_map(lambda s: s.to(first), self._states)
+                self._facts = facts = facts._replace(dtype=first.dtype, device=first.device)
+            if autocast or facts.proj_size or dispatch.decide(facts)[0] != "aten":
                 return self._by_stack(input, weights)
             return self._by_cells(input, weights)
 
@@ -81,7 +82,7 @@ class Stream:
         A state that is assigned is copied as well, and checked as by the module.
         """
         with torch.no_grad():
-            return arguments.as_hx([torch.stack(layers) for layers in self._states])
+            return tree_map(lambda *layers: torch.stack(layers), *self._states)
 
     @state.setter
     def state(self, hx: Any) -> None:
@@ -107,29 +108,25 @@ class Stream:
             raise TypeError(f"rows is {kind}; expected a tensor: a bool mask, or int64 indices")
         if rows.dim() != 1 or (kind == torch.bool and len(rows) != B):
             raise ValueError(f"rows has shape {list(rows.shape)}; expected [{B}] or indices")
-        rows = rows.to(self._states[0][0].device, non_blocking=True)
+        rows = rows.to(self._facts.device, non_blocking=True)
         if kind != torch.bool:
             rows = rows.new_zeros(B, dtype=torch.bool).index_fill(0, rows.long(), True)
-        # In the place of NaN too.
-        mask = rows.unsqueeze(1)
-        self._states = [[s.masked_fill(mask, 0) for s in layers] for layers in self._states]
+        mask = rows.unsqueeze(1)  # not a product, for a state may be NaN
+        self._states = tree_map(lambda s: s.masked_fill(mask, 0), self._states)
 
     def _set(self, hx: Any) -> None:
         """Copies a state in, after the module's own checks beside an input that is right."""
-        module, (batch, features) = self._module, self._shape
-        size = (batch, 1, features) if module.batch_first else (1, batch, features)
         with torch.no_grad():
-            call = module._prepare(module._params()[0].new_zeros(size), hx)
-            self._facts = call.facts._replace(autocast=None)
-            self._states = [list(state.clone().unbind(0)) for state in call.states]
+            params = self._module._params()
+            input = params[0].new_zeros(1, *self._shape)
+            call = arguments.prepare(self._module._cell, input, hx, params, self._layers)
+            self._facts = call.facts._replace(dtype=params[0].dtype, autocast=None)
+            self._keep(call.states, params[0].dtype)
 
-    def _weights(self, input: Any) -> list[Tensor]:
-        """Returns the present weights, after the hooks that may compute them."""
-        module = self._module
-        for key, hook in module._forward_pre_hooks.items():
-            with_kwargs = key in module._forward_pre_hooks_with_kwargs
-            hook(module, (input,), *([{}] if with_kwargs else []))
-        return module._params()
+    def _keep(self, states: Sequence[Tensor], dtype: torch.dtype) -> None:
+        """Copies states ``[L, B, H]``; autocast may have returned its own dtype."""
+        layers = zip(*[state.to(dtype, copy=True) for state in states], strict=True)
+        self._states = [arguments.as_hx(states) for states in layers]
 
     def _check_input(self, input: Any, weight: Tensor, autocast: bool) -> None:
         """Raises for an input that no step takes, with the module's exception types."""
@@ -145,22 +142,16 @@ class Stream:
 
     def _by_cells(self, input: Tensor, weights: list[Tensor]) -> Tensor:
         """Runs the layers one by one with torch's operators for single steps, which are faster."""
-        step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(self._states[0]), []
-        for layer, hx in enumerate(zip(*self._states, strict=True)):
-            own = weights[layer * each : (layer + 1) * each]
-            result = step(input, hx if len(hx) == 2 else hx[0], *own)
-            after.append(result if isinstance(result, tuple) else (result,))
-            input = after[-1][0]
-        self._states = [list(layers) for layers in zip(*after, strict=True)]
+        step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(self._states), []
+        for layer, hx in enumerate(self._states):
+            after.append(step(input, hx, *weights[layer * each : (layer + 1) * each]))
+            input = after[-1][0] if isinstance(after[-1], tuple) else after[-1]
+        self._states = after
         return input.clone()  # the caller may write into the output, but not into the state
 
     def _by_stack(self, input: Tensor, weights: list[Tensor]) -> Tensor:
         """Runs a sequence of one step."""
-        hx = arguments.as_hx([torch.stack(layers) for layers in self._states])
-        output, final = self._module._run(
-            self._facts.cell, input.unsqueeze(0), hx, weights, self._layers
-        )
-        # Autocast returns its own dtype; the state keeps that of the weights.
-        finals = (final,) if isinstance(final, Tensor) else final
-        self._states = [list(s.to(weights[0].dtype).unbind(0)) for s in finals]
+        cell, state = self._facts.cell, self.state
+        output, final = self._module._run(cell, input.unsqueeze(0), state, weights, self._layers)
+        self._keep((final,) if isinstance(final, Tensor) else final, weights[0].dtype)
         return output[0]
