@@ -135,36 +135,28 @@ class Call(NamedTuple):
 
 
 def prepare(
-    cell: str,
-    input: Tensor | PackedSequence,
-    hx: Tensor | Sequence[Tensor] | None,
-    params: Sequence[Tensor],
-    layers: Layers,
-    lengths: Tensor | Sequence[int] | None = None,
-    reset: Tensor | None = None,
-) -> Call:
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers,
+    lengths: Any = None, reset: Any = None,
+) -> Call:  # fmt: skip
     """Checks the arguments of a stack and brings them into the one form that backends take.
 
     Checks of anything but values are made once for each kind of call, since they take as long as
     the smallest layers.
     """
     packing = nested = order = unsort = None
-    ragged: tuple[str, ...] = ()
     form: tuple = ()
+    if lengths is not None or reset is not None:
+        form = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
     if isinstance(input, Tensor) and input.is_nested:
         input, nested = pack_nested(input)
     if isinstance(input, PackedSequence):
-        packing, input, ragged = input, input.data, ("packed",)
-        if lengths is not None or reset is not None:
-            name = "reset" if lengths is None else "lengths"
-            raise ValueError(f"{name} was given with an input that has lengths of its own")
-        form = _check_packed(packing)
-    elif lengths is not None or reset is not None:
-        ragged = ("lengths",) * (lengths is not None) + ("reset",) * (reset is not None)
-    key = key_of(cell, input, hx, params, layers, ragged + form)
+        if form:
+            raise ValueError(f"{form[0]} was given with an input that has lengths of its own")
+        packing, input, form = input, input.data, ("packed", *_check_packed(input))
+    key = key_of(cell, input, hx, params, layers, form)
     kind = None if key is None else KINDS.get(key)  # TorchDynamo would guard on what KINDS holds
     if kind is None:
-        kind = _checked(cell, input, hx, params, layers, ragged, form)
+        kind = _checked(cell, input, hx, params, layers, form)
         if key is not None:
             if len(KINDS) >= 4096:
                 _forget()
@@ -177,8 +169,8 @@ def prepare(
         input = input.unsqueeze(1)
     elif layers.batch_first:
         input = input.transpose(0, 1)
-    if lengths is not None or reset is not None:
-        sequences = _checked_sequences(facts, lengths, reset, batched)
+    if form and packing is None:
+        sequences = _checked_sequences(lengths, reset, facts, batched)
     if hx is None:
         states: Sequence[Tensor] = _zeros(kind, input)
     else:
@@ -192,11 +184,10 @@ def prepare(
 
 def _zeros(kind: Kind, like: Tensor) -> list[Tensor]:
     """Returns the initial states; equal ones are one tensor, for nothing writes to them."""
-    options: Any = {}
-    if kind.facts.autocast and kind.choice and kind.choice[0] != "aten":
-        options = {"dtype": kind.facts.dtype}  # else they would be cast
+    is_cast = kind.facts.autocast and kind.choice and kind.choice[0] != "aten"
+    dtype = kind.facts.dtype if is_cast else None
     # By columns: a compiler would guard on what it has to hash.
-    found = {shape[-1]: like.new_zeros(*shape, **options) for shape in kind.zeros}
+    found = {shape[-1]: like.new_zeros(*shape, dtype=dtype) for shape in kind.zeros}
     return [found[shape[-1]] for shape in kind.zeros]
 
 
@@ -217,14 +208,13 @@ def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) ->
 
 
 def _checked(
-    cell: str, data: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers,
-    ragged: tuple[str, ...], packed_sizes: tuple[int, ...],
+    cell: str, data: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers, form: tuple
 ) -> Kind:  # fmt: skip
-    """Checks all of a call but values; ``packed_sizes`` are T and B of packed data, else ()."""
-    is_packed = "packed" in ragged
+    """Checks all of a call but values; ``form`` names what is ragged, and T and B if packed."""
+    is_packed = "packed" in form
     batched = is_packed or _ndim(data, (2, 3), " or a PackedSequence") == 3
     if is_packed:
-        steps, batch = packed_sizes
+        form, (steps, batch) = form[:1], form[1:]
     elif batched:
         steps, batch = data.shape[:2][:: -1 if layers.batch_first else 1]
     else:
@@ -251,11 +241,11 @@ def _checked(
     needs_grad = torch.is_grad_enabled() and any([t.requires_grad for t in tensors])  # noqa: C419
     dtype, compiled = _cast_dtype(data.dtype, autocast), torch.compiler.is_compiling()
     facts = Facts(
-        cell, data.device, dtype, steps, batch, I, H, P, layers, ragged, needs_grad, autocast,
+        cell, data.device, dtype, steps, batch, I, H, P, layers, form, needs_grad, autocast,
         compiled, is_transformed(), is_eager(data),
     )  # fmt: skip
     _check_states_and_dtypes(facts, states, params, batched)
-    Z, rows = layers.num_layers * layers.directions, None if ragged else Rows(steps, batch)
+    Z, rows = layers.num_layers * layers.directions, None if form else Rows(steps, batch)
     return Kind(facts, batched, () if states else [(Z, batch, n) for n in facts.columns], rows)
 
 
@@ -330,21 +320,26 @@ def _check_packed(packing: PackedSequence) -> tuple[int, int]:
     return len(batch_sizes), int(batch_sizes[0])
 
 
-def _checked_sequences(facts: Facts, lengths: Any, reset: Any, batched: bool) -> Sequences:
+def _checked_sequences(lengths: Any, reset: Any, facts: Facts, batched: bool) -> Sequences:
     """Returns lengths and resets on the device, once, for backward too, and without a wait."""
-    steps, batch, where = facts.steps, facts.batch if batched else None, facts.device
+    T, B, device, by_sequence = facts.steps, facts.batch, facts.device, facts.layers.batch_first
     if lengths is not None:
-        is_hidden = facts.compiled or facts.transformed
-        lengths = _checked_lengths(lengths, steps, batch, is_hidden)
+        lengths = _checked_lengths(lengths, facts, batched)
     if reset is not None:
-        reset = _checked_reset(reset, steps, batch, facts.layers.batch_first)
-    of: Any = lengths, reset
-    if where.type != "cpu":
-        of = [None if t is None else t.to(where, non_blocking=True) for t in of]
-    return Sequences(*of)
+        if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
+            kind = reset.dtype if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
+            raise ValueError(f"reset is {kind}; expected a tensor of torch.bool")
+        expected = ((B, T) if by_sequence else (T, B)) if batched else (T,)
+        if reset.shape != expected:
+            raise ValueError(f"reset has shape {tuple(reset.shape)}; expected {expected}")
+        reset = (reset.t() if by_sequence else reset) if batched else reset.unsqueeze(1)
+    given: Any = lengths, reset
+    if device.type != "cpu":
+        given = [t if t is None else t.to(device, non_blocking=True) for t in given]
+    return Sequences(*given)
 
 
-def _checked_lengths(lengths: Any, steps: int, batch: int | None, is_hidden: bool) -> Tensor:
+def _checked_lengths(lengths: Any, facts: Facts, batched: bool) -> Tensor:
     """Returns lengths as a tensor ``[B]``; checks values only where no device waits for it."""
     if not isinstance(lengths, Tensor):
         if not isinstance(lengths, Sequence) or isinstance(lengths, (str, bytes)):
@@ -357,29 +352,18 @@ def _checked_lengths(lengths: Any, steps: int, batch: int | None, is_hidden: boo
     kind = lengths.dtype
     if kind.is_floating_point or kind.is_complex or kind == torch.bool:
         raise ValueError(f"lengths is {kind}; expected integers")
-    if batch is None:
+    if not batched:
         raise ValueError("lengths was given with an input without a batch; cut the input instead")
-    if lengths.shape != (batch,):
-        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(batch,)}")
+    if lengths.shape != (facts.batch,):
+        raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(facts.batch,)}")
     lengths = lengths.long()  # a narrow dtype may not hold T
-    if lengths.device.type == "cpu" and batch and not is_hidden:
+    if lengths.device.type == "cpu" and facts.batch and not (facts.compiled or facts.transformed):
         values = lengths.tolist()
         if min(values) < 0:
             raise ValueError(f"lengths has {min(values)}; expected no negative number")
-        if max(values) > steps:
-            raise ValueError(f"lengths has {max(values)}; the input has {steps} steps")
+        if max(values) > facts.steps:
+            raise ValueError(f"lengths has {max(values)}; the input has {facts.steps} steps")
     return lengths
-
-
-def _checked_reset(reset: Any, steps: int, batch: int | None, batch_first: bool) -> Tensor:
-    """Returns resets as bool ``[T, B]``."""
-    if not isinstance(reset, Tensor) or reset.dtype != torch.bool:
-        kind = reset.dtype if isinstance(reset, Tensor) else f"a {type(reset).__name__}"
-        raise ValueError(f"reset is {kind}; expected a tensor of torch.bool")
-    expected = (steps,) if batch is None else (batch, steps) if batch_first else (steps, batch)
-    if reset.shape != expected:
-        raise ValueError(f"reset has shape {tuple(reset.shape)}; expected {expected}")
-    return reset.unsqueeze(1) if batch is None else reset.t() if batch_first else reset
 
 
 def _ndim(input: Tensor, allowed: tuple[int, int], otherwise: str = "") -> int:
