@@ -10,26 +10,10 @@ from .stream import Stream
 __version__ = "0.1.0"
 
 __all__ = [
-    "GRU",
-    "LSTM",
-    "RNN",
-    "GRUCell",
-    "LSTMCell",
-    "RNNCell",
-    "States",
-    "Stream",
-    "__version__",
-    "explain",
-    "gru",
-    "lstm",
-    "patch",
-    "replace_modules",
-    "rnn",
-    "to_torch",
-    "unpatch",
-    "use_backend",
-    "use_precision",
-]
+    "GRU", "LSTM", "RNN", "GRUCell", "LSTMCell", "RNNCell", "States", "Stream", "__version__",
+    "explain", "gru", "lstm", "patch", "replace_modules", "rnn", "to_torch", "unpatch",
+    "use_backend", "use_precision",
+]  # fmt: skip
 
 
 def __dir__() -> list[str]:

@@ -174,8 +174,11 @@ def prepare(
     if hx is None:
         states: Sequence[Tensor] = _zeros(kind, input)
     else:
-        states = (hx,) if isinstance(hx, Tensor) else hx
-        states = [_in_full(s if batched else s.unsqueeze(1), facts.batch, order) for s in states]
+        # Of all sequences and contiguous: neither cuDNN nor a kernel takes another.
+        states, B = (hx,) if isinstance(hx, Tensor) else hx, facts.batch
+        states = [s if batched else s.unsqueeze(1) for s in states]
+        states = [s if s.shape[1] == B else s.expand(-1, B, -1) for s in states]
+        states = [s.contiguous() if order is None else s.index_select(1, order) for s in states]
     kept = None if key is None else kind
     return Call(
         facts, input, states, params, batched, sequences, packing, nested, unsort, None, kept
@@ -189,12 +192,6 @@ def _zeros(kind: Kind, like: Tensor) -> list[Tensor]:
     # By columns: a compiler would guard on what it has to hash.
     found = {shape[-1]: like.new_zeros(*shape, dtype=dtype) for shape in kind.zeros}
     return [found[shape[-1]] for shape in kind.zeros]
-
-
-def _in_full(state: Tensor, batch: int, order: Tensor | None) -> Tensor:
-    """Returns a state of all sequences, contiguous: neither cuDNN nor a kernel takes another."""
-    state = state if state.shape[1] == batch else state.expand(-1, batch, -1)
-    return state.contiguous() if order is None else state.index_select(1, order)
 
 
 def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
@@ -399,12 +396,9 @@ def _as_tensors(hx: Any, count: int, *, indexed: bool) -> tuple[Tensor, ...]:
 
 def autocast_dtype(data: Tensor) -> torch.dtype | None:
     """Returns the dtype that autocast asks for on the input's device, or None."""
-    if not torch._C._is_any_autocast_enabled():
-        return None
-    kind = data.device.type
-    if kind == "meta" or not torch.is_autocast_enabled(kind):
-        return None
-    return torch.get_autocast_dtype(kind)
+    kind, is_any = data.device.type, torch._C._is_any_autocast_enabled()
+    is_on = is_any and kind != "meta" and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if is_on else None
 
 
 def as_hx(states: Sequence[Tensor]) -> Tensor | tuple[Tensor, Tensor]:

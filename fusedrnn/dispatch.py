@@ -195,7 +195,16 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
     choice, refused = _decide(facts)
     compiled, _ = _decide(facts._replace(compiled=True, eager=False))
     backend, inside = (found[0] if found else None for found in (choice, compiled))
-    layers = tuple(_launches(facts)) if backend == "triton" else ()
+    layers: list[str] = []
+    if backend == "triton":
+        problem, chip, first = _problem(facts), chip_of(facts.device), 0
+        plans = planning.plan_stack(problem, chip)
+        for plan in plans:
+            last = first + plan.layers - 1
+            name = f"layer {first}" if last == first else f"layers {first}-{last}"
+            layers.append(f"{name}: {plan.describe()}")
+            first = last + 1
+        layers.append(f"expected: {judge(problem, plans, chip, facts.steps, facts.input_size)}")
     chosen = backend or "none, the call would raise"
     lines = [f"{facts}\nbackend: {chosen} (asked for: {requested}, {source})"]
     if layers and facts.dtype == torch.float32:
@@ -205,19 +214,7 @@ def explain(module: Any, *inputs: Any, **options: Any) -> Explanation:
         lines.append(f"measured: the kernels {times[0]:.3g} ms, torch's operator {times[1]:.3g} ms")
     if inside != backend:
         lines.append(f"under torch.compile: {inside or 'none, it would raise'}")
-    return Explanation(backend, requested, source, layers, refused, "\n".join(lines))
-
-
-def _launches(facts: Facts) -> Iterator[str]:
-    """Describes the launches of a call and its expected times."""
-    problem, chip, first = _problem(facts), chip_of(facts.device), 0
-    plans = planning.plan_stack(problem, chip)
-    for plan in plans:
-        last = first + plan.layers - 1
-        name = f"layer {first}" if last == first else f"layers {first}-{last}"
-        yield f"{name}: {plan.describe()}"
-        first = last + 1
-    yield f"expected: {judge(problem, plans, chip, facts.steps, facts.input_size)}"
+    return Explanation(backend, requested, source, tuple(layers), refused, "\n".join(lines))
 
 
 def runs_as_one_node(facts: Facts) -> bool:
@@ -358,9 +355,8 @@ def _onednn_takes(dtype: torch.dtype) -> bool:
     """Returns whether oneDNN computes in a dtype on this CPU; without it ATen's own loop runs."""
     if not (torch.backends.mkldnn.is_available() and torch.backends.mkldnn.enabled):
         return True
-    if dtype == torch.bfloat16:
-        return torch.ops.mkldnn._is_mkldnn_bf16_supported()
-    return torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    name = "bf16" if dtype == torch.bfloat16 else "fp16"
+    return getattr(torch.ops.mkldnn, f"_is_mkldnn_{name}_supported")()
 
 
 _onednn_takes._dynamo_marked_constant = True  # type: ignore[attr-defined]

@@ -75,16 +75,13 @@ class _Stack(torch.nn.RNNBase):
     def extra_repr(self) -> str:
         return super().extra_repr() + (", recompute=True" if self.recompute else "")
 
-    @property
-    def _flat_weights(self) -> list[Tensor | None]:
-        """The weights as they are now. RNNBase would keep a list, stale once one is replaced."""
-        return _FlatWeights(self)
-
-    @_flat_weights.setter
-    def _flat_weights(self, weights: Sequence[Tensor | None]) -> None:
+    def _assign(self, weights: Sequence[Tensor | None]) -> None:
         pairs = zip(self._flat_weights_names, weights, strict=True)
         assigned = {name: w for name, w in pairs if w is not getattr(self, name, None)}
         self.__dict__["_assigned"] = assigned or None
+
+    #: The weights as they are now. RNNBase would keep a list, stale once one is replaced.
+    _flat_weights: Any = property(_FlatWeights, _assign)
 
     def _init_flat_weights(self) -> None:
         """Forgets assignments to ``_flat_weights``, as torch rebuilds its list."""
@@ -94,8 +91,7 @@ class _Stack(torch.nn.RNNBase):
     def flatten_parameters(self) -> None:
         """Moves the Parameters into one buffer for cuDNN, which else copies them at every call.
 
-        As in torch it happens by itself where a module is made or moved, and elsewhere than on
-        CUDA it does nothing. Weights that something computes are left alone.
+        Torch calls it where a module is made or moved. Computed weights are left alone.
         """
         if all(name in self._parameters for name in self._flat_weights_names):
             super().flatten_parameters()
@@ -161,12 +157,9 @@ class _Stack(torch.nn.RNNBase):
         self.flatten_parameters()  # torch's modules leave a copy to cuDNN's, at every call
 
     def __getstate__(self) -> dict[str, Any]:
-        """Returns the state for pickle and deepcopy, which refuse tensors that have a history.
-
-        weight_norm and pruning leave such a tensor in place of a weight; the next forward
-        computes it anew.
-        """
+        """Returns the state for pickle and deepcopy, which refuse tensors that have a history."""
         state = self.__dict__.copy()
+        # weight_norm and pruning leave such a tensor; the next forward computes it anew.
         for name in self._flat_weights_names:
             if isinstance(state.get(name), Tensor):
                 state[name] = state[name].detach()

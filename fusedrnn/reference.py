@@ -59,14 +59,9 @@ CELLS: dict[str, Callable] = {
 
 
 def differentiable_stack(
-    cell: str,
-    input: Tensor,
-    h_0: Tensor,
-    c_0: State,
-    weights: Sequence[Sequence[Weights]],
-    dropout_masks: Sequence[Tensor],
-    sequences: Sequences = Sequences(),  # noqa: B008, it is immutable
-) -> tuple[Tensor, Tensor, State, State]:
+    cell: str, input: Tensor, h_0: Tensor, c_0: State, weights: Sequence[Sequence[Weights]],
+    dropout_masks: Sequence[Tensor], sequences: Sequences,
+) -> tuple[Tensor, Tensor, State, State]:  # fmt: skip
     """Runs a stack of layers by operations of autograd, so derivatives of any order exist.
 
     The tensors are those of ``StackInputs``, but under a projection h_0 is ``[L*D, B, P]``, the
@@ -76,9 +71,17 @@ def differentiable_stack(
         output ``[T, B, D*P]``, h_n ``[L*D, B, P]``, c_n or None, and c of every step
         ``[L*D, T, B, H]`` or None.
     """
-    B, sizes = h_0.shape[1], sequences.batch_sizes
+    (lengths, reset, sizes, _), B, device = sequences, h_0.shape[1], input.device
     T = input.shape[0] if sizes is None else len(sizes)
-    there, cuts = _masks(sequences, T, B, input.device)
+    if sizes is not None:
+        lengths = (sizes.unsqueeze(1) > torch.arange(B, device=sizes.device)).sum(0)
+    # bool [T, B]: the steps that are there, and by direction those before which h is cut.
+    every = torch.ones(T, B, dtype=torch.bool, device=device)
+    times = torch.arange(T, device=device).unsqueeze(1)
+    there = every if lengths is None else every & (times < lengths.to(device))
+    begins = torch.zeros_like(every) if reset is None else reset.to(device) & there
+    # Backwards the state crosses the same border the other way, from t + 1 to t.
+    cuts = begins, torch.cat((begins[1:], torch.zeros_like(begins[:1])))
     if sizes is not None:
         index = there.flatten().nonzero().squeeze(1)
         input, *dropout_masks = (to_grid(x, index, T, B) for x in (input, *dropout_masks))
@@ -104,24 +107,6 @@ def differentiable_stack(
         return input, torch.stack(h_n), None, None
     cs = cs if sizes is None else [c.flatten(0, 1)[index] for c in cs]
     return input, torch.stack(h_n), torch.stack(c_n), torch.stack(cs)
-
-
-def _masks(
-    sequences: Sequences, T: int, B: int, device: torch.device
-) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-    """Returns the steps that are there, and for each direction those before which h is cut.
-
-    They are bool ``[T, B]``.
-    """
-    lengths, reset, sizes, _ = sequences
-    if sizes is not None:
-        lengths = (sizes.unsqueeze(1) > torch.arange(B, device=sizes.device)).sum(0)
-    every = torch.ones(T, B, dtype=torch.bool, device=device)
-    times = torch.arange(T, device=device).unsqueeze(1)
-    there = every if lengths is None else every & (times < lengths.to(device))
-    begins = torch.zeros_like(every) if reset is None else reset.to(device) & there
-    # Backwards the state crosses the same border the other way, from t + 1 to t.
-    return there, (begins, torch.cat((begins[1:], torch.zeros_like(begins[:1]))))
 
 
 def _one_direction(

@@ -76,14 +76,8 @@ def run(call: Call, wants_gates: bool) -> States:
         x = out * masks[layer] if masks and layer < L - 1 else out
     hx = call.states_in_form([torch.cat(parts) for parts in zip(*finals, strict=True)])
     h_n, c_n = hx if isinstance(hx, tuple) else (hx, None)
-    return States(
-        output=call.in_form(out),
-        h_n=h_n,
-        c_n=c_n,
-        h=tree_map(call.in_form, tuple(h)),
-        c=tree_map(call.in_form, tuple(c)) if c else None,
-        gates=tree_map(call.in_form, tuple(gates)) if wants_gates else None,
-    )
+    every: Any = [tree_map(call.in_form, tuple(of)) if of else None for of in (h, c, gates)]
+    return States(call.in_form(out), h_n, c_n, *every)
 
 
 def _gates(

@@ -72,8 +72,17 @@ class Stream:
                 self._states = tree_map(lambda s: s.to(first), self._states)
                 self._facts = facts = facts._replace(dtype=first.dtype, device=first.device)
             if autocast or facts.proj_size or dispatch.decide(facts)[0] != "aten":
-                return self._by_stack(input, weights)
-            return self._by_cells(input, weights)
+                given = facts.cell, input.unsqueeze(0), self.state, weights, self._layers
+                output, final = module._run(*given)
+                self._keep((final,) if isinstance(final, Tensor) else final, first.dtype)
+                return output[0]
+            # Torch's operators for single steps, which are faster.
+            step, each, after = ATEN_CELL[facts.cell], len(weights) // len(self._states), []
+            for layer, hx in enumerate(self._states):
+                after.append(step(input, hx, *weights[layer * each : (layer + 1) * each]))
+                input = after[-1][0] if isinstance(after[-1], tuple) else after[-1]
+            self._states = after
+            return input.clone()  # the caller may write into the output, but not into the state
 
     @property
     def state(self) -> Any:
@@ -139,19 +148,3 @@ class Stream:
                 f"input is {input.dtype} {list(input.shape)} on {input.device}; expected "
                 f"{weight.dtype} {list(self._shape)}, batch_size and input_size, on {weight.device}"
             )
-
-    def _by_cells(self, input: Tensor, weights: list[Tensor]) -> Tensor:
-        """Runs the layers one by one with torch's operators for single steps, which are faster."""
-        step, each, after = ATEN_CELL[self._facts.cell], len(weights) // len(self._states), []
-        for layer, hx in enumerate(self._states):
-            after.append(step(input, hx, *weights[layer * each : (layer + 1) * each]))
-            input = after[-1][0] if isinstance(after[-1], tuple) else after[-1]
-        self._states = after
-        return input.clone()  # the caller may write into the output, but not into the state
-
-    def _by_stack(self, input: Tensor, weights: list[Tensor]) -> Tensor:
-        """Runs a sequence of one step."""
-        cell, state = self._facts.cell, self.state
-        output, final = self._module._run(cell, input.unsqueeze(0), state, weights, self._layers)
-        self._keep((final,) if isinstance(final, Tensor) else final, weights[0].dtype)
-        return output[0]

@@ -4,7 +4,6 @@ A fixed tolerance is a guess: ``atol=0.1`` accepts an LSTM without ``b_hh``. The
 allows four times the error that torch itself makes in the same dtype against the same fp64 truth.
 """
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -81,10 +80,7 @@ def assert_budget(*tensors: Any, **options: Any) -> None:
 
 
 def run_module(
-    module: torch.nn.Module,
-    input: Tensor,
-    hx: Tensor | tuple[Tensor, Tensor] | None = None,
-    cotangents: Sequence[Tensor] | None = None,
+    module: torch.nn.Module, input: Tensor, hx: Any = None, cotangents: Any = None
 ) -> dict[str, Tensor]:
     """Runs an RNN module and, given cotangents, its backward; returns every tensor by name.
 

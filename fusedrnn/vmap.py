@@ -59,17 +59,21 @@ def map_forward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, A
 
 
 def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, Any]:
-    """Maps ``rnn_backward``, call by call if weights need a gradient."""
-    op, N = torch.ops.fusedrnn.rnn_backward, info.batch_size
-    if arguments[-1]:
-        return _one_by_one(op, N, dims, arguments)
-    return _map(op, _BACKWARD, N, dims, arguments)
+    """Maps ``rnn_backward``."""
+    return _map(torch.ops.fusedrnn.rnn_backward, _BACKWARD, info.batch_size, dims, arguments)
 
 
 def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
-    """Runs the N calls as one, or one by one where weights are mapped or rows are packed."""
-    if arguments[len(axes) - 2] is not None or any(d is not None for d in dims[axes.index(None)]):
-        return _one_by_one(op, N, dims, arguments)
+    """Runs the N calls as one; but one by one on packed rows, or for each its weights."""
+    needs_params = axes is _BACKWARD and arguments[-1]
+    has_params = any(dim is not None for dim in dims[axes.index(None)])
+    if needs_params or has_params or arguments[len(axes) - 2] is not None:
+        calls = []
+        for n in range(N):
+            own = tree_map(lambda t, d, n=n: t if d is None else t.select(d, n), arguments, dims)
+            calls.append(op(*own))
+        results = tree_map(lambda *parts: torch.stack(parts), *calls)
+        return results, tree_map(lambda _: 0, results)
     place = axes.index(None) - 3
     T = arguments[place].shape[dims[place] == 0]
 
@@ -98,14 +102,3 @@ def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any)
     results = op(*joined, *arguments[len(axes) :])
     found = tuple(split(*each) for each in zip(results, _RESULTS[len(axes)], strict=True))
     return found, tuple([] if axis is None else 0 for axis in _RESULTS[len(axes)])
-
-
-def _one_by_one(op: Callable, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
-    """Runs the calls one after the other and stacks their results."""
-
-    def call(n: int) -> Any:
-        nth = tree_map(lambda t, dim: t if dim is None else t.select(dim, n), arguments, dims)
-        return op(*nth)
-
-    results = tree_map(lambda *parts: torch.stack(parts), *map(call, range(N)))
-    return results, tree_map(lambda _: 0, results)
