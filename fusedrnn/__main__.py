@@ -10,25 +10,17 @@ from . import check, dispatch, run, study
 from .kernels.plan import CHIPS, SCHEDULES
 from .kernels.spec import SPECS
 
-_RUN = """Runs a Python program as python does, but torch.nn.LSTM, GRU, RNN and their cells are
-fusedrnn's. At the end a line on stderr says how many of them ran on which backend."""
-_STUDY = """Compiles the kernels of a layer or stack for a GPU, which need not be there. Prints the
-plan and its reasons, the resources of each binary, the instructions of its loop over time and the
-modelled time of a step. docs/kernels.md explains how to read it."""
-_CHECK = """Prints a page about this machine: versions, which kernels compile, whether each schedule
-computes what torch.nn does, and what auto chooses. Ends with code 1 if something is wrong."""
-
 
 def main(arguments: Sequence[str]) -> None:
     """Runs a command line (without ``python -m fusedrnn``); code 2 if it is wrong."""
     parser = argparse.ArgumentParser(prog="python -m fusedrnn", description=__doc__)
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    one = commands.add_parser("run", help="run a program with torch.nn patched", description=_RUN)
+    one = commands.add_parser("run", help="run a patched program", description=run.__doc__)
     one.set_defaults(command=_run, fail=one.error)
     one.add_argument("-m", dest="as_module", action="store_true", help="run a module by name")
     one.add_argument("target", metavar="script.py", help="the program, or with -m its name")
     one.add_argument("arguments", nargs=argparse.REMAINDER, help="of the program")
-    one = commands.add_parser("study", help="show a layer's kernels", description=_STUDY)
+    one = commands.add_parser("study", help="show a layer's kernels", description=study.__doc__)
     one.set_defaults(command=lambda options: _print(study.run(options)), fail=one.error)
     add = one.add_argument
     add("--cell", choices=list(SPECS), default="lstm")
@@ -43,7 +35,8 @@ def main(arguments: Sequence[str]) -> None:
     add("--arch", choices=list(CHIPS), default="sm_90", help="(sm_90)")
     add("--schedule", choices=list(SCHEDULES), help="instead of the one the plan chooses")
     add("--out", type=Path, metavar="DIR", help="(study/, and a folder named after the rest)")
-    one = commands.add_parser("check", help="check this machine", description=_CHECK)
+    help = "check this machine; code 1 if something is wrong"
+    one = commands.add_parser("check", help=help, description=check.__doc__)
     one.set_defaults(command=lambda _: _print(check.run()))
     options = parser.parse_args(arguments)
     options.command(options)

@@ -40,10 +40,10 @@ CACHES.append(_forget)
 def key_of(
     cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers, form: tuple = ()
 ) -> tuple | None:
-    """Returns all that the checks and the choice of a call depend on, but values; hashable.
+    """Returns a key of everything but values that the checks and the choice of a call depend on.
 
-    It is None where values are hidden, for a compiler or a transform, and where not all are
-    tensors. ``form`` is () for dense input.
+    It is None if a compiler or a transform hides the values, and if an argument is not a tensor.
+    ``form`` is () for dense input.
     """
     if not is_eager(input):
         return None
@@ -207,7 +207,7 @@ def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) ->
 def _checked(
     cell: str, data: Tensor, hx: Any, params: Sequence[Tensor], layers: Layers, form: tuple
 ) -> Kind:  # fmt: skip
-    """Checks all of a call but values; ``form`` names what is ragged, and T and B if packed."""
+    """Checks a call but for values; ``form`` names what is ragged, and has T and B if packed."""
     is_packed = "packed" in form
     batched = is_packed or _ndim(data, (2, 3), " or a PackedSequence") == 3
     if is_packed:

@@ -131,7 +131,7 @@ def kind_of(facts: Facts) -> tuple[Facts, str]:
 
 
 def switches(is_gpu: bool) -> Any:
-    """Returns all settings that choices depend on beside a call, of which caches need a key."""
+    """Returns the settings that a choice depends on beside the call, for the keys of caches."""
     backend, variable = _local.backend, _environ.get(_KEY)
     if variable is None and backend != "triton" and not is_gpu:
         return backend

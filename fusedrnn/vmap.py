@@ -64,7 +64,7 @@ def map_backward(info: Any, dims: Sequence[Any], *arguments: Any) -> tuple[Any, 
 
 
 def _map(op: Callable, axes: tuple, N: int, dims: Sequence[Any], arguments: Any) -> tuple[Any, Any]:
-    """Runs the N calls as one; but one by one on packed rows, or for each its weights."""
+    """Runs the N calls as one, but one by one if rows are packed or weights differ."""
     needs_params = axes is _BACKWARD and arguments[-1]
     has_params = any(dim is not None for dim in dims[axes.index(None)])
     if needs_params or has_params or arguments[len(axes) - 2] is not None:

@@ -20,7 +20,7 @@ def test_help(command, capsys):
     assert ends("--help") == ends(command, "--help") == 0
     overview, page = capsys.readouterr().out.split(f"usage: python -m fusedrnn {command} ")
     assert f"\n    {command} " in overview
-    assert " ".join(getattr(command_line, f"_{command.upper()}").split()) in " ".join(page.split())
+    assert " ".join(getattr(command_line, command).__doc__.split()) in " ".join(page.split())
 
 
 @pytest.mark.parametrize(
