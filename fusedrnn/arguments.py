@@ -30,7 +30,7 @@ KINDS: dict[tuple, Kind] = {}
 
 def _forget() -> None:
     for kind in KINDS.values():
-        kind.launches, kind.plan = (), None  # graphs that wait for their backward have it
+        kind.launches, kind.plan = (), None  # a graph may hold it until its backward
     KINDS.clear()
 
 
@@ -70,8 +70,8 @@ class Call(NamedTuple):
     packing: PackedSequence | None = None  # the packed input
     nested: tuple[Tensor, Tensor] | None = None  # its offsets [B + 1]; the packed row of each row
     unsort: Tensor | None = None  # [B], the place of each sequence among sorted ones
+    kind: Kind | None = None  # its record, if nothing but autograd has to see the call
     places: Tensor | None = None  # [R], the place of each packed row in the padded input
-    kind: Kind | None = None  # the record of a call that nothing but autograd has to see
 
     def stack_inputs(self) -> StackInputs:
         """Returns the tensors before a cast, with dropout's masks, scaled by 1/(1-p).
@@ -140,8 +140,8 @@ def prepare(
 ) -> Call:  # fmt: skip
     """Checks the arguments of a stack and brings them into the one form that backends take.
 
-    Checks of anything but values are made once for each kind of call, since they take as long as
-    the smallest layers.
+    All checks but those of values run once for each kind of call, since they take as long as the
+    smallest layers do.
     """
     packing = nested = order = unsort = None
     form: tuple = ()
@@ -172,26 +172,20 @@ def prepare(
     if form and packing is None:
         sequences = _checked_sequences(lengths, reset, facts, batched)
     if hx is None:
-        states: Sequence[Tensor] = _zeros(kind, input)
+        is_cast = facts.autocast and kind.choice and kind.choice[0] != "aten"
+        dtype = facts.dtype if is_cast else None
+        # Equal states are one tensor, since nothing writes to them. They are found by their
+        # columns, since a compiler would guard on whole shapes.
+        zeros = {shape[-1]: input.new_zeros(*shape, dtype=dtype) for shape in kind.zeros}
+        states: Sequence[Tensor] = [zeros[shape[-1]] for shape in kind.zeros]
     else:
         # Of all sequences and contiguous: neither cuDNN nor a kernel takes another.
         states, B = (hx,) if isinstance(hx, Tensor) else hx, facts.batch
         states = [s if batched else s.unsqueeze(1) for s in states]
         states = [s if s.shape[1] == B else s.expand(-1, B, -1) for s in states]
         states = [s.contiguous() if order is None else s.index_select(1, order) for s in states]
-    kept = None if key is None else kind
-    return Call(
-        facts, input, states, params, batched, sequences, packing, nested, unsort, None, kept
-    )
-
-
-def _zeros(kind: Kind, like: Tensor) -> list[Tensor]:
-    """Returns the initial states; equal ones are one tensor, for nothing writes to them."""
-    is_cast = kind.facts.autocast and kind.choice and kind.choice[0] != "aten"
-    dtype = kind.facts.dtype if is_cast else None
-    # By columns: a compiler would guard on what it has to hash.
-    found = {shape[-1]: like.new_zeros(*shape, dtype=dtype) for shape in kind.zeros}
-    return [found[shape[-1]] for shape in kind.zeros]
+    kept = kind if key else None
+    return Call(facts, input, states, params, batched, sequences, packing, nested, unsort, kept)
 
 
 def prepare_cell(cell: str, input: Tensor, hx: Any, params: Sequence[Tensor]) -> Call:
@@ -281,7 +275,7 @@ def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> tuple[int, in
 def _check_states_and_dtypes(
     facts: Facts, states: Sequence[Tensor], params: Sequence[Tensor], batched: bool
 ) -> None:
-    """Demands states of the right shapes, and one device and one dtype of all tensors."""
+    """Checks the shapes of states, and that all tensors have one device and one dtype."""
     names = ["hx[0]", "hx[1]"] if len(states) == 2 else ["hx"] * len(states)
     rows = facts.layers.num_layers * facts.layers.directions
     for name, state, n in zip(names, states, facts.columns, strict=False):

@@ -25,7 +25,7 @@ from .records import Facts, StackConfig
 
 BACKENDS = ("auto", "triton", "aten", "torch")  # behind auto in the order in which it tries them
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-#: The B and T of a compiler's choice: those of its example must not become guards.
+#: The B and T that a compiler's choice assumes; those of its example must not become guards.
 _COMPILED_BATCH, _COMPILED_STEPS = 16, 256
 _HAS_GROUPS = distributed.is_available()
 # TorchDynamo cannot trace the look-up.

@@ -74,7 +74,7 @@ def entering(rows: Rows, d: int, initial: Tensor, left: Tensor) -> Tensor:
     T, B, origins, device = rows.T, rows.B, rows.origins, left.device
     if origins is None:
         return torch.cat([initial, left[: (T - 1) * B]] if d == 0 else [left[B:], initial])
-    # Otherwise by the place of each row's state among those of all.
+    # Otherwise each row's state is looked up among all states.
     starts = torch.arange(T, device=device) * B if rows.starts is None else rows.starts.long()
     every = torch.arange(left.shape[0], device=device)
     time = torch.searchsorted(starts, every, right=True) - 1

@@ -127,7 +127,7 @@ class _Stack(torch.nn.RNNBase):
         """Runs the stack and returns every state of every step; see ``fusedrnn.States``.
 
         Args:
-            input: as of ``forward``, as are hx, lengths and reset.
+            input, hx, lengths, reset: those of ``forward``.
             gates: whether the gates are wanted too, for two more products a layer and direction.
 
         Raises:

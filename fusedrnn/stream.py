@@ -124,7 +124,7 @@ class Stream:
         self._states = tree_map(lambda s: s.masked_fill(mask, 0), self._states)
 
     def _set(self, hx: Any) -> None:
-        """Copies a state in, after the module's own checks beside an input that is right."""
+        """Copies a state in, after the checks of a call with zeros as its input."""
         with torch.no_grad():
             params = self._module._params()
             input = params[0].new_zeros(1, *self._shape)

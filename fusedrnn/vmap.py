@@ -1,7 +1,7 @@
 """The rules by which ``torch.func.vmap`` maps the operators of ``ops.py``.
 
-Sequences are independent, so a mapped axis of N calls with the same weights joins the batch. Where
-calls have weights, or a gradient of the weights, for themselves, they run one after the other.
+Sequences are independent, so a mapped axis of N calls with the same weights joins the batch. Calls
+with weights of their own, or gradients of the weights, run one after the other.
 """
 
 from collections.abc import Callable, Sequence
