@@ -25,8 +25,6 @@ from .records import Facts, StackConfig
 
 BACKENDS = ("auto", "triton", "aten", "torch")  # behind auto in the order in which it tries them
 PRECISIONS = ("ieee", "tf32", "tf32x3")
-#: The B and T that a compiler's choice assumes; those of its example must not become guards.
-_COMPILED_BATCH, _COMPILED_STEPS = 16, 256
 _HAS_GROUPS = distributed.is_available()
 # TorchDynamo cannot trace the look-up.
 _HAS_TRITON = importlib.util.find_spec("triton") is not None
@@ -230,6 +228,8 @@ def _decide(
     facts: Facts, _switches: Any = None
 ) -> tuple[tuple[str, StackConfig] | None, tuple[tuple[str, str], ...]]:
     """Returns the first backend that does not refuse, and those before it with their reasons."""
+    if facts.compiled:  # the sizes of a compiler's example must not become guards
+        facts = facts._replace(batch=16, steps=256)
     requested = requested_backend()[0]
     refused: list[tuple[str, str]] = []
     for backend in BACKENDS[1:] if requested == "auto" else (requested,):
@@ -272,11 +272,10 @@ def _triton_refusal(facts: Facts, requested: str) -> str | None:
     if facts.batch == 0:
         return "an empty batch leaves nothing to launch"
     judged = requested == "auto" and _aten_refusal(facts, requested) is None
-    if judged and not facts.compiled and facts.steps == 1:
+    if judged and facts.steps == 1:
         return "a single step leaves no step to keep the weights for"
     times = MEASURED and judged and not facts.compiled and MEASURED.get(kind_of(facts))
-    steps = _COMPILED_STEPS if facts.compiled else facts.steps
-    sizes = (steps, facts.input_size) if judged and not times else None
+    sizes = (facts.steps, facts.input_size) if judged and not times else None
     refusal = _planned_refusal(tuple(_problem(facts)), device, sizes)
     if times and times[0] > times[1]:
         return refusal or "it was slower when both were measured"
@@ -343,9 +342,8 @@ def _loop_is_faster(facts: Facts) -> str | None:
 
 
 def _problem(facts: Facts) -> Problem:
-    batch = _COMPILED_BATCH if facts.compiled else facts.batch
     layers = 1 if facts.states else facts.layers.num_layers
-    sizes = facts.hidden_size, batch, facts.layers.directions, facts.dtype
+    sizes = facts.hidden_size, facts.batch, facts.layers.directions, facts.dtype
     products = precision() if facts.dtype == torch.float32 else "ieee"
     needs = facts.needs_grad, layers, bool(facts.ragged), facts.recompute
     return Problem(facts.cell, *sizes, products, *needs)

@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_leaves, tree_map_only
 
 FACTOR = 4.0  # the allowed error, in units of torch's own maximal error against fp64
 FLOOR_EPS = 8.0  # the least error that is allowed, in units of eps * rms(truth)
@@ -49,10 +50,8 @@ def error_budget(
         ValueError: the shapes differ.
     """
     if not got.shape == ref.shape == truth.shape:
-        raise ValueError(
-            f"{name}: got, ref and truth have shapes {tuple(got.shape)}, {tuple(ref.shape)}, "
-            f"{tuple(truth.shape)}; they must be equal"
-        )
+        shapes = ", ".join(str(tuple(tensor.shape)) for tensor in (got, ref, truth))
+        raise ValueError(f"{name}: got, ref and truth have shapes {shapes}; they must be equal")
     if got.numel() == 0:
         return Budget(name, True, 0.0, 0.0, 0.0, 0.0, 0.0, "no element")
     eps = torch.finfo(ref.dtype).eps if eps is None else eps
@@ -87,17 +86,15 @@ def run_module(
     ``cotangents`` are the gradients of output, h_n and, for an LSTM, c_n. The names are ``output,
     h_n, c_n`` and ``d_input, d_h_0, d_c_0, d_<parameter>``; all tensors are detached.
     """
-    input = input.detach().clone().requires_grad_(cotangents is not None)
-    states = () if hx is None else (hx,) if isinstance(hx, Tensor) else tuple(hx)
-    states = tuple(s.detach().clone().requires_grad_(cotangents is not None) for s in states)
-    output, final = module(input, None if hx is None else states[0] if len(states) == 1 else states)
-    final = (final,) if isinstance(final, Tensor) else tuple(final)
-    named = dict(zip(("output", "h_n", "c_n"), (output, *final), strict=False))
+    is_leaf = cotangents is not None
+    own = tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(is_leaf), (input, hx))
+    results, (input, *states) = tree_leaves(module(*own)), tree_leaves(own)
+    states = [] if hx is None else states
+    named = dict(zip(("output", "h_n", "c_n"), results, strict=False))
     if cotangents is not None:
         params = dict(module.named_parameters())
-        grads = torch.autograd.grad(
-            (output, *final), (input, *states, *params.values()), tuple(cotangents)
-        )
+        leaves = input, *states, *params.values()
+        grads = torch.autograd.grad(results, leaves, tuple(cotangents))
         names = ("d_input", *("d_h_0", "d_c_0")[: len(states)], *(f"d_{n}" for n in params))
         named.update(zip(names, grads, strict=True))
     return {name: tensor.detach() for name, tensor in named.items()}
