@@ -224,9 +224,7 @@ def _is_gpu(device: torch.device) -> bool:
     return device.type == "cuda"
 
 
-def _decide(
-    facts: Facts, _switches: Any = None
-) -> tuple[tuple[str, StackConfig] | None, tuple[tuple[str, str], ...]]:
+def _decide(facts: Facts, _switches: Any = None) -> tuple[Any, tuple[tuple[str, str], ...]]:
     """Returns the first backend that does not refuse, and those before it with their reasons."""
     if facts.compiled:  # the sizes of a compiler's example must not become guards
         facts = facts._replace(batch=16, steps=256)
@@ -262,8 +260,7 @@ def _triton_refusal(facts: Facts, requested: str) -> str | None:
     if not _HAS_TRITON:
         return "the package triton is not installed"
     if not (_is_gpu(device) or (device.type == "cpu" and requested != "auto" and _interpreting())):
-        hint = " (TRITON_INTERPRET=1 and a named backend run CPU tensors)"
-        hint = hint if device.type == "cpu" else ""
+        hint = " (TRITON_INTERPRET=1 and a named backend run CPU tensors)" * (device.type == "cpu")
         return f"the kernels need CUDA tensors, these are on {device}{hint}"
     if facts.dtype == torch.bfloat16 and _interpreting():
         return "Triton's interpreter multiplies the bit patterns of bfloat16"
@@ -277,14 +274,11 @@ def _triton_refusal(facts: Facts, requested: str) -> str | None:
     times = MEASURED and judged and not facts.compiled and MEASURED.get(kind_of(facts))
     sizes = (facts.steps, facts.input_size) if judged and not times else None
     refusal = _planned_refusal(tuple(_problem(facts)), device, sizes)
-    if times and times[0] > times[1]:
-        return refusal or "it was slower when both were measured"
-    return refusal
+    was_slower = times and times[0] > times[1]
+    return refusal or ("it was slower when both were measured" if was_slower else None)
 
 
-def _planned_refusal(
-    fields: tuple, device: torch.device, judged: tuple[int, int] | None
-) -> str | None:
+def _planned_refusal(fields: tuple, device: torch.device, judged: Any) -> str | None:
     """Returns why no kernel takes a ``Problem`` of these fields or, judged by T and I, should."""
     problem, chip = Problem(*fields), chip_of(device)
     try:

@@ -227,7 +227,7 @@ PLANTED = {
         lambda real, *given: resets_lost(real(*given)), "gru", 2, "both"
     ),
     "arguments.pack": (
-        lambda real, *call: real(*call)._replace(order=torch.arange(len(call[0]))),
+        lambda real, *call: real(*call)._replace(sorted_indices=torch.arange(len(call[0]))),
         "lstm", 1, "lengths",
     ),
     "layer.without_padding": (lambda real, x, rows: x, "gru", 1, "both"),
