@@ -181,7 +181,8 @@ def prepare(
     else:
         # Of all sequences and contiguous: neither cuDNN nor a kernel takes another.
         states, B = (hx,) if isinstance(hx, Tensor) else hx, facts.batch
-        states = [s if batched else s.unsqueeze(1) for s in states]
+        if not batched:
+            states = [s.unsqueeze(1) for s in states]
         states = [s if s.shape[1] == B else s.expand(-1, B, -1) for s in states]
         states = [s.contiguous() if order is None else s.index_select(1, order) for s in states]
     kept = kind if key else None

@@ -265,8 +265,7 @@ class _SingleStep(torch.nn.RNNCellBase):
         params = [getattr(self, name) for name in _WEIGHTS]
         if params[2] is params[3] is None:
             params = params[:2]
-        zeros = self.weight_ih.new_zeros(self.weight_ih.shape[0])
-        params = [zeros if p is None else p for p in params]
+        params = [self.weight_ih.new_zeros(len(self.weight_ih)) if p is None else p for p in params]
         return arguments.prepare_cell(self._cell, input, hx, params)
 
     def forward(self, input: Tensor, hx: Any = None):

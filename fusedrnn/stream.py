@@ -91,7 +91,9 @@ class Stream:
         A state that is assigned is copied as well, and checked as by the module.
         """
         with torch.no_grad():
-            return tree_map(lambda *layers: torch.stack(layers), *self._states)
+            layers = self._states
+            of_each = [layers] if isinstance(layers[0], Tensor) else zip(*layers, strict=True)
+            return arguments.as_hx([torch.stack(states) for states in of_each])
 
     @state.setter
     def state(self, hx: Any) -> None:
