@@ -184,7 +184,21 @@ def _convert(model: _Model, classes: _Classes, caller: str) -> _Model:
                 name = f"module {path!r}" if path else "the model"
                 raise ValueError(f"{caller}: {name} {obstacle}")
         for _, module in found:
-            _change_class(module, classes)
+            former, base = type(module), classes[_class_of(module)]
+            if former not in classes:
+                # parametrize derives a class for each module, with a property for each such weight.
+                skipped = "__dict__", "__weakref__"
+                own = {key: value for key, value in vars(former).items() if key not in skipped}
+                base = type(former.__name__, (base,), own)
+            object.__setattr__(module, "__class__", base)
+            for name in (*_FLAT, "reset_after", "recompute", "_assigned"):
+                module.__dict__.pop(name, None)
+            if classes is _TORCHS and isinstance(module, torch.nn.RNNBase):
+                module._init_flat_weights()
+                # deepcopy refuses tensors with a history; forward computes them again.
+                for i, weight in enumerate(module._flat_weights):
+                    if weight is not None and not weight.is_leaf:
+                        module._flat_weights[i] = weight.detach()
     return model
 
 
@@ -199,21 +213,3 @@ def _obstacle(module: torch.nn.Module, target: type) -> str | None:
     for name in sorted(own & (set(dir(target)) - set(dir(type(module))))):
         return f"has an attribute {name!r}, which {target.__name__} uses itself; rename it"
     return None
-
-
-def _change_class(module: torch.nn.Module, classes: _Classes) -> None:
-    former = type(module)
-    base = classes[_class_of(module)]
-    if former not in classes:
-        # parametrize derives a class for each module, with a property for each such weight.
-        members = {k: v for k, v in vars(former).items() if k not in ("__dict__", "__weakref__")}
-        base = type(former.__name__, (base,), members)
-    object.__setattr__(module, "__class__", base)
-    for name in (*_FLAT, "reset_after", "recompute", "_assigned"):
-        module.__dict__.pop(name, None)
-    if classes is _TORCHS and isinstance(module, torch.nn.RNNBase):
-        module._init_flat_weights()
-        # deepcopy refuses tensors with a history; forward computes them again.
-        for i, weight in enumerate(module._flat_weights):
-            if weight is not None and not weight.is_leaf:
-                module._flat_weights[i] = weight.detach()
