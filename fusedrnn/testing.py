@@ -88,13 +88,12 @@ def run_module(
     """
     is_leaf = cotangents is not None
     own = tree_map_only(Tensor, lambda t: t.detach().clone().requires_grad_(is_leaf), (input, hx))
-    results, (input, *states) = tree_leaves(module(*own)), tree_leaves(own)
-    states = [] if hx is None else states
+    results = tree_leaves(module(*own))
     named = dict(zip(("output", "h_n", "c_n"), results, strict=False))
     if cotangents is not None:
+        given = [tensor for tensor in tree_leaves(own) if tensor is not None]
         params = dict(module.named_parameters())
-        leaves = input, *states, *params.values()
-        grads = torch.autograd.grad(results, leaves, tuple(cotangents))
-        names = ("d_input", *("d_h_0", "d_c_0")[: len(states)], *(f"d_{n}" for n in params))
-        named.update(zip(names, grads, strict=True))
+        grads = torch.autograd.grad(results, (*given, *params.values()), tuple(cotangents))
+        names = "d_input", "d_h_0", "d_c_0"
+        named |= zip((*names[: len(given)], *(f"d_{n}" for n in params)), grads, strict=True)
     return {name: tensor.detach() for name, tensor in named.items()}
