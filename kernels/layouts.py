@@ -25,7 +25,7 @@ class Slice(NamedTuple):
     columns: tuple  # of the product of each phase
     rounds: tuple  # for each phase the chunks of weights in registers, then those in shared memory
     pitch: int  # of the rows of a slot
-    slice: Any  # [groups, rows / 2, columns of a group, 2], the first operand as loaded
+    slice: Any  # [groups, rows / 16, 8, lines, 4, values of a line, 2], the first operand as loaded
     wide: Any  # [groups, BLOCK_B, columns of a group], the second operand as loaded
     acc: Any  # [groups, rows, BLOCK_B], the partial sums of a product
     weight: Any  # its first operand
@@ -86,8 +86,9 @@ def slice_of(
     gates = rows // block_h
     rounds = tuple(_rounds(n, groups, itemsize, halved) for n in columns)
     pitch = max(each[-1][-1][2] for each in rounds)  # padded columns
-    order = [3, 2, 1, 0] if transposed else [2, 3, 1, 0]
-    slice = gl.BlockedLayout([1, 1, vector, 2], [1, 8, 4, 1], [groups, 1, 1, 1], order)
+    order = [6, 5, 4, 3, 2, 1, 0] if transposed else [5, 6, 4, 3, 2, 1, 0]
+    threads, warps = [1, 1, 8, 1, 4, 1, 1], [groups, 1, 1, 1, 1, 1, 1]
+    slice = gl.BlockedLayout([1, 1, 1, 1, 1, vector, 2], threads, warps, order)
     wide = gl.BlockedLayout([1, 1, vector], [1, 8, 4], [groups, 1, 1], [2, 1, 0])
     acc = gl.NVMMADistributedLayout([2, 0], [groups, 1, 1], [1, 16, 8])
     weight, operand = (gl.DotOperandLayout(n, acc, 4 // itemsize) for n in (0, 1))

@@ -22,11 +22,13 @@ from .steps import time_of
 
 
 @gluon.jit
-def _columns(PART: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr, TILE: tl.constexpr):
-    """The columns of a chunk, ``[groups, columns of a group]``."""
-    FIRST: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][0]
-    K: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][1]
-    return FIRST + gl.arange(0, TILE.groups)[:, None] * K + gl.arange(0, K)[None, :]
+def _index(DIM: tl.constexpr, SIZE: tl.constexpr):
+    """0 to SIZE - 1 along one of the seven dimensions of a chunk as loaded."""
+    index = gl.arange(0, SIZE)
+    for dim in tl.static_range(7):
+        if dim != DIM:
+            index = index.expand_dims(dim)
+    return index
 
 
 @gluon.jit
@@ -34,23 +36,30 @@ def _load_chunk(
     w_ptr, GATES: tl.constexpr, PART: tl.constexpr, ROUND: tl.constexpr, CHUNK: tl.constexpr,
     TILE: tl.constexpr,
 ):  # fmt: skip
-    """A chunk of rows of W of this program's units, or columns; GATES begin at ``w_ptr``."""
+    """A chunk of rows of W of this program's units, or columns; GATES begin at ``w_ptr``.
+
+    First the pointer is moved by what differs between threads, then by the rest, which is constant:
+    so all loads of a thread share an address, where one for each would cost registers.
+    """
     H: tl.constexpr = TILE.H
     M: tl.constexpr = TILE.rows
+    FIRST: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][0]
     K: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][1]
-    WIDTH: tl.constexpr = 32 // w_ptr.dtype.element_ty.primitive_bitwidth  # values in a register
-    pair = 2 * gl.arange(0, M // 2)[None, :, None, None]
-    row = pair + gl.arange(0, 2)[None, None, None, :]
-    unit = tl.program_id(0) * TILE.block_h + row // TILE.gates
-    gate = row % TILE.gates
-    k = _columns(PART, ROUND, CHUNK, TILE)[:, None, :, None]
-    ptrs = w_ptr + (gate * (H * H) + (unit if TILE.transposed else unit * H))
-    ptrs = gl.set_auto_layout(ptrs + (k * H if TILE.transposed else k), TILE.slice)
     STOP: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][2]
+    WIDTH: tl.constexpr = 32 // w_ptr.dtype.element_ty.primitive_bitwidth  # values in a register
+    UNIT: tl.constexpr = 1 if TILE.transposed else H
+    COLUMN: tl.constexpr = H if TILE.transposed else 1
+    unit = tl.program_id(0) * TILE.block_h + _index(2, 8) * (2 // TILE.gates)
+    k = FIRST + _index(0, TILE.groups) * K + _index(4, 4) * (4 * WIDTH)
+    row = _index(1, M // 16) * 16 + _index(6, 2)
+    column = _index(3, K // (16 * WIDTH)) * (16 * WIDTH) + _index(5, 4 * WIDTH)
+    gate, row = row % TILE.gates, row // TILE.gates
+    ptrs = w_ptr + unit * UNIT + k * COLUMN + row * UNIT + gate * (H * H) + column * COLUMN
+    ptrs = gl.set_auto_layout(ptrs, TILE.slice)
     if STOP <= TILE.columns[PART] and H % TILE.block_h == 0 and GATES >= TILE.gates:
         x = tl.load(ptrs)  # a mask would cost registers
     else:
-        mask = (unit < H) & (gate < GATES) & (k < TILE.columns[PART])
+        mask = (unit + row < H) & (gate < GATES) & (k + column < TILE.columns[PART])
         x = tl.load(ptrs, gl.set_auto_layout(mask, TILE.slice), other=0.0)
     x = round_operand(x)
     x = x.reshape([TILE.groups, M // 16, 8, K // (16 * WIDTH), 4, 4, WIDTH, 2])
@@ -108,7 +117,9 @@ def _fetch_chunk(
     CHUNK: tl.constexpr, TILE: tl.constexpr,
 ):  # fmt: skip
     row = tl.minimum(gl.arange(0, TILE.block_b), last)[None, :, None]
-    k = _columns(PART, ROUND, CHUNK, TILE)[:, None, :]
+    FIRST: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][0]
+    K: tl.constexpr = TILE.rounds[PART][ROUND][CHUNK][1]
+    k = (FIRST + gl.arange(0, TILE.groups)[:, None] * K + gl.arange(0, K)[None, :])[:, None, :]
     ptrs = gl.set_auto_layout(rows_ptr + row * WIDTH + k, TILE.wide)
     if TILE.rounds[PART][ROUND][CHUNK][2] > COLUMNS:
         mask = gl.set_auto_layout((k < COLUMNS) & (row >= 0), TILE.wide)
