@@ -76,6 +76,7 @@ def slice_needs(p: Problem, chip: Chip, forward: bool, tiles: Tiles) -> SliceNee
     # Tiles of the step wait across the product; a second phase keeps more of them.
     wide = spec.gates * tiles.elements > (12 if forward else 16) and (forward or itemsize == 4)
     twice = halved and tiles.elements > 1 and len(spec.phases) > 1 and itemsize == 4
-    left = 208 - 16 * scarce - 32 * is_wave - 8 * ((halved and forward) or wide or twice)
+    least = (halved and forward) or wide or twice or (is_wave and p.ragged)
+    left = 208 - 16 * scarce - 32 * is_wave - 8 * least
     fits = needs.registers <= left and needs.shared_bytes <= chip.shared_bytes
     return needs if fits else None
