@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from fusedrnn.kernels.model import LAUNCH_US, floor_us
+from fusedrnn.kernels.expected import LAUNCH_US, floor_us
 from fusedrnn.kernels.plan import SCHEDULES
 from fusedrnn.kernels.problem import CHIPS, Problem, Tiles
 
@@ -81,7 +81,7 @@ def run(options: argparse.Namespace) -> int:
 def table() -> Iterator[tuple[str, ...]]:
     """Yields the heads, a rule, and a row for each rung; us are m: modelled, or p: predicted.
 
-    Nothing is measured: launches are modelled (``kernels/model.py``), loops predicted
+    Nothing is measured: launches are modelled (``kernels/expected.py``), loops predicted
     (``kernels/steptime.py``).
     """
     if os.environ.get("TRITON_INTERPRET") == "1":

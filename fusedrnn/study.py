@@ -16,7 +16,7 @@ import torch
 
 from . import dispatch
 from .kernels import plan as planning
-from .kernels.model import floor_us
+from .kernels.expected import floor_us
 from .kernels.problem import CHIPS, Chip, NoPlan, Plan, Problem
 from .kernels.sass import count_kinds
 
@@ -35,8 +35,6 @@ def run(options: Namespace) -> Iterator[str]:
         o.fail("TRITON_INTERPRET is set, under which Triton does not compile; unset it")
     if not dispatch._HAS_TRITON:
         o.fail("study compiles with Triton, which is not installed")
-    from .kernels.compile import compile_plan
-
     problem = Problem(
         o.cell, o.hidden, o.batch, o.directions, DTYPES[o.dtype], o.precision, True, o.layers
     )
@@ -60,21 +58,7 @@ def run(options: Namespace) -> Iterator[str]:
         "memory each. Compiled for an absent GPU: nothing here is measured.\n"
     )
     yield _paragraph("1. Plan (kernels/plan.py)", _plan_lines(problem, chip, plans))
-    kernels = {}
-    for plan in plans:
-        made = compile_plan(problem._replace(layers=plan.layers), plan, chip)
-        for number, kernel in enumerate(made):  # schedule stepwise has several a direction
-            name = f"{plan.layers}-layers-" * (len(plans) > 1) + kernel.direction
-            kernels[f"{name}-{number}" if plan.schedule == "stepwise" else name] = kernel, plan
-    yield _paragraph("2. Resources, by the compiler", _resource_lines(kernels, chip))
-    yield _paragraph("3. Instructions of one warp, each once", _mix_lines(kernels))
-    times = _time_lines(kernels, problem, chip, folder)
-    yield _paragraph("4. Microseconds of a step (kernels/model.py, kernels/steptime.py)", times)
-    for name, (kernel, _) in kernels.items():
-        sass = "".join(f"{one.address:#06x} {one}\n" for one in kernel.instructions)
-        for stage, content in {**kernel.binary.asm, "sass": sass}.items():
-            data = content if isinstance(content, bytes) else str(content).encode()
-            (folder / f"{name}.{stage}").write_bytes(data)
+    yield from _compiled(problem, chip, plans, folder)
     names = " ".join(sorted(path.name for path in folder.iterdir()))
     yield _paragraph(f"5. Files in {folder}", textwrap.wrap(names, 100, break_on_hyphens=False))
 
@@ -106,48 +90,49 @@ def _plan_lines(problem: Problem, chip: Chip, plans: Sequence[Plan]) -> Iterator
             yield wrapper.fill(f"why not {schedule}: {reason}")
 
 
-def _resource_lines(kernels: dict[str, Any], chip: Chip) -> Iterator[str]:
-    heads = "", "warps", "registers", "spilled", "shared", "programs", "launches", "grid"
-    rows: list[tuple[str, ...]] = [heads]
-    for name, (k, _) in kernels.items():
-        numbers = k.tiles.num_warps, k.registers, k.spills, k.shared_bytes, math.prod(k.grid)
-        rows.append((name, *map(str, (*numbers, k.launches)), " x ".join(map(str, k.grid))))
-    yield from _table(rows)
-    yield f"   registers, spilled bytes: of a thread; shared: bytes of a program; {chip.sms} SMs"
+def _compiled(problem: Problem, chip: Chip, plans: Sequence[Plan], folder: Path) -> Iterator[str]:
+    """Compiles the plans; yields the paragraphs about their kernels, and writes the files."""
+    from .kernels.compile import compile_plan
 
-
-def _mix_lines(kernels: dict[str, Any]) -> Iterator[str]:
-    """A column for the loop over T of each kernel, or for all of it where the host has the loop."""
-    columns = [("", *count_kinds(()))]
-    for name, (kernel, _) in kernels.items():
-        counts = count_kinds(kernel.turn or kernel.instructions)
-        columns.append((f"{name}: loop" if kernel.turn else name, *map(str, counts.values())))
-    yield from _table(list(zip(*columns, strict=True)))
-
-
-def _time_lines(
-    kernels: dict[str, Any], problem: Problem, chip: Chip, folder: Path
-) -> Iterator[str]:
-    """The floor of each kernel beside a simulation of its loop over T (steptime.json)."""
-    rows, reports, values = [("", "floor", "predicted", "measured")], [], {}
-    for name, (kernel, plan) in kernels.items():
-        floor, predicted = floor_us(plan, problem, chip, kernel.direction), "-"
-        if kernel.turn:
-            found = kernel.predict(chip.arch)
-            predicted = f"{found.us:.2f}"
-            reports.append(textwrap.indent(f"{name}: {found.report()}", "   "))
-            times = {"cycles": round(found.cycles, 1), "us": round(found.us, 4)}
-            values[name] = times | {"warps": found.warps, "steps": kernel.steps}
-        rows.append((name, f"{floor:.2f}", predicted, "-"))
-    yield from _table(rows)
-    yield from reports or ["   no kernel has the loop over T: the host runs it"]
+    names = "warps", "registers", "spilled", "shared", "programs", "launches", "grid"
+    resources: list[tuple[Any, ...]] = [("", *names)]
+    mix: list[tuple[Any, ...]] = [("", *count_kinds(()))]
+    times, reports, values = [("", "floor", "predicted", "measured")], [], {}
+    for plan in plans:
+        made = compile_plan(problem._replace(layers=plan.layers), plan, chip)
+        for number, k in enumerate(made):
+            name = f"{plan.layers}-layers-" * (len(plans) > 1) + k.direction
+            name += f"-{number}" * (plan.schedule == "stepwise")  # it has several a direction
+            numbers = k.tiles.num_warps, k.registers, k.spills, k.shared_bytes, math.prod(k.grid)
+            resources.append((name, *numbers, k.launches, " x ".join(map(str, k.grid))))
+            # Of the loop over T, or of all where the host has that loop.
+            counts = count_kinds(k.turn or k.instructions).values()
+            mix.append((f"{name}: loop" if k.turn else name, *counts))
+            floor, predicted = f"{floor_us(plan, problem, chip, k.direction):.2f}", "-"
+            if k.turn:
+                found = k.predict(chip.arch)
+                predicted = f"{found.us:.2f}"
+                reports.append(textwrap.indent(f"{name}: {found.report()}", "   "))
+                values[name] = {"cycles": round(found.cycles, 1), "us": round(found.us, 4)}
+                values[name] |= {"warps": found.warps, "steps": k.steps}
+            times.append((name, floor, predicted, "-"))
+            sass = "".join(f"{one.address:#06x} {one}\n" for one in k.instructions)
+            for stage, content in {**k.binary.asm, "sass": sass}.items():
+                data = content if isinstance(content, bytes) else str(content).encode()
+                (folder / f"{name}.{stage}").write_bytes(data)
     if values:
         (folder / "steptime.json").write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+    units = f"   registers, spilled bytes: of a thread; shared: bytes of a program; {chip.sms} SMs"
+    yield _paragraph("2. Resources, by the compiler", [*_table(resources), units])
+    columns = _table(list(zip(*mix, strict=True)))
+    yield _paragraph("3. Instructions of one warp, each once", columns)
+    lines = [*_table(times), *(reports or ["   no kernel has the loop over T: the host runs it"])]
+    yield _paragraph("4. Microseconds of a step (kernels/expected.py, kernels/steptime.py)", lines)
 
 
-def _table(rows: Sequence[tuple[str, ...]]) -> Iterator[str]:
+def _table(rows: Sequence[tuple[Any, ...]]) -> Iterator[str]:
     """Columns, the first flush left and the others flush right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    widths = [max(len(str(cell)) for cell in column) for column in zip(*rows, strict=True)]
     for first, *rest in rows:
         cells = [f"{cell:>{width}}" for cell, width in zip(rest, widths[1:], strict=True)]
         yield "   " + "  ".join([f"{first:<{widths[0]}}", *cells]).rstrip()

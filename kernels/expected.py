@@ -1,7 +1,8 @@
 """Compares the predicted time of a call on a GPU with the time that cuDNN is published to need.
 
 ``predicted.csv`` has cycles of a step of compiled kernels (``predict.py`` makes it),
-``published.csv`` microseconds of a step of cuDNN with their sources. Nothing was measured here.
+``published.csv`` microseconds of a step of cuDNN with their sources. ``floor_us`` is a lower bound
+of a step, from the figures of the chip. Nothing was measured here.
 """
 
 import csv
@@ -11,8 +12,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from .latencies import TIMINGS
-from .model import flops_a_cycle
+from .latencies import TIMINGS, Timings
 from .problem import Chip, Plan, Problem
 
 PREDICTED = Path(__file__).with_name("predicted.csv")
@@ -23,9 +23,15 @@ MARGIN = 0.8
 FAMILIES = {"sm_80": "sm_80"}
 FAMILIES |= dict.fromkeys(("sm_86", "sm_87", "sm_89", "sm_120", "sm_121"), "sm_86")
 RAGGED = 1.2  # times a dense step, assumed; most in RNNs, whose steps are short
-HOST_US = (75.0, 90.0)  # to the launch, both passes: assumed; `python -m bench host` measures
+#: From call to launch, of each pass. Assumed: `python -m bench host` measures about as much with a
+#: driver that launches nothing; what a real launch adds, some us, was never measured.
+HOST_US = (75.0, 90.0)
 START_US = 5.0  # of a kernel: its launch and the load of W_hh
 MEMORY = 1.5e6  # bytes a microsecond, an A100's
+ACTIVATIONS = 150  # cycles of one sigmoid after another, then tanh of c
+ROUND_TRIP = 100  # cycles from registers through shared memory into the operand of an mma
+L2_BYTES = 24  # a cycle and SM: 5.5 TB/s of an H100
+LAUNCH_US = 1.3  # from kernel to kernel in a CUDA graph, on an H100
 
 
 class Verdict(NamedTuple):
@@ -134,3 +140,48 @@ def find_figure(p: Problem, I: int) -> dict[str, Any] | None:
     found = (n for n in read(PUBLISHED) if (n["cell"], n["algorithm"]) == (cell, algorithm))
     smaller = (n for n in found if n["precision"] in (precision, "any") and n["H"] <= H)
     return max(smaller, key=lambda line: line["H"], default=None)
+
+
+def floor_us(plan: Plan, p: Problem, chip: Chip, direction: str) -> float:
+    """Returns the least time of a step of the whole batch in a launch, all its rounds together.
+
+    The slowest of four throughputs (matrix units, shared memory, special-function units, L2) and
+    what cannot overlap: launches, or operands through shared memory, activations, and the hop from
+    one program's store to another's load.
+    """
+    tiles, forward = getattr(plan, direction), direction == "forward"
+    sm, spec, itemsize = chip.timings, p.spec, p.dtype.itemsize
+    phases, rows, units, H = len(spec.phases), tiles.block_b, tiles.block_h, p.hidden_size
+
+    def slowest(products: int, elements: int, shared: int, from_l2: float) -> float:
+        return max(
+            2 * products / flops_a_cycle(p.kind(chip), sm),
+            shared / sm.shared_bytes,
+            elements * spec.specials[not forward] * sm.mufu / 128,
+            from_l2 / L2_BYTES,
+        )
+
+    if plan.schedule == "stepwise":  # all SMs read the weights from L2
+        weights, elements = spec.gates * H * H * p.directions, p.batch * H * p.directions
+        cycles = slowest(p.batch * weights, elements, 0, weights * itemsize) / chip.sms
+        return cycles / sm.mhz + LAUNCH_US * phases * (p.directions + 1)
+    # Programs keep their weights; they exchange h or dgates if units are cut.
+    cut, portable = plan.schedule == "cooperative", plan.schedule == "resident"
+    weights = spec.gates * units * (H if cut else units) * min(plan.layers, 2)
+    products = (max(rows, 16) if portable else rows) * weights
+    read, hops, rounds = 0.0, 0.0, 1
+    if cut:
+        rounds = -(-p.batch // rows // tiles.at_once)
+        groups = min(-(-p.batch // rows), tiles.at_once) * p.directions * plan.layers
+        busy = groups * -(-H // units) / chip.sms  # the share of SMs
+        read = busy * rows * H * itemsize * (1 if forward else spec.gates)
+        hops = phases * (sm.hop_us + sm.l2 / sm.mhz)
+    cycles = slowest(products, rows * units, weights * itemsize if portable else 0, read)
+    return rounds * ((cycles + ROUND_TRIP * phases + ACTIVATIONS) / sm.mhz + hops)
+
+
+def flops_a_cycle(kind: str, sm: Timings) -> float:
+    """Returns the throughput of an SM: of ``mma``, or in ieee fp32 (and fp64) of FMA."""
+    if kind in ("ieee", "fp64"):
+        return 4 * 32 * 2 * sm.fma_pipes / sm.fma
+    return 4 * 4096 / sm.hmma / {"16-bit": 1, "tf32": 2, "tf32x3": 6}[kind]

@@ -8,8 +8,8 @@ import pytest
 from compiling import COMPILED_CHIPS
 
 from fusedrnn.kernels import expected, latencies
+from fusedrnn.kernels.expected import flops_a_cycle
 from fusedrnn.kernels.latencies import TIMINGS
-from fusedrnn.kernels.model import flops_a_cycle
 
 #: KiB of shared memory of a program; SMs, MHz, and TFLOP/s of dense 16-bit products (sums in fp32)
 #: and of fp32, as NVIDIA's guide and white papers have them. `mma.sync` reaches 63 % on sm_90.
