@@ -39,25 +39,12 @@ class Kernel:
     steps: int = 1  # in one turn of the loop over time
     launches: int = 1  # of a call with T = 1: more for batch tiles that do not fit at once
 
-    @property
-    def shared_bytes(self) -> int:
-        """The shared memory of a program."""
-        return self.binary.metadata.shared
-
-    @cached_property
-    def _usage(self) -> dict[str, int]:
+    def __post_init__(self) -> None:
         listing = run_tool(self.binary.asm["cubin"], "cuobjdump", "-res-usage")
-        return {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
-
-    @property
-    def registers(self) -> int:
-        """The registers of a thread."""
-        return self._usage["REG"]
-
-    @property
-    def spills(self) -> int:
-        """The bytes of a thread in local memory."""
-        return self._usage["STACK"] + self._usage["LOCAL"]
+        usage = {key: int(n) for key, n in re.findall(r"(REG|STACK|LOCAL):(\d+)", listing)}
+        self.registers = usage["REG"]  # of a thread
+        self.spills = usage["STACK"] + usage["LOCAL"]  # bytes of a thread in local memory
+        self.shared_bytes: int = self.binary.metadata.shared  # of a program
 
     @cached_property
     def instructions(self) -> list[Instruction]:

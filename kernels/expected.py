@@ -81,8 +81,7 @@ def judge(problem: Problem, plans: tuple[Plan, ...], chip: Chip, T: int, I: int)
 
 def find_line(p: Problem, plan: Plan, chip: Chip) -> dict[str, Any] | None:
     """Returns the line of the next larger H of the same schedule, None if there is none."""
-    family = FAMILIES.get(chip.arch, "sm_90" if chip.warp_size == 32 else chip.arch)
-    cell = "rnn_tanh" if p.cell == "rnn_relu" else p.cell
+    family, cell = FAMILIES.get(chip.arch, "sm_90"), p.cell.replace("relu", "tanh")
     wanted = {"chip": family, "cell": cell, "products": p.kind(chip), "schedule": plan.schedule}
     found = (n for n in read(PREDICTED) if wanted.items() <= n.items())
     larger = (n for n in found if p.hidden_size <= n["H"] and n["layers"] <= plan.layers)

@@ -4,15 +4,7 @@ import pytest
 import torch
 
 from fusedrnn.kernels import expected
-from fusedrnn.kernels.expected import (
-    PREDICTED,
-    PUBLISHED,
-    find_figure,
-    find_line,
-    floor_us,
-    judge,
-    read,
-)
+from fusedrnn.kernels.expected import PREDICTED, PUBLISHED, find_figure, find_line, judge, read
 from fusedrnn.kernels.plan import cooperative, plan_stack
 from fusedrnn.kernels.problem import CHIPS, Plan, Problem, Tiles
 
@@ -153,7 +145,7 @@ MMA = 4 * 4096 / 6.5  # operations of a cycle
 def floor(schedule="cooperative", problem=LARGE, forward=True, units=16, rows=16) -> float:
     tiles = Tiles(rows, units, 8, None, "ieee", 0, at_once=2)
     plan = Plan(schedule, tiles, tiles, problem.layers)
-    return floor_us(plan, problem, H100, "forward" if forward else "backward")
+    return expected.floor_us(plan, problem, H100, "forward" if forward else "backward")
 
 
 def test_a_step_of_an_lstm_worked_out_by_hand():
