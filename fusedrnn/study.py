@@ -41,7 +41,12 @@ def run(options: Namespace) -> Iterator[str]:
     if problem.spec.gates * o.hidden * max(o.hidden, o.batch) > LARGEST:
         o.fail("no plan: no GPU has memory for the weights or for one step")
     try:
-        plans = _plans(problem, chip, o.schedule)
+        if o.schedule:
+            is_wavefront = o.schedule == "cooperative" and o.directions == 1
+            one = problem if is_wavefront else problem._replace(layers=1)
+            plans = [planning.SCHEDULES[o.schedule](one, chip)]
+        else:
+            plans = list(dict.fromkeys(planning.plan_stack(problem, chip)))
     except NoPlan as reason:
         o.fail(f"no plan: {reason}")
     products = o.precision if o.dtype == "fp32" else None
@@ -65,15 +70,6 @@ def run(options: Namespace) -> Iterator[str]:
 
 def _paragraph(title: str, lines: Iterable[str]) -> str:
     return "\n".join([title, *lines, ""])
-
-
-def _plans(problem: Problem, chip: Chip, schedule: str | None) -> tuple[Plan, ...]:
-    """The different plans of the stack, from the first layer up."""
-    if schedule is None:
-        return tuple(dict.fromkeys(planning.plan_stack(problem, chip)))
-    if schedule != "cooperative" or problem.directions > 1:
-        problem = problem._replace(layers=1)
-    return (planning.SCHEDULES[schedule](problem, chip),)
 
 
 def _plan_lines(problem: Problem, chip: Chip, plans: Sequence[Plan]) -> Iterator[str]:

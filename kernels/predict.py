@@ -11,7 +11,7 @@ import sys
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import suppress
-from functools import cache, partial
+from functools import cache
 from itertools import groupby, product
 from pathlib import Path
 
@@ -80,8 +80,9 @@ def tables() -> Iterator[str]:
     yield _table(rows)
     cases = list(product(CHIP_NAMES[:2], ("inference", "training")))
     rows = [["dtype", *map(", ".join, cases)]]
-    for dtype in ("bfloat16", "float16", "float32"):
-        rows.append([dtype, *(_chosen(dtype, name, use == "training") for name, use in cases)])
+    for dtype in (torch.bfloat16, torch.float16, torch.float32):
+        chosen = (_chosen(dtype, CHIPS[name], use == "training") for name, use in cases)
+        rows.append([str(dtype).removeprefix("torch."), *chosen])
     yield _table(rows)
     rows, chip = [["KernelBench", "predicted ms", "published ms, H100"]], CHIPS["sm_90"]
     for number, (cell, D, published) in KERNELBENCH.items():
@@ -97,19 +98,16 @@ def _table(rows: list[list[str]]) -> str:
     return "".join([head, "|---" * len(rows[0]) + "|\n", *others])
 
 
-def _chosen(dtype: str, name: str, needs_grad: bool) -> str:
+def _chosen(dtype: torch.dtype, chip: Chip, needs_grad: bool) -> str:
     """Returns the sizes of each cell at which ``auto`` takes the kernels, T 512 and B 16."""
-
-    def takes(cell: str, H: int) -> bool:
-        problem = Problem(cell, H, 16, 1, getattr(torch, dtype), "tf32", needs_grad)
-        plans = plan_stack(problem, CHIPS[name])
-        return judge(problem, plans, CHIPS[name], 512, H).favours_ours
-
     found = []
-    for cell in CELLS:
-        runs = [list(run) for ours, run in groupby(SIZES, partial(takes, cell)) if ours]
+    for cell, name in CELLS.items():
+        problems = [Problem(cell, H, 16, 1, dtype, "tf32", needs_grad) for H in SIZES]
+        verdicts = [judge(p, plan_stack(p, chip), chip, 512, p.hidden_size) for p in problems]
+        takes = {H: verdict.favours_ours for H, verdict in zip(SIZES, verdicts, strict=True)}
+        runs = [list(run) for ours, run in groupby(SIZES, takes.get) if ours]
         said = (f"{run[0]} to {run[-1]}" if run[1:] else f"{run[0]}" for run in runs)
-        found.append(f"{CELLS[cell]} {', '.join(said) or 'none'}")
+        found.append(f"{name} {', '.join(said) or 'none'}")
     return "; ".join(found)
 
 
