@@ -67,11 +67,8 @@ def count_kinds(instructions: Sequence[Instruction]) -> dict[str, int]:
 
 
 def decode(high: int) -> dict[str, Any]:
-    """Returns the control fields in the upper 64 of an instruction's 128 bits.
-
-    Bits 105 to 108 hold the stall count, 109 the yield flag, 110 to 112 the write scoreboard,
-    113 to 115 the read scoreboard, 116 to 121 the wait mask.
-    """
+    """Returns the control fields in the upper 64 of an instruction's 128 bits."""
+    # The first bit of each and the number of its bits.
     places = {"stall": (41, 4), "stay": (45, 1), "write": (46, 3), "read": (49, 3), "wait": (52, 6)}
     return {name: high >> first & (1 << bits) - 1 for name, (first, bits) in places.items()}
 
