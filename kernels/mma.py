@@ -71,7 +71,9 @@ def tile_of(D: int, H: int, block_b: int, block_h: int, warps: int, itemsize: in
     first, second = (gl.DotOperandLayout(n, acc, width) for n in (0, 1))
     rows, is_full = 2 * block_h // pair, block_h * itemsize >= 256
     columns = -(-H // 16) * 16
-    chunks = tuple((columns & -2 * n, n) for n in (256, 128, 64, 32, 16) if columns & n)
+    # At most 128 at once: the addresses of 256 spill registers with Triton 3.9.
+    chunks = tuple((n, 128) for n in range(0, columns - 127, 128))
+    chunks += tuple((columns & -2 * n, n) for n in (64, 32, 16) if columns & n)
     return Tile(1, D, H, block_b, block_h, rows, chunks, is_full, tile, acc, first, second, shared)
 
 
@@ -180,8 +182,8 @@ def load_weights(w_ptr, TRANSPOSE: tl.constexpr, CELL: tl.constexpr, TILE: tl.co
             ptrs = w_ptr + ((g * H + k) * H + unit if TRANSPOSE else (g * H + unit) * H + k)
             x = tl.load(ptrs, mask=(unit < H) & (k < H), other=0.0)
             chunks = chunks + (round_operand(x),)
+            barrier()  # the addresses of all weights at once would need more registers
         w = w + (chunks,)
-        barrier()  # the addresses of all weights at once would need more registers
     return w
 
 
