@@ -110,7 +110,8 @@ def covering() -> list[Job]:
 def every_plan(chip: str = "sm_90") -> list[Job]:
     """The jobs of `make test-all` for one chip: the planner's tiles, and the triples of SHAPE.
 
-    fp16, padded and inference are in the triples and pairs alone.
+    fp16, rnn_relu, padded and inference are in the triples and pairs alone, and so are both
+    directions of a layer whose programs do not wait for each other.
     """
     found = dict.fromkeys([*cover(chip, 3, SHAPE), *cover(chip, 2)])
     seen = set()
@@ -118,9 +119,10 @@ def every_plan(chip: str = "sm_90") -> list[Job]:
         p, chosen = each.problem, each.plan
         sides = chosen.forward, chosen.backward
         tiles = tuple(side and replace(side, at_once=1, shared_bytes=0) for side in sides)
-        key = *p._replace(hidden_size=0, batch=0, directions=0), tiles
-        plain = p.dtype != FP16 and p.hidden_size in SIZES and p.needs_grad
-        if plain and key not in seen:
+        D = p.directions if chosen.schedule == "cooperative" else 0
+        key = chosen.schedule, *p._replace(hidden_size=0, batch=0, directions=D), tiles
+        plain = p.dtype != FP16 and p.cell != "rnn_relu" and p.hidden_size in SIZES
+        if plain and p.needs_grad and key not in seen:
             seen.add(key)
             found[each] = None
     return list(found)
