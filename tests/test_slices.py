@@ -27,13 +27,20 @@ def product_kernel(w_ptr, slot_ptr, out_ptr, CELL: tl.constexpr, TILE: tl.conste
 @pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize(
     ("cell", "H", "block_h", "halved"),
-    [("lstm", 41, 16, False), ("lstm", 20, 8, False), ("rnn_tanh", 72, 32, True)],
+    [
+        ("lstm", 41, 16, False),
+        ("lstm", 20, 8, False),
+        ("rnn_tanh", 72, 32, True),
+        ("gru", 48, 16, False),  # columns end within a line, units do not
+    ],  # fmt: skip
 )
 def test_all_slices_make_the_whole_product(cell, H, block_h, halved, transposed):
     B, block_h, gates = 8, max(block_h, 16 * transposed), CELLS[cell].phases[0]
     columns = H * len(gates) if transposed else H
     tile = slice_of(1, 1, H, B, block_h, 4, 4, (columns,), transposed, halved)
-    w, u = torch.randn(len(gates) * H, H), torch.randn(B, columns)
+    size, u = len(gates) * H * H, torch.randn(B, columns)
+    memory = torch.full((size + 64 * H,), torch.nan)  # beyond W_hh, where columns must not be read
+    w = memory[:size].normal_().view(-1, H)
     slot = torch.nn.functional.pad(u, (0, tile.pitch - columns))
     out = torch.empty(1 if transposed else len(gates), B, H)
     product_kernel[-(-H // block_h),](w, slot, out, CELLS[cell], tile)
