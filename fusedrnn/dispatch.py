@@ -318,14 +318,11 @@ def _aten_refusal(facts: Facts, requested: str) -> str | None:
             return f"oneDNN's LSTM under autocast needs a CPU with {facts.dtype}"
         if facts.dtype == torch.float16 and facts.needs_grad:
             return "oneDNN's LSTM under autocast does not train in float16"
-    return _loop_is_faster(facts) if is_auto else None
-
-
-def _loop_is_faster(facts: Facts) -> str | None:
-    """Returns why ``auto`` prefers the loop on the CPU, by ``python -m bench cpu``, or None."""
-    T, B, I, H = facts.steps, facts.batch, facts.input_size, facts.hidden_size
-    if not facts.needs_grad or facts.dtype != torch.float32 or facts.autocast or facts.proj_size:
+    trains = is_auto and facts.needs_grad and facts.dtype == torch.float32
+    if not trains or facts.autocast or facts.proj_size:
         return None
+    # Calls that the loop trains faster, by ``python -m bench cpu``.
+    T, B, I, H = facts.steps, facts.batch, facts.input_size, facts.hidden_size
     if "packed" in facts.ragged:
         return "torch's operator trains packed input more slowly" if T >= 50 and B > 1 else None
     if facts.cell == "lstm":
