@@ -179,7 +179,7 @@ def prepare(
         zeros = {shape[-1]: input.new_zeros(*shape, dtype=dtype) for shape in kind.zeros}
         states: Sequence[Tensor] = [zeros[shape[-1]] for shape in kind.zeros]
     else:
-        # Of all sequences and contiguous: neither cuDNN nor a kernel takes another.
+        # States of all sequences, contiguous: neither cuDNN nor a kernel takes others.
         states, B = (hx,) if isinstance(hx, Tensor) else hx, facts.batch
         if not batched:
             states = [s.unsqueeze(1) for s in states]
@@ -284,12 +284,10 @@ def _check_states_and_dtypes(
         if state.shape != expected and not (batched and state.shape == (rows, 1, n)):
             raise RuntimeError(f"{name} has shape {tuple(state.shape)}; expected {expected}")
     names += [f"params[{i}]" for i in range(len(params))]
-    for name, tensor in zip(names, (*states, *params), strict=True):
-        where = facts.device
-        if tensor.device != where:
-            raise RuntimeError(f"{name} is on {tensor.device}; expected {where}, the input's")
-        dtype = _cast_dtype(tensor.dtype, facts.autocast)
-        if dtype != facts.dtype:
+    for name, t in zip(names, (*states, *params), strict=True):
+        if t.device != facts.device:
+            raise RuntimeError(f"{name} is on {t.device}; expected {facts.device}, the input's")
+        if (dtype := _cast_dtype(t.dtype, facts.autocast)) != facts.dtype:
             raise RuntimeError(f"{name} is {dtype}; expected {facts.dtype}, the input's")
 
 
@@ -301,15 +299,13 @@ def _cast_dtype(dtype: torch.dtype, autocast: torch.dtype | None) -> torch.dtype
 
 def _check_packed(packing: PackedSequence) -> tuple[int, int]:
     """Checks a PackedSequence; returns its T and B."""
-    data, batch_sizes = packing.data, packing.batch_sizes
+    data, sizes, *_ = packing
     if data.dim() != 2:
         raise RuntimeError(f"the packed input's data is {data.dim()}-D; expected 2-D")
-    if not torch.compiler.is_compiling() and int(batch_sizes.sum()) != data.shape[0]:
-        raise RuntimeError(
-            f"the packed input has {data.shape[0]} rows; expected {int(batch_sizes.sum())}, the "
-            "sum of its batch_sizes"
-        )
-    return len(batch_sizes), int(batch_sizes[0])
+    if not torch.compiler.is_compiling() and (total := int(sizes.sum())) != len(data):
+        rows = f"the packed input has {len(data)} rows"
+        raise RuntimeError(f"{rows}; expected {total}, the sum of its batch_sizes")
+    return len(sizes), int(sizes[0])
 
 
 def _checked_sequences(lengths: Any, reset: Any, facts: Facts, batched: bool) -> Sequences:
