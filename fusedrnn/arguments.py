@@ -174,10 +174,10 @@ def prepare(
     if hx is None:
         is_cast = facts.autocast and kind.choice and kind.choice[0] != "aten"
         dtype = facts.dtype if is_cast else None
-        # Equal states are one tensor, since nothing writes to them. They are found by their
-        # columns, since a compiler would guard on whole shapes.
-        zeros = {shape[-1]: input.new_zeros(*shape, dtype=dtype) for shape in kind.zeros}
-        states: Sequence[Tensor] = [zeros[shape[-1]] for shape in kind.zeros]
+        first, *others = kind.zeros
+        h_0 = input.new_zeros(*first, dtype=dtype)  # and c_0 of this size, for nothing writes to it
+        more = [h_0 if n[-1] == first[-1] else input.new_zeros(*n, dtype=dtype) for n in others]
+        states: Sequence[Tensor] = [h_0, *more]
     else:
         # States of all sequences, contiguous: neither cuDNN nor a kernel takes others.
         states, B = (hx,) if isinstance(hx, Tensor) else hx, facts.batch
