@@ -12,7 +12,7 @@ from . import dispatch
 from .arguments import Call
 from .kernels.rows import Rows
 from .kernels.tensors import Weights
-from .layout import entering, rows_of, without_padding
+from .layout import entering, rows_of, with_table, without_padding
 from .ops import rnn_stack
 from .records import StackInputs
 from .reference import CELLS
@@ -56,13 +56,16 @@ def run(call: Call, wants_gates: bool) -> States:
     config = dispatch.decide(facts)[1]._replace(num_layers=1)
     x, h_0, c_0, params, masks = call.stack_inputs().cast(facts.cast)
     D, L = config.directions, facts.layers.num_layers
-    rows = rows_of(x, h_0.shape[1], D, call.sequences)
+    sequences = call.sequences
+    if sequences.batch_sizes is not None:  # its table goes to the device once for all layers
+        sequences = with_table(sequences, x, h_0.shape[1], D)
+    rows = rows_of(x, h_0.shape[1], D, sequences)
     each, finals, h, c, gates = len(params) // L, [], [], [], []
     for layer in range(L):
         of_layer = slice(layer * D, (layer + 1) * D)
         own = params[layer * each : (layer + 1) * each]
         inputs = StackInputs(x, h_0[of_layer], None if c_0 is None else c_0[of_layer], own, [])
-        out, final, cs = rnn_stack(inputs, call.sequences, config, keep_states=True)
+        out, final, cs = rnn_stack(inputs, sequences, config, keep_states=True)
         finals.append(final)
         h.append(out.chunk(D, -1))
         if cs is not None:
