@@ -24,7 +24,7 @@ from . import steptime
 from .latencies import TIMINGS
 from .problem import Chip, Plan, Problem, Tiles
 from .rows import Rows
-from .sass import Instruction, read, run_tool, trace
+from .sass import Instruction, read_listing, run_tool, trace
 from .tensors import Grads, Layers
 
 
@@ -49,7 +49,7 @@ class Kernel:
     @cached_property
     def instructions(self) -> list[Instruction]:
         """All instructions, each once, however often it runs."""
-        return read(self.binary.asm["cubin"])
+        return read_listing(run_tool(self.binary.asm["cubin"], "nvdisasm", "-c", "-hex", "-g"))
 
     @cached_property
     def turn(self) -> list[Instruction]:

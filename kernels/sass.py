@@ -118,11 +118,6 @@ def run_tool(cubin: bytes, name: str, *options: str) -> str:
         return subprocess.run(command, check=True, capture_output=True, text=True).stdout
 
 
-def read(cubin: bytes) -> list[Instruction]:
-    """Returns the instructions of a binary of one kernel."""
-    return read_listing(run_tool(cubin, "nvdisasm", "-c", "-hex", "-g"))
-
-
 def trace(instructions: Sequence[Instruction]) -> list[Instruction]:
     """Returns one turn of the longest loop in the order of execution; empty if there is none.
 

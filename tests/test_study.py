@@ -7,7 +7,7 @@ from functools import cache
 import pytest
 from processes import python
 
-from fusedrnn.kernels.sass import read, run_tool, trace
+from fusedrnn.kernels.sass import read_listing, run_tool, trace
 
 # One process makes the reports for all tests.
 pytestmark = pytest.mark.xdist_group("study")
@@ -61,7 +61,8 @@ def test_numbers_are_those_of_the_binary(reports):
     assert (warps, spilled) == (4, 0)
     assert registers == int(re.search(r"REG:(\d+)", usage)[1])
     assert shared == 2 * 8 * 64 * 2, "two tiles of h in bf16"
-    names = [one.name for one in trace(read(cubin))]
+    listing = run_tool(cubin, "nvdisasm", "-c", "-hex", "-g")
+    names = [one.name for one in trace(read_listing(listing))]
     assert table(parts["3"], "tensor core")[0] == sum(name.startswith("HMMA") for name in names)
     predicted = json.loads((folder / "steptime.json").read_text())
     assert predicted.keys() == {"forward", "backward"}
