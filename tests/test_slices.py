@@ -32,7 +32,7 @@ def product_kernel(w_ptr, slot_ptr, out_ptr, CELL: tl.constexpr, TILE: tl.conste
         ("lstm", 20, 8, False),
         ("rnn_tanh", 72, 32, True),
         ("gru", 48, 16, False),  # columns end within a line, units do not
-    ],  # fmt: skip
+    ],
 )
 def test_all_slices_make_the_whole_product(cell, H, block_h, halved, transposed):
     B, block_h, gates = 8, max(block_h, 16 * transposed), CELLS[cell].phases[0]
