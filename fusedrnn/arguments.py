@@ -30,7 +30,7 @@ KINDS: dict[tuple, Kind] = {}
 
 def _forget() -> None:
     for kind in KINDS.values():
-        kind.launches, kind.plan = (), None  # a graph may hold it until its backward
+        kind.launches = ()  # a graph may hold it until its backward
     KINDS.clear()
 
 

@@ -59,7 +59,6 @@ class Kind:
     choice: tuple[str, StackConfig] | None = None
     launches: Sequence[Launch] = ()  # () until they are planned, and again after ``forget``
     shapes: Sequence[Any] = ()  # of the results, planned with them
-    plan: Any = None  # of the kernels where one launch of one layer is all
 
 
 def launches_of(config: StackConfig, h_0: Tensor, needs_grad: bool, rows: Rows) -> Sequence[Launch]:
@@ -151,7 +150,7 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
     if plan is None:
         room, (columns, H) = layers.gates, layers.w_hh[0].shape
         if room is None or not room.shape[-1]:
-            room = x.new_empty(D, rows.total, loop.workspace_tiles(config.cell) * H)
+            room = x.new_empty(D, rows.total, max(config.spec.gates, config.spec.saved) * H)
         if layers.b_hh is not None:
             pairs = zip(biases, layers.b_hh, strict=True)
             biases = [loop.folded_bias(config.cell, *pair) for pair in pairs]
@@ -159,28 +158,27 @@ def forward(config: StackConfig, plan: Plan | None, x: Tensor, layers: Layers, r
         loop.forward(config.cell, layers._replace(gx=room), rows)
         return
     with gemm_precision(config.precision, x):
-        gx = _input_products(x, layers.w_ih[:D], biases[:D], None)
+        if D == 1 and x.is_contiguous():  # a kernel reads gx in the form of x
+            gx = F.linear(x, layers.w_ih[0], biases[0])
+        else:
+            gx = x.new_empty(D, rows.total, layers.w_hh[0].shape[0])
+            _input_products(x, layers.w_ih[:D], biases[:D], gx)
         read = layers.read(plan.layers, rows.origins, rows.starts, gx)
         _launch(config, plan, "forward", (read,), rows)
 
 
 def _input_products(
-    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gx: Tensor | None
-) -> Tensor:
-    """Returns ``x W_ih^T + b_ih``, ``[D, R, G*H]`` or of one direction in the form of x."""
-    columns, by_sequence = weights[0].shape[0], rows_by_sequence(x, weights[0].shape[0])
-    if gx is None and len(weights) == 1 and by_sequence is None:  # a kernel reads it in any shape
-        rows = x if x.is_contiguous() else x.reshape(-1, x.shape[-1])
-        return F.linear(rows, weights[0], biases[0])
+    x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None], gx: Tensor
+) -> None:
+    """Fills gx ``[D, R, G*H]`` with ``x W_ih^T + b_ih``."""
+    by_sequence = rows_by_sequence(x, gx.shape[-1])
     rows = x.reshape(-1, x.shape[-1]) if by_sequence is None else by_sequence
-    gx = x.new_empty(len(weights), rows.shape[0], columns) if gx is None else gx
     for out, weight, bias in zip(gx.unbind(), weights, biases, strict=True):
         if by_sequence is None:
             F.linear(rows, weight, bias, out=out)  # type: ignore[call-arg]
         else:
             product = F.linear(rows, weight, bias).unflatten(0, x.shape[:2][::-1])
             out.unflatten(0, x.shape[:2]).copy_(product.transpose(0, 1))
-    return gx
 
 
 def backward(

@@ -14,15 +14,9 @@ import torch
 from torch import Tensor
 
 from .kernels.rows import INITIAL, SKIPPED, ZERO, Rows
-from .kernels.spec import SPECS
 from .kernels.tensors import Grads, Layers
 from .layout import entering, final_states
 from .loop_cells import CELLS, Direction
-
-
-def workspace_tiles(cell: str) -> int:
-    """Returns the tiles of H of the buffer that holds gx, and the gates in its place."""
-    return max(SPECS[cell].gates, SPECS[cell].saved)
 
 
 def folded_bias(cell: str, b_ih: Tensor, b_hh: Tensor) -> Tensor:

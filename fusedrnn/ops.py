@@ -8,7 +8,6 @@ call that neither a compiler nor a mode must see skips the dispatcher.
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -19,6 +18,7 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
 from .kernels.rows import Rows
+from .kernels.tensors import Weights
 from .layer import Kind
 from .layout import rows_of, with_table
 from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
@@ -89,18 +89,21 @@ def rnn_stack(
         ``[L*D, B, H]`` each; and with ``keep_states`` c of every step, ``[L*D, T, B, H]``.
     """
     input, h_0, c_0, params, masks = inputs
-    is_special = kind is None and (vmap.has_tangents() or _has_projection(inputs, config))
-    is_seen = kind is None and (is_special or _needs_dispatcher(input))
-    rows = None if kind is None else kind.rows
+    is_special = is_seen = False
+    if kind is None:
+        is_special = vmap.has_tangents() or _has_projection(inputs, config)
+        is_seen = is_special or _needs_dispatcher(input)
+    rows = kind and kind.rows
     if rows is None and (not is_seen or sequences.batch_sizes is not None or vmap.is_eager(input)):
         sequences = with_table(sequences, input, h_0.shape[1], config.directions)
     if not is_seen:
         rows = rows or rows_of(input, h_0.shape[1], config.directions, sequences)
-        if vmap.needs_grad(input, h_0, c_0, *params) if kind is None else kind.facts.needs_grad:
+        if kind.facts.needs_grad if kind else vmap.needs_grad(input, h_0, c_0, *params):
             call = _Forward(masks, sequences, config, rows, dtype, keep_states, kind)
             results = _apply(call, input, h_0, c_0, *params)
         else:
-            results = stack.forward(inputs.cast(dtype), rows, config, keep_states, kind=kind)
+            inputs = stack.ready(inputs, config, dtype)
+            results = stack.forward(inputs, rows, config, keep_states, kind=kind)
     elif is_special:
         results = _by_reference(inputs.cast(dtype), sequences, config)
     else:
@@ -195,8 +198,7 @@ def _below_autograd(op: Callable, *arguments: Any) -> Any:
         return op(*arguments)
 
 
-@dataclass(eq=False)
-class _Forward:
+class _Forward(NamedTuple):
     """A stack's forward, as ``_Node`` calls it: on real tensors or, without rows, as operator."""
 
     masks: Sequence[Tensor]
@@ -208,26 +210,22 @@ class _Forward:
     kind: Kind | None = None
 
     def run(self, input, h_0, c_0, *params):
-        config, kind, rows, constant = self.config, self.kind, self.rows, ()
+        config, own, constant = self.config, None, ()
         inputs = StackInputs(input, h_0, c_0, params, self.masks)
-        inputs = inputs if self.dtype is None else inputs.cast(self.dtype)
-        if kind is not None and kind.plan is not None:
-            own, found = stack.forward_alone(inputs, rows, config, kind)
-        else:
-            # The values that backward multiplies by remain those of now when p.data is replaced.
-            values = [p.detach() if p.dim() == 2 or config.recompute else p for p in inputs.params]
-            own, found = (*inputs[1:3], values, self.masks), None
-        if rows is None:
-            arguments = _flat(inputs, self.sequences, config, True)
+        if self.rows is None:
+            arguments = _flat(inputs.cast(self.dtype), self.sequences, config, True)
             results = tuple(_below_autograd(torch.ops.fusedrnn.rnn_forward, *arguments))
             constant = results[3], results[5]
             output, _, _, *saved = _empty_to_none(results)
         else:
-            if found is None:
-                _, *own = inputs = stack.ready(StackInputs(inputs.input, *own), config)
-                found = stack.forward(inputs, rows, config, True, kind=kind)
+            _, h_0, c_0, params, masks = inputs = stack.ready(inputs, config, self.dtype)
+            found = stack.forward(inputs, self.rows, config, True, kind=self.kind)
             output, h_n, c_n, *saved = found
             results = output, h_n, c_n, None, saved[1] if self.keep_states else None, None
+            # The values that backward multiplies by remain those of now when p.data is replaced.
+            ends = 4 if config.recompute and config.has_bias else 2
+            values = [tuple([p.detach() for p in each]) for each in params[:ends]]
+            own = h_0, c_0, Weights(*values, *params[ends:]), masks
         # Else the output may be modified in place.
         output = output if config.hidden_layers < config.num_layers else None
         return results, (output, *saved), constant, own
@@ -247,11 +245,9 @@ class _Forward:
         ):
             _refuse_tangents()  # they would be lost
         run, how = stack.backward, self.rows
-        if torch.is_grad_enabled() or _needs_dispatcher(*present):
+        if how is None or torch.is_grad_enabled() or _needs_dispatcher(*present):
             run, how = _run_backward, self.sequences
             input, *own = StackInputs(input, h_0, c_0, params, self.masks).cast(self.dtype)
-        elif how is None:
-            how = rows_of(input, h_0.shape[1], self.config.directions, self.sequences)
         outputs, needs_params = StackOutputs(output, None, None, *saved), True in needs[3:]
         given = StackInputs(input, *own), outputs, given, how, self.config, needs[0], needs_params
         d_input, d_h_0, d_c_0, d_params = run(*given, kind=self.kind)
@@ -287,7 +283,8 @@ def _forward_kernel(*flat):
     input, h_0, c_0, params, _ = inputs
     if config.backend != "aten":
         rows = rows_of(input, h_0.shape[1], config.directions, sequences)
-        return _none_to_empty(input, stack.forward(inputs, rows, config, save))
+        found = stack.forward(stack.ready(inputs, config), rows, config, save)
+        return _none_to_empty(input, found)
     hx = h_0.contiguous() if c_0 is None else (h_0.contiguous(), c_0.contiguous())
     flags = config.has_bias, config.num_layers, 0.0, False, config.bidirectional, False
     output, h_n, *c_n = ATEN[config.cell](input, hx, params, *flags)
@@ -318,9 +315,11 @@ def _forward_fake(*flat):
 
 def _backward_kernel(*flat):
     """The operator on real tensors."""
-    grads, inputs, outputs, sequences, *others = _records(flat, _BACKWARD)
-    rows = rows_of(inputs.input, inputs.h_0.shape[1], others[0].directions, sequences)
-    *results, d_params = stack.backward(inputs, _empty_to_none(outputs), grads, rows, *others)
+    grads, inputs, outputs, sequences, config, *needs = _records(flat, _BACKWARD)
+    rows = rows_of(inputs.input, inputs.h_0.shape[1], config.directions, sequences)
+    inputs = stack.ready(inputs, config)
+    outputs = StackOutputs(*stack.aligned(config, _empty_to_none(outputs)))
+    *results, d_params = stack.backward(inputs, outputs, grads, rows, config, *needs)
     return *_none_to_empty(inputs.input, results), d_params
 
 

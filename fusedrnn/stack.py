@@ -85,27 +85,22 @@ def empty_outputs(like: Tensor, shapes: Sequence[Any]) -> StackOutputs:
 def forward(
     inputs: StackInputs, rows: Rows, config: StackConfig, save: bool, kind: Kind
 ) -> StackOutputs:  # fmt: skip
-    """Runs all layers; with ``save`` keeps what backward needs."""
-    if type(inputs.params) is not Weights:
-        inputs = ready(inputs, config)
-    input, h_0, _, _, masks = inputs
-    L = config.num_layers
+    """Runs all layers on what ``ready`` returns; with ``save`` keeps what backward needs."""
+    x, h_0, _, _, masks = inputs
     if not kind.launches:
         kind.launches = launches_of(config, h_0, save, rows)
         kind.shapes = shapes_of(inputs, config, save)
-        kind.plan = kind.launches[0].plan if L == 1 and not config.recompute else None
-    launches, results = kind.launches, empty_outputs(input, kind.shapes)
-    outs = [_as_rows(results.output, config)]
+    launches, results, L = kind.launches, empty_outputs(x, kind.shapes), config.num_layers
+    outs = [_as_rows(results.output, launches, config)]
     if results.hidden is not None:
         outs = [*results.hidden, *outs]
     elif L > 1:  # two are enough if layers do not run together
         rooms = [torch.empty_like(outs[0]) for _ in range(2 if len(launches) == L else L)]
         outs = [rooms[n % len(rooms)] for n in range(L - 1)] + outs
-    masks = [mask.reshape(-1, mask.shape[-1]) for mask in masks] if masks else []
-    _, h_n, c_n, gates, cs, _ = results
-    whole, x = _layers(inputs, (h_n, c_n), outs[:L], (gates, cs), masks, config), input
+    whole = _layers(inputs, results, outs[:L], config)
     for launch in launches:
-        layer.forward(config, launch.plan, x, _part(whole, launch, config), rows)
+        part = _part(whole, launch, config) if L > 1 else whole
+        layer.forward(config, launch.plan, x, part, rows)
         end = launch.layers[-1]
         x = outs[end] * masks[end] if masks and end < L - 1 else outs[end]
     if len(outs) > L:
@@ -118,32 +113,25 @@ def backward(
     inputs: StackInputs, outputs: StackOutputs, grads: StackGrads, rows: Rows, config: StackConfig,
     needs_input: bool, needs_params: bool, kind: Kind,
 ) -> tuple[Tensor | None, Tensor, Tensor | None, list[Tensor]]:  # fmt: skip
-    """Runs all layers backwards.
+    """Runs all layers backwards, from the inputs and the outputs of ``forward``.
 
     Returns:
         d_input or None, d_h_0, d_c_0 or None, and the gradients of the parameters or [].
     """
-    if type(inputs.params) is not Weights:
-        inputs = ready(inputs, config)
     input, h_0, c_0, _, masks = inputs
-    L = config.num_layers
-    launches = kind.launches or launches_of(config, h_0, True, rows)
-    masks = [mask.reshape(-1, mask.shape[-1]) for mask in masks] if masks else []
-    outs = [] if outputs.hidden is None else list(outputs.hidden.contiguous())
+    L, launches = config.num_layers, kind.launches or launches_of(config, h_0, True, rows)
+    outs = [] if outputs.hidden is None else list(outputs.hidden)
     if len(outs) < L:
-        outs.append(_as_rows(outputs.output, config))
-    d_out: Any = grads.output
-    _, d_h_n, d_c_n, d_cs = grads
+        outs.append(_as_rows(outputs.output, launches, config))
+    whole = _layers(inputs, outputs, outs, config)
+    d_out: Any
+    d_out, d_h_n, d_c_n, d_cs = aligned(config, grads)
+    if d_out is not None:
+        d_out = _as_rows(d_out, launches, config)
     if d_h_n is None or (d_c_n is None and c_0 is not None):
         zeros = h_0 if kind.zeros else torch.zeros_like(h_0)
         d_h_n = zeros if d_h_n is None else d_h_n
         d_c_n = zeros if d_c_n is None and c_0 is not None else d_c_n
-    if d_out is not None:
-        d_out = _as_rows(d_out, config)
-    saved = outs[-1], *outputs[3:5]
-    given = _ready(config, *saved, d_out, d_cs, d_h_n, d_c_n)
-    outs[-1], gates, cs, d_out, d_cs, d_h_n, d_c_n = given
-    whole = _layers(inputs, (None, None), outs, (gates, cs), masks, config)
     d_h_0 = h_0.new_empty(*h_0.shape)
     d_c_0 = None if c_0 is None else h_0.new_empty(*h_0.shape)
     whole_grads = Grads(d_out, d_cs, d_h_n, d_c_n, None, d_h_0, d_c_0)
@@ -152,77 +140,65 @@ def backward(
         first, own = launch.layers[0], _part(whole_grads, launch, config)
         own = own if own.out is d_out else own._replace(out=d_out)
         xs = [outs[n - 1] * masks[n - 1] if masks else outs[n - 1] for n in launch.layers if n]
-        xs = xs if first else [input, *xs]
         d_out, found = layer.backward(
-            config, launch.plan, xs, _part(whole, launch, config), own, rows,
-            bool(first) or needs_input, needs_params,
+            config, launch.plan, xs if first else [input, *xs], _part(whole, launch, config), own,
+            rows, bool(first) or needs_input, needs_params,
         )  # fmt: skip
         d_params = found + d_params
         if first and masks:
             d_out = d_out * masks[first - 1]
-    d_input = d_out.view(input.shape) if needs_input else None
-    return d_input, d_h_0, d_c_0, d_params
-
-
-def forward_alone(
-    inputs: StackInputs, rows: Rows, config: StackConfig, kind: Kind
-) -> tuple[Sequence[Any], Sequence[Any]]:  # fmt: skip
-    """Runs and keeps the only launch of one layer, as ``ready`` and ``forward`` would, but sooner.
-
-    The host's time is all that a small layer takes.
-    """
-    input, h_0, c_0, params, _ = inputs
-    for t in params if kind.zeros else (h_0, c_0, *params):
-        if t is not None and not (t.is_contiguous() and t.data_ptr() % 16 == 0):
-            h_0, c_0, *params = _ready(config, h_0, c_0, *params)
-            break
-    empty, each, b_ih, b_hh = input.new_empty, 2, None, None
-    output, h_n, c_n, gates, cs, _ = results = [s and empty(*s) for s in kind.shapes]
-    if config.has_bias:
-        each, b_ih, b_hh = 4, tuple(params[2::4]), tuple(params[3::4])
-    w_ih, w_hh = [tuple([p.detach() for p in params[n::each]]) for n in range(2)]
-    outs, weights = (output,) * len(w_ih), Weights(w_ih, w_hh, b_ih, b_hh)
-    layers = Layers(None, w_ih, b_ih, w_hh, b_hh, None, h_0, c_0, h_n, c_n, outs, gates, cs)
-    own = h_0, c_0, weights, ()
-    try:
-        layer.forward(config, kind.plan, input, layers, rows)
-    except (LaunchRefused, KernelFailed):
-        results = forward(StackInputs(input, *own), rows, config, True)  # which meets it again
-    return own, results
+    return d_out.view(input.shape) if needs_input else None, d_h_0, d_c_0, d_params
 
 
 def _layers(
-    inputs: StackInputs, finals: Sequence[Any], outs: Sequence[Tensor], saved: Sequence[Any],
-    masks: Sequence[Tensor], config: StackConfig,
-) -> Layers:  # fmt: skip
+    inputs: StackInputs, outputs: StackOutputs, outs: Sequence[Tensor], config: StackConfig
+) -> Layers:
     """Returns the tensors of all layers as those of one launch."""
-    _, h_0, c_0, (w_ih, w_hh, b_ih, b_hh, _), _ = inputs
+    _, h_0, c_0, (w_ih, w_hh, b_ih, b_hh, _), masks = inputs
+    _, h_n, c_n, gates, cs, _ = outputs
     if config.bidirectional:
         outs, masks = ([t for t in of_layers for _ in range(2)] for of_layers in (outs, masks))
     of_inputs = (*masks[: len(outs) // config.num_layers], *masks) if masks else None
-    (h_n, c_n), (gates, cs) = finals, saved
     states = h_0, c_0, h_n, c_n
     return Layers(None, w_ih, b_ih, w_hh, b_hh, of_inputs, *states, tuple(outs), gates, cs)
 
 
-def ready(inputs: StackInputs, config: StackConfig) -> StackInputs:
-    """Returns the tensors as launches take them, the parameters as tuples of each kind."""
+def ready(
+    inputs: StackInputs, config: StackConfig, dtype: torch.dtype | None = None
+) -> StackInputs:
+    """Returns the tensors, in a dtype, as launches take them, the parameters by their kinds."""
     input, h_0, c_0, params, masks = inputs
+    if dtype is not None:
+        input, h_0, c_0, *params = _cast((input, h_0, c_0, *params), dtype)
     # The weights that a parametrisation computes may have any strides.
-    h_0, c_0, *params = _ready(config, h_0, c_0, *params)
+    h_0, c_0, *params = aligned(config, (h_0, c_0, *params))
     each = 4 if config.has_bias else 2
     weights: Any = [tuple(params[n::each]) for n in range(each)]
+    masks = [mask.reshape(-1, mask.shape[-1]) for mask in masks] if masks else ()
     return StackInputs(input, h_0, c_0, Weights(*weights, *(None,) * (4 - each)), masks)
 
 
-def _as_rows(output: Tensor, config: StackConfig) -> Tensor:
+def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
+    """Returns tensors or None in a dtype; one kernel fills all copies.
+
+    They are not kept for the next call: a change through ``p.data`` would not be noticed.
+    """
+    others = [t for t in tensors if t is not None and t.dtype != dtype]
+    copies = [torch.empty_like(t, dtype=dtype) for t in others]
+    if copies:
+        torch._foreach_copy_(copies, others)
+    made = iter(copies)
+    return [t if t is None or t.dtype == dtype else next(made) for t in tensors]
+
+
+def _as_rows(output: Tensor, launches: Sequence[Launch], config: StackConfig) -> Tensor:
     """Returns ``[T, B, C]`` as rows ``[R, C]``, but where a kernel alone reads or writes it."""
-    if config.num_layers == 1 and not (config.is_loop or config.recompute):
+    if config.num_layers == 1 and launches[0].plan is not None and not config.recompute:
         return output
     return output.reshape(-1, output.shape[-1])
 
 
-def _ready(config: StackConfig, *tensors: Any) -> list[Any]:
+def aligned(config: StackConfig, tensors: Sequence[Any]) -> list[Any]:
     """Returns tensors or None contiguous and, for kernels, aligned.
 
     A kernel would be compiled again for another pointer.

@@ -122,7 +122,7 @@ def run(kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Any, tile_of:
     h_0, T, B = tensors[0].h_0, rows.T, rows.B
     grid = cdiv(B, tiles.block_b), h_0.shape[0]
     with on_device(h_0):
-        kernel[grid](*tensors, T, B, rows.total, cell, tile, **options)
+        kernel.run(*tensors, T, B, rows.total, cell, tile, grid=grid, warmup=False, **options)
 
 
 def run_together(

@@ -46,6 +46,7 @@ def test_calls_of_a_step(cell, most, packed):
         x = torch.randn(*((3 * steps,) if packed else (steps, 3)), 3).double()
         h_0, c_0 = (*states_for(module, 3), None)[:2]
         inputs = StackInputs(x, h_0, c_0, list(module.parameters()), [])
+        inputs = stack.ready(inputs, config)
         with Counter() as counter:
             rows = rows_of(x, 3, 1, sequences)
             outputs = stack.forward(inputs, rows, config, True)

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_map
 from fusedrnn import layer, stack
 from fusedrnn.kernels.rows import Rows
 from fusedrnn.layer import Kind
-from fusedrnn.records import StackConfig, StackGrads, StackInputs, StackOutputs
+from fusedrnn.records import StackConfig, StackGrads, StackInputs
 
 L = 2
 #: Calls of functions, Python's and C's, before a forward and a backward launch.
@@ -41,7 +41,7 @@ def inputs_of(config, dtype=torch.float64, rows=(T, B)):
 @pytest.mark.parametrize("recompute", [False, True])
 def test_only_what_is_needed_is_computed(recompute):
     config = config_of("gru", recompute=recompute)
-    inputs = inputs_of(config)
+    inputs = stack.ready(inputs_of(config), config)
     outputs = stack.forward(inputs, Rows(T, B), config, True)
 
     def backward(*needs):
@@ -67,6 +67,7 @@ def test_tensors_of_any_strides():
         return view.copy_(tensor)
 
     for given in (inputs, tree_map(strided, inputs)):
+        given = stack.ready(given, config)
         outputs = stack.forward(given, Rows(T, B), config, True)
         d_output = torch.ones(2 * H, B, T, dtype=torch.float64).permute(2, 1, 0)
         grads = StackGrads(d_output, None, None, None)
@@ -84,7 +85,7 @@ def test_the_loop_answers_where_kernels_fail(broken, recompute, monkeypatch):
         raise OSError("no compiler\nat all")
 
     config = config_of("lstm", backend="auto", recompute=recompute)
-    inputs = inputs_of(config, torch.float32)
+    inputs = stack.ready(inputs_of(config, torch.float32), config)
     grads = StackGrads(torch.ones(T, B, H), None, None, None)
     run = (grads, Rows(T, B), config, True, True)
     want_outputs = stack.forward(inputs, Rows(T, B), config, True)
@@ -122,13 +123,16 @@ def test_python_calls_before_a_launch(monkeypatch):
     config = config_of("lstm", backend="triton", num_layers=1)
     inputs = inputs_of(config, torch.float32)._replace(dropout_masks=[])
     inputs = inputs._replace(h_0=inputs.h_0[:1], c_0=inputs.c_0[:1], params=inputs.params[:4])
-    kind, rows = Kind(), Rows(T, B)
-    stack.forward(inputs, rows, config, True, kind=kind)  # it plans
-    own, results = counted(stack.forward_alone, inputs, rows, config, kind)
-    outputs = StackOutputs(*results)
+    kind, run = Kind(), (Rows(T, B), config, True)
+
+    def forward():
+        given = stack.ready(inputs, config)
+        return given, stack.forward(given, *run, kind=kind)
+
+    forward()  # it plans
+    inputs, outputs = counted(forward)
     grads = StackGrads(outputs.output, None, None, None)
-    inputs = StackInputs(inputs.input, *own)
-    counted(stack.backward, inputs, outputs, grads, rows, config, True, True, kind=kind)
+    counted(stack.backward, inputs, outputs, grads, *run, True, kind=kind)
     assert counts[1] <= MOST[0]
     assert counts[2] <= MOST[1]
 
