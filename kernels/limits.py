@@ -45,17 +45,12 @@ def slice_needs(p: Problem, chip: Chip, forward: bool, tiles: Tiles) -> SliceNee
     most = 64 // spec.gates if forward else 32  # units of a halved slice; more would spill
     if halved and (is_wave or rows > 16 or units > most):
         return None
-    if halved and forward and H > 3072 and chip.arch == "sm_100":  # would spill
-        return None
-    gates = [len(phase) for phase in spec.phases]
-    if is_wave:  # the product with W_ih, or with that of the layer above
-        gates.append(spec.gates)
-    if forward:
-        blocks, columns = [-(-n * units // 16) for n in gates], [H] * len(gates)
-    else:
-        blocks, columns = [-(-units // 16)] * len(gates), [n * H for n in gates]
+    # The last part is the product with W_ih, or with that of the layer above.
+    gates = [len(phase) for phase in spec.phases] + [spec.gates] * is_wave
+    blocks = [-(-units * (n if forward else 1) // 16) for n in gates]
+    columns = [H * (1 if forward else n) for n in gates]
     held = [-(-n // (1 + halved) // line) * line for n in columns]
-    rest = [-(-(n - k) // line) * line if halved else 0 for n, k in zip(columns, held, strict=True)]
+    rest = [-(-(n - k) // line) * line for n, k in zip(columns, held, strict=True)]
     in_registers, in_shared = (
         sum(n * k for n, k in zip(blocks, each, strict=True)) * 16 * itemsize
         for each in (held, rest)
