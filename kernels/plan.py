@@ -8,6 +8,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from functools import lru_cache
 from itertools import product
+from operator import itemgetter
 
 import torch
 
@@ -54,9 +55,8 @@ def plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
 @lru_cache(maxsize=4096)
 def _plan_stack(problem: Problem, chip: Chip) -> tuple[Plan, ...]:
     one, L = plan(problem._replace(layers=1), chip), problem.layers
-    if L == 1 or problem.directions > 1 or problem.layer_by_layer:
-        return (one,) * L
-    if one.schedule == "cooperative":  # in the others a layer takes less than a hop
+    shared = L > 1 and problem.directions == 1 and not problem.layer_by_layer
+    if shared and one.schedule == "cooperative":  # in the others a layer takes less than a hop
         waves = _wavefronts(problem, L, chip)
         if sum(_steps(each, problem.batch) for each in waves) < L * _steps(one, problem.batch):
             return waves
@@ -164,16 +164,14 @@ def cooperative(problem: Problem, chip: Chip) -> Plan:
     _needs_nvidia("cooperative", problem, chip)
     if problem.layers > 1 and problem.directions > 1:
         raise NoPlan("a wavefront has one direction; the other needs the whole layer below")
-    best = []
-    for forward in (True, False)[: 1 + problem.needs_grad]:
-        fitting = list(_slices(problem, chip, forward))
-        if not fitting:
-            raise NoPlan(
-                f"schedule cooperative found no slices of W_hh that {chip.name} holds on its "
-                f"{chip.sms} SMs for {problem.cell} in {problem.kind(chip)} at "
-                f"H={problem.hidden_size}"
-            )
-        best.append(min(fitting, key=lambda found: found[0])[1])
+    sides = (True, False)[: 1 + problem.needs_grad]
+    fitting = [list(_slices(problem, chip, forward)) for forward in sides]
+    if not all(fitting):
+        raise NoPlan(
+            f"schedule cooperative found no slices of W_hh that {chip.name} holds on its "
+            f"{chip.sms} SMs for {problem.cell} in {problem.kind(chip)} at H={problem.hidden_size}"
+        )
+    best = (min(found, key=itemgetter(0))[1] for found in fitting)
     return _made("cooperative", problem, *best)
 
 
@@ -182,12 +180,10 @@ def _slices(problem: Problem, chip: Chip, forward: bool) -> Iterator[tuple[float
     sm, L = chip.timings, problem.layers
     for units, rows, warps, halved in product((8, 16, 32, 64), (8, 16, 32), (4, 8), (False, True)):
         programs = -(-problem.hidden_size // units) * problem.directions * L  # of a batch tile
-        if programs > chip.sms:
-            continue
         tiles = -(-problem.batch // rows)
         at_once = min(tiles, chip.sms // programs)
         sizes = Tiles(rows, units, warps, 255, "tf32", 0, at_once, halved)
-        if (needs := slice_needs(problem, chip, forward, sizes)) is None:
+        if not at_once or not (needs := slice_needs(problem, chip, forward, sizes)):
             continue
         # Loads, products and sums follow each other; the hop and the rest of a step are the same
         # for all slices, but not for all rounds.
