@@ -113,11 +113,11 @@ def to_tile(acc, TILE: tl.constexpr):
 
 
 @gluon.jit
-def widened(tiles):
-    """Tiles in fp32. For bf16 that is one instruction a number, where the compiler takes two."""
+def widened(tiles, PAIRS: tl.constexpr = True):
+    """Tiles in fp32. For PAIRS of bf16 it is one instruction a number: the compiler takes two."""
     out = ()
     for n in tl.static_range(len(tiles)):
-        if tiles[n].dtype == tl.bfloat16:
+        if tiles[n].dtype == tl.bfloat16 and PAIRS:
             x = gl.inline_asm_elementwise(
                 "shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;",
                 "=r,=r,r",

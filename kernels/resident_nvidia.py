@@ -40,35 +40,54 @@ def _entering(layers, state, origins):
 
 
 @gluon.jit
-def _carried(layers, state, before, origins, following):
-    """The state that a step leaves to the next one, given what it computed and what it had before.
+def _carried(layers, state, before, origins, BACKWARD: tl.constexpr):
+    """``tiles.leaving_state``, or backward ``tiles.gradient_before``.
 
-    A step that is skipped leaves what it had; where a sequence begins behind it, that is zero.
-    ``following`` are the origins of the step behind it, of a gradient its own. The second choice
-    alone depends on what the step computed.
+    The second choice alone depends on what the step computed.
     """
     if layers.origins is not None:
-        there = origins != tiles.SKIPPED
-        before = tiles.zero_where(there, before)
-        return tiles.where(there & (following != tiles.ZERO), state, before)
+        is_there = origins != tiles.SKIPPED
+        if BACKWARD:
+            before = tiles.zero_where(is_there, before)
+            is_there = is_there & (origins != tiles.ZERO)
+        return tiles.where(is_there, state, before)
     else:
         return state
 
 
 @gluon.jit
-def _forward_step(
-    layers, program, step, weights, state, gx, places, read, write, inner,
-    CELL: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """One step: its h comes from the buffer ``read``, the next one goes to ``write``.
+def _load_forward(
+    layers, program, step, places, N: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """Loads gx of N steps, whose places are given, and the places of those behind them.
 
-    ``places`` are those of this step and the next two. Returns the state that enters the next step,
-    and gx and places for the step after that.
+    All that a turn loads is issued at one place, for the compiler counts it with one scoreboard:
+    the wait for any of it is for the latest.
+    """
+    gx, known, later = (), (), ()
+    for n in tl.static_range(N):  # full registers have no room for rows
+        known = known + (places[n] if len(CELL.gates) > 1 else steps.located(program, places[n]),)
+        gx = gx + (steps.load_gx(layers, program, step + n, known[n], CELL, TILE),)
+        later = later + (steps.place_of(layers, program, step + N + n),)
+    return gx, known + later
+
+
+@gluon.jit
+def _forward_step(
+    layers, program, step, weights, state, loaded, places, buffers,
+    N: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Step N of a turn: its h comes from the first of ``buffers``, the next goes to the second.
+
+    ``loaded`` and ``places`` are those from this step on. Returns the state that leaves the step,
+    and ``loaded`` and ``places`` of the next one.
     """
     w, b = weights
+    read, write, inner = buffers
+    gx = mma.widened(loaded[0], TILE.rows == TILE.block_h)
     origins = steps.origins_at(program, places[0])
-    gx = mma.widened(gx)
-    entering, gh = state, ()
+    entering, gh = _entering(layers, state, origins), ()
+    gx_later, places_later = (), ()
     for p in tl.static_range(len(CELL.phases)):
         if p > 0:
             mma.share(inner, CELL.operand(p, gh, entering, mma.squash))
@@ -76,19 +95,20 @@ def _forward_step(
         for i in tl.static_range(len(CELL.phases[p])):
             start = mma.start_of(CELL.phases[p][i], gx, b, CELL, TILE)
             gh = gh + (mma.to_tile(mma.multiply(w[CELL.phases[p][i]], u, start), TILE),)
+    if len(CELL.gates) == 1 and N == 0:
+        gx_later, places_later = _load_forward(layers, program, step + 2, places[2:], 2, CELL, TILE)
     result, saved = CELL.forward(gx, gh, entering, mma.squash)
-    following = steps.origins_at(program, places[1])
-    if layers.origins is not None:  # behind the last step no sequence begins
-        following = tl.where(step + 1 < program.T, following, tiles.PREVIOUS)
-    state = _carried(layers, result, entering, origins, following)
-    mma.share(write, state[0])
+    state = _carried(layers, result, state, origins, False)
+    mma.share(write, _entering(layers, (state[0],), steps.origins_at(program, places[1]))[0])
 
     # Behind the exchange, which the next step waits for.
-    gx_later = steps.load_gx(layers, program, step + 2, places[2], CELL, TILE)
-    later = (places[1], places[2], steps.place_of(layers, program, step + 3))
+    if len(CELL.gates) > 1:
+        gx_later, places_later = _load_forward(layers, program, step + 2, places[2:], 1, CELL, TILE)
     steps.store_h(layers, program, step, places[0], result, TILE)
     steps.store_saved(layers, program, step, places[0], result, saved, CELL, TILE)
-    return state, gx_later, later
+    if len(gx_later) > 0:
+        places = places[:2] + places_later
+    return state, loaded[1:] + gx_later, places[1:]
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
@@ -98,102 +118,127 @@ def _resident_fwd_kernel(layers, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr
     w = mma.load_weights(tiles.choose(layers.w_hh, program.d), False, CELL, TILE)
     weights = (w, mma.load_bias(tiles.choose(layers.b_hh, program.d), program.cols, CELL, TILE))
     even, odd, inner = mma.shared_tiles(3 if len(CELL.phases) > 1 else 2, 3, dtype, TILE)
+    buffers, swapped = (even, odd, inner), (odd, even, inner)
 
     places = steps.place_of(layers, program, 0), steps.place_of(layers, program, 1)
-    places = places + (steps.place_of(layers, program, 2),)
-    gx = steps.load_gx(layers, program, 0, places[0], CELL, TILE)
-    gx_odd = steps.load_gx(layers, program, 1, places[1], CELL, TILE)
+    loaded, places = _load_forward(layers, program, 0, places, 2, CELL, TILE)
+    if len(CELL.gates) > 1:
+        places = places[:3]
     state = mma.widened(steps.load_ends(layers.h_0, layers.c_0, program, TILE))
-    state = _entering(layers, state, steps.origins_at(program, places[0]))
-    mma.share(even, state[0])
+    mma.share(even, _entering(layers, state, steps.origins_at(program, places[0]))[0])
     for pair in range(T // 2):
         step = 2 * pair
-        state, gx, places = _forward_step(
-            layers, program, step, weights, state, gx, places, even, odd, inner, CELL, TILE
+        state, loaded, places = _forward_step(
+            layers, program, step, weights, state, loaded, places, buffers, 0, CELL, TILE
         )
-        state, gx_odd, places = _forward_step(
-            layers, program, step + 1, weights, state, gx_odd, places, odd, even, inner, CELL, TILE
+        state, loaded, places = _forward_step(
+            layers, program, step + 1, weights, state, loaded, places, swapped, 1, CELL, TILE
         )
     if T % 2 == 1:
-        state, gx, places = _forward_step(
-            layers, program, T - 1, weights, state, gx, places, even, odd, inner, CELL, TILE
-        )
+        state = _forward_step(
+            layers, program, T - 1, weights, state, loaded, places, buffers, 0, CELL, TILE
+        )[0]
     steps.store_ends(layers.h_n, layers.c_n, program, state, TILE)
 
 
 @gluon.jit
-def _backward_step(
-    layers, grads, program, step, w, d_state, left, loaded, places, buffers,
-    CELL: tl.constexpr, TILE: tl.constexpr,
-):  # fmt: skip
-    """One step: dgates go through the buffers, one for each gate.
+def _load_backward(
+    layers, grads, program, step, places, N: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr
+):
+    """Loads what N steps read, whose places are given with one more; returns it and the places."""
+    known, loaded = (), ()
+    for n in tl.static_range(N + 1):  # full registers have no room for rows
+        place = places[n] if TILE.is_full else steps.located(program, places[n])
+        known = known + (place,)
+    for n in tl.static_range(N):
+        read = steps.load_step(layers, grads, program, step - n, known[n:], CELL, TILE)
+        loaded = loaded + (read,)
+    return loaded, known
 
-    ``loaded`` is what this step reads, and unless the registers are full the next one, and
-    ``places`` are those of these and two more, in time. Returns the gradient of the state that
+
+@gluon.jit
+def _backward_step(
+    layers, grads, program, step, w, states, loaded, places, buffers,
+    N: tl.constexpr, CELL: tl.constexpr, TILE: tl.constexpr,
+):  # fmt: skip
+    """Step N of a turn: dgates go through the buffers, one for each gate.
+
+    ``loaded`` and ``places`` are what ``_load_backward`` returned, from this step on: of the turn,
+    or where the registers are full of a single step. Returns the gradient of the state that
     entered, the state that left the step before, and ``loaded`` and ``places`` of that step.
     """
-    AHEAD: tl.constexpr = len(loaded)
+    d_state, left = states
+    AHEAD: tl.constexpr = 1 if TILE.is_full else 2
+    AT_ONCE: tl.constexpr = AHEAD if len(CELL.gates) == 1 else 1
+    STARTS: tl.constexpr = (
+        len(CELL.gates) == 1 and not TILE.is_full
+    )  # the product from the gradient
     saved, left_before = mma.widened(loaded[0][0]), mma.widened(loaded[0][1])
     d_out, d_cs = loaded[0][2], loaded[0][3]
     origins = steps.origins_at(program, places[0])
-    new_place = steps.place_of(layers, program, step - AHEAD - 2)
+    later_places = ()
+    for n in tl.static_range(AT_ONCE if N % AT_ONCE == 0 else 0):
+        place = steps.place_of(layers, program, step - AHEAD - AT_ONCE - 1 - n)
+        later_places = later_places + (place,)
     before = _entering(layers, left_before, origins)
     d_leaving, carry = d_state, ()  # a step that is skipped adds nothing
     d_state = tiles.add_gradients(d_state, mma.widened(d_out), mma.widened(d_cs))
     du = d_state[0]  # not read by the last phase
+    places_after = places[1:]
     for p in tl.static_range(len(CELL.phases) - 1, -1, -1):
         dgates, d_state, carry = CELL.adjoint(
             p, d_state, du, saved, before, left, carry, mma.squash
         )
         for i in tl.static_range(len(CELL.phases[p])):
             mma.share(buffers[CELL.phases[p][i]], dgates[CELL.factors[p][i]])
-        if p == 0:  # what this step has loaded is used by now
-            later = steps.load_step(
-                layers, grads, program, step - AHEAD, places[AHEAD:], CELL, TILE
+        if p == 0 and N % AT_ONCE == 0:  # what this step has loaded is used by now
+            later, known = _load_backward(
+                layers, grads, program, step - AHEAD, places[AHEAD:], AT_ONCE, CELL, TILE
             )
+            loaded, places_after = loaded + later, places[1:AHEAD] + known + later_places
         terms = ()
         for i in tl.static_range(len(CELL.phases[p])):
             u = mma.operand(buffers[CELL.phases[p][i]], TILE)
-            term = mma.multiply(w[CELL.phases[p][i]], u, mma.zero_acc(TILE))
+            start = mma.to_acc(d_state[0], TILE) if STARTS else mma.zero_acc(TILE)
+            term = mma.multiply(w[CELL.phases[p][i]], u, start)
             terms = terms + (term,)
         du = mma.to_tile(mma.sum_of(terms), TILE)
         steps.store_dgates(layers, grads, program, step, places[0], dgates, p, CELL, TILE)
-    d_state = tiles.add_to(d_state, 0, du)
-    d_state = _carried(layers, d_state, d_leaving, origins, origins)
-    return d_state, left_before, loaded[1:] + (later,), places[1:] + (new_place,)
+    d_state = (du,) if STARTS else tiles.add_to(d_state, 0, du)
+    d_state = _carried(layers, d_state, d_leaving, origins, True)
+    return (d_state, left_before), loaded[1:], places_after
 
 
 @gluon.jit(do_not_specialize=["T", "B", "R"])
 def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.constexpr):
     G: tl.constexpr = len(CELL.gates)
+    AHEAD: tl.constexpr = 1 if TILE.is_full else 2
     program = _program(layers, T, B, R, TILE)
     dtype: tl.constexpr = layers.h_0.dtype.element_ty
     w = mma.load_weights(tiles.choose(layers.w_hh, program.d), True, CELL, TILE)
     even, odd = mma.shared_tiles(G, G, dtype, TILE), mma.shared_tiles(G, G, dtype, TILE)
 
     places = ()
-    for n in tl.static_range(3 if TILE.is_full else 4):
+    for n in tl.static_range(AHEAD + 1 + (AHEAD if G == 1 else 1)):
         places = places + (steps.place_of(layers, program, T - 1 - n),)
     d_state = mma.widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
     left = mma.widened(steps.load_left(layers, program, T - 1, places[0], (), TILE))
-    loaded = ()
-    for n in tl.static_range(1 if TILE.is_full else 2):
-        loaded = loaded + (
-            steps.load_step(layers, grads, program, T - 1 - n, places[n:], CELL, TILE),
-        )
+    loaded, known = _load_backward(layers, grads, program, T - 1, places, AHEAD, CELL, TILE)
+    places = known + places[AHEAD + 1 :]
+    states = d_state, left
     for pair in range(T // 2):
         step = T - 1 - 2 * pair
-        d_state, left, loaded, places = _backward_step(
-            layers, grads, program, step, w, d_state, left, loaded, places, even, CELL, TILE
+        states, loaded, places = _backward_step(
+            layers, grads, program, step, w, states, loaded, places, even, 0, CELL, TILE
         )
-        d_state, left, loaded, places = _backward_step(
-            layers, grads, program, step - 1, w, d_state, left, loaded, places, odd, CELL, TILE
+        states, loaded, places = _backward_step(
+            layers, grads, program, step - 1, w, states, loaded, places, odd, 1, CELL, TILE
         )
     if T % 2 == 1:
-        d_state, left, loaded, places = _backward_step(
-            layers, grads, program, 0, w, d_state, left, loaded, places, even, CELL, TILE
-        )
-    steps.store_ends(grads.h_0, grads.c_0, program, d_state, TILE)
+        states = _backward_step(
+            layers, grads, program, 0, w, states, loaded, places, even, 0, CELL, TILE
+        )[0]
+    steps.store_ends(grads.h_0, grads.c_0, program, states[0], TILE)
 
 
 def _tile_of(cell: Cell, layers: Layers, tiles: Tiles) -> mma.Tile:

@@ -115,14 +115,23 @@ def place_of(layers, program, step):
     if layers.origins is not None:
         t = time_of(tl.maximum(tl.minimum(step, program.T - 1), 0), program)
         first = program.d.to(tl.int64) * program.T * program.B
-        row = t.to(tl.uint32).to(tl.int64) * program.B.to(tl.uint32).to(tl.int64)
-        origins = tl.load(layers.origins + first + program.offs_b + row)
+        row, ptrs = t.to(tl.uint32).to(tl.int64), layers.origins + first + program.offs_b
         if len(program.mask_b) > 0:
+            origins = tl.load(ptrs + row * program.B.to(tl.uint32).to(tl.int64))
             origins = tl.where(program.mask_b[0], origins, SKIPPED)
+        else:  # counted in bytes it is one instruction less
+            ptrs = ptrs.to(tl.pointer_type(tl.int8)) + row * (program.B.to(tl.int64) * 4)
+            origins = tl.load(ptrs.to(tl.pointer_type(tl.int32)))
         place = (origins,)
         if layers.starts is not None:
             place = place + (tl.load(layers.starts + t.to(tl.int64)),)
     return place
+
+
+@triton.jit
+def located(program, place):
+    """The place of a step, and if rows are packed those of its sequences, found once for all."""
+    return place + (rows_of(program, 0, place)[1],) if len(place) == 2 else place
 
 
 @triton.jit
@@ -136,7 +145,9 @@ def rows_of(program, step, place):
 
     If rows are packed, sequences that have none get any others.
     """
-    if len(place) > 1:
+    if len(place) > 2:
+        return 0, place[2]
+    elif len(place) > 1:
         return 0, tl.minimum(place[1].to(program.R.dtype) + program.offs_b, program.R - 1)
     else:
         t = time_of(step, program).to(tl.uint32)

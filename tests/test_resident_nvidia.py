@@ -54,7 +54,7 @@ def test_equals_the_reference(cell, shape, dtype, block_b):
     ("name", "fault"),
     [
         ("visible", lambda layers, tiles, origins: tiles),
-        ("_carried", lambda layers, state, before, origins, following: state),
+        ("_carried", lambda layers, state, before, origins, backward: state),
     ],
 )
 def test_planted_faults_are_found(name, fault, monkeypatch):
