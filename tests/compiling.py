@@ -164,6 +164,8 @@ def _gluon_faults(problem: Problem, kernel: Any) -> Iterator[str]:
         yield "no tensor-core instruction"
     if turn["shuffle"]:
         yield "values move between threads"
+    if "min.f32" in kernel.binary.asm["ptx"]:
+        yield "a minimum drops NaN"
 
 
 def exchange_faults(problem: Problem, kernel: Any) -> Iterator[str]:

@@ -42,6 +42,14 @@ def test_on_the_kernels():
     compare("gru", "lengths", "triton", torch.float32, 2e-6, (1, 2))
 
 
+def test_the_gradient_of_the_last_state_alone():
+    plain, again = build("lstm"), build("lstm", recompute=True)
+    again.load_state_dict(plain.state_dict())
+    x, hx = torch.randn(T, B, I).double(), [h.double() for h in states_for(plain, B)]
+    found = [torch.autograd.grad(m(x, hx)[1][0].sum(), [*m.parameters()]) for m in (plain, again)]
+    torch.testing.assert_close(*found)
+
+
 def test_dense_steps_are_cut_and_what_is_left_comes_last(monkeypatch):
     seen, gates = [], layer._gates
     monkeypatch.setattr(
