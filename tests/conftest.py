@@ -54,12 +54,13 @@ def fresh_dynamo():
 
 @pytest.fixture(autouse=True)
 def _same_start(monkeypatch):
-    """Begins each test from one seed, without the decisions and failures of another."""
+    """Begins each test from one seed, without decisions of another or data of the user's."""
     from fusedrnn.kernels import problem
 
     torch.manual_seed(0)
     problem.forget()
     monkeypatch.setattr(problem, "_FAILED", {})
+    monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
 
 
 def poisoning(make):

@@ -23,7 +23,6 @@ SETTINGS = Settings(torch.device("cpu"), seconds=1e-3, least_rounds=1)
 
 @pytest.fixture(autouse=True)
 def no_imdb(monkeypatch, tmp_path):
-    monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 

@@ -63,7 +63,6 @@ def refusal(blob):
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
-    monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     return tmp_path / "fusedrnn" / "imdb.npz"
 

@@ -11,7 +11,6 @@ from bench.lessons import by_hand, command, sine
 
 @pytest.mark.parametrize("name", command.LESSONS)
 def test_every_lesson_runs_and_says_what_to_look_at(tmp_path, monkeypatch, capsys, name):
-    monkeypatch.delenv("FUSEDRNN_IMDB", raising=False)
     monkeypatch.setattr(data, "load", lambda *_, **__: data.generate(200, 200))
     threads = torch.get_num_threads()
     assert main(["lesson", name, "--quick", "--out", str(tmp_path)]) == 0
