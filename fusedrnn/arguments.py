@@ -20,7 +20,7 @@ from .kernels.spec import SPECS
 from .layer import Kind
 from .layout import pack, pack_nested, to_grid
 from .records import Facts, Layers, Sequences, StackInputs
-from .vmap import is_eager, is_transformed, needs_grad
+from .vmap import is_eager, is_transformed
 
 _SIZES = attrgetter("shape", "dtype", "device")
 _NO_SEQUENCES = Sequences()
@@ -38,7 +38,7 @@ CACHES.append(_forget)
 
 
 def key_of(
-    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers, form: tuple = ()
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: tuple, form: tuple = ()
 ) -> tuple | None:
     """Returns a key of everything but values that the checks and the choice of a call depend on.
 
@@ -50,10 +50,10 @@ def key_of(
     states = () if hx is None else (hx,) if isinstance(hx, Tensor) else hx
     try:
         tensors = input, *states, *params
-        is_recorded, sizes = needs_grad(*tensors), map(_SIZES, tensors)
+        is_recorded = torch.is_grad_enabled() and torch._C._any_requires_grad(*tensors)
         autocast = torch._C._is_any_autocast_enabled() and autocast_dtype(input)
         modes = is_recorded, autocast, forward_ad._current_level, dispatch.switches(input.is_cuda)
-        return cell, layers, form, type(hx), modes, *sizes
+        return cell, layers, form, type(hx), modes, *map(_SIZES, tensors)
     except (AttributeError, RuntimeError, TypeError):
         return None
 
@@ -79,8 +79,9 @@ class Call(NamedTuple):
         On the CPU the masks are bit for bit those of ``at::dropout``.
         """
         facts, states, masks = self.facts, self.states, []
-        if facts.drops_out:
-            p, columns = facts.layers.dropout, facts.columns[0] * facts.layers.directions
+        p = facts.layers.dropout
+        if p and facts.drops_out:
+            columns = facts.columns[0] * facts.layers.directions
             shape, count = (*self.input.shape[:-1], columns), facts.layers.num_layers - 1
             masks = [self.input.new_zeros(shape, dtype=facts.dtype) for _ in range(count)]
             if p < 1:  # else at::dropout draws nothing, and 1/(1-p) is infinite
@@ -135,13 +136,13 @@ class Call(NamedTuple):
 
 
 def prepare(
-    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers,
+    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: tuple,
     lengths: Any = None, reset: Any = None,
 ) -> Call:  # fmt: skip
     """Checks the arguments of a stack and brings them into the one form that backends take.
 
     All checks but those of values run once for each kind of call, since they take as long as the
-    smallest layers do.
+    smallest layers do. ``layers`` may be a tuple of the fields of ``Layers``.
     """
     packing = nested = order = unsort = None
     form: tuple = ()
@@ -156,7 +157,7 @@ def prepare(
     key = key_of(cell, input, hx, params, layers, form)
     kind = None if key is None else KINDS.get(key)  # TorchDynamo would guard on what KINDS holds
     if kind is None:
-        kind = _checked(cell, input, hx, params, layers, form)
+        kind = _checked(cell, input, hx, params, Layers(*layers), form)
         if key is not None:
             if len(KINDS) >= 4096:
                 _forget()
@@ -167,20 +168,18 @@ def prepare(
         sequences = Sequences(batch_sizes=sizes)
     elif not batched:
         input = input.unsqueeze(1)
-    elif layers.batch_first:
+    elif facts.layers.batch_first:
         input = input.transpose(0, 1)
     if form and packing is None:
         sequences = _checked_sequences(lengths, reset, facts, batched)
     if hx is None:
-        is_cast = facts.autocast and kind.choice and kind.choice[0] != "aten"
-        dtype = facts.dtype if is_cast else None
         first, *others = kind.zeros
-        h_0 = input.new_zeros(*first, dtype=dtype)  # and c_0 of this size, for nothing writes to it
-        more = [h_0 if n[-1] == first[-1] else input.new_zeros(*n, dtype=dtype) for n in others]
-        states: Sequence[Tensor] = [h_0, *more]
+        zero = input.new_zeros(*first, dtype=kind.cast)  # for c_0 of this size too: none writes
+        more = [zero if n[-1] == first[-1] else zero.new_zeros(*n) for n in others]
+        states: Sequence[Tensor] = [zero, *more]
     else:
         # States of all sequences, contiguous: neither cuDNN nor a kernel takes others.
-        states, B = (hx,) if isinstance(hx, Tensor) else hx, facts.batch
+        states, B = (hx,) if isinstance(hx, Tensor) else tuple(hx), facts.batch
         if not batched:
             states = [s.unsqueeze(1) for s in states]
         states = [s if s.shape[1] == B else s.expand(-1, B, -1) for s in states]
@@ -238,7 +237,8 @@ def _checked(
     )  # fmt: skip
     _check_states_and_dtypes(facts, states, params, batched)
     Z, rows = layers.num_layers * layers.directions, None if form else Rows(steps, batch)
-    return Kind(facts, batched, () if states else [(Z, batch, n) for n in facts.columns], rows)
+    zeros = () if states else [(Z, batch, n) for n in facts.columns]
+    return Kind(facts, batched, zeros, rows, not (P or facts.transformed))
 
 
 def _sizes(cell: str, params: Sequence[Tensor], layers: Layers) -> tuple[int, int, int]:
@@ -344,7 +344,7 @@ def _checked_lengths(lengths: Any, facts: Facts, batched: bool) -> Tensor:
         raise ValueError("lengths was given with an input without a batch; cut the input instead")
     if lengths.shape != (facts.batch,):
         raise ValueError(f"lengths has shape {tuple(lengths.shape)}; expected {(facts.batch,)}")
-    lengths = lengths.long()  # a narrow dtype may not hold T
+    lengths = lengths if kind == torch.long else lengths.long()  # others may not hold T
     if lengths.device.type == "cpu" and facts.batch and not (facts.compiled or facts.transformed):
         values = lengths.tolist()
         if min(values) < 0:

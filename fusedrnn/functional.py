@@ -102,7 +102,7 @@ def lstm(
         >>> torch.testing.assert_close(output, module(input)[0])
     """
     layers = Layers(num_layers, bias, batch_first, dropout, training, bidirectional, recompute)
-    return run_stack("lstm", input, hx, params, layers, lengths, reset)
+    return run(prepare("lstm", input, hx, params, layers, lengths, reset))
 
 
 def gru(
@@ -141,7 +141,7 @@ def gru(
     """
     cell = "gru" if reset_after else "gru_reset_before"
     lengths, reset = options.pop("lengths", None), options.pop("reset", None)
-    return run_stack(cell, input, hx, params, Layers(**options), lengths, reset)
+    return run(prepare(cell, input, hx, params, Layers(**options), lengths, reset))
 
 
 def rnn(
@@ -170,22 +170,15 @@ def rnn(
             for another nonlinearity.
     """
     check_nonlinearity(nonlinearity)
-    lengths, reset = options.pop("lengths", None), options.pop("reset", None)
-    return run_stack(f"rnn_{nonlinearity}", input, hx, params, Layers(**options), lengths, reset)
+    cell, lengths = f"rnn_{nonlinearity}", options.pop("lengths", None)
+    reset = options.pop("reset", None)
+    return run(prepare(cell, input, hx, params, Layers(**options), lengths, reset))
 
 
 def check_nonlinearity(name: str) -> None:
     """Raises torch's ValueError for another function than tanh or relu."""
     if name not in ("tanh", "relu"):
         raise ValueError(f"Unknown nonlinearity '{name}'. Select from 'tanh' or 'relu'.")
-
-
-def run_stack(
-    cell: str, input: Any, hx: Any, params: Sequence[Tensor], layers: Layers,
-    lengths: Any = None, reset: Any = None,
-) -> Any:  # fmt: skip
-    """Prepares and runs a stack."""
-    return run(prepare(cell, input, hx, params, layers, lengths, reset))
 
 
 def run(call: Call) -> Any:
@@ -199,12 +192,10 @@ def run(call: Call) -> Any:
         inputs = call.stack_inputs()
         if backend == "torch" and "lengths" in facts.ragged and facts.eager:
             call, inputs = call.compact(inputs)
-        given, kind = (inputs, call.sequences, config, facts.cast), call.kind
-        if kind and (
-            facts.proj_size or facts.transformed or torch._C._autograd._profiler_enabled()
-        ):
+        kind, dtype = call.kind, facts.autocast and facts.dtype
+        if kind and (torch._C._autograd._profiler_enabled() or not kind.is_plain):
             kind = None
-        output, states, _ = rnn_stack(*given, kind=kind)
+        output, states, _ = rnn_stack(inputs, call.sequences, config, dtype, kind=kind)
     # Transposed in place it is no view, as torch's, and ``detach_()`` takes it. Not where it is
     # saved for backward.
     is_own = backend == "torch" or (is_aten and facts.cell != "lstm")
@@ -218,7 +209,7 @@ def _choose(call: Call) -> tuple[str, StackConfig]:
     is_settled = facts.compiled or measured.consider(call, run)
     choice = dispatch.decide(facts)
     if kind is not None and is_settled:
-        kind.choice = choice
+        kind.choice, kind.cast = choice, None if choice[0] == "aten" else facts.cast
     return choice
 
 

@@ -56,6 +56,8 @@ class Kind:
     batched: bool = True
     zeros: Sequence[tuple[int, ...]] = ()  # the shapes of initial states that are not given
     rows: Rows | None = None  # of calls without sequences of their own
+    is_plain: bool = True  # autograd alone has to see the call
+    cast: torch.dtype | None = None  # of autocast, once it is known that the choice casts
     choice: tuple[str, StackConfig] | None = None
     launches: Sequence[Launch] = ()  # () until they are planned, and again after ``forget``
     shapes: Sequence[Any] = ()  # of the results, planned with them

@@ -55,7 +55,7 @@ def with_table(sequences: Sequences, input: Tensor, B: int, D: int) -> Sequences
     if batch_sizes is not None:
         return sequences._replace(table=packed_table(batch_sizes, B, input.device))
     table = origins_of(input.shape[0], B, D, input.device, lengths, reset)
-    return sequences._replace(table=table)
+    return Sequences(lengths, reset, None, table)
 
 
 def rows_of(input: Tensor, B: int, D: int, sequences: Sequences) -> Rows:

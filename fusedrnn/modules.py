@@ -16,7 +16,6 @@ from torch import Tensor
 from . import arguments, dispatch, functional, states
 from .ops import ATEN, ATEN_CELL
 from .patching import register
-from .records import Layers
 from .stream import Stream
 from .vmap import is_transformed
 
@@ -59,7 +58,7 @@ class _Stack(torch.nn.RNNBase):
     # Class attributes, for modules that began as torch's.
     recompute: bool = False
     _assigned: dict[str, Tensor] | None = None  # weights assigned through _flat_weights
-    _run = staticmethod(functional.run_stack)  # of a ``Stream``
+    _run = staticmethod(functional.run)  # of a ``Stream``
 
     def __init__(self, mode: str, *args: Any, recompute: bool = False, **kwargs: Any) -> None:
         super().__init__(mode, *args, **kwargs)
@@ -101,7 +100,7 @@ class _Stack(torch.nn.RNNBase):
 
     def _prepare(self, input, hx=None, *, lengths=None, reset=None) -> arguments.Call:
         sizes = self.num_layers, self.bias, self.batch_first, self.dropout, self.training
-        layers = Layers(*sizes, bool(self.bidirectional), self.recompute)
+        layers = *sizes, bool(self.bidirectional), self.recompute  # quicker than ``Layers``
         return arguments.prepare(self._cell, input, hx, self._params(), layers, lengths, reset)
 
     def _params(self) -> list[Tensor]:

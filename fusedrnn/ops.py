@@ -18,7 +18,6 @@ from torch.utils._python_dispatch import _get_current_dispatch_mode_stack
 
 from . import stack, vmap
 from .kernels.rows import Rows
-from .kernels.tensors import Weights
 from .layer import Kind
 from .layout import rows_of, with_table
 from .records import Sequences, StackConfig, StackGrads, StackInputs, StackOutputs
@@ -211,21 +210,22 @@ class _Forward(NamedTuple):
 
     def run(self, input, h_0, c_0, *params):
         config, own, constant = self.config, None, ()
-        inputs = StackInputs(input, h_0, c_0, params, self.masks)
         if self.rows is None:
-            arguments = _flat(inputs.cast(self.dtype), self.sequences, config, True)
+            inputs = StackInputs(input, h_0, c_0, params, self.masks).cast(self.dtype)
+            arguments = _flat(inputs, self.sequences, config, True)
             results = tuple(_below_autograd(torch.ops.fusedrnn.rnn_forward, *arguments))
             constant = results[3], results[5]
             output, _, _, *saved = _empty_to_none(results)
         else:
-            _, h_0, c_0, params, masks = inputs = stack.ready(inputs, config, self.dtype)
+            given = input, h_0, c_0, params, self.masks
+            _, h_0, c_0, params, masks = inputs = stack.ready(given, config, self.dtype)
             found = stack.forward(inputs, self.rows, config, True, kind=self.kind)
             output, h_n, c_n, *saved = found
             results = output, h_n, c_n, None, saved[1] if self.keep_states else None, None
             # The values that backward multiplies by remain those of now when p.data is replaced.
             ends = 4 if config.recompute and config.has_bias else 2
             values = [tuple([p.detach() for p in each]) for each in params[:ends]]
-            own = h_0, c_0, Weights(*values, *params[ends:]), masks
+            own = h_0, c_0, (*values, *params[ends:]), masks
         # Else the output may be modified in place.
         output = output if config.hidden_layers < config.num_layers else None
         return results, (output, *saved), constant, own

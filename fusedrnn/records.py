@@ -96,7 +96,7 @@ class StackInputs(NamedTuple):
     input: Tensor  # [T, B, I] of any strides, packed [R, I]
     h_0: Tensor  # [L*D, B, H]
     c_0: Tensor | None  # [L*D, B, H], None for a cell without c
-    params: Any  # tensors in torch's order; of launches ``Weights`` of tuples
+    params: Any  # tensors in torch's order; of launches a tuple of each kind of weight
     dropout_masks: Sequence[Tensor]  # empty, or of each layer but the last [T, B, D*H], scaled
 
     def cast(self, dtype: torch.dtype | None) -> "StackInputs":

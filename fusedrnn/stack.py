@@ -17,7 +17,7 @@ from torch import Tensor
 from . import layer
 from .kernels.problem import KernelFailed, LaunchRefused, NoPlan, give_up
 from .kernels.rows import Rows
-from .kernels.tensors import Grads, Layers, Weights
+from .kernels.tensors import Grads, Layers
 from .layer import Kind, Launch, launches_of
 from .records import StackConfig, StackGrads, StackInputs, StackOutputs
 
@@ -154,7 +154,8 @@ def _layers(
     inputs: StackInputs, outputs: StackOutputs, outs: Sequence[Tensor], config: StackConfig
 ) -> Layers:
     """Returns the tensors of all layers as those of one launch."""
-    _, h_0, c_0, (w_ih, w_hh, b_ih, b_hh, _), masks = inputs
+    _, h_0, c_0, (w_ih, w_hh, *biases), masks = inputs
+    b_ih, b_hh = biases or (None, None)
     _, h_n, c_n, gates, cs, _ = outputs
     if config.bidirectional:
         outs, masks = ([t for t in of_layers for _ in range(2)] for of_layers in (outs, masks))
@@ -164,18 +165,21 @@ def _layers(
 
 
 def ready(
-    inputs: StackInputs, config: StackConfig, dtype: torch.dtype | None = None
+    inputs: Sequence[Any], config: StackConfig, dtype: torch.dtype | None = None
 ) -> StackInputs:
-    """Returns the tensors, in a dtype, as launches take them, the parameters by their kinds."""
+    """Returns the fields of ``StackInputs``, in a dtype, as launches take them.
+
+    params become a tuple of w_ih of all layers and directions, one of w_hh, and so on.
+    """
     input, h_0, c_0, params, masks = inputs
     if dtype is not None:
         input, h_0, c_0, *params = _cast((input, h_0, c_0, *params), dtype)
     # The weights that a parametrisation computes may have any strides.
     h_0, c_0, *params = aligned(config, (h_0, c_0, *params))
     each = 4 if config.has_bias else 2
-    weights: Any = [tuple(params[n::each]) for n in range(each)]
+    entries = [params[first : first + each] for first in range(0, len(params), each)]
     masks = [mask.reshape(-1, mask.shape[-1]) for mask in masks] if masks else ()
-    return StackInputs(input, h_0, c_0, Weights(*weights, *(None,) * (4 - each)), masks)
+    return StackInputs(input, h_0, c_0, tuple(zip(*entries, strict=True)), masks)
 
 
 def _cast(tensors: Sequence[Any], dtype: torch.dtype) -> list[Any]:
@@ -203,13 +207,11 @@ def aligned(config: StackConfig, tensors: Sequence[Any]) -> list[Any]:
 
     A kernel would be compiled again for another pointer.
     """
-    unit = 1 if config.is_loop else 16
-    return [
-        t
-        if t is None or (t.is_contiguous() and t.data_ptr() % unit == 0)
-        else t.clone(memory_format=torch.contiguous_format)
-        for t in tensors
-    ]
+    unit, found = 1 if config.is_loop else 16, list(tensors)
+    for i, t in enumerate(tensors):
+        if t is not None and (t.data_ptr() % unit or not t.is_contiguous()):
+            found[i] = t.clone(memory_format=torch.contiguous_format)
+    return found
 
 
 def _part(tensors: Any, launch: Launch, config: StackConfig) -> Any:

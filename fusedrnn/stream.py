@@ -73,7 +73,7 @@ class Stream:
                 self._facts = facts = facts._replace(dtype=first.dtype, device=first.device)
             if autocast or facts.proj_size or dispatch.decide(facts)[0] != "aten":
                 given = facts.cell, input.unsqueeze(0), self.state, weights, self._layers
-                output, final = module._run(*given)
+                output, final = module._run(arguments.prepare(*given))
                 self._keep((final,) if isinstance(final, Tensor) else final, first.dtype)
                 return output[0]
             # Torch's operators for single steps, which are faster.

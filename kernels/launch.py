@@ -44,22 +44,6 @@ def on_device(tensor: torch.Tensor) -> AbstractContextManager:
 _NOTHING = nullcontext()
 
 
-def in_rounds(launch: Callable[[int, int], None], B: int, tiles: Tiles) -> None:
-    """Calls ``launch(first_tile, count)`` with as many batch tiles as the chip holds at once.
-
-    Raises:
-        LaunchRefused: the device does not hold all programs of a round at once.
-    """
-    total = cdiv(B, tiles.block_b)
-    for first_tile in range(0, total, tiles.at_once):
-        try:
-            launch(first_tile, min(tiles.at_once, total - first_tile))
-        except RuntimeError as error:
-            if "cooperative" in str(error).lower():  # cudaErrorCooperativeLaunchTooLarge
-                raise LaunchRefused(str(error)) from error
-            raise
-
-
 class Workspace(NamedTuple):
     """The memory that the programs of one call share besides its results."""
 
@@ -98,7 +82,7 @@ CACHES.append(_CONSTANTS.clear)
 
 def _constants(
     kernel: Any, cell: Any, layers: Layers, tiles: Tiles, tile_of: Callable
-) -> tuple[Any, dict[str, Any]]:
+) -> tuple[Any, dict[str, Any], tuple]:
     # None of the first three has a quick hash.
     Z, _, H = layers.h_0.shape
     key = id(kernel), id(cell), id(tiles), Z, H, layers.out[0].shape[-1], layers.h_0.dtype
@@ -107,7 +91,7 @@ def _constants(
         assert tiles is not None, "the plan has no backward"
         kept = kernel, cell, tiles
         found = _CONSTANTS[key] = tile_of(cell, layers, tiles), options_of(tiles), kept
-    return found[:2]
+    return found
 
 
 def run(kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Any, tile_of: Callable) -> None:
@@ -118,7 +102,7 @@ def run(kernel: Any, cell: Any, tensors: tuple, rows: Rows, tiles: Any, tile_of:
         tensors: the ``Layers``, and backward the ``Grads``.
         tile_of: makes the argument TILE of cell, layers and tiles.
     """
-    tile, options = _constants(kernel, cell, tensors[0], tiles, tile_of)
+    tile, options, _ = _constants(kernel, cell, tensors[0], tiles, tile_of)
     h_0, T, B = tensors[0].h_0, rows.T, rows.B
     grid = cdiv(B, tiles.block_b), h_0.shape[0]
     with on_device(h_0):
@@ -130,17 +114,23 @@ def run_together(
 ) -> None:
     """Launches programs that wait for each other, as ``run`` does; TILE is a ``Slice``.
 
+    Of the batch tiles, as many run in one round as the chip holds at once.
+
     Raises:
         LaunchRefused: the device does not hold all programs of a round at once.
     """
-    tile, options = _constants(kernel, cell, tensors[0], tiles, tile_of)
+    tile, options, _ = _constants(kernel, cell, tensors[0], tiles, tile_of)
     h_0, sizes = tensors[0].h_0, (rows.T, rows.B, rows.total)
-    Z, B, H = h_0.shape
-    shared = workspace(h_0, Z, cdiv(B, tile.block_b), tile.block_b, tile.pitch)
-
-    def launch(first_tile: int, count: int) -> None:
-        grid, constants = (cdiv(H, tile.block_h), count, Z), (first_tile, PATIENCE, cell, tile)
-        kernel[grid](*tensors, shared, *sizes, *constants, **options, **TOGETHER)
-
-    with on_device(h_0):
-        in_rounds(launch, B, tiles)
+    (Z, B, H), (block_b, block_h) = h_0.shape, (tile.block_b, tile.block_h)
+    total = cdiv(B, block_b)
+    shared = workspace(h_0, Z, total, block_b, tile.pitch)
+    for first in range(0, total, tiles.at_once):
+        grid = cdiv(H, block_h), min(tiles.at_once, total - first), Z
+        given = *tensors, shared, *sizes, first, PATIENCE, cell, tile
+        try:
+            with on_device(h_0):
+                kernel[grid](*given, **options, **TOGETHER)
+        except RuntimeError as error:
+            if "cooperative" in str(error).lower():  # cudaErrorCooperativeLaunchTooLarge
+                raise LaunchRefused(str(error)) from error
+            raise

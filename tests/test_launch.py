@@ -28,27 +28,30 @@ def test_options_of_the_compiler():
     assert launch.options_of(Tiles(16, 64, 8, None, "ieee", 0)) == plain
 
 
+def run_together(B, *errors):
+    """Returns the first batch tile of each round, and how many it has."""
+    kernel, tile = MagicMock(), Mock(block_b=16, block_h=16, pitch=64)
+    kernel.__getitem__.return_value.side_effect = errors or None
+    layers = Layers(h_0=torch.zeros(1, B, 48), out=(torch.zeros(3, B, 48),))
+    given = (layers,), Rows(3, B), COOPERATIVE, Mock(return_value=tile)
+    launch.run_together(kernel, CELLS["lstm"], *given)
+    grids, calls = kernel.__getitem__.call_args_list, kernel.__getitem__.return_value.call_args_list
+    return [(call.args[-4], grid.args[0][1]) for grid, call in zip(grids, calls, strict=True)]
+
+
 @pytest.mark.parametrize(
     ("B", "rounds"),
     [(1, [(0, 1)]), (48, [(0, 3)]), (49, [(0, 3), (3, 1)]), (97, [(0, 3), (3, 3), (6, 1)])],
 )
 def test_rounds_of_batch_tiles(B, rounds):
-    found = []
-    launch.in_rounds(lambda first, count: found.append((first, count)), B, COOPERATIVE)
-    assert found == rounds
+    assert run_together(B) == rounds
 
 
 def test_a_refusal_is_told_from_other_errors():
-    def refuse(first, count):
-        raise RuntimeError("Triton Error [CUDA]: too many blocks in cooperative launch")
-
-    def fail(first, count):
-        raise RuntimeError("Triton Error [CUDA]: an illegal memory access was encountered")
-
     with pytest.raises(LaunchRefused, match="too many blocks"):
-        launch.in_rounds(refuse, 16, COOPERATIVE)
+        run_together(16, RuntimeError("Triton Error: too many blocks in cooperative launch"))
     with pytest.raises(RuntimeError, match="illegal memory access") as caught:
-        launch.in_rounds(fail, 16, COOPERATIVE)
+        run_together(16, RuntimeError("Triton Error: an illegal memory access was encountered"))
     assert type(caught.value) is RuntimeError
 
 

@@ -144,4 +144,4 @@ def test_the_loop_takes_weights_at_any_address():
     odd = [torch.cat([p.flatten()[:1], p.flatten()])[1:].view_as(p) for p in inputs.params]
     for backend, is_same in (("torch", True), ("triton", False)):
         found = stack.ready(inputs._replace(params=odd), config._replace(backend=backend))
-        assert (found.params.w_hh[1].data_ptr() == odd[5].data_ptr()) == is_same
+        assert (found.params[1][1].data_ptr() == odd[5].data_ptr()) == is_same
