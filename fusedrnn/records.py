@@ -104,8 +104,7 @@ class StackInputs(NamedTuple):
         if dtype is None:
             return self
         input, h_0, c_0, params, masks = self
-        if h_0.dtype != dtype or (c_0 is not None and c_0.dtype != dtype):
-            h_0, c_0 = h_0.to(dtype), None if c_0 is None else c_0.to(dtype)
+        h_0, c_0 = h_0.to(dtype), None if c_0 is None else c_0.to(dtype)
         return StackInputs(input.to(dtype), h_0, c_0, [p.to(dtype) for p in params], masks)
 
 

@@ -253,8 +253,8 @@ def tile_of(cell: Cell, layers: Layers, tiles: Tiles, is_forward: bool = True) -
     sizes, itemsize = sizes_of(layers, tiles), layers.h_0.element_size()
     parts = cell.parts if sizes[0] > 1 else cell.phases
     columns = tuple(sizes[2] * (1 if is_forward else len(gates)) for gates in parts)
-    held = len(cell.gates) * len(cell.phases) * tiles.elements  # with more no registers are left
-    is_full = sizes[0] == 1 and not is_forward and held > 16
+    held = len(cell.gates) * len(cell.phases) * tiles.elements  # with 16 no registers are left
+    is_full = sizes[0] == 1 and not is_forward and held >= 16
     return slice_of(
         *sizes, tiles.num_warps, itemsize, columns, not is_forward, tiles.halved, is_full
     )
