@@ -10,6 +10,7 @@ from itertools import pairwise
 import pytest
 import torch
 from processes import ROOT
+from test_bench_data import cache  # noqa: F401  # a user's file would be read
 
 from bench import host, progress, report, run
 from bench.__main__ import COMMANDS, main
@@ -19,11 +20,6 @@ from bench.providers import PROVIDERS, Adapter, absent
 from bench.report import COLUMNS
 
 SETTINGS = Settings(torch.device("cpu"), seconds=1e-3, least_rounds=1)
-
-
-@pytest.fixture(autouse=True)
-def no_imdb(monkeypatch, tmp_path):
-    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
 
 
 @pytest.mark.parametrize(
