@@ -169,7 +169,8 @@ def _backward_step(
     """
     d_state, left = states
     AHEAD: tl.constexpr = 1 if TILE.is_full else 2
-    AT_ONCE: tl.constexpr = AHEAD if len(CELL.gates) == 1 or layers.origins is not None else 1
+    IS_FREE: tl.constexpr = layers.origins is not None and TILE.block_b == 8  # of registers
+    AT_ONCE: tl.constexpr = AHEAD if len(CELL.gates) == 1 or IS_FREE else 1
     STARTS: tl.constexpr = (
         len(CELL.gates) == 1 and not TILE.is_full
     )  # the product from the gradient
@@ -219,7 +220,8 @@ def _resident_bwd_kernel(layers, grads, T, B, R, CELL: tl.constexpr, TILE: tl.co
     even, odd = mma.shared_tiles(G, G, dtype, TILE), mma.shared_tiles(G, G, dtype, TILE)
 
     places = ()
-    AT_ONCE: tl.constexpr = AHEAD if G == 1 or layers.origins is not None else 1
+    IS_FREE: tl.constexpr = layers.origins is not None and TILE.block_b == 8
+    AT_ONCE: tl.constexpr = AHEAD if G == 1 or IS_FREE else 1
     for n in tl.static_range(AHEAD + 1 + AT_ONCE):
         places = places + (steps.place_of(layers, program, T - 1 - n),)
     d_state = mma.widened(steps.load_ends(grads.h_n, grads.c_n, program, TILE))
