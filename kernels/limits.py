@@ -70,8 +70,9 @@ def slice_needs(p: Problem, chip: Chip, forward: bool, tiles: Tiles) -> SliceNee
     scarce = p.ragged and (forward or halved or is_wave)  # registers for the rest of a step
     # Tiles of the step wait across the product; a second phase keeps more of them.
     wide = spec.gates * tiles.elements > (12 if forward else 16) and (forward or itemsize == 4)
+    has_c = spec.states > 1 and tiles.elements > 1 and not forward  # c stays in registers, too
     twice = halved and tiles.elements > 1 and len(spec.phases) > 1 and itemsize == 4
-    least = (halved and forward) or wide or twice or (is_wave and p.ragged)
+    least = (halved and forward) or wide or twice or (p.ragged and (is_wave or has_c))
     left = 208 - 16 * scarce - 32 * is_wave - 8 * least
     fits = needs.registers <= left and needs.shared_bytes <= chip.shared_bytes
     return needs if fits else None
