@@ -101,7 +101,7 @@ def _compiled(problem: Problem, chip: Chip, plans: Sequence[Plan], folder: Path)
             name += f"-{number}" * (plan.schedule == "stepwise")  # it has several a direction
             numbers = k.tiles.num_warps, k.registers, k.spills, k.shared_bytes, math.prod(k.grid)
             resources.append((name, *numbers, k.launches, " x ".join(map(str, k.grid))))
-            # Of the loop over T, or of all where the host has that loop.
+            # The loop over T is counted, or everything where the host has that loop.
             counts = count_kinds(k.turn or k.instructions).values()
             mix.append((f"{name}: loop" if k.turn else name, *counts))
             floor, predicted = f"{floor_us(plan, problem, chip, k.direction):.2f}", "-"
